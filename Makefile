@@ -1,0 +1,93 @@
+# `make help` lists the targets.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+TORCH_INDEX ?=
+FASTGAN_KEEP_TORCH ?= 0
+
+# A CUDA build of torch brings the Triton that it needs; with any other we choose.
+TORCH := torch==2.13.0
+TRITON := triton==3.9.0
+PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib tqdm \
+	pytest pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
+
+ifeq ($(FASTGAN_KEEP_TORCH),1)
+MODE := keep
+else
+MODE := pinned
+endif
+
+# For a build that stays on this machine one architecture is enough: its GPU's.
+export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
+NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help demo test lint bench gpu data build clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
+	@echo "make test    install, run the tests"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   time every operation against its reference"
+	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
+	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
+	@echo "make build   install into $(VENV) and build the native modules"
+	@echo "make clean   remove everything that make made, except runs/"
+	@echo
+	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
+	@echo "FASTGAN_KEEP_TORCH=1    use the torch and triton of that interpreter instead of the pinned ones"
+	@echo "TORCH_INDEX=URL         a package index with the torch wheels you want (CPU-only ones are 3 GB smaller)"
+
+demo: build data
+	$(VENV)/bin/fastgan verify --steps 32
+	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4
+
+test: build
+	. tools/toolchain.sh && $(PY) -m pytest tests
+
+lint: $(VENV)/.deps-$(MODE)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+		| xargs -0 -r $(VENV)/bin/clang-format --dry-run -Werror
+
+bench: build
+	$(PY) -m pytest benchmarks --benchmark-only
+
+gpu:
+	sh tools/gpu.sh
+
+data:
+	@sh tools/fashion-mnist.sh
+
+build: $(VENV)/.built-$(MODE)
+
+$(VENV)/.made-$(MODE):
+	sh tools/venv.sh "$(PYTHON)" $(VENV) $(MODE)
+	@touch $@
+
+$(VENV)/.deps-$(MODE): $(VENV)/.made-$(MODE) constraints.txt Makefile
+ifeq ($(MODE),keep)
+	$(PY) -c "import torch; print('keeping torch', torch.__version__)"
+	$(PIP) -c constraints.txt --ignore-installed $(PACKAGES)
+else
+	$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) $(PACKAGES)
+	$(PY) -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
+endif
+	@touch $@
+
+$(VENV)/.built-$(MODE): $(VENV)/.deps-$(MODE) $(NATIVE)
+	. tools/toolchain.sh && $(PIP) --no-build-isolation --no-deps --editable .
+	@$(PY) -c "import json; info = json.load(open('fastgan/_build_info.json')); \
+		[print(f'{name} left out:', info[name]['reason']) for name in ('native', 'cuda') if not info[name]['built']]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist fastgan.egg-info fastgan/_build_info.json .benchmarks \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f fastgan/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,55 @@
+// One source file an op, compiled once an instruction set; the best one that this processor has is picked at run time.
+//
+// FASTGAN_ISA names the namespace of each compilation.  Everything that a kernel file instantiates must live in it:
+// a symbol shared between the compilations would let the linker put AVX-512 code under a baseline caller.
+#pragma once
+
+namespace fastgan {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  static const Isa best = [] {
+    __builtin_cpu_init();
+#ifdef FASTGAN_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      return Isa::avx512;
+#endif
+#ifdef FASTGAN_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return Isa::avx2;
+#endif
+    return Isa::baseline;
+  }();
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+}  // namespace fastgan
+
+#ifdef FASTGAN_HAVE_AVX512
+#define FASTGAN_CASE_AVX512(call) \
+  case fastgan::Isa::avx512:      \
+    return fastgan::avx512::call;
+#else
+#define FASTGAN_CASE_AVX512(call)
+#endif
+#ifdef FASTGAN_HAVE_AVX2
+#define FASTGAN_CASE_AVX2(call) \
+  case fastgan::Isa::avx2:      \
+    return fastgan::avx2::call;
+#else
+#define FASTGAN_CASE_AVX2(call)
+#endif
+
+#define FASTGAN_DISPATCH(isa, call)   \
+  switch (isa) {                      \
+    FASTGAN_CASE_AVX512(call)         \
+    FASTGAN_CASE_AVX2(call)           \
+    default:                          \
+      return fastgan::baseline::call; \
+  }

@@ -1,0 +1,60 @@
+// Scratch memory and a parallel loop, in the namespace of the instruction set (see isa.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace fastgan {
+namespace FASTGAN_ISA {
+
+// Uninitialised, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t size)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(size), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](std::int64_t i) { return data_[i]; }
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
+
+// A large output is memory that its allocator has just mapped: first touches in 4 KB pages cost as much as the kernel.
+inline void ask_for_huge_pages(void* begin, std::int64_t bytes) {
+#ifdef __linux__
+  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
+  const std::uintptr_t last =
+      (reinterpret_cast<std::uintptr_t>(begin) + static_cast<std::uintptr_t>(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
+// body(i) for i in [0, n).  The static schedule gives a thread the same indices in every loop over the same n, so
+// that what one phase left in its core's cache the next one finds there.
+template <class Body>
+void parallel_for(std::int64_t n, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (std::int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+#endif
+  (void)threads;
+  for (std::int64_t i = 0; i < n; ++i) body(i);
+}
+
+}  // namespace FASTGAN_ISA
+}  // namespace fastgan

@@ -1,0 +1,5 @@
+"""Drop-in modules over fastgan.ops."""
+
+from fastgan.nn import utils
+
+__all__ = ["utils"]

@@ -1,0 +1,181 @@
+"""All spectrally normalised weights of a model in one call per forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
+
+from fastgan import ops
+from fastgan.nn.utils.spectral_norm import SpectralNorm, make_picklable, renews
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+
+def fuse_spectral_norm(model: M) -> M:
+    """Compute every spectrally normalised weight of a model together, once at the start of each of its forwards.
+
+    Finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
+    (``torch.nn.utils.spectral_norm``), in ``model`` and everything below it, and changes them in place. The state_dict
+    and the results stay as they were, but for this: within one forward, a weight that is used several times is
+    iterated once. A sub-module that is called by itself still normalises its own weights.
+
+    Call it again after adding layers. Wrap in DistributedDataParallel or torch.compile afterwards.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: no weight of it is spectrally normalised.
+
+    Differentiable twice.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
+            del hooks[key]
+    members: list[_Member] = []
+    for module in model.modules():
+        members += [*_parametrizations(module), *_hooks(module)]
+    if not members:
+        raise ValueError(f"{type(model).__name__} has no spectrally normalised weight")
+    fused = _Fused(members)
+    model.register_forward_pre_hook(fused.before)
+    model.register_forward_hook(fused.after, always_call=True)
+    return model
+
+
+class _Parametrized:
+    """A weight normalised by a parametrization."""
+
+    v_first = False
+
+    def __init__(self, tensors: parametrize.ParametrizationList, norm: SpectralNorm) -> None:
+        self.tensors, self.norm = tensors, norm
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        return self.tensors.original, self.norm._u, self.norm._v, self.norm.dim
+
+    def settings(self) -> tuple[int, float, bool]:
+        return self.norm.n_power_iterations, self.norm.eps, renews(self.norm)
+
+    def put(self, weight: Tensor) -> None:
+        self.norm.normalised = weight
+
+    def clear(self) -> None:
+        self.norm.normalised = None
+
+
+class _Hook(TorchHook):
+    """PyTorch's older hook; `put` by the model's forward, it does nothing at its own module's."""
+
+    v_first = True
+    module: nn.Module
+    is_put = False
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if not self.is_put:
+            weight, u, v, dim = self.operands()
+            n_power_iterations, eps, update = self.settings()
+            self._set(
+                ops.spectral_norm(
+                    [weight],
+                    [u],
+                    [v],
+                    dims=[dim],
+                    n_power_iterations=n_power_iterations,
+                    eps=eps,
+                    update=update,
+                    v_first=True,
+                )[0]
+            )
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
+        return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
+
+    def settings(self) -> tuple[int, float, bool]:
+        return self.n_power_iterations, self.eps, renews(self.module)
+
+    def put(self, weight: Tensor) -> None:
+        self._set(weight)
+        self.is_put = True
+
+    def clear(self) -> None:
+        # Detached, so that the module can be deep-copied; its next forward sets the weight anew.
+        self._set(getattr(self.module, self.name).detach())
+        self.is_put = False
+
+    def _set(self, weight: Tensor) -> None:
+        original = getattr(self.module, self.name + "_orig")
+        setattr(self.module, self.name, weight.view_as(original))
+
+
+_Member = _Parametrized | _Hook
+
+
+class _Fused:
+    """The hooks of a model whose normalised weights are computed together."""
+
+    def __init__(self, members: list[_Member]) -> None:
+        self.members = members
+
+    def before(self, model: nn.Module, inputs: Any) -> None:
+        for (n_power_iterations, eps, update), v_first, members in self._groups():
+            weights, us, vs, dims = zip(*(member.operands() for member in members), strict=True)
+            normalised = ops.spectral_norm(
+                weights,
+                us,
+                vs,
+                dims=dims,
+                n_power_iterations=n_power_iterations,
+                eps=eps,
+                update=update,
+                v_first=v_first,
+            )
+            for member, weight in zip(members, normalised, strict=True):
+                member.put(weight)
+
+    def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        for member in self.members:
+            member.clear()
+
+    def _groups(self) -> Iterator[tuple[tuple[int, float, bool], bool, list[_Member]]]:
+        """Members that one call can serve: same settings, order of iteration, dtype and device."""
+        groups: dict[Any, list[_Member]] = {}
+        for member in self.members:
+            weight = member.operands()[0]
+            key = member.settings(), member.v_first, weight.dtype, weight.device
+            groups.setdefault(key, []).append(member)
+        for (settings, v_first, _, _), members in groups.items():
+            yield settings, v_first, members
+
+
+def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
+    if not parametrize.is_parametrized(module):
+        return
+    for tensors in cast(nn.ModuleDict, module.parametrizations).values():
+        tensors = cast(parametrize.ParametrizationList, tensors)
+        first = tensors[0]  # a later one does not see the original weight
+        if isinstance(first, _SpectralNorm) and tensors.original.ndim > 1:
+            make_picklable(module)
+            yield _Parametrized(tensors, _become(SpectralNorm, first))
+
+
+def _hooks(module: nn.Module) -> Iterator[_Hook]:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, TorchHook):
+            ours = _become(_Hook, hook)
+            ours.module = module
+            ours.clear()
+            yield ours
+
+
+def _become(cls: type[T], instance: object) -> T:
+    """Change the class of an object in place: whoever holds it, PyTorch's own functions too, holds ours."""
+    instance.__class__ = cls
+    return cast(T, instance)

@@ -1,0 +1,47 @@
+"""What every op is defined with: the operator library, when its dispatcher may be passed by, where derivatives end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether this is a plain tensor that nobody traces or intercepts.
+
+    Then an implementation may be called directly: going through the dispatcher with lists of tensors costs more than
+    the kernel on a small model (docs/decisions.md).
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def last_order(message: str, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The outputs, of which a further derivative raises.
+
+    ``once_differentiable`` is not enough: its error hangs on nodes of their own, which
+    ``torch.autograd.grad(y, x)`` never visits where another path leads to x, and a part of the gradient is lost.
+    """
+    made = [t for t in outputs if t is not None]
+    ends = iter(_Refuse.apply(message, len(made), *made, *inputs))  # type: ignore[no-untyped-call]
+    return [None if t is None else next(ends) for t in outputs]
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(ctx.message)

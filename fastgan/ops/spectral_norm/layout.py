@@ -1,0 +1,55 @@
+"""How a weight is seen as a matrix, and where a call keeps what its backward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Of a list of weights: each as (outer, rows, inner), and the flat buffer of sigma, u, v of each in turn.
+
+    Row r of the matrix is index r of the weight's dimension ``dim``; its column is outer_index * inner + inner_index.
+    """
+
+    matrices: tuple[tuple[int, int, int], ...]
+    offsets: tuple[int, ...]
+    total: int
+
+
+def layout_of(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
+    return _layout(tuple([w.shape for w in weights]), tuple(dims))
+
+
+@lru_cache(maxsize=1024)
+def _layout(shapes: tuple[torch.Size, ...], dims: tuple[int, ...]) -> Layout:
+    matrices = tuple(
+        (prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :])) for shape, dim in zip(shapes, dims, strict=True)
+    )
+    offsets, total = [], 0
+    for outer, rows, inner in matrices:
+        offsets.append(total)
+        total += 1 + rows + outer * inner
+    return Layout(matrices, tuple(offsets), total)
+
+
+def as_matrix(weight: Tensor, dim: int) -> Tensor:
+    """The weight as (rows, columns): ``dim`` first, the other dimensions flattened in their order."""
+    return weight.movedim(dim, 0).flatten(1)
+
+
+def split_saved(saved: Tensor, offset: int, matrix: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma (), u (rows,), v (columns,)) of the weight whose part of ``saved`` starts at ``offset``."""
+    outer, rows, inner = matrix
+    u_at = offset + 1
+    v_at = u_at + rows
+    return saved[offset], saved[u_at:v_at], saved[v_at : v_at + outer * inner]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

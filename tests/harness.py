@@ -1,0 +1,57 @@
+"""The table that every op is tested over, and what counts as equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+
+# Each backend where this machine can run it: Triton through its interpreter on CPU tensors if there is no GPU.
+BACKENDS = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.gpu if HAS_GPU else ()),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+# Relative to the norm of the float64 result, by order of derivative (0: values).
+_FLOAT32 = {0: 1e-5, 1: 1e-4, 2: 1e-3}
+_FLOAT64 = 1e-11  # the float64 result against itself, summed in another order
+
+
+def backend_name(backend: object) -> str:
+    """The name in an entry of BACKENDS, which may carry marks."""
+    return backend if isinstance(backend, str) else backend.values[0]  # type: ignore[attr-defined]
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if HAS_GPU and backend in ("triton", "cuda") else "cpu")
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    assert actual.shape == exact.shape
+    scale = exact.norm().item()
+    return (actual - exact).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def assert_close(actual: Tensor, exact: Tensor, *, order: int, reference: Tensor | None = None) -> None:
+    """`actual` against the float64 result `exact`.
+
+    Half precision is compared with the error of the PyTorch `reference` in the same dtype: at most twice that, where
+    an error below half a unit in the last place, which rounding the exact result makes already, counts as that.
+    """
+    error = relative_error(actual, exact)
+    if actual.dtype == torch.float64:
+        allowed = _FLOAT64
+    elif actual.dtype == torch.float32:
+        allowed = _FLOAT32[order]
+    else:
+        assert reference is not None
+        assert reference.dtype == actual.dtype
+        rounding = torch.finfo(actual.dtype).eps / 2
+        allowed = 2 * max(relative_error(reference, exact), rounding)
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"  # NaN fails too

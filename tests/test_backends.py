@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+import fastgan
+from fastgan import backends, ops
+
+CPU = torch.device("cpu")
+
+
+def operands():
+    return [torch.randn(3, 2)], [torch.randn(3)], [torch.randn(2)]
+
+
+def test_the_fastest_backend_that_can_run_is_chosen():
+    assert backends.select("spectral_norm", CPU, torch.float32) == "cpu"
+
+
+def test_use_backend_forces_a_backend_and_restores_the_one_before():
+    with fastgan.use_backend("reference"):
+        assert backends.select("spectral_norm", CPU, torch.float32) == "reference"
+        with fastgan.use_backend("cpu"):
+            assert backends.select("spectral_norm", CPU, torch.float32) == "cpu"
+        assert backends.select("spectral_norm", CPU, torch.float32) == "reference"
+    assert backends.select("spectral_norm", CPU, torch.float32) == "cpu"
+
+
+def test_an_exception_inside_use_backend_leaves_nothing_forced():
+    with pytest.raises(KeyError), fastgan.use_backend("reference"):
+        raise KeyError
+    assert backends.select("spectral_norm", CPU, torch.float32) == "cpu"
+
+
+def test_use_backend_does_not_reach_other_threads():
+    seen = []
+    with fastgan.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.select("spectral_norm", CPU, torch.float32)))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+def test_the_argument_wins_over_the_context():
+    with fastgan.use_backend("reference"):
+        assert backends.select("spectral_norm", CPU, torch.float32, "cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["numpy", "", "CPU"])
+def test_an_unknown_backend_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="backend must be one of"), fastgan.use_backend(name):
+        pass
+
+
+def test_a_forced_backend_that_cannot_run_raises_with_the_reason():
+    with fastgan.use_backend("cuda"), pytest.raises(fastgan.BackendUnavailable, match="NVIDIA GPU"):
+        ops.spectral_norm(*operands())
+
+
+def test_backward_follows_the_backend_of_its_forward(monkeypatch):
+    from fastgan.ops.spectral_norm import native_kernels
+
+    calls = []
+    original = native_kernels.backward
+    monkeypatch.setattr(native_kernels, "backward", lambda *a: (calls.append(a[0]), original(*a)))
+    weights, us, vs = operands()
+    weights[0].requires_grad_()
+    with fastgan.use_backend("cpu"):
+        (out,) = ops.spectral_norm(weights, us, vs)
+    with fastgan.use_backend("reference"):
+        out.sum().backward()
+    assert calls == ["cpu"]
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine with no compiler."""
+    reason = "fastgan._native is not there: no C++ compiler"
+    original = backends._import
+    missing = lambda name: (None, reason) if name == "fastgan._native" else original(name)  # noqa: E731
+    monkeypatch.setattr(backends, "_import", missing)
+    backends._choose.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+def test_without_kernels_the_reference_runs_and_says_so_once(without_native, caplog):
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        for _ in range(2):
+            ops.spectral_norm(*operands())
+    assert len(caplog.records) == 1
+    assert "falls back to pure PyTorch" in caplog.text
+    assert "no C++ compiler" in caplog.text
+
+
+def test_info_says_what_runs_and_why_the_rest_does_not(without_native):
+    text = fastgan.info()
+    assert f"torch {torch.__version__}" in text
+    rows = {tuple(line.split()[:2]): line for line in text.splitlines() if line.startswith("  ")}
+    for op in backends._ops:
+        assert "chosen" in rows[op, "reference"]
+        assert "no C++ compiler" in rows[op, "cpu"]
+        assert "NVIDIA GPU" in rows[op, "cuda"]

@@ -1,0 +1,44 @@
+#!/bin/sh
+# gpu.sh: builds, tests, verifies and times fastgan on this machine's NVIDIA GPU, in at most eight minutes.
+#
+# Needs no network and installs nothing: the system's python3 (PYTHON=... names another) brings torch, triton,
+# pybind11, cmake, ninja and pytest.  Results go to $OUT, or to benchmarks/results.  A stage that fails does not
+# keep the next from running; the exit status is non-zero if any did.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+CUDAARCHS=${CUDAARCHS:-$(sh tools/gpu-arch.sh)}
+export CUDAARCHS FASTGAN_BUILD=require FASTGAN_CUDA=require
+failed=
+
+stage() {
+    name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    start=$(date +%s)
+    timeout --kill-after=5 "$seconds" "$@"
+    status=$?
+    [ $status -eq 0 ] || failed="$failed $name"
+    case $status in
+    0) result=ok ;;
+    124 | 137) result="stopped after $seconds s" ;;
+    *) result="failed ($status)" ;;
+    esac
+    echo "== $name: $result, $(($(date +%s) - start)) s"
+}
+
+fastgan='import sys; from fastgan.cli import main; sys.exit(main())'
+
+stage build 150 "$python" setup.py --quiet build_native --inplace
+stage info 20 "$python" -c "$fastgan" info
+stage test 130 "$python" -m pytest -m gpu tests
+stage verify 50 "$python" -c "$fastgan" verify --device cuda
+stage bench 120 "$python" -c "$fastgan" bench --suite gpu --output "$out"
+
+if [ -n "$failed" ]; then
+    echo "failed:$failed"
+    exit 1
+fi
