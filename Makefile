@@ -42,8 +42,8 @@ help:
 	@echo "TORCH_INDEX=URL         a package index with the torch wheels you want (CPU-only ones are 3 GB smaller)"
 
 demo: build data
-	$(VENV)/bin/fastgan verify --steps 32
-	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4
+	$(VENV)/bin/fastgan verify --dataset fashion-mnist --steps 32 --out runs/demo
+	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4 --overwrite
 
 test: build
 	. tools/toolchain.sh && $(PY) -m pytest tests

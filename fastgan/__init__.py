@@ -3,5 +3,17 @@
 from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
+from fastgan.ops.gradient_penalty import gradient_penalty, penalty_from_logits
+from fastgan.ops.twice_differentiable import twice_differentiable
 
-__all__ = ["BackendUnavailable", "__version__", "info", "nn", "ops", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "gradient_penalty",
+    "info",
+    "nn",
+    "ops",
+    "penalty_from_logits",
+    "twice_differentiable",
+    "use_backend",
+]

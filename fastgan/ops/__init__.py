@@ -1,5 +1,21 @@
 """Functions on tensors: the fused kernels behind fastgan.nn."""
 
+from fastgan.ops.activation import leaky_relu, relu
+from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
 
-__all__ = ["spectral_norm"]
+__all__ = [
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "leaky_relu",
+    "relu",
+    "spectral_norm",
+]

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastgan import ops
-from fastgan.nn.utils.spectral_norm import SpectralNorm, make_picklable, renews
+from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, put, renews, take
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -52,35 +52,35 @@ def fuse_spectral_norm(model: M) -> M:
 class _Parametrized:
     """A weight normalised by a parametrization."""
 
-    v_first = False
-
-    def __init__(self, tensors: parametrize.ParametrizationList, norm: SpectralNorm) -> None:
-        self.tensors, self.norm = tensors, norm
+    def __init__(self, module: nn.Module, name: str, tensors: parametrize.ParametrizationList) -> None:
+        self.module, self.name, self.tensors = module, name, tensors
+        self.norm = _become(SpectralNorm, tensors[0])
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        return self.tensors.original, self.norm._u, self.norm._v, self.norm.dim
+        # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
+        buffers = self.norm._buffers
+        return self.tensors._parameters["original"], buffers["_u"], buffers["_v"], self.norm.dim  # type: ignore[return-value]
 
-    def settings(self) -> tuple[int, float, bool]:
-        return self.norm.n_power_iterations, self.norm.eps, renews(self.norm)
+    def settings(self) -> tuple[int, float, bool, bool]:
+        return self.norm.n_power_iterations, self.norm.eps, renews(self.norm), False
 
     def put(self, weight: Tensor) -> None:
-        self.norm.normalised = weight
+        put(self.module, self.name, weight)
 
     def clear(self) -> None:
-        self.norm.normalised = None
+        take(self.module, self.name)
 
 
 class _Hook(TorchHook):
     """PyTorch's older hook; `put` by the model's forward, it does nothing at its own module's."""
 
-    v_first = True
     module: nn.Module
     is_put = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if not self.is_put:
             weight, u, v, dim = self.operands()
-            n_power_iterations, eps, update = self.settings()
+            n_power_iterations, eps, update, v_first = self.settings()
             self._set(
                 ops.spectral_norm(
                     [weight],
@@ -90,7 +90,7 @@ class _Hook(TorchHook):
                     n_power_iterations=n_power_iterations,
                     eps=eps,
                     update=update,
-                    v_first=True,
+                    v_first=v_first,
                 )[0]
             )
 
@@ -98,8 +98,8 @@ class _Hook(TorchHook):
         weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
         return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
 
-    def settings(self) -> tuple[int, float, bool]:
-        return self.n_power_iterations, self.eps, renews(self.module)
+    def settings(self) -> tuple[int, float, bool, bool]:
+        return self.n_power_iterations, self.eps, renews(self.module), True
 
     def put(self, weight: Tensor) -> None:
         self._set(weight)
@@ -125,8 +125,14 @@ class _Fused:
         self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
-        for (n_power_iterations, eps, update), v_first, members in self._groups():
-            weights, us, vs, dims = zip(*(member.operands() for member in members), strict=True)
+        # One call serves the members of the same settings, dtype and device.
+        groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
+        for member in self.members:
+            operands = member.operands()
+            key = *member.settings(), operands[0].dtype, operands[0].device
+            groups.setdefault(key, []).append((member, operands))
+        for (n_power_iterations, eps, update, v_first, _, _), group in groups.items():
+            weights, us, vs, dims = zip(*(operands for _, operands in group), strict=True)
             normalised = ops.spectral_norm(
                 weights,
                 us,
@@ -137,33 +143,23 @@ class _Fused:
                 update=update,
                 v_first=v_first,
             )
-            for member, weight in zip(members, normalised, strict=True):
+            for (member, _), weight in zip(group, normalised, strict=True):
                 member.put(weight)
 
     def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
         for member in self.members:
             member.clear()
 
-    def _groups(self) -> Iterator[tuple[tuple[int, float, bool], bool, list[_Member]]]:
-        """Members that one call can serve: same settings, order of iteration, dtype and device."""
-        groups: dict[Any, list[_Member]] = {}
-        for member in self.members:
-            weight = member.operands()[0]
-            key = member.settings(), member.v_first, weight.dtype, weight.device
-            groups.setdefault(key, []).append(member)
-        for (settings, v_first, _, _), members in groups.items():
-            yield settings, v_first, members
-
 
 def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
     if not parametrize.is_parametrized(module):
         return
-    for tensors in cast(nn.ModuleDict, module.parametrizations).values():
+    for name, tensors in cast(nn.ModuleDict, module.parametrizations).items():
         tensors = cast(parametrize.ParametrizationList, tensors)
-        first = tensors[0]  # a later one does not see the original weight
-        if isinstance(first, _SpectralNorm) and tensors.original.ndim > 1:
-            make_picklable(module)
-            yield _Parametrized(tensors, _become(SpectralNorm, first))
+        # Of several parametrizations only the first sees the original, and only the last makes the weight.
+        if len(tensors) == 1 and isinstance(tensors[0], _SpectralNorm) and tensors.original.ndim > 1:
+            adapt(module, name)
+            yield _Parametrized(module, name, tensors)
 
 
 def _hooks(module: nn.Module) -> Iterator[_Hook]:

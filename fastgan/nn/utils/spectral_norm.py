@@ -21,12 +21,7 @@ class SpectralNorm(_SpectralNorm):
     the forward.
     """
 
-    # Set for the duration of a forward of a model that fuse_spectral_norm was called on.
-    normalised: Tensor | None = None
-
     def forward(self, weight: Tensor) -> Tensor:
-        if self.normalised is not None:
-            return self.normalised
         if weight.ndim == 1:
             return super().forward(weight)
         return ops.spectral_norm(
@@ -42,9 +37,6 @@ class SpectralNorm(_SpectralNorm):
     def extra_repr(self) -> str:
         iterations = f"n_power_iterations={self.n_power_iterations}, " if hasattr(self, "n_power_iterations") else ""
         return f"{iterations}dim={self.dim}, eps={self.eps}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "normalised"}
 
 
 def renews(module: nn.Module) -> bool:
@@ -83,13 +75,39 @@ def spectral_norm(
     if dim is None:
         dim = int(isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
     parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations, dim, eps))
-    make_picklable(module)
+    adapt(module, name)
     return module
 
 
-def make_picklable(module: nn.Module) -> None:
-    """PyTorch gives a parametrized module a class of its own, which pickle cannot name: pickle how to make it."""
-    type(module).__reduce_ex__ = _reduce  # type: ignore[method-assign, assignment]
+def adapt(module: nn.Module, name: str) -> None:
+    """Give the class that PyTorch makes for a parametrized module what it lacks.
+
+    Pickle, which cannot name that class, is told how to make it; and a weight that `put` has left there is returned as
+    it is, past the modules that would compute it.
+    """
+    cls, key = type(module), _key(name)
+    computed = cls.__dict__[name]
+    cls.__reduce_ex__ = _reduce  # type: ignore[method-assign, assignment]
+
+    def weight(self: nn.Module) -> Tensor:
+        there: Tensor | None = self.__dict__.get(key)
+        return computed.fget(self) if there is None else there
+
+    if getattr(computed.fget, "__module__", "") != __name__:
+        setattr(cls, name, property(weight, computed.fset))
+
+
+def put(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Let ``module.<name>`` be this weight until `take` removes it."""
+    module.__dict__[_key(name)] = weight
+
+
+def take(module: nn.Module, name: str) -> None:
+    module.__dict__.pop(_key(name), None)
+
+
+def _key(name: str) -> str:
+    return f"_normalised_{name}"
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -103,5 +121,5 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)
-    make_picklable(module)
+        adapt(module, name)
     return module

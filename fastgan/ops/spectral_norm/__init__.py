@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -69,13 +68,36 @@ def spectral_norm(
     if not weights:
         return []
     rows_at = [0] * len(weights) if dims is None else list(dims)
-    for i, (weight, dim) in enumerate(zip(weights, rows_at, strict=True)):
-        _check_weight(f"weights[{i}]", weight, weights[0], dim, two_dimensional=dims is None)
-        rows = weight.shape[dim]
-        _check_vector(f"us[{i}]", us[i], weight, rows, "rows")
-        _check_vector(f"vs[{i}]", vs[i], weight, prod(weight.shape) // rows, "columns")
-    rows_at = [dim % weight.ndim for weight, dim in zip(weights, rows_at, strict=True)]
+    operands = list(zip(weights, us, vs, rows_at, strict=True))
+    if not all(_fits(*of_one, weights[0]) for of_one in operands) or (
+        dims is None and any(w.ndim != 2 for w in weights)
+    ):
+        for i, (weight, u, v, dim) in enumerate(operands):
+            _check_weight(f"weights[{i}]", weight, weights[0], dim, two_dimensional=dims is None)
+            rows = weight.shape[dim]
+            _check_vector(f"us[{i}]", u, weight, rows, "rows")
+            _check_vector(f"vs[{i}]", v, weight, weight.numel() // rows, "columns")
+        rows_at = [dim % weight.ndim for weight, dim in zip(weights, rows_at, strict=True)]
     return normalise(weights, us, vs, rows_at, n_power_iterations if update else 0, eps, v_first, backend)
+
+
+def _fits(weight: Tensor, u: Tensor, v: Tensor, dim: int, first: Tensor) -> bool:
+    """Whether all is as it mostly is. Said once and fast; what is not is looked at below, one thing at a time."""
+    if not (isinstance(weight, Tensor) and isinstance(u, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape, size = weight.shape, weight.numel()
+    if not (size and 0 <= dim < len(shape) > 1):
+        return False
+    rows, dtype, device = shape[dim], first.dtype, first.device
+    return (
+        weight.dtype is u.dtype is v.dtype is dtype
+        and dtype in _DTYPES
+        and weight.device == u.device == v.device == device
+        and u.shape == (rows,)
+        and v.shape == (size // rows,)
+        and u.is_contiguous()
+        and v.is_contiguous()
+    )
 
 
 def _check_weight(name: str, weight: Tensor, first: Tensor, dim: int, *, two_dimensional: bool) -> None:

@@ -1,0 +1,134 @@
+"""The command line: fastgan train | verify | bench | info. A command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgan.trainer.config import TrainConfig
+
+REQUIREMENT_OF = {
+    "tyro": "fastgan",
+    "numpy": "fastgan[train]",
+    "PIL": "fastgan[train]",
+    "matplotlib": "fastgan[train]",
+    "tqdm": "fastgan[train]",
+}
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a GAN on real images or on a toy distribution."""
+    config = parse_train(arguments)
+    from fastgan.trainer.loop import Trainer
+
+    number = Trainer(config).train()
+    if number is None:
+        print(f"{config.folder / 'report.md'}")
+        return 0
+    again = f"fastgan train {config.dataset} --name {config.name} --runs {config.runs} --resume"
+    print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
+    return 128 + number
+
+
+def parse_train(arguments: Sequence[str]) -> TrainConfig:
+    import tyro
+
+    from fastgan.trainer.config import PRESETS, TrainConfig
+
+    def parse(presets: dict[str, tuple[str, TrainConfig]]) -> TrainConfig:
+        return tyro.extras.overridable_config_cli(
+            {
+                name: (f"{text}\n\nexample: fastgan train {name} --steps 500", preset)
+                for name, (text, preset) in presets.items()
+            },
+            prog="fastgan train",
+            description=f"{train.__doc__}\n\nexample: fastgan train fashion-mnist --name demo --minutes 4",
+            args=list(arguments),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+
+    config = parse(PRESETS)
+    if not config.resume:
+        return config
+    # The run's own settings are the defaults now, so that a flag that was given still shows as a change.
+    saved = TrainConfig.load(config.folder / "config.json")
+    saved = dataclasses.replace(saved, runs=config.runs)  # the folder may have moved since
+    return parse({name: (help_text, saved) for name, (help_text, _) in PRESETS.items()})
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Train a fused and a pure PyTorch copy in lockstep, and compare every step."""
+    import tyro
+
+    from fastgan.trainer.verify import VerifyConfig
+    from fastgan.trainer.verify import verify as run
+
+    config = tyro.cli(
+        VerifyConfig,
+        prog="fastgan verify",
+        description=f"{verify.__doc__}\n\nexample: fastgan verify --steps 32 --device cpu",
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return 0 if run(config) else 1
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Time the kernels against pure PyTorch."""
+    from fastgan.bench import run
+
+    return run.main(arguments)
+
+
+def info(arguments: Sequence[str]) -> int:
+    """Show what can run on this machine, and why the rest cannot."""
+    if arguments:
+        raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
+    import fastgan
+
+    print(fastgan.info())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "verify": verify,
+    "bench": bench,
+    "info": info,
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: fastgan COMMAND [--help]", "", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the result is the exit status. Errors that a user can act on take one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        return fail(f"no command {arguments[0]!r}: choose from {', '.join(COMMANDS)}")
+
+    from fastgan.backends import BackendUnavailable
+    from fastgan.trainer.errors import TrainerError
+
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in REQUIREMENT_OF:
+            raise
+        return fail(f"{package} is not installed: pip install '{REQUIREMENT_OF[package]}'")
+    except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
+        return fail(str(error))
+
+
+def fail(message: str) -> int:
+    print(f"fastgan: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,125 @@
+"""conv1d, conv2d, conv3d and their transposes: torch.nn.functional's, with a lean double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan.ops.conv.autograd import Geometry, convolve
+from fastgan.ops.scope import current_scope
+
+__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
+Size = int | Sequence[int]
+
+
+def _conv(n: int) -> Callable[..., Tensor]:
+    torch_conv = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
+
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if not _ours(input, weight, n):
+            return torch_conv(input, weight, bias, stride, padding, dilation, groups)
+        sizes = _tuple(stride, n), _tuple(dilation, n)
+        if isinstance(padding, str):
+            input, padded = _pad(input, weight, padding, *sizes)
+        else:
+            padded = _tuple(padding, n)
+        geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups)
+        return convolve(*_autocast(input, weight, bias), geometry, current_scope())
+
+    return _named(conv, torch_conv, f"conv{n}d", "(C_out, C_in / groups, *K)")
+
+
+def _conv_transpose(n: int) -> Callable[..., Tensor]:
+    torch_conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+
+    def conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        dilation: Size = 1,
+    ) -> Tensor:
+        if not _ours(input, weight, n):
+            return torch_conv(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        steps, padded, dilations, further = (_tuple(size, n) for size in (stride, padding, dilation, output_padding))
+        geometry = Geometry(steps, padded, dilations, True, further, groups)
+        return convolve(*_autocast(input, weight, bias), geometry, current_scope())
+
+    return _named(conv_transpose, torch_conv, f"conv_transpose{n}d", "(C_in, C_out / groups, *K)")
+
+
+def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Callable[..., Tensor]:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"""``torch.nn.functional.{name}``: same arguments, results and errors.
+
+    Its double backward forms only the gradients that were asked for, and none at all for an input that has none, where
+    PyTorch's fills zeros. Twice differentiable; a third derivative raises.
+
+    Args:
+        input: (N, C_in, *S) of any floating dtype; without N, or complex, PyTorch's own runs.
+        weight: {weight_shape}.
+        bias: (C_out,) or None.
+    """
+    return function  # type: ignore[no-any-return]
+
+
+def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
+    """Batched and real: everything else, errors too, is PyTorch's."""
+    return (
+        isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and input.ndim == weight.ndim == n + 2
+        and input.is_floating_point()
+        and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
+        and 0 not in input.shape
+    )
+
+
+def _tuple(size: Size, n: int) -> tuple[int, ...]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * n if len(sizes) == 1 else sizes
+
+
+def _pad(
+    input: Tensor, weight: Tensor, padding: str, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the symmetric padding that a named padding means; an odd total goes to the far side."""
+    if padding == "valid":
+        return input, (0,) * len(stride)
+    if padding != "same":
+        raise ValueError(f"padding must be numbers, 'valid' or 'same', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise ValueError("padding='same' is not supported for strided convolutions")
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        input = F.pad(input, [side for total in reversed(totals) for side in (0, total % 2)])
+    return input, tuple(total // 2 for total in totals)
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts that autocast makes at a convolution, made before what the backward will keep."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+conv1d, conv2d, conv3d = (_conv(n) for n in (1, 2, 3))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = (_conv_transpose(n) for n in (1, 2, 3))

@@ -1,0 +1,127 @@
+"""Gradient penalties: a function of the discriminator's gradient at chosen points, exact, for any discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.gradient_penalty.kinds import check_kind, penalise, points
+from fastgan.ops.scope import inputs_only
+from fastgan.ops.twice_differentiable import twice_differentiable
+
+__all__ = ["gradient_penalty", "penalty_from_logits"]
+
+Logits = Tensor | Sequence["Logits"]
+
+
+def gradient_penalty(
+    discriminator: Callable[..., Any],
+    real: Tensor,
+    fake: Tensor | None = None,
+    *,
+    kind: str = "wgan-gp",
+    weight: float | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A penalty on the discriminator's gradient g = dD/dx, in one forward and one backward over the inputs.
+
+    ============== ========================================== =======================================
+    kind           at                                         penalty
+    ============== ========================================== =======================================
+    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - 1)^2
+    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - 1)^2
+    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
+    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
+    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - 1)^2
+    r1             real                                       weight / 2 * mean |g|^2
+    r2             fake                                       weight / 2 * mean |g|^2
+    r1+r2          real and fake, in one pass                 the sum of both
+    ============== ========================================== =======================================
+
+    alpha ~ U(0, 1) per sample. Norms are over all dimensions of a sample and are computed in float32; the gradient of
+    a norm of zero is zero. Convolutions, ReLUs and poolings inside D take four forwards' work for the penalty and its
+    gradient where PyTorch takes six (see ``twice_differentiable``); everything else is PyTorch's.
+
+    Args:
+        discriminator: called as ``discriminator(x, *args, **kwargs)``; returns logits of any shape, or a sequence of
+            them (several scales), which are summed.
+        real: (N, *S), floating.
+        fake: (N, *S) likewise; not used by "r1" and "dragan". Neither is differentiated.
+        weight: factor; None: 10.
+        args, kwargs: further inputs of the discriminator, such as labels. "r1+r2" calls it on reals, then on fakes.
+        generator: where alpha and the noise come from.
+
+    Returns:
+        () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters.
+
+    Raises:
+        ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input.
+        TypeError: an input is not a floating tensor; ``fake`` is missing for a kind that needs it.
+        RuntimeError: gradients are off.
+
+    Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
+    Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered).
+    """
+    check_kind(kind)
+    total: Tensor | None = None
+    for x in points(kind, real, fake, generator):
+        x = x.detach().requires_grad_()
+        _require_grad_mode()
+        with twice_differentiable():
+            logits = discriminator(x, *args, **(kwargs or {}))
+        penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
+        total = penalty if total is None else total + penalty
+    assert total is not None
+    return total
+
+
+def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", weight: float | None = None) -> Tensor:
+    """The penalty of ``gradient_penalty`` from logits that are there already, at the inputs that they came from.
+
+        images.requires_grad_()
+        with fastgan.twice_differentiable():
+            logits = discriminator(images)
+        loss = softplus(-logits).mean() + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)
+
+    Args:
+        logits: of any shape, or a sequence of them, of ``inputs``.
+        inputs: (N, *S), floating, requiring a gradient when the logits were computed.
+        kind: which function of the gradient; at what points, the caller has chosen.
+        weight: factor; None: 10.
+
+    Returns and raises as ``gradient_penalty``.
+    """
+    check_kind(kind)
+    _require_grad_mode()
+    outputs = list(_flatten(logits))
+    if not inputs.requires_grad:
+        raise ValueError("inputs must require a gradient before the discriminator is called: inputs.requires_grad_()")
+    connected = [output for output in outputs if output.requires_grad]
+    grad: Tensor | None = None
+    if connected:
+        with inputs_only(connected):
+            ones = [torch.ones_like(output) for output in connected]
+            (grad,) = torch.autograd.grad(connected, inputs, ones, create_graph=True, allow_unused=True)
+    if grad is None:
+        raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
+    return penalise(kind, grad, 10.0 if weight is None else weight)
+
+
+def _flatten(logits: Any) -> Any:
+    if isinstance(logits, Tensor):
+        yield logits
+    elif isinstance(logits, Sequence) and logits and not isinstance(logits, str):
+        for part in logits:
+            yield from _flatten(part)
+    else:
+        raise TypeError(f"the discriminator must return a tensor or a sequence of tensors, got {type(logits).__name__}")
+
+
+def _require_grad_mode() -> None:
+    if not torch.is_grad_enabled():
+        raise RuntimeError("a gradient penalty needs gradients: call it outside torch.no_grad() and inference_mode()")

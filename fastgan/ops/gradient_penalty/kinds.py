@@ -1,0 +1,96 @@
+"""The kinds of penalty: at which points the gradient is taken, and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def _two_sided(grad: Tensor) -> Tensor:
+    return (_norm(grad) - 1).square().mean()
+
+
+def _one_sided(grad: Tensor) -> Tensor:
+    return (_norm(grad) - 1).clamp(min=0).square().mean()
+
+
+def _squared(grad: Tensor) -> Tensor:
+    return grad.square().sum(1).mean()
+
+
+def _half_squared(grad: Tensor) -> Tensor:
+    return _squared(grad) / 2
+
+
+def _largest(grad: Tensor) -> Tensor:
+    return grad.square().sum(1).max()
+
+
+def _norm(grad: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=1)  # its gradient at zero is zero
+    return norm
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "wgan-gp": _two_sided,
+    "wgan-lp": _one_sided,
+    "max-gp": _largest,
+    "zero-centered": _squared,
+    "dragan": _two_sided,
+    "r1": _half_squared,
+    "r2": _half_squared,
+    "r1+r2": _half_squared,
+}
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
+    """weight * penalty of the gradients (N, *S), in float32 or better: a half-precision square would overflow."""
+    with torch.autocast(grad.device.type, enabled=False):
+        flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]  # (N, prod S)
+        return weight * KINDS[kind](flat if flat.dtype == torch.float64 else flat.float())
+
+
+def points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """The points (N, *S) at which the gradient is taken: one tensor, or two for "r1+r2"."""
+    _check_input("real", real)
+    if kind == "r1":
+        yield real
+    elif kind == "dragan":
+        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+        yield real.detach() + _alpha(real, generator) * 0.5 * real.detach().std() * noise
+    else:
+        if fake is None:
+            raise TypeError(f"kind {kind!r} needs fake, got None")
+        _check_input("fake", fake)
+        if fake.shape != real.shape:
+            raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
+        if fake.device != real.device:
+            raise ValueError(f"fake must be on the device of real, {real.device}, got {fake.device}")
+        if kind == "r1+r2":
+            yield real
+            yield fake
+        elif kind == "r2":
+            yield fake
+        else:
+            yield torch.lerp(fake.detach().to(real.dtype), real.detach(), _alpha(real, generator))
+
+
+def _alpha(real: Tensor, generator: torch.Generator | None) -> Tensor:
+    shape = real.shape[0], *[1] * (real.ndim - 1)
+    return torch.rand(shape, dtype=real.dtype, device=real.device, generator=generator)
+
+
+def _check_input(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {x.dtype}")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"{name} must be (N, ...) and not empty, got shape {tuple(x.shape)}")

@@ -1,0 +1,123 @@
+"""avg_pool1d, avg_pool2d, avg_pool3d: linear, so that their second derivative is nothing at all, not zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["avg_pool1d", "avg_pool2d", "avg_pool3d"]
+
+Size = int | Sequence[int]
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """``torch.nn.functional.avg_pool1d``: as `avg_pool2d`, of input (N, C, L)."""
+    if input.ndim != 3:
+        return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
+    kernel, step, pad = _sizes(1, kernel_size, stride, padding)
+    flat = avg_pool2d(input[:, :, None], (1, *kernel), (1, *step), (0, *pad), ceil_mode, count_include_pad)
+    return flat[:, :, 0]  # (N, C, L')
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.avg_pool2d``: same arguments, results and errors.
+
+    Keeps nothing of the input but its shape. No gradient flows to ``input`` through the derivative, where PyTorch sends
+    zeros. Differentiable to any order.
+
+    Args:
+        input: (N, C, H, W), floating; of other shapes PyTorch's own runs.
+    """
+    return _pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.avg_pool3d``: as `avg_pool2d`, of input (N, C, D, H, W)."""
+    return _pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+class _Window(NamedTuple):
+    """As the ``aten`` operators take it."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+    count_include_pad: bool
+    divisor_override: int | None
+
+
+def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
+    if input.ndim != n + 2 or not input.is_floating_point() or input.numel() == 0:
+        plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
+        return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
+    kernel, step, pad = _sizes(n, kernel_size, stride, padding)
+    pooled: Tensor = _Pool.apply(input, _Window(kernel, step, pad, *rest))
+    return pooled
+
+
+def _sizes(n: int, kernel_size: Size, stride: Size | None, padding: Size) -> tuple[tuple[int, ...], ...]:
+    given = (kernel_size, kernel_size if stride is None else stride, padding)
+    return tuple((size,) * n if isinstance(size, int) else tuple(size) for size in given)
+
+
+def _aten(ndim: int, suffix: str = "") -> Any:
+    return getattr(torch.ops.aten, f"avg_pool{ndim - 2}d{suffix}")
+
+
+class _Pool(torch.autograd.Function):
+    """Linear: its derivative is its transpose, whose derivative it is."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, window: _Window) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.window, ctx.shape, ctx.stride = window, input.shape, input.stride()
+        return _aten(input.ndim)(input, *window)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        return _Transpose.apply(grad, ctx.window, ctx.shape, ctx.stride), None  # type: ignore[no-untyped-call]
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, window: _Window, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.window = window
+        unread = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # asked for its shape
+        return _aten(grad.ndim, "_backward")(grad, unread, *window)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        return _Pool.apply(grad, ctx.window), None, None, None  # type: ignore[no-untyped-call]

@@ -1,0 +1,138 @@
+"""How the Triton kernels of spectral norm share out the weights: small tables say which program does what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # elements a program holds at a time: eight 16-byte loads a thread in float32
+SMALL_BLOCK = 1024  # where accesses are narrow, or the work is a vector
+MAX_PARTS = 1024  # a sum is left in at most this many parts, which each of its readers adds up
+_MAX_LENGTH = 2**31 - 1 - BLOCK  # rows or columns; their product may be larger
+_ENOUGH_PROGRAMS = 2048  # several for each multiprocessor of a large GPU
+
+# How a product walks W: lines of memory, 16-byte aligned, are summed along or across; or any other way.
+GENERAL, ALONG, ACROSS = 0, 1, 2
+# What a program of the last launch forward writes.
+WEIGHT_PART, U_PART, V_PART = 0, 1, 2
+
+# The table of weights, one row a weight.
+FIELDS = (
+    *("weight", "output", "u", "v", "saved", "grad"),  # addresses
+    *("outer", "rows", "inner"),
+    *("chunk", "chunks", "chunk_sums", "vector"),  # stretches of memory; whether 16-byte accesses fit them
+    *("s_form", "s_span", "s_tiles", "s", "s_sums"),  # s = W v: outputs a tile, tiles, offsets in scratch
+    *("t_form", "t_span", "t_tiles", "t", "t_sums"),  # t = W^T u
+)
+Addresses = tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The table of weights, less the addresses, and the (weight, tile) of each program of a launch."""
+
+    rows: tuple[tuple[int, ...], ...]
+    s_tiles: Tensor
+    t_tiles: Tensor
+    parts: Tensor  # (weight, part, index)
+    chunks: Tensor
+    chunks_back: Tensor  # the same, the last first
+    scratch: int  # elements
+    chunk_sums: int  # of which these come first, and are all that backward needs
+
+
+@lru_cache(maxsize=64)
+def plan_of(
+    matrices: tuple[tuple[int, int, int], ...], aligned: tuple[bool, ...], item: int, device: torch.device
+) -> Plan:
+    """The plan for weights (outer, rows, inner), ``item`` bytes an element, 16-byte ``aligned`` or not."""
+    for outer, rows, inner in matrices:
+        if max(rows, outer * inner) > _MAX_LENGTH:
+            raise ValueError(f"a weight of {rows} rows and {outer * inner} columns: at most {_MAX_LENGTH} of each")
+    sizes = [outer * rows * inner for outer, rows, inner in matrices]
+    vector = 16 // item
+    blocks = max(1, min(8, sum(sizes) // (BLOCK * _ENOUGH_PROGRAMS)))
+    chunk = [BLOCK * max(blocks, _ceil(size, BLOCK * MAX_PARTS)) for size in sizes]
+    chunks = [_ceil(size, length) for size, length in zip(sizes, chunk, strict=True)]
+
+    table: list[tuple[int, ...]] = []
+    scratch = sum(chunks)
+    tiles: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    for i, (outer, rows, inner) in enumerate(matrices):
+        row = [
+            outer,
+            rows,
+            inner,
+            chunk[i],
+            chunks[i],
+            sum(chunks[:i]),
+            aligned[i] and sizes[i] % vector == 0,
+        ]
+        for of_columns, length in ((False, rows), (True, outer * inner)):
+            form = _form(matrices[i], of_columns, vector, aligned[i])
+            block = outputs_a_block(form, item)
+            span = block * _ceil(length, block * MAX_PARTS)
+            count = _ceil(length, span)
+            row += [form, span, count, scratch, scratch + length]
+            scratch += length + count
+            tiles[of_columns] += [(i, j) for j in range(count)]
+        table.append(tuple(map(int, row)))
+
+    every_chunk = [(i, j) for i, count in enumerate(chunks) for j in range(count)]
+    parts = [(i, WEIGHT_PART, j) for i, j in every_chunk]
+    for i, (outer, rows, inner) in enumerate(matrices):
+        parts += [(i, U_PART, j) for j in range(_ceil(rows, SMALL_BLOCK))]
+        parts += [(i, V_PART, j) for j in range(_ceil(outer * inner, SMALL_BLOCK))]
+    # Every other launch walks the list backwards, and finds in L2 what the one before it read last.
+    launches = (tiles[False], tiles[True][::-1], parts, every_chunk, every_chunk[::-1])
+    tables = [torch.tensor(entries, device=device) for entries in launches]
+    return Plan(tuple(table), *tables, scratch=scratch, chunk_sums=sum(chunks))
+
+
+def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: bool) -> int:
+    outer, rows, inner = matrix
+    line = inner if outer == 1 else rows
+    if not aligned or min(outer, inner) > 1 or line % vector:
+        return GENERAL
+    return ALONG if (outer == 1) != of_columns else ACROSS
+
+
+def outputs_a_block(form: int, item: int) -> int:
+    """How many elements of s or t a program computes at a time, each with a share of a block of W."""
+    return {ALONG: 4, ACROSS: 128 // item, GENERAL: 32}[form]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# Tables made while a CUDA graph is captured: the graph reads the host's copy at each replay.
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device) -> Tensor:
+    """The table of weights on the device. Steps that meet the same addresses again upload nothing."""
+    if device.type != "cuda":
+        return _table(plan.rows, addresses, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        host = _pinned(plan.rows, addresses)
+        _captured.append((host, host.to(device, non_blocking=True)))
+        return _captured[-1][1]
+    return _table(plan.rows, addresses, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _table(
+    rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...], device: torch.device, stream: int
+) -> Tensor:
+    # The stream is part of the key: on another one, the copy might not have arrived.
+    if device.type == "cuda":
+        return _pinned(rows, addresses).to(device, non_blocking=True)
+    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device=device)
+
+
+def _pinned(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
+    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], pin_memory=True)

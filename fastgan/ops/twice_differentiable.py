@@ -1,0 +1,62 @@
+"""PyTorch's own functions, called by unchanged code, rerouted to the ops that differentiate twice without waste."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fastgan.ops import activation, conv, pool
+from fastgan.ops.scope import new_scope
+
+_ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{
+        function: getattr(conv, f"conv{kind}{n}d")
+        for kind in ("", "_transpose")
+        for n in (1, 2, 3)
+        for function in {getattr(F, f"conv{kind}{n}d"), getattr(torch, f"conv{kind}{n}d")}
+    },
+    **{
+        function: getattr(pool, f"avg_pool{n}d")
+        for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
+        for function in functions
+    },
+    F.leaky_relu: activation.leaky_relu,
+    F.leaky_relu_: lambda x, slope=0.01: activation.leaky_relu(x, slope, inplace=True),
+    F.relu: activation.relu,
+    torch.relu: activation.relu,
+    torch.Tensor.relu: activation.relu,
+    F.relu_: lambda x: activation.relu(x, inplace=True),
+    torch.relu_: lambda x: activation.relu(x, inplace=True),
+    torch.Tensor.relu_: lambda x: activation.relu(x, inplace=True),
+}
+
+
+class _Reroute(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        route = _ROUTES.get(func)
+        plain = all(kind in (torch.Tensor, torch.nn.Parameter) for kind in types)
+        if route is None or not plain or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return route(*args, **(kwargs or {}))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
+
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu and avg_pool1d/2d/3d, called as functions or by
+    modules, in place too; everything else, tensor subclasses, and all calls while gradients are off, are PyTorch's own.
+    Holds for this thread; may be nested.
+
+        with fastgan.twice_differentiable():
+            logits = discriminator(images)
+    """
+    with new_scope(), _Reroute():
+        yield

@@ -1,0 +1,1 @@
+"""The reference trainer: a small GAN trainer that exercises fastgan on real work."""

@@ -1,0 +1,160 @@
+"""What a training run is made of. `fastgan train PRESET` starts from a preset; every field is a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastgan.trainer.errors import RunFolderError
+
+DatasetName = Literal["fashion-mnist", "discs", "ring8", "grid25"]
+SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
+
+# What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
+RESUME_MAY_CHANGE = {
+    *("steps", "minutes", "device", "threads", "data", "runs"),
+    *("log_every", "sample_every", "checkpoint_every"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = 32  # channels at 16x16, doubled at each halving (images), or hidden units (points)
+    latent_dim: int = 64  # length of the generator's input
+    spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch is torch.nn.utils.parametrizations
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "width", "latent_dim")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    loss: Literal["hinge", "non-saturating"] = "hinge"
+    batch_size: int = 64
+    d_lr: float = 4e-4
+    g_lr: float = 4e-4
+    betas: tuple[float, float] = (0.5, 0.999)  # Adam's
+    d_steps: int = 1  # discriminator steps for each generator step
+    ema_decay: float = 0.995  # of the averaged generator, which draws the samples
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps")
+        for value in (*self.betas, self.ema_decay):
+            if not 0 <= value < 1:
+                raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    dataset: DatasetName = "fashion-mnist"  # what to learn
+    name: str = "fashion-mnist"  # the run's folder below --runs
+    runs: Path = Path("runs")
+    data: Path | None = None  # folder of the IDX files; unset: $FASTGAN_DATA, the cache, then Debian's folder
+    steps: int = 20_000  # generator steps to stop at
+    minutes: float | None = None  # training time to stop at, over all resumptions, if that comes first
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None  # CPU threads; unset: PyTorch's choice
+    log_every: int = 50
+    sample_every: int = 500
+    checkpoint_every: int = 1000
+    resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
+    overwrite: bool = False  # replace an existing run of this name
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name must be a plain folder name, got {self.name!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.name
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["runs"] = str(self.runs)
+        values["data"] = None if self.data is None else str(self.data)
+        values["optim"]["betas"] = list(self.optim.betas)
+        del values["resume"], values["overwrite"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        values = dict(values)
+        values["runs"] = Path(values["runs"])
+        values["data"] = None if values["data"] is None else Path(values["data"])
+        values["model"] = ModelConfig(**values["model"])
+        optim = dict(values["optim"])
+        optim["betas"] = tuple(optim["betas"])
+        values["optim"] = OptimConfig(**optim)
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise RunFolderError(f"{path.parent} holds no run to resume") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path} is not a run's configuration: {error}") from error
+
+
+def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
+    """Raise RunFolderError where `asked` would compute something else than the run it resumes."""
+    before, after = _flat(saved.to_json()), _flat(asked.to_json())
+    changed = [key for key in before if key not in RESUME_MAY_CHANGE and before[key] != after[key]]
+    if changed:
+        what = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in changed)
+        raise RunFolderError(f"cannot resume {asked.folder} with other settings ({what})")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    groups = {key: value for key, value in values.items() if isinstance(value, dict)}
+    return {key: value for key, value in values.items() if key not in groups} | {
+        key: value for group in groups.values() for key, value in group.items()
+    }
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+POINT_OPTIM = OptimConfig(loss="non-saturating", batch_size=256, d_lr=2e-3, g_lr=1e-3, ema_decay=0.99)
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "fashion-mnist": ("28x28 photographs of clothes, padded to 32x32; DCGAN.", TrainConfig()),
+    "discs": (
+        "32x32 soft discs drawn on the fly, for a machine with no data; DCGAN.",
+        TrainConfig(dataset="discs", name="discs", steps=2000),
+    ),
+    "ring8": (
+        "8 Gaussians on a circle; MLP.",
+        TrainConfig(
+            dataset="ring8",
+            name="ring8",
+            steps=3000,
+            model=ModelConfig(width=64, latent_dim=16),
+            optim=POINT_OPTIM,
+        ),
+    ),
+    "grid25": (
+        "25 Gaussians on a square grid; MLP.",
+        TrainConfig(
+            dataset="grid25",
+            name="grid25",
+            steps=10_000,
+            model=ModelConfig(width=128, latent_dim=16),
+            optim=POINT_OPTIM,
+        ),
+    ),
+}

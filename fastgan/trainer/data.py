@@ -1,0 +1,168 @@
+"""Where real samples come from: no loader, data on the device, and an order that resumes where it stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgan.trainer.config import DatasetName
+from fastgan.trainer.errors import DataError
+
+FASHION_MNIST_IMAGES = "train-images-idx3-ubyte.gz"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Source(Protocol):
+    """An endless stream of real batches."""
+
+    shape: tuple[int, ...]  # of one sample
+    scale: float  # about the largest value in a sample
+
+    def next(self, batch_size: int) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Images:
+    """Images (N, C, H, W), unsigned bytes on the device, scaled to [-1, 1] as they are drawn.
+
+    Each epoch visits every image at most once, in an order drawn from `seed`; a last part that fills no
+    batch is left out.
+    """
+
+    scale = 1.0
+
+    def __init__(self, images: Tensor, seed: int, device: torch.device) -> None:
+        self.images = images.to(device)
+        self.shape = tuple(images.shape[1:])
+        self.generator = torch.Generator().manual_seed(seed)
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.epoch_state = self.generator.get_state()
+        self.order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
+        self.cursor = 0
+
+    def next(self, batch_size: int) -> Tensor:
+        if batch_size > len(self.images):
+            raise DataError(f"a batch of {batch_size} needs as many images, the data has {len(self.images)}")
+        if self.cursor + batch_size > len(self.images):
+            self._start_epoch()
+        index = self.order[self.cursor : self.cursor + batch_size]
+        self.cursor += batch_size
+        return self.images[index].float().div_(127.5).sub_(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_state": self.epoch_state, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["epoch_state"])
+        self._start_epoch()
+        self.cursor = state["cursor"]
+
+
+class _Drawn:
+    """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Mixture(_Drawn):
+    """Equal Gaussians of standard deviation `sigma` around `modes` (K, 2)."""
+
+    shape: tuple[int, ...] = (2,)
+
+    def __init__(self, modes: Tensor, sigma: float, seed: int, device: torch.device) -> None:
+        super().__init__(seed, device)
+        self.modes = modes
+        self.scale = float(modes.abs().max())
+        self.sigma = sigma
+
+    def next(self, batch_size: int) -> Tensor:
+        mode = torch.randint(len(self.modes), (batch_size,), generator=self.generator)
+        offset = torch.randn(batch_size, 2, generator=self.generator)
+        return (self.modes[mode] + self.sigma * offset).to(self.device)
+
+    def shares(self, samples: Tensor, radius: float) -> Tensor:
+        """The share of `samples` (N, 2) that lies within `radius` of each mode (K,)."""
+        distance = torch.cdist(samples.cpu(), self.modes)  # (N, K)
+        return (distance <= radius).float().mean(0)
+
+
+class Discs(_Drawn):
+    """Soft-edged bright discs on a dark ground, of random place and size: images (1, 32, 32) in [-1, 1]."""
+
+    shape: tuple[int, ...] = (1, 32, 32)
+    scale = 1.0
+
+    def next(self, batch_size: int) -> Tensor:
+        x, y, radius = torch.rand(3, batch_size, 1, 1, generator=self.generator)
+        axis = torch.arange(32.0)
+        distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
+        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device)
+
+
+def ring8(seed: int, device: torch.device) -> Mixture:
+    """Eight modes on the unit circle, sigma 0.01."""
+    angle = torch.arange(8) * (2 * math.pi / 8)
+    return Mixture(torch.stack([angle.cos(), angle.sin()], 1), 0.01, seed, device)
+
+
+def grid25(seed: int, device: torch.device) -> Mixture:
+    """25 modes on {-4, -2, 0, 2, 4}^2, sigma 0.05."""
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return Mixture(torch.cartesian_prod(axis, axis), 0.05, seed, device)
+
+
+def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -> Images:
+    """Fashion-MNIST's training images, padded from 28x28 to 32x32."""
+    from fastgan.trainer.idx import read_idx
+
+    path = find_fashion_mnist(folder) / FASHION_MNIST_IMAGES
+    images = read_idx(path)
+    if images.ndim != 3 or images.shape[1:] != (28, 28):
+        raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
+    padded = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
+    padded[:, 0, 2:30, 2:30] = torch.tensor(images)
+    return Images(padded, seed, device)
+
+
+def find_fashion_mnist(folder: Path | None = None) -> Path:
+    """The folder of Fashion-MNIST's IDX files: `folder`, else $FASTGAN_DATA, else the cache, else Debian's.
+
+    A folder that was named and does not hold the file is an error, not a reason to look elsewhere.
+    """
+    named = folder or (Path(value) if (value := os.environ.get("FASTGAN_DATA")) else None)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    candidates = [named] if named else [cache / "fastgan" / "fashion-mnist", DEBIAN_FOLDER]
+    for candidate in candidates:
+        if (candidate / FASHION_MNIST_IMAGES).is_file():
+            return candidate
+    raise DataError(
+        f"no {FASHION_MNIST_IMAGES} in {' or '.join(map(str, candidates))}; give its folder with --data PATH "
+        "or FASTGAN_DATA=PATH, fetch it with `make data`, or install Debian's package dataset-fashion-mnist"
+    )
+
+
+def load_source(dataset: DatasetName, seed: int, device: torch.device, folder: Path | None = None) -> Source:
+    """The source of a data set's real samples."""
+    if dataset == "fashion-mnist":
+        return fashion_mnist(seed, device, folder)
+    if dataset == "discs":
+        return Discs(seed, device)
+    return {"ring8": ring8, "grid25": grid25}[dataset](seed, device)

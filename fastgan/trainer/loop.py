@@ -1,0 +1,169 @@
+"""The training loop: step, log, sample, save, stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgan.trainer import checkpoint, pictures, report
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data import load_source
+from fastgan.trainer.device import choose_device
+from fastgan.trainer.errors import NonFiniteLossError
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.run import RunFolder
+
+GRID_SAMPLES = 64
+POINT_SAMPLES = 2000
+LOSS_NAMES = ("discriminator", "generator")
+
+
+class Trainer:
+    """One run: the game, its clock and its folder."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.run = RunFolder(config)
+        self.device = choose_device(config.device)
+        # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
+        seed = 4 * config.seed
+        source = load_source(config.dataset, seed + 2, self.device, config.data)
+        self.gan = GAN(config.model, config.optim, source, seed, self.device)
+        points = len(source.shape) == 1
+        self.fixed_noise = torch.randn(
+            POINT_SAMPLES if points else GRID_SAMPLES,
+            config.model.latent_dim,
+            generator=torch.Generator().manual_seed(seed + 3),
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.pending: list[Tensor] = []  # losses since the last record, still on the device
+        self.recorded_at = 0.0
+        if config.resume:
+            self._resume()
+        self.run.open(config)
+        self.run.append_metrics(report.header(config, self.device, self.step))
+
+    def train(self) -> int | None:
+        """Train until a limit or a signal, and leave a checkpoint, pictures and a report.
+
+        Returns:
+            The number of the signal that ended the run early, or None.
+
+        Raises:
+            NonFiniteLossError: a loss became infinite or NaN; the last good checkpoint is kept.
+        """
+        started = time.monotonic() - self.seconds
+        self.recorded_at = self.seconds
+        bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        with (
+            received_signals() as signals,
+            tqdm(total=1.0, initial=self.progress(), desc=self.config.name, bar_format=bar_format) as bar,
+        ):
+            while self.progress() < 1:
+                self.pending.append(self.gan.step())
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                if self.step % self.config.log_every == 0:
+                    self._record(bar)
+                if self.step % self.config.sample_every == 0:
+                    self._draw()
+                if self.step % self.config.checkpoint_every == 0:
+                    self._save(bar)
+                if signals:
+                    break
+            self._save(bar)
+            self._draw()
+            self._summarise()
+        return signals[0] if signals else None
+
+    def progress(self) -> float:
+        """The share of the run that is done, 1 at whichever limit comes first."""
+        share = self.step / self.config.steps
+        if self.config.minutes:
+            share = max(share, self.seconds / (60 * self.config.minutes))
+        return min(share, 1.0)
+
+    def _record(self, bar: tqdm[Any]) -> None:
+        """Check the losses since the last record and write their means: the one wait for the device."""
+        if not self.pending:
+            return
+        losses = torch.stack(self.pending).tolist()  # (steps, 2)
+        first = self.step - len(losses) + 1
+        for step, pair in enumerate(losses, first):
+            for name, value in zip(LOSS_NAMES, pair, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"step {step}: the {name}'s loss is {value}; lower --d-lr and --g-lr, or "
+                        f"look at the steps before it in {self.run.metrics}"
+                    )
+        d_loss, g_loss = (sum(values) / len(losses) for values in zip(*losses, strict=True))
+        images = self.config.optim.batch_size * len(losses)
+        rate = images / (self.seconds - self.recorded_at)
+        self.run.append_metrics(
+            {
+                "step": self.step,
+                "seconds": round(self.seconds, 3),
+                "images_per_s": round(rate, 1),
+                "d_loss": d_loss,
+                "g_loss": g_loss,
+            }
+        )
+        bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
+        bar.update(self.progress() - bar.n)
+        self.pending.clear()
+        self.recorded_at = self.seconds
+
+    def _save(self, bar: tqdm[Any]) -> None:
+        self._record(bar)  # a checkpoint never holds a state that was not checked
+        state = {"gan": self.gan.state_dict(), "seconds": self.seconds}
+        checkpoint.save(self.run.checkpoints, self.step, state)
+
+    def _resume(self) -> None:
+        state = checkpoint.load(checkpoint.newest(self.run.checkpoints))
+        self.gan.load_state_dict(state["gan"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.run.forget_after(self.step)
+
+    def _draw(self) -> None:
+        samples = self.gan.samples(self.fixed_noise)
+        pictures.save_samples(samples, self.gan.source, self.run.history / f"step-{self.step:08d}.png")
+        pictures.save_samples(samples, self.gan.source, self.run.samples)
+
+    def _summarise(self) -> None:
+        pictures.save_losses(self.run.read_metrics(), self.run.losses)
+        report.write(self.config, self.run, self.gan, self.fixed_noise)
+
+
+@contextmanager
+def received_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of the first; a second one acts as usual."""
+    received: list[int] = []
+    watched = (signal.SIGINT, signal.SIGTERM)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for watched_signal, handler in before.items():
+            signal.signal(watched_signal, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+    before = {number: signal.signal(number, note) for number in watched}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""A run on one page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data import Mixture
+from fastgan.trainer.device import environment
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.run import RunFolder
+
+
+def header(config: TrainConfig, device: torch.device, step: int) -> dict[str, Any]:
+    """The first record of a metrics file, and of each resumption."""
+    return {"started_at_step": step, "config": config.to_json(), **environment(device)}
+
+
+def write(config: TrainConfig, run: RunFolder, gan: GAN, fixed_noise: Tensor) -> None:
+    """Write report.md from the run's own files."""
+    records = [record for record in run.read_metrics() if "d_loss" in record]
+    last = records[-1]
+    where = environment(gan.device)
+    images = config.optim.batch_size * last["step"]
+    rows = [
+        ("trained on", f"{config.dataset}, {images:,} real samples in batches of {config.optim.batch_size}"),
+        ("generator", f"{parameters(gan.generator):,} parameters, width {config.model.width}"),
+        (
+            "discriminator",
+            f"{parameters(gan.discriminator):,} parameters, spectral norm: {config.model.spectral_norm}",
+        ),
+        (
+            "game",
+            f"{config.optim.loss} loss, Adam {config.optim.betas}, learning rates D {config.optim.d_lr:g} "
+            f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) a G step, "
+            f"EMA {config.optim.ema_decay:g}",
+        ),
+        ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
+        (
+            "speed",
+            f"{images / last['seconds']:.0f} images/s, the whole loop, pictures and checkpoints included",
+        ),
+        ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
+        ("device", f"{where['device']}, {where['threads']} threads"),
+        ("versions", f"fastgan {where['fastgan']}, torch {where['torch']}, Python {where['python']}"),
+    ]
+    if where["commit"]:
+        rows.append(("commit", where["commit"]))
+    if isinstance(gan.source, Mixture):
+        rows.append(("modes", covered(gan, fixed_noise)))
+    if run.verify.exists():
+        rows.append(("verified", verified(json.loads(run.verify.read_text()))))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    run.report.write_text(
+        f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Samples of the averaged generator from fixed noise; earlier ones are in `{run.history.name}/`.\n\n"
+        f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n"
+    )
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def covered(gan: GAN, noise: Tensor) -> str:
+    """How many modes the averaged generator meets, and how many of its samples lie at one."""
+    assert isinstance(gan.source, Mixture)
+    shares = gan.source.shares(gan.samples(noise), radius=3 * gan.source.sigma)
+    return (
+        f"{int((shares > 0).sum())} of {len(shares)} have a sample within 3 sigma; "
+        f"{float(shares.sum()):.0%} of the samples are that near to one"
+    )
+
+
+def verified(result: dict[str, Any]) -> str:
+    verdict = "fused agrees with pure PyTorch" if result["passed"] else "**fused differs from pure PyTorch**"
+    return f"{verdict} over {result['steps']} steps; {result['speed']['fused_over_torch']:.2f}x its speed"

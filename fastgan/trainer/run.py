@@ -1,0 +1,64 @@
+"""The folder of a run: runs/<name>/ with its configuration, metrics, pictures, report and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from fastgan.trainer.config import TrainConfig, refuse_changes
+from fastgan.trainer.errors import RunFolderError
+
+
+class RunFolder:
+    """Paths below runs/<name>/. Nothing is written before `open`, so a run that cannot start leaves no trace.
+
+    Raises:
+        RunFolderError: the folder is in use, or cannot be resumed as asked.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = config.folder
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.png"
+        self.history = self.path / "samples"
+        self.losses = self.path / "losses.png"
+        self.report = self.path / "report.md"
+        self.checkpoints = self.path / "checkpoints"
+        self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
+
+        in_use = self.path.exists() and any(entry != self.verify for entry in self.path.iterdir())
+        if config.resume:
+            refuse_changes(TrainConfig.load(self.config), config)
+        elif in_use and not config.overwrite:
+            raise RunFolderError(f"{self.path} exists already: --resume goes on with it, --overwrite replaces it")
+
+    def open(self, config: TrainConfig) -> None:
+        if config.overwrite:
+            self._clear()
+        self.history.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+
+    def _clear(self) -> None:
+        """Delete what a run writes and nothing else that a folder of this name may hold."""
+        for file in (self.config, self.metrics, self.samples, self.losses, self.report):
+            file.unlink(missing_ok=True)
+        for folder in (self.history, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of whole lines; a line that a crash cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run takes again."""
+        records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from fastgan import ops
+from tests.harness import assert_close
+
+# (function, input, weight, arguments): strides, dilation, groups, named and odd padding, one to three dimensions.
+CASES = {
+    "conv1d": ("conv1d", (2, 3, 11), (4, 3, 3), dict(stride=2, padding=1)),
+    "conv1d same, odd total": ("conv1d", (2, 3, 8), (4, 3, 4), dict(padding="same")),
+    "conv2d": ("conv2d", (2, 3, 7, 6), (5, 3, 3, 2), {}),
+    "conv2d strided": ("conv2d", (2, 3, 8, 8), (4, 3, 4, 4), dict(stride=2, padding=1)),
+    "conv2d dilated groups": ("conv2d", (2, 4, 9, 9), (6, 2, 3, 3), dict(dilation=2, groups=2, padding=(2, 1))),
+    "conv2d valid": ("conv2d", (2, 3, 5, 5), (2, 3, 3, 3), dict(padding="valid")),
+    "conv2d same": ("conv2d", (2, 3, 6, 6), (2, 3, 3, 4), dict(padding="same", dilation=(1, 1))),
+    "conv2d 1x1": ("conv2d", (1, 3, 1, 1), (1, 3, 1, 1), {}),
+    "conv3d": ("conv3d", (1, 2, 5, 4, 5), (3, 2, 3, 2, 2), dict(padding=1)),
+    "transposed 1d": ("conv_transpose1d", (2, 3, 6), (3, 4, 4), dict(stride=2, padding=1)),
+    "transposed 2d": ("conv_transpose2d", (2, 3, 5, 5), (3, 4, 3, 3), dict(stride=2, output_padding=1)),
+    "transposed 2d groups": ("conv_transpose2d", (2, 4, 4, 4), (4, 3, 3, 3), dict(groups=2, dilation=2)),
+    "transposed 3d": ("conv_transpose3d", (1, 2, 3, 3, 2), (2, 2, 2, 2, 2), dict(stride=2)),
+}
+PARAMETERS = pytest.mark.parametrize(("name", "shape", "weight", "options"), CASES.values(), ids=CASES)
+
+
+def operands(name, shape, weight_shape, options, *, bias=True, dtype=torch.float64):
+    x, w = torch.randn(shape, dtype=dtype), torch.randn(weight_shape, dtype=dtype)
+    channels = weight_shape[1] * options.get("groups", 1) if "transpose" in name else weight_shape[0]
+    b = torch.randn(channels, dtype=dtype) if bias else None
+    return [None if t is None else t.requires_grad_() for t in (x, w, b)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@PARAMETERS
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_values_and_both_derivatives_equal_pytorchs(name, shape, weight, options, bias):
+    results = []
+    for function in (getattr(ops, name), getattr(F, name)):
+        torch.manual_seed(1)
+        x, w, b = operands(name, shape, weight, options, bias=bias)
+        inputs = [t for t in (x, w, b) if t is not None]
+        y = function(x, w, b, **options)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        loss = sum(g.square().sum() for g in first)
+        results.append([y, *first, *torch.autograd.grad(loss, inputs)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, order=0)
+
+
+@PARAMETERS
+def test_gradcheck_and_gradgradcheck_hold(name, shape, weight, options):
+    x, w, b = operands(name, shape, weight, options)
+    assert gradcheck(lambda *t: getattr(ops, name)(*t, **options), (x, w, b), fast_mode=True)
+    assert gradgradcheck(lambda *t: getattr(ops, name)(*t, **options), (x, w, b), fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["input", "weight", "both"])
+def test_only_what_requires_a_gradient_gets_one(wanted):
+    x, w = torch.randn(2, 3, 5, 5).requires_grad_(wanted[0]), torch.randn(4, 3, 3, 3).requires_grad_(wanted[1])
+    ops.conv2d(x, w).sum().backward()
+    assert ((x.grad is not None), (w.grad is not None)) == wanted
+
+
+def test_a_penalty_sends_no_gradient_into_the_forward():
+    """Where PyTorch fills zeros: nothing may reach what made the input."""
+    seen = []
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    made = x * 2
+    made.register_hook(lambda grad: None if grad is None else seen.append(grad))
+    w = torch.randn(4, 3, 3, 3, requires_grad=True)
+    (g,) = torch.autograd.grad(ops.conv2d(made, w).sum(), made, create_graph=True)
+    seen.clear()
+    g.square().sum().backward()
+    assert seen == []
+    assert w.grad is not None
+
+
+def test_the_third_order_raises():
+    x, w, _ = operands(*CASES["conv2d"])
+    (first,) = torch.autograd.grad(ops.conv2d(x, w).pow(3).sum(), w, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(3).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.autograd.grad(second.sum(), w)
+
+
+def test_channels_last_is_kept():
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = ops.conv2d(x, w)
+    expected = F.conv2d(x, w)
+    assert y.stride() == expected.stride()
+    assert_close(y, expected.double(), order=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_half_precision_as_pytorchs_does(dtype):
+    results = []
+    for function in (ops.conv2d, F.conv2d):
+        torch.manual_seed(1)
+        x, w, b = operands(*CASES["conv2d strided"], dtype=torch.float32)
+        with torch.autocast("cpu", dtype):
+            y = function(x, w, b, stride=2, padding=1)
+        (g,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+        results.append((y, g, w.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_what_is_not_batched_real_input_is_pytorchs_own():
+    x, w = torch.randn(3, 5, 5), torch.randn(4, 3, 3, 3)
+    assert torch.equal(ops.conv2d(x, w), F.conv2d(x, w))
+    with pytest.raises(RuntimeError, match="Expected"):
+        ops.conv2d(torch.randn(2, 3), w)
+    with pytest.raises(RuntimeError, match="channels"):
+        ops.conv2d(torch.randn(2, 5, 6, 6), w)
+    with pytest.raises(ValueError, match="'valid' or 'same', got 'full'"):
+        ops.conv2d(x[None], w, padding="full")
+    with pytest.raises(ValueError, match="strided"):
+        ops.conv2d(x[None], w, padding="same", stride=2)
+
+
+@pytest.mark.parametrize("slope", [0.2, 0.0, 1.0])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_equal_pytorchs_to_every_order(slope, inplace):
+    x = torch.randn(5, 7, dtype=torch.float64)
+    results = []
+    for function in (ops.leaky_relu, F.leaky_relu) if slope else (ops.relu, F.relu):
+        a = x.clone().requires_grad_()
+        y = function(a * 1, inplace=inplace) if slope == 0 else function(a * 1, slope, inplace)
+        orders = [y]
+        for _ in range(3):
+            orders.append(torch.autograd.grad(orders[-1].pow(3).sum(), a, create_graph=True)[0])
+        results.append(orders)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, order=0)
+
+
+def test_an_activation_in_place_writes_over_its_input():
+    x = torch.randn(4, 4, requires_grad=True)
+    y = x * 1
+    assert ops.leaky_relu(y, 0.1, inplace=True).data_ptr() == y.data_ptr()
+    with pytest.raises(RuntimeError, match="leaf"):
+        ops.relu(x, inplace=True)
+
+
+POOLS = {
+    "1d": ("avg_pool1d", (2, 3, 9), dict(kernel_size=3, stride=2, padding=1)),
+    "2d": ("avg_pool2d", (2, 3, 6, 7), dict(kernel_size=2)),
+    "2d all": ("avg_pool2d", (2, 3, 7, 7), dict(kernel_size=(3, 2), stride=2, ceil_mode=True, count_include_pad=False)),
+    "2d divisor": ("avg_pool2d", (1, 2, 4, 4), dict(kernel_size=2, divisor_override=3)),
+    "3d": ("avg_pool3d", (1, 2, 4, 5, 4), dict(kernel_size=2, padding=1)),
+}
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), POOLS.values(), ids=POOLS)
+def test_pools_equal_pytorchs_to_every_order(name, shape, options):
+    x = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for function in (getattr(ops, name), getattr(F, name)):
+        a = x.clone().requires_grad_()
+        orders = [function(a, **options)]
+        for _ in range(3):
+            orders.append(torch.autograd.grad(orders[-1].pow(3).sum(), a, create_graph=True)[0])
+        results.append(orders)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, order=0)
+
+
+@pytest.mark.parametrize("function", [ops.leaky_relu, ops.relu, lambda x: ops.avg_pool2d(x, 2)])
+def test_piecewise_linear_functions_send_nothing_through_their_derivative(function):
+    seen = []
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    made = x * 2
+    made.register_hook(lambda grad: None if grad is None else seen.append(grad))
+    (g,) = torch.autograd.grad((function(made) * torch.ones(1, requires_grad=True)).sum(), made, create_graph=True)
+    seen.clear()
+    g.square().sum().backward()
+    assert seen == []

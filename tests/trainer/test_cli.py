@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgan import cli
+from fastgan.trainer.config import PRESETS, TrainConfig
+
+RING = ["train", "ring8", "--steps", "3", "--width", "8", "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in ("train", "verify", "bench", "info"))
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: fastgan" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_one_line_that_names_the_known(capsys):
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "fastgan: no command 'trian': choose from train, verify, bench, info\n"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", preset, "--help"])
+    assert caught.value.code == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    config = PRESETS[preset][1]
+    assert f"(default: {config.optim.d_lr})" in words
+    assert f"(default: {config.model.width})" in words
+    assert f"example: fastgan train {preset}" in words
+
+
+def test_flags_change_the_preset():
+    config = cli.parse_train(["fashion-mnist", "--name", "demo", "--minutes", "4", "--spectral-norm", "none"])
+    assert (config.name, config.minutes, config.model.spectral_norm) == ("demo", 4.0, "none")
+    assert config.optim == PRESETS["fashion-mnist"][1].optim
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = PRESETS["grid25"][1]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert TrainConfig.load(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "flags", [["--steps", "0"], ["--name", "a/b"], ["--ema-decay", "1"], ["--resume", "--overwrite"]]
+)
+def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*RING, *flags])
+    assert caught.value.code == 2
+    assert flags[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err
+    assert not any(in_tmp_path.iterdir())
+
+
+def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_settings(in_tmp_path, capsys):
+    assert cli.main(RING) == 0
+    assert cli.main(RING) == 2
+    assert "ring8 exists already" in capsys.readouterr().err
+    assert cli.main(["train", "ring8", "--resume", "--steps", "5"]) == 0
+    saved = json.loads(Path("runs/ring8/config.json").read_text())
+    assert (saved["steps"], saved["model"]["width"]) == (5, 8)
+    assert cli.main(["train", "ring8", "--resume", "--width", "9"]) == 2
+    assert "width: 8 -> 9" in capsys.readouterr().err
+
+
+def test_missing_data_is_one_line_without_a_traceback(in_tmp_path, capsys):
+    assert cli.main(["train", "fashion-mnist", "--data", "nowhere", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgan: no train-images-idx3-ubyte.gz in nowhere")
+    assert error.count("\n") == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", lambda trainer: 2)
+    assert cli.main(RING) == 130
+    assert "fastgan train ring8 --name ring8 --runs runs --resume" in capsys.readouterr().out
+
+
+WITHOUT_PACKAGES = """
+import sys
+from fastgan import cli
+
+for package in ("tqdm", "matplotlib", "PIL", "numpy"):
+    present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
+    sys.modules[package] = None
+    assert cli.main(["train", "fashion-mnist", "--device", "cpu", "--data", sys.argv[1]]) == 2
+    del sys.modules[package]
+    sys.modules.update(present)
+"""
+
+
+def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(in_tmp_path, fashion_mnist_folder):
+    command = [sys.executable, "-c", WITHOUT_PACKAGES, str(fashion_mnist_folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.splitlines() == [
+        f"fastgan: {package} is not installed: pip install 'fastgan[train]'"
+        for package in ("tqdm", "matplotlib", "PIL", "numpy")
+    ]
+    assert done.returncode == 0
+    assert not (in_tmp_path / "runs").exists()
+
+
+def test_info_takes_no_arguments(capsys):
+    assert cli.main(["info", "all"]) == 2
+    assert "no arguments" in capsys.readouterr().err

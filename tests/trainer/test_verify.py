@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fastgan import cli, ops
+from fastgan.trainer.verify import TOLERANCES, Errors, VerifyConfig, build, copy_state, smooth, verify
+
+CPU = torch.device("cpu")
+CONFIG = VerifyConfig(dataset="ring8", timed_steps=1, device="cpu")
+
+
+@pytest.mark.parametrize(("dataset", "steps"), [("discs", 2), ("ring8", 4)])
+def test_the_fused_copy_keeps_to_the_tolerances_and_the_result_is_written(dataset, steps, tmp_path, capsys):
+    assert verify(dataclasses.replace(CONFIG, dataset=dataset, steps=steps, out=tmp_path / "run"))
+    assert f"PASS: {steps} steps" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert result["passed"] is True
+    assert [step["step"] for step in result["per_step"]] == list(range(1, steps + 1))
+    for step in result["per_step"]:
+        assert set(step["errors"]) == set(TOLERANCES)
+        assert all(0 <= error <= TOLERANCES[kind] for kind, error in step["errors"].items())
+    speed = result["speed"]
+    assert speed["fused_over_torch"] == pytest.approx(speed["torch_ms"] / speed["fused_ms"])
+
+
+BROKEN = {
+    "the weights are off": ("loss", lambda weights, us: [1.001 * w for w in weights]),
+    "only the gradient is off": (
+        "gradient",
+        lambda weights, us: [w + 1e-3 * (w - w.detach()) for w in weights],
+    ),
+    "only u is off": ("uv", lambda weights, us: [u.mul_(1.001) for u in us] and weights),
+    "one weight is NaN": ("loss", lambda weights, us: [weights[0] * math.nan, *weights[1:]]),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_kernel_that_is_wrong_by_a_thousandth_makes_verify_exit_non_zero(fault, monkeypatch, capsys):
+    kind, spoil = BROKEN[fault]
+    correct = ops.spectral_norm
+
+    def broken(weights, us, vs, **keywords):
+        return spoil(correct(weights, us, vs, **keywords), us)
+
+    monkeypatch.setattr(ops, "spectral_norm", broken)
+    arguments = ["--dataset", "ring8", "--steps", "1", "--timed-steps", "1", "--device", "cpu"]
+    assert cli.main(["verify", *arguments]) == 1
+    output = capsys.readouterr().out
+    assert "FAIL: 1 steps" in output
+    assert f"BREACH step 1: {kind} of " in output
+
+
+def test_every_step_starts_from_the_pure_copys_state():
+    reference, fused = build(CONFIG, "torch", CPU), build(CONFIG, "fused", CPU)
+    for _ in range(2):
+        reference.step()
+    copy_state(reference, fused)
+    for name in ("generator", "discriminator"):
+        wanted, got = getattr(reference, name).state_dict(), getattr(fused, name).state_dict()
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    for name in ("g_adam", "d_adam"):
+        wanted, got = (
+            getattr(reference, name).state_dict()["state"],
+            getattr(fused, name).state_dict()["state"],
+        )
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(got[i][key], wanted[i][key]) for i in wanted for key in wanted[i])
+
+
+def test_a_step_of_the_fused_copy_leaves_the_pure_copy_alone():
+    reference, fused = build(CONFIG, "torch", CPU), build(CONFIG, "fused", CPU)
+    reference.step()
+    copy_state(reference, fused)
+    before = copy.deepcopy(reference.state_dict())
+    fused.step()
+    after = reference.state_dict()
+    for name in ("g_adam", "d_adam"):
+        wanted, got = before[name]["state"], after[name]["state"]
+        assert all(torch.equal(got[i][key], wanted[i][key]) for i in wanted for key in wanted[i])
+    for name in ("generator", "discriminator"):
+        assert all(torch.equal(after[name][key], before[name][key]) for key in before[name])
+
+
+def test_no_kink_is_left_in_what_is_compared():
+    gan = smooth(build(dataclasses.replace(CONFIG, dataset="discs"), "fused", CPU))
+    layers = [*gan.generator.modules(), *gan.discriminator.modules()]
+    assert not any(isinstance(layer, torch.nn.ReLU | torch.nn.LeakyReLU) for layer in layers)
+    assert sum(isinstance(layer, torch.nn.SiLU) for layer in layers) == 6
+    real, fake = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    slopes = torch.autograd.grad(gan.loss.discriminator(real, fake), (real, fake))
+    assert [float(slope) for slope in slopes] == [-0.5, 0.5]
+
+
+def test_a_backend_that_cannot_run_is_one_line(capsys):
+    assert cli.main(["verify", "--backend", "cuda", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgan: spectral_norm: backend 'cuda' cannot run on cpu")
+    assert error.count("\n") == 1
+
+
+def test_nan_counts_as_the_largest_error():
+    for order in ([math.nan, 1.0], [1.0, math.nan]):
+        errors = Errors()
+        for error in order:
+            errors.add("loss", error, "here")
+        assert math.isnan(errors.worst["loss"][0])
+        assert len(errors.breaches()) == 1
