@@ -3,14 +3,16 @@
 from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
-from fastgan.ops.gradient_penalty import gradient_penalty, penalty_from_logits
+from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "explain_penalty",
     "gradient_penalty",
     "info",
+    "logits_and_penalty",
     "nn",
     "ops",
     "penalty_from_logits",

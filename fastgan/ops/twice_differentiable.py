@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan.ops import activation, conv, pool
-from fastgan.ops.scope import new_scope
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
@@ -58,5 +57,5 @@ def twice_differentiable() -> Iterator[None]:
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with new_scope(), _Reroute():
+    with _Reroute():
         yield

@@ -31,8 +31,14 @@ def instrumented(tmp_path_factory) -> Path:
     build = tmp_path_factory.mktemp("sanitized")
     import pybind11
 
-    options = ["-DFASTGAN_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DFASTGAN_WERROR=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    configure = ["cmake", "-S", "csrc", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    options = {
+        "FASTGAN_SANITIZE": "ON",
+        "FASTGAN_WERROR": "ON",
+        "CMAKE_CXX_FLAGS_RELEASE": "-O1",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    configure = ["cmake", "-S", "csrc", "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
     for command in (configure, ["cmake", "--build", build]):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.conv.autograd import Geometry, convolve
-from fastgan.ops.scope import current_scope
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
@@ -37,7 +36,7 @@ def _conv(n: int) -> Callable[..., Tensor]:
         else:
             padded = _tuple(padding, n)
         geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups)
-        return convolve(*_autocast(input, weight, bias), geometry, current_scope())
+        return convolve(*_autocast(input, weight, bias), geometry)
 
     return _named(conv, torch_conv, f"conv{n}d", "(C_out, C_in / groups, *K)")
 
@@ -59,7 +58,7 @@ def _conv_transpose(n: int) -> Callable[..., Tensor]:
             return torch_conv(input, weight, bias, stride, padding, output_padding, groups, dilation)
         steps, padded, dilations, further = (_tuple(size, n) for size in (stride, padding, dilation, output_padding))
         geometry = Geometry(steps, padded, dilations, True, further, groups)
-        return convolve(*_autocast(input, weight, bias), geometry, current_scope())
+        return convolve(*_autocast(input, weight, bias), geometry)
 
     return _named(conv_transpose, torch_conv, f"conv_transpose{n}d", "(C_in, C_out / groups, *K)")
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import last_order
-from fastgan.ops.scope import Scope, needed
 
 _MESSAGE = "convolution: the third derivative is not supported; torch.nn.functional has every order"
 
@@ -34,8 +34,8 @@ class Geometry(NamedTuple):
 Mask = tuple[bool, bool, bool]
 
 
-def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, scope: Scope | None) -> Tensor:
-    output: Tensor = _Convolution.apply(input, weight, bias, geometry, scope)
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    output: Tensor = _Convolution.apply(input, weight, bias, geometry)
     return output
 
 
@@ -56,22 +56,21 @@ def _backward(
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, scope: Scope | None
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight)
-        ctx.geometry, ctx.scope = geometry, scope
+        ctx.geometry = geometry
+        markable(ctx)
         return _forward(input, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None
         input, weight = ctx.saved_tensors
         run = _ConvolutionBackward.apply if torch.is_grad_enabled() else _backward
         mask = needed(ctx)
-        return *run(grad, input, weight, ctx.geometry, (mask[0], mask[1], mask[2])), None, None
+        return *run(grad, input, weight, ctx.geometry, (mask[0], mask[1], mask[2])), None
 
 
 class _ConvolutionBackward(torch.autograd.Function):

@@ -59,7 +59,7 @@ def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
 
 def points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> Iterator[Tensor]:
     """The points (N, *S) at which the gradient is taken: one tensor, or two for "r1+r2"."""
-    _check_input("real", real)
+    check_input("real", real)
     if kind == "r1":
         yield real
     elif kind == "dragan":
@@ -68,7 +68,7 @@ def points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Genera
     else:
         if fake is None:
             raise TypeError(f"kind {kind!r} needs fake, got None")
-        _check_input("fake", fake)
+        check_input("fake", fake)
         if fake.shape != real.shape:
             raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
         if fake.device != real.device:
@@ -87,7 +87,7 @@ def _alpha(real: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, dtype=real.dtype, device=real.device, generator=generator)
 
 
-def _check_input(name: str, x: Tensor) -> None:
+def check_input(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():

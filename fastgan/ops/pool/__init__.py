@@ -79,7 +79,8 @@ def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
     kernel, step, pad = _sizes(n, kernel_size, stride, padding)
-    pooled: Tensor = _Pool.apply(input, _Window(kernel, step, pad, *rest))
+    window = _Window(kernel, step, pad, *rest)
+    pooled: Tensor = _Pool.apply(input, window)  # type: ignore[no-untyped-call]
     return pooled
 
 

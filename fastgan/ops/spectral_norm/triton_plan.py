@@ -82,14 +82,25 @@ def plan_of(
         table.append(tuple(map(int, row)))
 
     every_chunk = [(i, j) for i, count in enumerate(chunks) for j in range(count)]
-    parts = [(i, WEIGHT_PART, j) for i, j in every_chunk]
+    parts: list[tuple[int, ...]] = [(i, WEIGHT_PART, j) for i, j in every_chunk]
     for i, (outer, rows, inner) in enumerate(matrices):
         parts += [(i, U_PART, j) for j in range(_ceil(rows, SMALL_BLOCK))]
         parts += [(i, V_PART, j) for j in range(_ceil(outer * inner, SMALL_BLOCK))]
+
     # Every other launch walks the list backwards, and finds in L2 what the one before it read last.
-    launches = (tiles[False], tiles[True][::-1], parts, every_chunk, every_chunk[::-1])
-    tables = [torch.tensor(entries, device=device) for entries in launches]
-    return Plan(tuple(table), *tables, scratch=scratch, chunk_sums=sum(chunks))
+    def table_of_tiles(entries: list[tuple[int, ...]]) -> Tensor:
+        return torch.tensor(entries, device=device)
+
+    return Plan(
+        rows=tuple(table),
+        s_tiles=table_of_tiles([*tiles[False]]),
+        t_tiles=table_of_tiles([*reversed(tiles[True])]),
+        parts=table_of_tiles(parts),
+        chunks=table_of_tiles([*every_chunk]),
+        chunks_back=table_of_tiles([*reversed(every_chunk)]),
+        scratch=scratch,
+        chunk_sums=sum(chunks),
+    )
 
 
 def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: bool) -> int:

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/spectral_norm.h"
+
+namespace fastgan {
+namespace cuda {
+
+// `stream` is a cudaStream_t.  Options' threads are not looked at.
+void spectral_norm_forward(Dtype, const SpectralNormLayer*, std::int64_t count, const SpectralNormOptions&,
+                           void* stream);
+void spectral_norm_backward(Dtype, const SpectralNormLayer*, std::int64_t count, void* stream);
+
+}  // namespace cuda
+}  // namespace fastgan

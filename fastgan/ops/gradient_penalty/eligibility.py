@@ -1,0 +1,235 @@
+"""Whether a discriminator, as it just ran, is affine in its input around each sample, each sample by itself.
+
+Every torch function that touches a tensor made from the input is looked up in a table of those that are piecewise
+affine and keep samples apart; the first that is not there, or is called in a way that is not, is the reason. What
+never passes through a torch function (a custom autograd.Function) is found afterwards in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.weak import WeakIdKeyDictionary
+
+# A rule takes the arguments of a call and says whether it is affine and per sample in its first argument.
+Rule = Callable[..., bool]
+
+
+class Tracer(TorchFunctionMode):
+    """Follows what is made from ``inputs`` (N, *S) while the discriminator runs."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.samples = len(inputs)
+        self.reason: str | None = None
+        # Where a bias was added (before an activation in place), the bias, and the dimension that it runs along.
+        self.biases: list[tuple[GradientEdge, Tensor, int]] = []
+        self._inputs, self._parameters = inputs, list[Tensor]()
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary({inputs: True})
+
+    def __contains__(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor in self._made
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        touched = self.reason is None and any(t in self for t in _tensors((args, kwargs)))
+        sizes = [len(t) for t in _tensors(args) if touched and t in self]
+        result = func(*args, **kwargs)
+        if not touched or func in _LOOKS:
+            return result
+        rule = _RULES.get(func)
+        if rule is None or not rule(self, *args, **kwargs) or any(size != self.samples for size in sizes):
+            self.reason = f"{resolve_name(func) or func}, as it was called here"
+        elif not isinstance(result, Tensor) or result.ndim == 0 or len(result) != self.samples:
+            self.reason = f"{resolve_name(func) or func} does not keep the samples apart"
+        else:
+            self._made[result] = True
+            if func in _LAYERS:
+                self._note_layer(result, -1 if func is F.linear else 1, *args, **kwargs)
+        return result
+
+    def _note_layer(
+        self,
+        result: Tensor,
+        dim: int,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        self._parameters += [weight] if bias is None else [weight, bias]
+        if bias is not None and result.requires_grad:
+            self.biases.append((get_gradient_edge(result), bias, dim))
+
+    def judge(self, logits: Any) -> str | None:
+        """Why one pass does not do, or None."""
+        if self.reason is not None:
+            return self.reason
+        if logits not in self:
+            return "the output is not one tensor made by torch functions from the input"
+        if logits.numel() != self.samples:
+            return f"the output has {logits.numel() // self.samples} logits a sample"
+        if any(leaf is self._inputs for parameter in self._parameters for leaf in leaves(parameter)):
+            return "a weight is made from the input"
+        strange = {name for node in _nodes(logits) if (name := type(node).__name__) not in _NODES}
+        return f"{', '.join(sorted(strange))} in its graph" if strange else None
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that require a gradient and that nothing made, of an output's graph."""
+    found: list[Tensor] = []
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [get_gradient_edge(output).node] if output.requires_grad else []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _nodes(output: Tensor) -> set[Node]:
+    """The nodes between an output and the leaves, except below the parameters' own computations."""
+    found: set[Node] = set()
+    waiting: list[Node | None] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        # Only the first input of these is made from the discriminator's input: the rules have seen to it.
+        nexts: list[Node | None] = [following for following, _ in node.next_functions]
+        name = type(node).__name__
+        if name == "_ConvolutionBackward":
+            nexts = nexts[:1]
+        elif name == "AddmmBackward0":
+            nexts = nexts[1:2]
+        elif name == "MmBackward0":
+            nexts = nexts[:1]
+        waiting.extend(nexts)
+    return found
+
+
+def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> bool:
+    return input in tracer and input.ndim > 1 and weight not in tracer and bias not in tracer
+
+
+def _conv(n: int) -> Rule:
+    def rule(tracer: Tracer, input: Tensor, *rest: Any, **named: Any) -> bool:
+        return input.ndim == n + 2 and _layer(tracer, input, *rest, **named)
+
+    return rule
+
+
+def _first(tracer: Tracer, input: Any, *rest: Any, **named: Any) -> bool:
+    return input in tracer and not any(t in tracer for t in _tensors((rest, named)))
+
+
+def _pool(n: int) -> Rule:
+    return lambda tracer, input, *rest, **named: input.ndim == n + 2 and _first(tracer, input, *rest, **named)
+
+
+def _sum_of_both(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
+    return not named and input in tracer and other in tracer and input.shape == other.shape
+
+
+def _factor(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
+    numbers = [x for x in (input, other) if isinstance(x, int | float)]
+    return not named and len(numbers) == 1 and (input in tracer or other in tracer)
+
+
+def _divisor(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
+    return not named and input in tracer and isinstance(other, int | float)
+
+
+def _over_dims(tracer: Tracer, input: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> bool:
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    return input in tracer and bool(dims) and not named and all(d % input.ndim for d in dims)
+
+
+def _shape(tracer: Tracer, input: Tensor, *rest: Any, **named: Any) -> bool:
+    # Row-major order: with the first size kept (which the tracer checks), a sample stays one block.
+    return input in tracer
+
+
+def _pad(tracer: Tracer, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> bool:
+    return input in tracer and not value and len(pad) <= 2 * (input.ndim - 1)
+
+
+def _cat(tracer: Tracer, tensors: Any, dim: int = 0, **named: Any) -> bool:
+    return not named and all(t in tracer for t in tensors) and dim % tensors[0].ndim != 0
+
+
+def _no_dropout(tracer: Tracer, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return input in tracer and not training
+
+
+_LAYERS: dict[Any, Rule] = {
+    F.linear: _layer,
+    **{
+        function: _conv(n)
+        for n in (1, 2, 3)
+        for name in (f"conv{n}d", f"conv_transpose{n}d")
+        for function in {getattr(F, name), getattr(torch, name)}
+    },
+}
+_RULES: dict[Any, Rule] = {
+    **_LAYERS,
+    **dict.fromkeys(
+        (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_), _first
+    ),
+    F.avg_pool1d: _pool(1),
+    torch.avg_pool1d: _pool(1),
+    F.avg_pool2d: _pool(2),
+    F.avg_pool3d: _pool(3),
+    F.adaptive_avg_pool2d: _pool(2),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _sum_of_both),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _sum_of_both),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _factor),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _divisor),
+    **dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _first),
+    **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _over_dims),
+    **dict.fromkeys((torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view), _shape),
+    **dict.fromkeys((torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze), _shape),
+    **dict.fromkeys((Tensor.contiguous, Tensor.clone, torch.clone), _first),
+    F.pad: _pad,
+    F.dropout: _no_dropout,
+    torch.cat: _cat,
+}
+# What tells of a tensor and not of its values.
+_LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
+    Tensor.is_floating_point,
+    torch.is_floating_point,
+}
+_NODES = {
+    *("_ConvolutionBackward", "_LeakyReluBackward", "_PoolBackward", "AddmmBackward0", "MmBackward0", "TBackward0"),
+    *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "MeanBackward1", "SumBackward1"),
+    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0"),
+    *("ConstantPadNdBackward0", "CatBackward0", "AdaptiveAvgPool2DBackward0", "AccumulateGrad"),
+    *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"),
+}

@@ -1,0 +1,67 @@
+"""Asking a graph for the gradient of its inputs alone, so that no parameter's is computed on the way.
+
+``ctx.needs_input_grad`` says that every gradient is needed even in ``autograd.grad(y, x)``, and a backward on a GPU
+runs in a thread of its own. Who asks therefore marks the nodes of that very graph, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+
+def markable(ctx: Any) -> None:
+    """In the forward of a Function: its node may be told to leave out all gradients but its first input's."""
+    ctx.inputs_only = False
+
+
+def needed(ctx: Any) -> tuple[bool, ...]:
+    """In the backward of a `markable` Function: ``ctx.needs_input_grad``, less what nobody asks for now."""
+    wanted: tuple[bool, ...] = ctx.needs_input_grad
+    return (wanted[0], *(False for _ in wanted[1:])) if ctx.inputs_only else wanted
+
+
+@contextmanager
+def inputs_only(outputs: Iterable[Tensor], inputs: Tensor) -> Iterator[None]:
+    """Inside, a backward from these outputs leaves out the gradients of what is not made from ``inputs``."""
+    marked = _parameters_apart(outputs, get_gradient_edge(inputs).node)
+    try:
+        for node in marked:
+            node.inputs_only = True
+        yield
+    finally:
+        for node in marked:
+            node.inputs_only = False
+
+
+def _parameters_apart(outputs: Iterable[Tensor], target: Node) -> list[Any]:
+    """The markable nodes of which only the first input leads to ``target``."""
+    users: dict[Node, list[Node]] = {}  # the reverse of the graph
+    waiting = [output.grad_fn for output in outputs]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            if following is not None:
+                users.setdefault(following, []).append(node)
+                waiting.append(following)
+
+    leading = {target}
+    front = [target]
+    while front:
+        for user in users.get(front.pop(), ()):
+            if user not in leading:
+                leading.add(user)
+                front.append(user)
+    return [
+        node
+        for node in seen
+        if hasattr(node, "inputs_only") and not any(following in leading for following, _ in node.next_functions[1:])
+    ]

@@ -1,0 +1,69 @@
+"""Every Triton kernel compiles ahead of time, without a GPU, for every GPU that is named as supported."""
+
+import ast
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(ROOT.glob("fastgan/ops/*/triton_kernels.py"))
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = ("fp32", "bf16")
+
+
+def launched_kernels(tree):
+    """Names in ``kernel[grid](...)``."""
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    subscripts = [f.value for f in calls if isinstance(f, ast.Subscript)]
+    return {value.id for value in subscripts if isinstance(value, ast.Name)}
+
+
+def declared_kernels(tree):
+    """The first of each entry of ``AOT = [(kernel, pointers, variants), ...]``."""
+    (value,) = (n.value for n in tree.body if isinstance(n, ast.AnnAssign | ast.Assign) and assigns(n, "AOT"))
+    return {entry.elts[0].id for entry in value.elts}
+
+
+def assigns(node, name):
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+    return any(isinstance(t, ast.Name) and t.id == name for t in targets)
+
+
+def compile_all(source, target, cache):
+    module = ".".join(source.relative_to(ROOT).with_suffix("").parts)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), module, target, *DTYPES]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton")
+    wanted = [(source, target) for source in SOURCES for target in TARGETS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda pair: compile_all(*pair, cache), wanted)
+        return dict(zip(wanted, results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
+def test_every_kernel_compiles_ahead_of_time(compilations, source, target):
+    result = compilations[source, target]
+    assert result.returncode == 0, result.stderr
+    compiled = {line.split()[0] for line in result.stdout.splitlines()}
+    assert compiled == launched_kernels(ast.parse(source.read_text()))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
+def test_every_launched_kernel_is_declared_for_compilation(source):
+    tree = ast.parse(source.read_text())
+    assert launched_kernels(tree), "no launch found: the test has lost sight of the launchers"
+    assert declared_kernels(tree) == launched_kernels(tree)

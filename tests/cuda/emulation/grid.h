@@ -1,0 +1,206 @@
+// A CUDA grid on one CPU thread.  Each CUDA thread is a fibre that runs until it waits at a barrier; barriers are those
+// of a warp, a block and the grid.  Every thread must reach a barrier, or the run ends with an error: a barrier under a
+// condition that differs between threads shows.  Fibres run in ascending or, with FASTGAN_EMULATION_REVERSED=1,
+// descending order: a missing barrier shows in one of the two.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
+  std::abort();
+}
+
+struct Barrier {
+  unsigned expected = 0, arrived = 0, generation = 0;
+};
+
+constexpr unsigned char kPoison = 0xff;  // a NaN in every floating type
+
+struct FreeShared {
+  void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t{16}); }
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<std::uint64_t> lanes;  // what shuffles exchange
+  std::unique_ptr<unsigned char, FreeShared> shared;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  uint3 thread, block;
+  bool done = false;
+  std::vector<Copy> open;                // asynchronous copies that are not committed
+  std::deque<std::vector<Copy>> groups;  // committed; made only when waited for, as late as hardware may
+};
+
+class Grid {
+ public:
+  Grid(unsigned blocks, unsigned threads, std::size_t shared_bytes, std::function<void()> kernel)
+      : kernel_(std::move(kernel)), blocks_(blocks), fibres_(std::size_t{blocks} * threads) {
+    barrier.expected = blocks * threads;
+    gridDim = {blocks, 1, 1}, blockDim = {threads, 1, 1};
+    for (Block& b : blocks_) {
+      b.barrier.expected = threads;
+      b.warps.resize(threads / 32);
+      for (Barrier& w : b.warps) w.expected = 32;
+      b.lanes.resize(threads);
+      b.shared.reset(static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t{16})));
+      std::memset(b.shared.get(), kPoison, shared_bytes);
+    }
+    for (unsigned i = 0; i < fibres_.size(); ++i) {
+      fibres_[i].block = {i / threads, 0, 0};
+      fibres_[i].thread = {i % threads, 0, 0};
+    }
+  }
+
+  void run() {
+    const char* order = std::getenv("FASTGAN_EMULATION_REVERSED");
+    const bool reversed = order != nullptr && order[0] == '1';
+    current = this;
+    for (Fibre& f : fibres_) {
+      f.stack.reset(new unsigned char[kStack]);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = kStack;
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, &Grid::enter, 0);
+    }
+    for (std::size_t left = fibres_.size(); left > 0;) {
+      const unsigned before = progress_;
+      for (std::size_t i = 0; i < fibres_.size(); ++i) {
+        Fibre& f = fibres_[reversed ? fibres_.size() - 1 - i : i];
+        if (f.done) continue;
+        resume(f);
+        if (f.done) --left;
+      }
+      if (progress_ == before) fail("threads wait at barriers that the others never reach");
+    }
+    current = nullptr;
+  }
+
+  void wait(Barrier& at) {
+    const unsigned generation = at.generation;
+    if (++at.arrived == at.expected) {
+      at.arrived = 0;
+      ++at.generation;
+      ++progress_;
+    }
+    while (at.generation == generation) leave(false);
+  }
+
+  Block& block() { return blocks_[blockIdx.x]; }
+  Fibre& fibre() { return *running_; }
+
+  Barrier barrier;
+  static inline Grid* current = nullptr;
+
+ private:
+  static constexpr std::size_t kStack = 256 << 10;
+
+  static void enter() {
+    Grid& grid = *current;
+    grid.entered();
+    grid.kernel_();
+    if (!grid.running_->groups.empty() && !grid.running_->groups.back().empty()) fail("copies never waited for");
+    grid.running_->done = true;
+    ++grid.progress_;
+    grid.leave(true);
+  }
+
+  void resume(Fibre& f) {
+    running_ = &f;
+    threadIdx = f.thread, blockIdx = f.block;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStack);
+#endif
+    swapcontext(&scheduler_, &f.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+  }
+
+  void leave([[maybe_unused]] bool for_good) {
+    Fibre& f = *running_;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, scheduler_bottom_, scheduler_size_);
+#endif
+    swapcontext(&f.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, &scheduler_bottom_, &scheduler_size_);
+#endif
+  }
+
+  void entered() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom_, &scheduler_size_);
+#endif
+  }
+
+  std::function<void()> kernel_;
+  std::vector<Block> blocks_;
+  std::vector<Fibre> fibres_;
+  Fibre* running_ = nullptr;
+  ucontext_t scheduler_;
+  unsigned progress_ = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* scheduler_bottom_ = nullptr;
+  std::size_t scheduler_size_ = 0;
+#endif
+};
+
+template <class T>
+T exchange(T value, unsigned from) {
+  static_assert(sizeof(T) <= 8);
+  Block& block = Grid::current->block();
+  const unsigned warp = threadIdx.x / 32;
+  std::memcpy(&block.lanes[threadIdx.x], &value, sizeof value);
+  Grid::current->wait(block.warps[warp]);
+  std::memcpy(&value, &block.lanes[warp * 32 + from % 32], sizeof value);
+  Grid::current->wait(block.warps[warp]);
+  return value;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::Grid::current->wait(emulation::Grid::current->block().barrier); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
+  return emulation::exchange(value, (threadIdx.x % 32) ^ lanes);
+}
+#define FASTGAN_DYNAMIC_SHARED(name) unsigned char* const name = ::emulation::Grid::current->block().shared.get()

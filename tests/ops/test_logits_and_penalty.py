@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.nn import utils
+from tests.harness import assert_close
+from tests.ops.test_gradient_penalty import (
+    DISCRIMINATORS,
+    CountConvolutions,
+    Residual,
+    convolutional,
+    gradients,
+    images,
+)
+
+
+class Then(nn.Module):
+    """A convolution, something done to its result (N, 6, 4, 4), and a linear head."""
+
+    def __init__(self, middle, **modules):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 4, 2, 1), nn.Linear(96, 1)
+        self.modules_ = nn.ModuleDict(modules)
+        self.offset = nn.Parameter(torch.randn(6, 1, 1))
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.middle = middle
+
+    def forward(self, x):
+        return self.head(self.middle(self, F.leaky_relu(self.conv(x), 0.2)).flatten(1))
+
+
+class Hidden(torch.autograd.Function):
+    """What happens inside, no torch function sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Filter(Hidden):
+    """A weight (6, 6, 1, 1) that says it is made from a batch (4, 6, 4, 4)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return torch.full((6, 6, 1, 1), 0.1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, _, h, w = ctx.shape
+        return grad.sum(0)[None].expand(ctx.shape) / (n * h * w)
+
+
+def attention(net, h):
+    q = h.flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+# What one pass would get wrong, each hidden in a different way.
+INELIGIBLE = {
+    "batch norm": (Then(lambda net, h: net.modules_["bn"](h), bn=nn.BatchNorm2d(6)), "batch_norm"),
+    "dropout": (Then(lambda net, h: F.dropout(h, 0.0)), "dropout"),
+    "batch mean": (Then(lambda net, h: h - h.mean(0, keepdim=True)), "mean"),
+    "batch mean by reshaping": (Then(lambda net, h: h - h.reshape(-1).mean()), "reshape"),
+    "batch shuffled": (Then(lambda net, h: h + h[torch.arange(4).flip(0)]), "getitem"),
+    "batch rolled": (Then(lambda net, h: h + h.roll(1, 0)), "roll"),
+    "batch sorted": (Then(lambda net, h: h.sort(0).values), "sort"),
+    "batch as channels": (Then(lambda net, h: h.transpose(0, 1).reshape(4, -1)), "transpose"),
+    "max pool": (Then(lambda net, h: F.max_pool2d(h, 2).repeat(1, 1, 2, 2)), "max_pool2d"),
+    "attention": (Then(attention), "transpose"),
+    "smooth": (Then(lambda net, h: torch.tanh(h)), "tanh"),
+    "square": (Then(lambda net, h: h * h), "mul"),
+    "additive parameter": (Then(lambda net, h: h + net.offset), "add"),
+    "multiplied by a parameter": (Then(lambda net, h: h * net.offset), "mul"),
+    "buffer": (Then(lambda net, h: h * net.scale), "mul"),
+    "added number": (Then(lambda net, h: h + 1), "add"),
+    "padded with a number": (Then(lambda net, h: F.pad(h, (1, 0), value=1.0)[..., 1:]), "pad"),
+    "norm by data": (Then(lambda net, h: h / h.detach().abs().max()), "detach"),
+    "norm by .data": (Then(lambda net, h: h / h.data.abs().max()), "data"),
+    "branch on values": (Then(lambda net, h: h if h.sum() > 0 else -h), "sum"),
+    "weight from the input": (
+        Then(lambda net, h: F.conv2d(h, h[:, :, :1, :1].mean(0)[None].expand(6, -1, -1, -1))),
+        "",
+    ),
+    "custom function": (Then(lambda net, h: Hidden.apply(h)), "HiddenBackward"),
+    "custom function added": (Then(lambda net, h: h + Hidden.apply(h)), "HiddenBackward"),
+    "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight is made from the input"),
+    "several logits": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)), "16 logits a sample"),
+}
+ELIGIBLE = {
+    "residual": nn.Sequential(nn.Conv2d(3, 4, 1), Residual(4), Residual(4), nn.Flatten(), nn.Linear(16, 1)),
+    "in place": convolutional(),
+    "shared weight": DISCRIMINATORS["shared weight"](),
+    "no bias": nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1, bias=False)),
+    "linear over positions": nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(), nn.Flatten(), nn.Linear(192, 1)),
+    "linear where positions equal features": nn.Sequential(
+        nn.Flatten(2), nn.Linear(64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 1)
+    ),
+    "transposed": nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 1)),
+    "scaled sums": Then(lambda net, h: (h + 0.5 * h) / 2 - h.clone()),
+    "concatenated": Then(lambda net, h: torch.cat([h.mean((2, 3), keepdim=True).flatten(1)] * 16, dim=1)),
+    "means of space": Then(lambda net, h: F.pad(h.mean((2, 3), keepdim=True), (0, 3, 0, 3))),
+    "dropout in eval": Then(lambda net, h: F.dropout(h, 0.5, training=False)),
+    "spectral norm": DISCRIMINATORS["spectral norm"](),
+    "torch spectral norm": nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1)
+    ),
+    "flat logits": nn.Sequential(convolutional(), nn.Flatten(0)),
+    "frozen": convolutional(),
+}
+ELIGIBLE["frozen"][0].requires_grad_(False)
+
+
+def by_autograd(discriminator, x, loss, weight):
+    x = x.detach().requires_grad_()
+    logits = discriminator(x)
+    (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return loss(logits) + weight / 2 * g.square().flatten(1).sum(1).mean(), logits
+
+
+def hinge(logits):
+    return F.relu(1 - logits).mean()
+
+
+def softplus(logits):
+    return F.softplus(-logits).mean()
+
+
+def quadratic(logits):
+    return (logits - logits.mean()).square().sum()
+
+
+def assert_exact(discriminator, *, loss=softplus, dtype=torch.float64):
+    ours, exact = copy.deepcopy(discriminator).to(dtype), copy.deepcopy(discriminator).double()
+    x = images()[0].to(dtype)
+    logits, penalty = fastgan.logits_and_penalty(ours, x, kind="r1", weight=3)
+    total = loss(logits) + penalty
+    expected, plain = by_autograd(exact, x.double(), loss, 3)
+    assert_close(logits, plain, order=0)
+    assert_close(total, expected, order=1)
+    actual, wanted = (torch.cat([g.flatten() for g in gradients(*both)]) for both in ((ours, total), (exact, expected)))
+    assert_close(actual, wanted, order=2)
+
+
+@pytest.mark.parametrize("loss", [softplus, hinge, quadratic])
+@pytest.mark.parametrize("name", ELIGIBLE)
+def test_one_pass_gives_autograds_loss_penalty_and_gradients(name, loss):
+    discriminator = ELIGIBLE[name]
+    assert fastgan.explain_penalty(copy.deepcopy(discriminator), images()[0]) == "one pass"
+    assert_exact(discriminator, loss=loss)
+
+
+@pytest.mark.parametrize("name", ELIGIBLE)
+def test_one_pass_in_float32_meets_the_tolerance(name):
+    assert_exact(ELIGIBLE[name], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", INELIGIBLE)
+def test_what_one_pass_cannot_do_is_seen_named_and_done_exactly_by_the_general_path(name):
+    discriminator, reason = INELIGIBLE[name]
+    explained = fastgan.explain_penalty(copy.deepcopy(discriminator), images()[0])
+    assert explained.startswith("general path: ")
+    assert reason in explained
+    if "custom" not in name:  # Hidden is no twice-differentiable function
+        assert_exact(discriminator)
+
+
+def test_every_discriminator_of_the_penalty_tests_is_exact():
+    for make in DISCRIMINATORS.values():
+        assert_exact(make(), loss=lambda logits: logits.sin().mean())
+
+
+def test_loss_and_penalty_take_four_forwards_where_pytorch_takes_six():
+    discriminator = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), Residual(4), Residual(4), nn.Flatten(), nn.Linear(16, 1)
+    )
+    x, counts = images()[0], []
+
+    def ours():
+        logits, penalty = fastgan.logits_and_penalty(discriminator, x)
+        return softplus(logits) + penalty
+
+    for total in (ours, lambda: by_autograd(discriminator, x, softplus, 10)[0]):
+        with CountConvolutions() as counter:
+            total().backward()
+        counts.append(counter.count)
+    assert counts == [5 * 4, 5 * 6]
+
+
+def test_only_the_logits_or_only_the_penalty_may_be_used():
+    discriminator = convolutional().double()
+    x = images()[0].double()
+    for pick in (0, 1):
+        actual = gradients(discriminator, fastgan.logits_and_penalty(discriminator, x)[pick].sum())
+        plain, logits = by_autograd(discriminator, x, lambda logits: 0 * logits.sum(), 10)
+        expected = gradients(discriminator, (logits.sum(), plain)[pick])
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, order=0)
+
+
+def test_relativistic_losses_over_two_calls_with_r1_and_r2_are_exact():
+    ours = ELIGIBLE["residual"].double()
+    exact = copy.deepcopy(ours)
+    real, fake = (x.double() for x in images())
+    (a, r1), (b, r2) = (fastgan.logits_and_penalty(ours, x, weight=2) for x in (real, fake))
+    actual = F.softplus(b - a).mean() + r1 + r2
+    (p1, plain_a), (p2, plain_b) = (by_autograd(exact, x, lambda logits: 0, 2) for x in (real, fake))
+    expected = F.softplus(plain_b - plain_a).mean() + p1 + p2
+    for got, wanted in zip(gradients(ours, actual), gradients(exact, expected), strict=True):
+        assert_close(got, wanted, order=0)
+
+
+def test_gradients_accumulate_over_calls_and_over_a_retained_graph():
+    discriminator = convolutional().double()
+    logits, penalty = fastgan.logits_and_penalty(discriminator, images()[0].double())
+    total = softplus(logits) + penalty
+    total.backward(retain_graph=True)
+    once = [p.grad.clone() for p in discriminator.parameters()]
+    total.backward()
+    for p, g in zip(discriminator.parameters(), once, strict=True):
+        assert_close(p.grad, 2 * g, order=0)
+
+
+def test_labels_reach_the_discriminator():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.embed = convolutional()[:-1], nn.Embedding(5, 128)
+
+        def forward(self, x, label):
+            return (self.body(x) * self.embed(label)).sum(1)
+
+    discriminator, label = Conditional(), torch.tensor([0, 1, 4, 2])
+    assert "mul" in fastgan.explain_penalty(discriminator, images()[0], args=[label])
+    logits, penalty = fastgan.logits_and_penalty(discriminator, images()[0], args=[label])
+    (logits.sum() + penalty).backward()
+    assert discriminator.embed.weight.grad.abs().sum() > 0
+
+
+def test_fused_spectral_norm_in_the_hook_form_and_accumulation_work():
+    discriminator = utils.fuse_spectral_norm(
+        nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 4, 2)), nn.ReLU(), nn.Flatten(), nn.Linear(72, 1))
+    )
+    assert fastgan.explain_penalty(discriminator.eval(), images()[0]) == "one pass"
+    assert_exact(discriminator)
+
+
+def test_its_gradient_cannot_be_differentiated_again():
+    discriminator = convolutional()
+    logits, penalty = fastgan.logits_and_penalty(discriminator, images()[0])
+    weight = discriminator[0].weight
+    (grad,) = torch.autograd.grad(softplus(logits) + penalty, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(grad.sum(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_it_is_as_near_as_autograd_is(dtype):
+    discriminator, x = ELIGIBLE["residual"].float(), images()[0]
+    exact = gradients(discriminator, by_autograd(discriminator, x, softplus, 3)[0])
+
+    def error(total):
+        return sum((g - e).norm() for g, e in zip(gradients(discriminator, total), exact, strict=True))
+
+    with torch.autocast("cpu", dtype):
+        logits, penalty = fastgan.logits_and_penalty(discriminator, x, weight=3)
+        ours = softplus(logits.float()) + penalty
+        plain = by_autograd(discriminator, x, lambda logits: softplus(logits.float()), 3)[0]
+    assert error(ours) <= 2 * error(plain)
