@@ -69,9 +69,7 @@ def nvcc() -> str:
             raise CannotBuild(f"no nvcc: CUDACXX is {wanted}, which was not found")
         return wanted
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    path = os.pathsep.join(
-        [os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH", "")]
-    )
+    path = os.pathsep.join([os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH", "")])
     found = shutil.which("nvcc", path=path)
     if not found:
         raise CannotBuild("no nvcc: not on PATH, in CUDA_HOME or in /usr/local/cuda, and CUDACXX is not set")
@@ -141,9 +139,7 @@ class BuildNative(Command):
         wanted = {"native": mode("FASTGAN_BUILD"), "cuda": mode("FASTGAN_CUDA")}
         if wanted["native"] == "off":
             if wanted["cuda"] == "require":
-                raise SetupError(
-                    "FASTGAN_CUDA=require contradicts FASTGAN_BUILD=off, which builds nothing native"
-                )
+                raise SetupError("FASTGAN_CUDA=require contradicts FASTGAN_BUILD=off, which builds nothing native")
             wanted["cuda"] = "off"
         if not self.in_source:
             # A module that was deleted or renamed since the last build must not reach the wheel.
@@ -160,20 +156,14 @@ class BuildNative(Command):
             stale.unlink()
         variable = "FASTGAN_BUILD" if name == "native" else "FASTGAN_CUDA"
         if wanted == "off":
-            off = (
-                "FASTGAN_CUDA"
-                if os.environ.get("FASTGAN_CUDA") == "off" and name == "cuda"
-                else "FASTGAN_BUILD"
-            )
+            off = "FASTGAN_CUDA" if os.environ.get("FASTGAN_CUDA") == "off" and name == "cuda" else "FASTGAN_BUILD"
             return {"built": False, "reason": f"built with {off}=off"}
         directory = self.build_temp / name
         try:
             about = compile_module(name, directory)
         except CannotBuild as error:
             if wanted == "require":
-                raise SetupError(
-                    f"{variable}=require, but fastgan.{module} cannot be built: {error}"
-                ) from None
+                raise SetupError(f"{variable}=require, but fastgan.{module} cannot be built: {error}") from None
             self.warn(f"fastgan.{module} is left out: {error}")
             self.warn(f"fastgan works without it; {variable}=require makes this an error")
             return {"built": False, "reason": str(error)}

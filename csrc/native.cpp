@@ -8,34 +8,19 @@
 #include <string>
 #include <vector>
 
+#include "common/binding.h"
 #include "common/isa.h"
+#include "cpu/norm.h"
 #include "cpu/spectral_norm.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// (weight, output, u, v, saved, grad, outer, rows, inner)
-using LayerRow = std::array<std::int64_t, 9>;
-
-void* pointer(std::int64_t address) { return reinterpret_cast<void*>(address); }
-
-std::vector<fastgan::SpectralNormLayer> layers_of(const std::vector<LayerRow>& rows) {
-  std::vector<fastgan::SpectralNormLayer> layers;
-  layers.reserve(rows.size());
-  for (const LayerRow& r : rows)
-    layers.push_back(
-        {pointer(r[0]), pointer(r[1]), pointer(r[2]), pointer(r[3]), pointer(r[4]), pointer(r[5]), r[6], r[7], r[8]});
-  return layers;
-}
-
-fastgan::Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return fastgan::Dtype::f32;
-  if (name == "float64") return fastgan::Dtype::f64;
-  if (name == "float16") return fastgan::Dtype::f16;
-  if (name == "bfloat16") return fastgan::Dtype::bf16;
-  throw std::invalid_argument("unknown dtype " + name);
-}
+using fastgan::dtype_of;
+using fastgan::LayerRow;
+using fastgan::layers_of;
+using fastgan::pointer;
 
 fastgan::Isa isa_of(const std::string& name) {
   if (name == "best") return fastgan::best_isa();
@@ -68,6 +53,34 @@ void spectral_norm_backward(const std::string& dtype, const std::vector<LayerRow
   FASTGAN_DISPATCH(isa_of(isa), spectral_norm_backward(dtype_of(dtype), layers.data(), count, threads))
 }
 
+// (rows, channels, inner, groups), as NormShape; addresses in the order of the fields of the structs.
+using NormSizes = std::array<std::int64_t, 4>;
+
+void norm_forward(const std::string& dtype, const std::array<std::int64_t, 6>& a, const NormSizes& s, double eps,
+                  int threads, const std::string& isa) {
+  const fastgan::NormForward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]),
+                                     pointer(a[3]), pointer(a[4]), pointer(a[5])};
+  const fastgan::NormShape shape{s[0], s[1], s[2], s[3]};
+  FASTGAN_DISPATCH(isa_of(isa), norm_forward(dtype_of(dtype), tensors, shape, eps, threads))
+}
+
+void norm_backward(const std::string& dtype, const std::array<std::int64_t, 8>& a, const NormSizes& s, int threads,
+                   const std::string& isa) {
+  const fastgan::NormBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
+                                      pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7])};
+  const fastgan::NormShape shape{s[0], s[1], s[2], s[3]};
+  FASTGAN_DISPATCH(isa_of(isa), norm_backward(dtype_of(dtype), tensors, shape, threads))
+}
+
+void norm_double_backward(const std::string& dtype, const std::array<std::int64_t, 11>& a, const NormSizes& s,
+                          int threads, const std::string& isa) {
+  const fastgan::NormDoubleBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
+                                            pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7]),
+                                            pointer(a[8]), pointer(a[9]), pointer(a[10])};
+  const fastgan::NormShape shape{s[0], s[1], s[2], s[3]};
+  FASTGAN_DISPATCH(isa_of(isa), norm_double_backward(dtype_of(dtype), tensors, shape, threads))
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -77,4 +90,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("isa") = "best");
   m.def("spectral_norm_backward", &spectral_norm_backward, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"),
         py::arg("layers"), py::arg("threads"), py::arg("isa") = "best");
+  m.def("norm_forward", &norm_forward, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("tensors"),
+        py::arg("shape"), py::arg("eps"), py::arg("threads"), py::arg("isa") = "best");
+  m.def("norm_backward", &norm_backward, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("tensors"),
+        py::arg("shape"), py::arg("threads"), py::arg("isa") = "best");
+  m.def("norm_double_backward", &norm_double_backward, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"),
+        py::arg("tensors"), py::arg("shape"), py::arg("threads"), py::arg("isa") = "best");
 }

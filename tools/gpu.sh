@@ -30,13 +30,22 @@ stage() {
     echo "== $name: $result, $(($(date +%s) - start)) s"
 }
 
-fastgan='import sys; from fastgan.cli import main; sys.exit(main())'
+# None of these needs tyro, the command line's parser of options.
+verify='
+import sys
+from pathlib import Path
+from fastgan.trainer.verify import VerifyConfig, verify
+sys.exit(not verify(VerifyConfig(device="cuda", out=Path(sys.argv[1]))))
+'
+compiled='spectral_norm/sngan128/forward_backward'
 
-stage build 150 "$python" setup.py --quiet build_native --inplace
-stage info 20 "$python" -c "$fastgan" info
-stage test 130 "$python" -m pytest -m gpu tests
-stage verify 50 "$python" -c "$fastgan" verify --device cuda
-stage bench 120 "$python" -c "$fastgan" bench --suite gpu --output "$out"
+stage build 140 "$python" setup.py --quiet build_native --inplace
+stage info 20 "$python" -c 'import fastgan; print(fastgan.info())'
+stage test 125 "$python" -m pytest -m gpu tests
+stage verify 40 "$python" -c "$verify" "$out"
+stage bench 85 "$python" -m fastgan.bench.run --device cuda --output "$out/ops.json"
+stage bench-compiled 60 "$python" -m fastgan.bench.run --device cuda --case "$compiled" --compile \
+    --output "$out/ops-compiled.json"
 
 if [ -n "$failed" ]; then
     echo "failed:$failed"

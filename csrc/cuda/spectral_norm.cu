@@ -29,6 +29,7 @@
 #include "common/cuda_host.h"
 #include "cuda/spectral_norm.h"
 #include "cuda/spectral_norm_plan.h"
+#include "cuda/spectral_norm_tile.cuh"
 
 namespace fastgan {
 namespace cuda {
@@ -37,75 +38,10 @@ namespace {
 
 using device::Accumulate;
 using device::block_sum;
-using device::kWide;
 using device::load;
 using device::store;
 using device::Vector;
 using device::warp_sum;
-
-struct Tile {
-  int layer, index;  // index: of the tiles of its layer
-  int column_tile, row_tile;
-  std::int64_t row, column;  // the first of each
-  std::int64_t outer_index, inner_index;
-  int rows, outer, inner;
-  int stride;  // of a row in shared memory: its columns, up to a multiple of 16 bytes
-  __device__ int columns() const { return outer * inner; }
-};
-
-__device__ int smaller(std::int64_t a, std::int64_t b) { return static_cast<int>(a < b ? a : b); }
-
-__device__ Tile tile_at(const Arguments& arguments, int number, int wide) {
-  int first = 0, last = arguments.count - 1;
-  while (first < last) {
-    const int middle = (first + last + 1) / 2;
-    if (arguments.layers[middle].first_tile <= number)
-      first = middle;
-    else
-      last = middle - 1;
-  }
-  const Layer& layer = arguments.layers[first];
-  Tile tile;
-  tile.layer = first;
-  tile.index = number - layer.first_tile;
-  tile.row_tile = tile.index / layer.column_tiles;
-  tile.column_tile = tile.index % layer.column_tiles;
-  const int across = static_cast<int>((layer.inner + layer.tile_inner - 1) / layer.tile_inner);
-  tile.outer_index = std::int64_t{tile.column_tile / across} * layer.tile_outer;
-  tile.inner_index = std::int64_t{tile.column_tile % across} * layer.tile_inner;
-  tile.row = std::int64_t{tile.row_tile} * layer.tile_rows;
-  tile.column = tile.outer_index * layer.inner + tile.inner_index;
-  tile.rows = smaller(layer.tile_rows, layer.rows - tile.row);
-  tile.outer = smaller(layer.tile_outer, layer.outer - tile.outer_index);
-  tile.inner = smaller(layer.tile_inner, layer.inner - tile.inner_index);
-  tile.stride = (tile.columns() + wide - 1) / wide * wide;
-  return tile;
-}
-
-// visit(offset in the weight, row and column in the tile) of every kWidth elements, the whole block over.
-template <int kWidth, class Visit>
-__device__ void each_group(const Layer& layer, const Tile& tile, const Visit& visit) {
-  const int line = tile.inner / kWidth, slab = line * tile.rows;
-  for (int i = threadIdx.x; i < tile.outer * slab; i += kThreads) {
-    const int outer = i / slab, row = (i - outer * slab) / line, k = (i % line) * kWidth;
-    const std::int64_t at = (tile.outer_index + outer) * layer.rows + tile.row + row;
-    visit(at * layer.inner + tile.inner_index + k, row, outer * tile.inner + k);
-  }
-}
-
-// The same with a width for each case: visit takes it as its last argument's type.
-template <int kWidth>
-struct Width {
-  static constexpr int value = kWidth;
-};
-template <class T, class Visit>
-__device__ void each_group_of(const Layer& layer, const Tile& tile, const Visit& visit) {
-  if (layer.vector)
-    each_group<kWide<T>>(layer, tile,
-                         [&](std::int64_t at, int row, int column) { visit(at, row, column, Width<kWide<T>>{}); });
-  else
-    each_group<1>(layer, tile, [&](std::int64_t at, int row, int column) { visit(at, row, column, Width<1>{}); });
-}
 
 // Shared memory of a block: small arrays, then the slots.
 template <class T>

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "cpu/spectral_norm.h"
+#include "common/spectral_norm.h"
 
 namespace fastgan {
 namespace cuda {

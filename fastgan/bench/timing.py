@@ -1,0 +1,130 @@
+"""Times of the variants of one computation, taken in turns in one process.
+
+A machine's clock and load drift. What disturbs one variant of a round disturbs its neighbours too, so the ratio of
+each round is sound where times of separate runs are not.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+Timer = Callable[[Call, int], float]  # (what, how often) -> seconds a call
+
+MOST_REPEATS = 10_000
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """20, 50 and 80 % of the samples lie below these."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 4
+    return {"low": fifths[0], "median": statistics.median(samples), "high": fifths[3]}
+
+
+def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds a call, of each variant in each round; a sample is the mean of as many calls as take ``seconds``."""
+    repeats = {}
+    for name, run in variants.items():
+        timer(run, 2)
+        undisturbed = min(timer(run, 2) for _ in range(3))
+        repeats[name] = max(1, min(MOST_REPEATS, round(seconds / max(undisturbed, 1e-9))))
+    names = list(variants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-1, rounds):  # the first warms up
+            first = turn % len(names)  # so that none always follows the same neighbour's caches
+            for name in names[first:] + names[:first]:
+                sample = timer(variants[name], repeats[name])
+                if turn >= 0:
+                    samples[name].append(sample)
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def compare(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
+    """Of each variant: quantiles of its seconds and, if the baseline was timed, how many times as fast it is.
+
+    ``ratio`` has the quantiles of the ratios of each round, ``ratio_of_medians`` is what it says.
+    """
+    result: dict[str, dict[str, Any]] = {name: {"seconds": quantiles(own)} for name, own in samples.items()}
+    base = samples.get(baseline)
+    if base is not None:
+        for name, own in samples.items():
+            result[name]["ratio_of_medians"] = statistics.median(base) / statistics.median(own)
+            result[name]["ratio"] = quantiles([b / o for b, o in zip(base, own, strict=True)])
+    return result
+
+
+def wall_clock(run: Call, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - started) / repeats
+
+
+def cuda_events(run: Call, repeats: int) -> float:
+    """Calls one after another, as a training loop makes them: where the host is the slower, its time shows."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+class ColdCache:
+    """Times each call with the L2 cache full of something else, as the layers between two steps leave it.
+
+    Only for what the device runs by itself (a CUDA graph): emptying the cache would hide a host's time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.other = torch.zeros(size // 4, device=device)
+
+    def __call__(self, run: Call, repeats: int) -> float:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in pairs:
+            self.other.sum()  # reads: lines that were written would be written back at the expense of what is timed
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(float(start.elapsed_time(end)) for start, end in pairs) / 1e3 / repeats
+
+
+def captured(run: Call) -> Call:
+    """A CUDA graph's replay of ``run``. Raises RuntimeError if it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device, timer: Timer, size: int = 2**29) -> float:
+    """Bytes read and written a second by a copy of ``size`` bytes, too many for any cache; median of nine."""
+    source = torch.ones(size, dtype=torch.uint8, device=device).view(torch.float32)
+    target = torch.empty_like(source)
+    repeats = 20 if device.type == "cuda" else 1
+    times = [timer(lambda: target.copy_(source), repeats) for _ in range(10)]
+    return 2 * size / statistics.median(times[1:])

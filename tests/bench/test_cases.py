@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastgan.bench.cases import BASELINE, CASES, LARGE, OPTIONAL, SMALL, SNGAN128, prepare
+
+CPU = torch.device("cpu")
+
+
+def parameters(shapes):
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "cpu" in case.device_types])
+def test_the_variants_of_every_case_agree(name):
+    case = CASES[name]
+    variants, errors, left_out = prepare(case, CPU)
+    assert list(variants) == list(errors) == [BASELINE, "reference", "fastgan"]
+    assert not left_out
+    assert 0 < errors["fastgan"] <= case.tolerance
+    for run in variants.values():
+        assert all(tensor.isfinite().all() for tensor in run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_variants_of_every_case_agree_on_a_gpu(name):
+    variants, errors, left_out = prepare(CASES[name], torch.device("cuda"))
+    assert {BASELINE, "reference", "fastgan"} <= set(variants)
+    assert set(variants) | set(left_out) == {BASELINE, "reference", "fastgan", "triton", "cuda"}
+    assert max(errors.values()) <= CASES[name].tolerance
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_result_is_refused_before_it_is_timed(factor):
+    case = CASES["spectral_norm/small/forward"]
+    setup = case.setup
+
+    def with_wrong(device, dtype):
+        makes = setup(device, dtype)
+
+        def wrong():
+            run = makes["fastgan"]()
+            return lambda: [factor * weight for weight in run()]
+
+        return makes | {"fastgan": wrong}
+
+    with pytest.raises(ArithmeticError, match=r"small/forward: fastgan differs from torch by .*, tolerance 2e-05"):
+        prepare(dataclasses.replace(case, setup=with_wrong), CPU)
+
+
+def test_an_optional_variant_that_fails_is_left_out_with_its_reason():
+    case = CASES["spectral_norm/small/forward"]
+    setup = case.setup
+
+    def fail():
+        raise RuntimeError("no compiler")
+
+    failing = dataclasses.replace(case, setup=lambda *where: setup(*where) | {OPTIONAL[0]: fail})
+    variants, _, left_out = prepare(failing, CPU, optional=True)
+    assert OPTIONAL[0] not in variants
+    assert left_out == {OPTIONAL[0]: "RuntimeError: no compiler"}
+    assert prepare(failing, CPU)[2] == {}  # not tried
+
+
+def test_preparing_a_case_leaves_the_random_numbers_of_the_process_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    prepare(CASES["spectral_norm/small/forward"], CPU)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_lists_have_the_sizes_that_their_results_are_quoted_with():
+    assert parameters(SNGAN128) == 18_840_256
+    assert parameters(SMALL) == 280_064
+    assert parameters(LARGE) * 4 == 116_058_880
+
+
+def test_the_floor_counts_each_input_and_each_result_once():
+    elements = 280_064
+    rows = 32 + 64 + 128 + 64 + 64 + 1
+    columns = 48 + 512 + 1024 + 1152 + 576 + 4096
+    forward, both = (CASES[f"spectral_norm/small/{order}"] for order in ("forward", "forward_backward"))
+    assert forward.bytes == 4 * (2 * elements + rows + 2 * columns)
+    assert both.bytes - forward.bytes == 4 * (3 * elements + rows + columns)
+    assert (forward.operations, both.operations) == (5 * elements, 10 * elements)
