@@ -1,0 +1,195 @@
+"""Layer, group and instance normalisation, fused up to the second derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.norm import reference
+from fastgan.ops.norm.autograd import normalise
+from fastgan.ops.norm.layout import Layout
+
+__all__ = ["group_norm", "instance_norm", "layer_norm"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise over the last dimensions: (x - mean) / sqrt(var + eps) * weight + bias, var without correction.
+
+    As ``torch.nn.functional.layer_norm``. Sums are kept in float32 (float64 for float64 input); the same inputs give
+    the same bits. The result has the strides of the input; one that is not contiguous (channels_last) goes through a
+    contiguous copy.
+
+    Args:
+        input: (*, *normalized_shape), float16, bfloat16, float32 or float64.
+        normalized_shape: the last dimensions of the input.
+        weight: shape normalized_shape, of the input's dtype, or float32 with an input in half precision.
+        bias: likewise.
+        eps: added to the variance.
+        backend: run on this backend instead of the fastest.
+
+    Raises:
+        TypeError: something is not a tensor, or a dtype is not as above.
+        ValueError: a shape or device is not as above.
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Differentiable twice; a third derivative raises. Source: Ba et al., Layer Normalization (2016).
+    """
+    _check_input(input)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape must be the input's last dimensions, got {shape} of {tuple(input.shape)}")
+    _check_affine("weight", weight, input, shape, "normalized_shape")
+    _check_affine("bias", bias, input, shape, "normalized_shape")
+    input, weight, bias = _autocast(input, weight, bias)
+    chosen = _select("layer_norm", input, backend)
+    if chosen == "reference":
+        return reference.layer_norm(input, shape, weight, bias, eps)
+    size = prod(shape)
+    return normalise(input, weight, bias, Layout(input.numel() // size, size, 1, 1), eps, chosen)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise each group of consecutive channels of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    As ``torch.nn.functional.group_norm``; sums, bits and strides as ``layer_norm``.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64.
+        num_groups: a divisor of C.
+        weight: (C,), of the input's dtype, or float32 with an input in half precision.
+        bias: likewise.
+        eps: added to the variance.
+        backend: run on this backend instead of the fastest.
+
+    Raises:
+        TypeError: something is not a tensor, or a dtype is not as above.
+        ValueError: a shape, device or number is not as above, or a group has one value.
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Differentiable twice; a third derivative raises. Source: Wu and He, Group Normalization (2018).
+    """
+    _check_channels(input, weight, bias)
+    batch, channels = input.shape[:2]
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the input's {channels} channels, got {num_groups!r}")
+    inner = prod(input.shape[2:])
+    if batch * channels // num_groups * inner == 1:
+        raise ValueError(f"input must have more than one value a group, got {tuple(input.shape)}")
+    input, weight, bias = _autocast(input, weight, bias)
+    chosen = _select("group_norm", input, backend)
+    if chosen == "reference":
+        return reference.group_norm(input, num_groups, weight, bias, eps)
+    layout = Layout(batch * num_groups, channels // num_groups, inner, num_groups)
+    return normalise(input, weight, bias, layout, eps, chosen)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise each channel of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    As ``torch.nn.functional.instance_norm``, which runs where there are running statistics or
+    ``use_input_stats=False``; sums, bits and strides as ``layer_norm``.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64.
+        running_mean: (C,) or None.
+        running_var: (C,) or None.
+        weight: (C,), of the input's dtype, or float32 with an input in half precision.
+        bias: likewise.
+        use_input_stats: False normalises with the running statistics.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        backend: run on this backend instead of the fastest.
+
+    Raises:
+        TypeError: something is not a tensor, or a dtype is not as above.
+        ValueError: a shape or device is not as above, or a channel has one value.
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Differentiable twice; a third derivative raises. Source: Ulyanov et al., Instance Normalization (2016).
+    """
+    _check_channels(input, weight, bias)
+    batch, channels = input.shape[:2]
+    inner = prod(input.shape[2:])
+    if use_input_stats and inner == 1:
+        raise ValueError(f"input must have more than one value a channel, got {tuple(input.shape)}")
+    running = running_mean is not None or running_var is not None or not use_input_stats
+    chosen = "reference" if running else _select("instance_norm", input, backend)
+    if chosen == "reference":
+        return reference.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return normalise(input, weight, bias, Layout(batch * channels, 1, inner, channels), eps, chosen)
+
+
+def _select(op: str, input: Tensor, backend: str | None) -> str:
+    chosen = backends.select(op, input.device, input.dtype, backend)
+    return chosen if input.numel() else "reference"  # nothing to compute
+
+
+def _autocast(input: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """float32 for layer_norm and group_norm where PyTorch's autocast says so: on CUDA only."""
+    weight, bias = affine
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        weight, bias = (t.float() if t is not None and t.dtype in _HALF else t for t in affine)
+        input = input.float() if input.dtype in _HALF else input
+    return input, weight, bias
+
+
+def _check_input(input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+
+
+def _check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    _check_input(input)
+    if input.ndim < 2:
+        raise ValueError(f"input must be (N, C, *), got shape {tuple(input.shape)}")
+    _check_affine("weight", weight, input, (input.shape[1],), "the channels")
+    _check_affine("bias", bias, input, (input.shape[1],), "the channels")
+
+
+def _check_affine(name: str, values: Tensor | None, input: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if values is None:
+        return
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
+    if values.dtype != input.dtype and not (values.dtype == torch.float32 and input.dtype in _HALF):
+        raise TypeError(f"{name} must have the input's dtype, {input.dtype}, or float32 for half, got {values.dtype}")
+    if values.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, {what}, got {tuple(values.shape)}")
+    if values.device != input.device:
+        raise ValueError(f"{name} must be on the input's device, {input.device}, got {values.device}")

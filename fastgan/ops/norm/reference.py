@@ -1,0 +1,5 @@
+"""PyTorch's own normalisations: the specification, the fallback and the benchmark's baseline. Any order of derivative."""
+
+from torch.nn.functional import group_norm, instance_norm, layer_norm
+
+__all__ = ["group_norm", "instance_norm", "layer_norm"]
