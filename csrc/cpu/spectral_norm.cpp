@@ -332,7 +332,7 @@ void forward(const SpectralNormLayer* layers, std::int64_t count, const Spectral
     bool any_by_outer = false;
     for (std::int64_t l = 0; l < n; ++l) any_by_outer |= !work[l].by_rows();
 
-    batch.each_layer([](const Layer<T>& layer) { layer.read_state(); });
+    for (std::int64_t l = 0; l < n; ++l) work[l].read_state();  // less than waking the threads for it
     if (!iterate) step(Pass::rows, every);
     for (std::int64_t i = 0; i < options.power_iterations; ++i) {
       if (options.v_first) {
@@ -346,8 +346,10 @@ void forward(const SpectralNormLayer* layers, std::int64_t count, const Spectral
         }
       }
     }
-    if (iterate) batch.each_layer([](const Layer<T>& layer) { layer.write_state(); });
-    batch.each_chunk([](const Layer<T>& layer, std::int64_t chunk, std::int64_t) { layer.scale(chunk); });
+    batch.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
+      if (iterate && chunk == 0) layer.write_state();
+      layer.scale(chunk);
+    });
   });
 }
 

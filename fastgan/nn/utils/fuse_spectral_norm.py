@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastgan import ops
-from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, put, renews, take
+from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, is_recomputing, put, take
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class _Parametrized:
         return self.tensors._parameters["original"], buffers["_u"], buffers["_v"], self.norm.dim  # type: ignore[return-value]
 
     def settings(self) -> tuple[int, float, bool, bool]:
-        return self.norm.n_power_iterations, self.norm.eps, renews(self.norm), False
+        return self.norm.n_power_iterations, self.norm.eps, self.norm.training, False
 
     def put(self, weight: Tensor) -> None:
         put(self.module, self.name, weight)
@@ -80,7 +80,7 @@ class _Hook(TorchHook):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if not self.is_put:
             weight, u, v, dim = self.operands()
-            n_power_iterations, eps, update, v_first = self.settings()
+            n_power_iterations, eps, training, v_first = self.settings()
             self._set(
                 ops.spectral_norm(
                     [weight],
@@ -89,7 +89,7 @@ class _Hook(TorchHook):
                     dims=[dim],
                     n_power_iterations=n_power_iterations,
                     eps=eps,
-                    update=update,
+                    update=training and not is_recomputing(),
                     v_first=v_first,
                 )[0]
             )
@@ -99,7 +99,7 @@ class _Hook(TorchHook):
         return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
 
     def settings(self) -> tuple[int, float, bool, bool]:
-        return self.n_power_iterations, self.eps, renews(self.module), True
+        return self.n_power_iterations, self.eps, self.module.training, True
 
     def put(self, weight: Tensor) -> None:
         self._set(weight)
@@ -127,11 +127,12 @@ class _Fused:
     def before(self, model: nn.Module, inputs: Any) -> None:
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
+        recomputing = is_recomputing()
         for member in self.members:
             operands = member.operands()
             key = *member.settings(), operands[0].dtype, operands[0].device
             groups.setdefault(key, []).append((member, operands))
-        for (n_power_iterations, eps, update, v_first, _, _), group in groups.items():
+        for (n_power_iterations, eps, training, v_first, _, _), group in groups.items():
             weights, us, vs, dims = zip(*(operands for _, operands in group), strict=True)
             normalised = ops.spectral_norm(
                 weights,
@@ -140,7 +141,7 @@ class _Fused:
                 dims=dims,
                 n_power_iterations=n_power_iterations,
                 eps=eps,
-                update=update,
+                update=training and not recomputing,
                 v_first=v_first,
             )
             for (member, _), weight in zip(group, normalised, strict=True):

@@ -31,7 +31,7 @@ class SpectralNorm(_SpectralNorm):
             dims=[self.dim],
             n_power_iterations=self.n_power_iterations,
             eps=self.eps,
-            update=renews(self),
+            update=self.training and not is_recomputing(),
         )[0]
 
     def extra_repr(self) -> str:
@@ -39,9 +39,9 @@ class SpectralNorm(_SpectralNorm):
         return f"{iterations}dim={self.dim}, eps={self.eps}"
 
 
-def renews(module: nn.Module) -> bool:
-    """Whether a forward now takes a power iteration: in training, but not while backward recomputes a forward."""
-    return module.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+def is_recomputing() -> bool:
+    """Whether backward is recomputing a forward (activation checkpointing): then u and v stay those of that forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def spectral_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,13 +41,9 @@ def _forward(
     v_first: bool,
     backend: str,
 ) -> None:
+    inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
     layout = layout_of(weights, dims)
-    targets = _contiguous_targets(outputs)
-    arguments = _contiguous(weights), targets, us, vs, saved, layout, n_power_iterations, eps, v_first
-    if backend == "triton":
-        _triton_kernels().forward(*arguments)
-    else:
-        native_kernels.forward(backend, *arguments)
+    _kernels(backend).forward(inputs, targets, us, vs, saved, layout, n_power_iterations, eps, v_first)
     _copy_back(targets, outputs)
 
 
@@ -61,12 +58,8 @@ def _backward(
     backend: str,
 ) -> None:
     layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # of some of the weights of a forward
-    targets = _contiguous_targets(outputs)
-    arguments = _contiguous(grads), _contiguous(weights), targets, saved, layout
-    if backend == "triton":
-        _triton_kernels().backward(*arguments)
-    else:
-        native_kernels.backward(backend, *arguments)
+    inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
+    _kernels(backend).backward(_contiguous(grads), inputs, targets, saved, layout)
     _copy_back(targets, outputs)
 
 
@@ -80,22 +73,29 @@ def _backward_fake(*arguments: Any) -> None:
     return None
 
 
-def _triton_kernels() -> Any:
-    from fastgan.ops.spectral_norm import triton_kernels  # Triton is optional
+@cache
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from fastgan.ops.spectral_norm import triton_kernels  # Triton is optional
 
-    return triton_kernels
+        return triton_kernels
+    return native_kernels.Native(backend)
 
 
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
+def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors if all(t.is_contiguous() for t in tensors) else [t.contiguous() for t in tensors]
 
 
-def _contiguous_targets(outputs: Sequence[Tensor]) -> list[Tensor]:
+def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernels write: each output, or a contiguous stand-in for one in another memory format."""
+    if all(o.is_contiguous() for o in outputs):
+        return outputs
     return [o if o.is_contiguous() else torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
 
 
 def _copy_back(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    if targets is outputs:
+        return
     for target, output in zip(targets, outputs, strict=True):
         if target is not output:
             output.copy_(target)
@@ -127,22 +127,25 @@ class _SpectralNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *weights = ctx.saved_tensors
-        offsets = layout_of(weights, ctx.dims).offsets
+        offsets: Sequence[int] = layout_of(weights, ctx.dims).offsets
+        dims: Sequence[int] = ctx.dims
+        # Without create_graph nothing will be asked of the backward's own graph.
+        run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _run_backward
         needed = ctx.needs_input_grad[7:]
+        if all(needed) and all(grad is not None for grad in grads):
+            return *(None,) * 7, *run(saved, offsets, dims, ctx.backend, *grads, *weights)
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
         result: list[Tensor | None] = [None] * len(weights)
         if wanted:
-            call = saved, [offsets[i] for i in wanted], [ctx.dims[i] for i in wanted], ctx.backend
             tensors = [grads[i] for i in wanted] + [weights[i] for i in wanted]
-            # Without create_graph nothing will be asked of the backward's own graph.
-            run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _run_backward
+            call = saved, [offsets[i] for i in wanted], [dims[i] for i in wanted], ctx.backend
             for i, grad in zip(wanted, run(*call, *tensors), strict=True):
                 result[i] = grad
         return (None,) * 7 + tuple(result)
 
 
 def _run_backward(
-    saved: Tensor, offsets: list[int], dims: list[int], backend: str, *grads_and_weights: Tensor
+    saved: Tensor, offsets: Sequence[int], dims: Sequence[int], backend: str, *grads_and_weights: Tensor
 ) -> list[Tensor]:
     grads, weights = grads_and_weights[: len(dims)], grads_and_weights[len(dims) :]
     outputs = [torch.empty_like(w) for w in weights]
@@ -154,7 +157,7 @@ def _run_backward(
 class _SpectralNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, saved: Tensor, offsets: list[int], dims: list[int], backend: str, *grads_and_weights: Tensor
+        ctx: Any, saved: Tensor, offsets: Sequence[int], dims: Sequence[int], backend: str, *grads_and_weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *grads_and_weights)
@@ -174,8 +177,8 @@ class _SpectralNormBackward(torch.autograd.Function):
 
 def _double_backward(
     saved: Tensor,
-    offsets: list[int],
-    dims: list[int],
+    offsets: Sequence[int],
+    dims: Sequence[int],
     grads_of_grads: Sequence[Tensor | None],
     grads_and_weights: Sequence[Tensor],
 ) -> list[Tensor | None]:
