@@ -18,7 +18,7 @@ constexpr std::int64_t kLine = 1024;       // elements: a dozen lines of float a
 constexpr std::int64_t kRanges = 256;      // tasks that are enough for any machine
 constexpr std::int64_t kFewRanges = 32;    // under which long rows are shared out instead
 constexpr std::int64_t kRangeRows = 16;    // rows a range: its partial dw costs 1 / kRangeRows of a pass
-constexpr std::int64_t kBatch = 1 << 17;   // elements between two barriers where rows are shared out
+constexpr std::int64_t kBatch = 1 << 17;   // elements between two barriers where rows are shared out: a private cache
 constexpr std::int64_t kSerial = 1 << 15;  // elements under which waking threads costs more than they bring
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -10,7 +10,18 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastgan.ops import activation, conv, pool
+from fastgan.ops import activation, conv, norm, pool
+
+
+def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast has a precision of its own for norms, which PyTorch's own functions know."""
+
+    def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
+        return (theirs if plain else ours)(input, *args, **kwargs)
+
+    return route
+
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
@@ -24,6 +35,9 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
         for function in functions
     },
+    F.layer_norm: _unless_autocast(norm.layer_norm, F.layer_norm),
+    F.group_norm: _unless_autocast(norm.group_norm, F.group_norm),
+    F.instance_norm: _unless_autocast(norm.instance_norm, F.instance_norm),
     F.leaky_relu: activation.leaky_relu,
     F.leaky_relu_: lambda x, slope=0.01: activation.leaky_relu(x, slope, inplace=True),
     F.relu: activation.relu,
@@ -50,9 +64,9 @@ class _Reroute(TorchFunctionMode):
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu and avg_pool1d/2d/3d, called as functions or by
-    modules, in place too; everything else, tensor subclasses, and all calls while gradients are off, are PyTorch's own.
-    Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, avg_pool1d/2d/3d and (outside autocast) layer_norm,
+    group_norm and instance_norm, called as functions or by modules, in place too. Everything else, tensor subclasses,
+    and all calls while gradients are off, are PyTorch's own. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import ops
+from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.norm import native_kernels
-from fastgan.ops.norm.autograd import normalise
-from fastgan.ops.norm.layout import Layout
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of, relative_error
 
 # Odd, prime, 1; one element a channel, one channel a row; above a line of the CPU kernels and a block of the Triton
@@ -25,7 +24,7 @@ CASES = {
     "layer, rows of 1": ("layer_norm", (4, 1), (1,)),
     "layer, one vector": ("layer_norm", (31,), (31,)),
     "layer, images": ("layer_norm", (3, 4, 5, 6), (4, 5, 6)),
-    "layer, many rows": ("layer_norm", (300, 33), (33,)),
+    "layer, many rows": ("layer_norm", (70, 33), (33,)),
     "layer, long rows": ("layer_norm", (2, 10007), (10007,)),
     "group, vectors": ("group_norm", (6, 12), 3),
     "group, 1-D": ("group_norm", (2, 15, 13), 5),
@@ -38,6 +37,8 @@ CASES = {
     "instance, 3-D": ("instance_norm", (2, 3, 3, 4, 5), None),
     "instance, long channels": ("instance_norm", (1, 2, 97, 53), None),
 }
+FEW = ("layer, images", "group, 1-D", "instance, 1-D")
+MANY_PROGRAMS = ("layer, many rows", "layer, long rows")
 # No bias alone: PyTorch's group_norm and layer_norm have no derivative there, see the test of it below.
 AFFINE = {"weight and bias": (True, True), "no affine": (False, False), "weight": (True, False)}
 PARTS = ("x", "weight", "bias", "scale")
@@ -87,7 +88,10 @@ def table(every_dtype=True):
         name = backend_name(backend)
         interpreted = name == "triton" and not HAS_GPU
         for dtype, case, (label, affine) in product(DTYPES if every_dtype else DTYPES[:2], CASES, AFFINE.items()):
-            if interpreted and (dtype != torch.float32 and affine != (True, True)):
+            usual = dtype == torch.float32 and affine == (True, True)
+            if interpreted and not usual and (case not in FEW or (dtype != torch.float32 and affine != (True, True))):
+                continue
+            if interpreted and not every_dtype and case in MANY_PROGRAMS:
                 continue
             marks = backend.marks if hasattr(backend, "marks") else ()
             yield pytest.param(name, dtype, case, affine, marks=marks, id=f"{name}-{str(dtype)[6:]}-{case}-{label}")
@@ -160,7 +164,12 @@ def test_a_broken_double_backward_would_be_seen_by_the_penalty(broken, monkeypat
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_gradcheck_and_gradgradcheck_hold(backend, case):
     op, shape, argument = CASES[case]
-    smaller = {"layer, images": ((3, 2, 3), (2, 3)), "group, 1-D": ((2, 4, 3), 2)}
+    smaller = {
+        "layer, images": ((3, 2, 3), (2, 3)),
+        "group, 1-D": ((2, 4, 3), 2),
+        "group, vectors": ((2, 6), 2),
+        "instance, 1-D": ((2, 2, 5), None),
+    }
     problem = problem_of((op, *smaller.get(case, (shape, argument))), device=device_of(backend)).to(torch.float64)
     inputs = problem.x, problem.weight, problem.bias
 
@@ -214,15 +223,12 @@ def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
         assert tuple(leaf.grad is not None for leaf in leaves) == wanted
 
 
-def test_a_scope_of_inputs_only_leaves_the_parameters_out(monkeypatch):
-    class Scope:
-        inputs_only = True
-
+def test_a_penalty_that_asks_for_inputs_only_leaves_the_parameters_out(monkeypatch):
     calls = recorded(monkeypatch, "backward")
-    scope, problem = Scope(), problem_of("group, 2-D", dtype=torch.float32).to(torch.float32)
-    out = normalise(problem.x, problem.weight, problem.bias, Layout(12, 3, 25, 4), 1e-5, "cpu", scope)
-    (grad,) = torch.autograd.grad(out.square().sum(), problem.x, create_graph=True)
-    scope.inputs_only = False
+    problem = problem_of("group, 2-D", dtype=torch.float32).to(torch.float32)
+    loss = problem("cpu").square().sum()
+    with inputs_only([loss], problem.x):
+        (grad,) = torch.autograd.grad(loss, problem.x, create_graph=True)
     assert calls == [(True, False, False)]
     actual = torch.autograd.grad(grad.square().sum(), problem.leaves()[:3])
     (grad,) = torch.autograd.grad(problem("reference").square().sum(), problem.x, create_graph=True)
@@ -292,7 +298,7 @@ def test_strides_are_kept_and_do_not_matter(backend, case):
         assert all(torch.equal(a, b) for a, b in zip(result, results["contiguous"], strict=True)), name
 
 
-@pytest.mark.parametrize("case", ["layer, many rows", "group, 2-D", "instance, 2-D"])
+@pytest.mark.parametrize("case", FEW)
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_the_same_inputs_give_the_same_bits(backend, case):
     problem = problem_of(case, dtype=torch.float32, device=device_of(backend))
@@ -390,7 +396,9 @@ def test_a_bias_alone_is_a_bias_with_a_weight_of_one(backend, case):
     with_one.weight = torch.ones_like(alone.bias)
     for problem in (alone, with_one):
         problem.results = [
-            *torch.autograd.grad(torch.tanh(problem(backend)).square().sum(), (problem.x, problem.bias), create_graph=True)
+            *torch.autograd.grad(
+                torch.tanh(problem(backend)).square().sum(), (problem.x, problem.bias), create_graph=True
+            )
         ]
         penalty = sum(g.square().sum() for g in problem.results)
         problem.results += torch.autograd.grad(penalty, (problem.x, problem.bias))
@@ -398,7 +406,7 @@ def test_a_bias_alone_is_a_bias_with_a_weight_of_one(backend, case):
         assert_close(a, e, order=2)
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "group_norm", "instance_norm"])
+@pytest.mark.parametrize("op", ["layer_norm", "group_norm"])  # PyTorch's instance_norm raises an IndexError
 def test_an_empty_batch_gives_what_pytorch_gives(op):
     x = torch.randn(0, 4, 5, requires_grad=True)
     weight = torch.randn((5,) if op == "layer_norm" else (4,), requires_grad=True)

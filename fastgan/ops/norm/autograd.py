@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, is_eager, last_order
 from fastgan.ops.norm import native_kernels
 from fastgan.ops.norm.layout import Layout, accumulation_dtype
@@ -139,29 +140,27 @@ class _Norm(torch.autograd.Function):
         layout: Layout,
         eps: float,
         backend: str,
-        scope: Any,
     ) -> Tensor:
         y = torch.empty_like(x)
         statistics = [torch.empty(layout.rows, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in range(2)]
-        run = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
+        run: Any = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
         run(x, weight, bias, y, *statistics, layout, eps, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *statistics, weight)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        ctx.layout, ctx.backend, ctx.scope = layout, backend, scope
+        ctx.layout, ctx.backend = layout, backend
+        markable(ctx)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        if getattr(ctx.scope, "inputs_only", False):
-            needed = needed[0], False, False
-        if dy is None or not any(needed):
-            return (None,) * 7
+        wanted = needed(ctx)[:3]
+        if dy is None or not any(wanted):
+            return (None,) * 6
         # Without create_graph nothing will be asked of the backward's own graph.
-        run = _NormBackward.apply if torch.is_grad_enabled() else _run_backward
-        grads = run(dy, *ctx.saved_tensors, needed, ctx.bias, ctx.layout, ctx.backend)
-        return *grads, None, None, None, None
+        run: Any = _NormBackward.apply if torch.is_grad_enabled() else _run_backward
+        grads = run(dy, *ctx.saved_tensors, wanted, ctx.bias, ctx.layout, ctx.backend)
+        return *grads, None, None, None
 
 
 def _run_backward(
@@ -208,7 +207,7 @@ class _NormBackward(torch.autograd.Function):
                 if wanted[i] and needed[i]:
                     results[i] = torch.empty_like(like)
             if any(result is not None for result in results):
-                run = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
+                run: Any = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
                 run(*grads, dy, x, mean, rstd, weight, *results, ctx.layout, ctx.backend)
         if torch.is_grad_enabled():
             message = "norm: the third derivative is not supported; use_backend('reference') has every order"
@@ -224,12 +223,7 @@ def normalise(
     layout: Layout,
     eps: float,
     backend: str,
-    scope: Any = None,
 ) -> Tensor:
-    """The op without its checks, on the backend chosen.
-
-    ``scope.inputs_only``, read when backward runs, says that nobody asks for the gradients of weight and bias:
-    ``needs_input_grad`` is True for both even in ``autograd.grad(y, x)``.
-    """
-    result: Tensor = _Norm.apply(x, weight, bias, layout, eps, backend, scope)
+    """The op without its checks, on the backend chosen."""
+    result: Tensor = _Norm.apply(x, weight, bias, layout, eps, backend)
     return result

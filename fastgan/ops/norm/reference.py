@@ -1,4 +1,4 @@
-"""PyTorch's own normalisations: the specification, the fallback and the benchmark's baseline. Any order of derivative."""
+"""PyTorch's own normalisations: the specification, the fallback and the benchmark's baseline."""
 
 from torch.nn.functional import group_norm, instance_norm, layer_norm
 

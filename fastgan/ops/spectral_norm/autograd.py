@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ class _SpectralNorm(torch.autograd.Function):
         run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _run_backward
         needed = ctx.needs_input_grad[7:]
         if all(needed) and all(grad is not None for grad in grads):
-            return *(None,) * 7, *run(saved, offsets, dims, ctx.backend, *grads, *weights)
+            all_grads = cast(tuple[Tensor, ...], grads)
+            return *(None,) * 7, *run(saved, offsets, dims, ctx.backend, *all_grads, *weights)
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
         result: list[Tensor | None] = [None] * len(weights)
         if wanted:
