@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from fastgan import backends
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import accumulation_dtype, as_matrix, layout_of, split_saved
 
@@ -108,7 +109,8 @@ else:
 
     @pytest.fixture(autouse=True)
     def on_the_emulated_device(emulated, monkeypatch):
-        monkeypatch.setattr(native_kernels, "_module", lambda backend, weight: (emulated, 0))
+        monkeypatch.setattr(backends, "native_cuda", lambda: emulated)
+        monkeypatch.setattr(native_kernels.Native, "_where", lambda self, weight: 0)
 
     def random(shape, dtype, offset):
         """Normal values, ``offset`` elements away from an allocation's alignment."""
@@ -140,7 +142,7 @@ else:
         layout = layout_of(weights, dims)
         outputs = [nothing_like(w, offset) for w in weights]
         saved = torch.full((layout.total,), float("nan"), dtype=accumulation_dtype(dtype))
-        native_kernels.forward("cuda", weights, outputs, us, vs, saved, layout, iterations, 1e-12, v_first)
+        native_kernels.Native("cuda").forward(weights, outputs, us, vs, saved, layout, iterations, 1e-12, v_first)
         if iterations == 0:
             assert all(torch.equal(x, y) for x, y in zip(us + vs, stored, strict=True))
         for i, matrix in enumerate(layout.matrices):
@@ -151,7 +153,7 @@ else:
 
         grads = [random(shape, dtype, offset) for shape, _ in shapes]
         grad_weights = [nothing_like(w, offset) for w in weights]
-        native_kernels.backward("cuda", grads, weights, grad_weights, saved, layout)
+        native_kernels.Native("cuda").backward(grads, weights, grad_weights, saved, layout)
         exact_grads = torch.autograd.grad(exact, exact_weights, [g.double() for g in grads])
         same_grads = torch.autograd.grad(same, same_weights, grads)
 
@@ -177,7 +179,7 @@ else:
             u, v = torch.full((97,), 97**-0.5), torch.full((301,), 301**-0.5)
             output, saved = torch.empty_like(weight), torch.empty(1 + 97 + 301)
             layout = layout_of([weight], [0])
-            native_kernels.forward("cuda", [weight], [output], [u], [v], saved, layout, 1, 1e-12, False)
+            native_kernels.Native("cuda").forward([weight], [output], [u], [v], saved, layout, 1, 1e-12, False)
             results.append((output, saved))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
