@@ -7,7 +7,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from fastgan.bench.cases import BASELINE, BY_NAME, CASES, Run, prepare
+from fastgan.bench.case import BASELINE, BY_NAME, Run, prepare
+from fastgan.bench.cases import CASES
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 TABLE = [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastgan.bench.cases import BASELINE
+from fastgan.bench.case import BASELINE
 
 COLOURS = {"torch.compile": "tab:gray", "fastgan": "tab:blue"}  # what is drawn
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from fastgan import backends
-from fastgan.bench import cases, report, timing
-from fastgan.bench.cases import BASELINE, CASES, SUITES, Case
+from fastgan.bench import report, timing
+from fastgan.bench.case import BASELINE, Case, Run, prepare
+from fastgan.bench.cases import CASES, SUITES
 from fastgan.bench.provenance import ROOT, commit_of, provenance, slug
 
 SCHEMA = 1
@@ -143,7 +144,7 @@ def measure(
     case: Case, device: torch.device, rounds: int, bandwidth: float, timer: timing.Timer, optional: bool
 ) -> dict[str, Any]:
     """Check that the variants agree, then time them; on CUDA also as graphs, where they can be captured."""
-    variants, errors, left_out = cases.prepare(case, device, optional=optional)
+    variants, errors, left_out = prepare(case, device, optional=optional)
     seconds = SAMPLE_SECONDS[device.type]
     measured = timing.compare(timing.in_turns(variants, timer, rounds, seconds), BASELINE)
     floor = case.bytes / bandwidth
@@ -159,7 +160,7 @@ def measure(
         "name": case.name,
         "op": case.op,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "backend": backends.select(case.op, device, case.dtype),
+        "backend": backends.select(case.op, device, case.dtype) if case.op else None,
         "bytes": case.bytes,
         "operations": case.operations,
         "floor_seconds": floor,
@@ -169,9 +170,7 @@ def measure(
     }
 
 
-def _graphs(
-    variants: dict[str, cases.Run], device: torch.device, rounds: int, seconds: float
-) -> dict[str, dict[str, Any]]:
+def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
     """The device's own time: replays of CUDA graphs, from memory rather than from L2."""
     tried = {name: _capture(run_variant) for name, run_variant in variants.items()}
     replays = {name: replay for name, replay in tried.items() if not isinstance(replay, str)}
@@ -180,7 +179,7 @@ def _graphs(
     return failed | timing.compare(samples, BASELINE)
 
 
-def _capture(run_variant: cases.Run) -> timing.Call | str:
+def _capture(run_variant: Run) -> timing.Call | str:
     """A graph's replay, or why there is none."""
     try:
         return timing.captured(run_variant)

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fastgan.bench.cases import BASELINE, CASES, LARGE, OPTIONAL, SMALL, SNGAN128, prepare
+from fastgan.bench.case import BASELINE, OPTIONAL, prepare
+from fastgan.bench.cases import CASES
+from fastgan.bench.cases.spectral_norm import LARGE, SMALL, SNGAN128
 
 CPU = torch.device("cpu")
 

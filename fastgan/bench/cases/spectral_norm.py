@@ -1,48 +1,21 @@
-"""The cases that are timed, declared once: `fastgan bench`, pytest-benchmark and the tests read CASES."""
+"""Spectral normalisation of all layers of a discriminator, forward alone and forward + backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 from torch.nn.utils import parametrizations
 
 from fastgan import backends
 from fastgan import nn as fnn
+from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
 
-Run = Callable[[], Sequence[Tensor]]
-Make = Callable[[], Run]
 Shape = tuple[int, ...]
-
-BASELINE = "torch"
-OPTIONAL = ("torch.compile",)  # takes minutes to compile, and may fail: timed when asked for
-BY_NAME = ("triton", "cuda")  # backends that compete on a GPU, where each is a variant
-
-
-@dataclass(frozen=True)
-class Case:
-    """One computation in several variants, on equal inputs and from equal states.
-
-    ``bytes`` and ``operations`` are the floor: what any implementation has to move through memory (each input read
-    once, each result written once) and to compute. ``setup`` makes the variants, BASELINE first; each keeps its own
-    state, so that after the same number of calls all give the same.
-    """
-
-    name: str
-    op: str
-    dtype: torch.dtype
-    device_types: tuple[str, ...]
-    bytes: int
-    operations: int
-    tolerance: float  # of a variant's error relative to BASELINE's result: twice what the tests allow either
-    setup: Callable[[torch.device, torch.dtype], dict[str, Make]]
-
 
 # Sources: the discriminator of SNGAN at 128 px; a small one for 64 px; the first and three convolutions more.
 SNGAN128: tuple[Shape, ...] = (
@@ -105,7 +78,7 @@ def _spectral_norm(
             weights: list[Tensor] = model()
             return torch.autograd.grad(weights, originals, grads) if backward else weights  # type: ignore[arg-type]
 
-        return run if backend is None else _on(backend, run)
+        return run if backend is None else on_backend(backend, run)
 
     fuse = fnn.utils.fuse_spectral_norm
     variants: dict[str, Make] = {
@@ -119,14 +92,6 @@ def _spectral_norm(
             if backends.why_not("spectral_norm", backend, device.type, dtype) is None:
                 variants[backend] = partial(variant, fuse, backend)
     return variants
-
-
-def _on(backend: str, run: Run) -> Run:
-    def forced() -> Sequence[Tensor]:
-        with backends.use_backend(backend):
-            return run()
-
-    return forced
 
 
 def _spectral_norm_case(list_name: str, shapes: Sequence[Shape], device_types: tuple[str, ...], backward: bool) -> Case:
@@ -150,64 +115,12 @@ def _spectral_norm_case(list_name: str, shapes: Sequence[Shape], device_types: t
     )
 
 
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in [
-        _spectral_norm_case(list_name, shapes, device_types, backward)
-        for list_name, shapes, device_types in (
-            ("sngan128", SNGAN128, ("cpu", "cuda")),
-            ("small", SMALL, ("cpu", "cuda")),
-            ("large", LARGE, ("cuda",)),
-        )
-        for backward in (False, True)
-    ]
-}
-SUITES: dict[str, tuple[str, ...]] = {"ops": tuple(CASES)}
-
-
-def prepare(
-    case: Case, device: torch.device, *, optional: bool = False
-) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """The variants of a case, their errors relative to BASELINE, and why others are left out.
-
-    Raises:
-        ArithmeticError: a variant's result is not BASELINE's. Nothing wrong is timed.
-    """
-    variants: dict[str, Run] = {}
-    errors: dict[str, float] = {}
-    left_out: dict[str, str] = {}
-    expected: Sequence[Tensor] = ()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, make in case.setup(device, case.dtype).items():
-            if name in OPTIONAL and not optional:
-                continue
-            try:
-                run = make()
-                run()
-                result = run()  # the second depends on the state that the first left behind
-            except Exception as error:
-                if name not in OPTIONAL:
-                    raise
-                left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
-                continue
-            expected = expected or result
-            variants[name], errors[name] = run, _error(result, expected)
-            if not errors[name] <= case.tolerance:  # NaN is wrong too
-                raise ArithmeticError(
-                    f"{case.name}: {name} differs from {BASELINE} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
-                )
-    for backend in BY_NAME:
-        if device.type == "cuda" and backend not in variants:
-            left_out[backend] = backends.why_not(case.op, backend, device.type, case.dtype) or "not declared"
-    return variants, errors, left_out
-
-
-@torch.no_grad()
-def _error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of a tensor, relative to its norm; NaN if there is one."""
-    errors = [
-        vector_norm(actual - wanted, dtype=torch.float64) / vector_norm(wanted, dtype=torch.float64)
-        for actual, wanted in zip(result, expected, strict=True)
-    ]
-    return float(torch.stack(errors).max())
+CASES = [
+    _spectral_norm_case(list_name, shapes, device_types, backward)
+    for list_name, shapes, device_types in (
+        ("sngan128", SNGAN128, ("cpu", "cuda")),
+        ("small", SMALL, ("cpu", "cuda")),
+        ("large", LARGE, ("cuda",)),
+    )
+    for backward in (False, True)
+]

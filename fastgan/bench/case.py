@@ -1,0 +1,94 @@
+"""One computation to be timed, in several variants that must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from fastgan import backends
+
+Run = Callable[[], Sequence[Tensor]]
+Make = Callable[[], Run]
+
+BASELINE = "torch"
+OPTIONAL = ("torch.compile",)  # takes minutes to compile, and may fail: timed when asked for
+BY_NAME = ("triton", "cuda")  # backends that compete on a GPU, where each is a variant
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation in several variants, on equal inputs and from equal states.
+
+    ``bytes`` and ``operations`` are the floor: what any implementation has to move through memory (each input read
+    once, each result written once) and to compute. ``setup`` makes the variants, BASELINE first; each keeps its own
+    state, so that after the same number of calls all give the same.
+    """
+
+    name: str
+    op: str | None  # as registered with backends; None for a computation of several ops
+    dtype: torch.dtype
+    device_types: tuple[str, ...]
+    bytes: int
+    operations: int
+    tolerance: float  # of a variant's error relative to BASELINE's result: twice what the tests allow either
+    setup: Callable[[torch.device, torch.dtype], dict[str, Make]]
+
+
+def on_backend(backend: str, run: Run) -> Run:
+    def forced() -> Sequence[Tensor]:
+        with backends.use_backend(backend):
+            return run()
+
+    return forced
+
+
+def prepare(
+    case: Case, device: torch.device, *, optional: bool = False
+) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+    """The variants of a case, their errors relative to BASELINE, and why others are left out.
+
+    Raises:
+        ArithmeticError: a variant's result is not BASELINE's. Nothing wrong is timed.
+    """
+    variants: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    expected: Sequence[Tensor] = ()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, make in case.setup(device, case.dtype).items():
+            if name in OPTIONAL and not optional:
+                continue
+            try:
+                run = make()
+                run()
+                result = run()  # the second depends on the state that the first left behind
+            except Exception as error:
+                if name not in OPTIONAL:
+                    raise
+                left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                continue
+            expected = expected or result
+            variants[name], errors[name] = run, _error(result, expected)
+            if not errors[name] <= case.tolerance:  # NaN is wrong too
+                raise ArithmeticError(
+                    f"{case.name}: {name} differs from {BASELINE} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
+                )
+    for backend in BY_NAME:
+        if case.op and device.type == "cuda" and backend not in variants:
+            left_out[backend] = backends.why_not(case.op, backend, device.type, case.dtype) or "not declared"
+    return variants, errors, left_out
+
+
+@torch.no_grad()
+def _error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest error of a tensor, relative to its norm; NaN if there is one."""
+    errors = [
+        vector_norm(actual - wanted, dtype=torch.float64) / vector_norm(wanted, dtype=torch.float64)
+        for actual, wanted in zip(result, expected, strict=True)
+    ]
+    return float(torch.stack(errors).max())
