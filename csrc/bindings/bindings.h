@@ -1,0 +1,22 @@
+// What the files of this folder share: each puts the functions of one op into fastgan._native.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "common/binding.h"
+#include "common/isa.h"
+
+namespace fastgan {
+
+namespace py = pybind11;
+
+// Throws std::invalid_argument for an instruction set that this build or this processor does not have.
+Isa isa_of(const std::string& name);
+
+void bind_norm(py::module_& m);
+void bind_spectral_norm(py::module_& m);
+
+}  // namespace fastgan
