@@ -227,7 +227,7 @@ _LOOKS = {
     torch.is_floating_point,
 }
 _NODES = {
-    *("_ConvolutionBackward", "_LeakyReluBackward", "_PoolBackward", "AddmmBackward0", "MmBackward0", "TBackward0"),
+    *("_ConvolutionBackward", "_PiecewiseBackward", "_PoolBackward", "AddmmBackward0", "MmBackward0", "TBackward0"),
     *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "MeanBackward1", "SumBackward1"),
     *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0"),
     *("ConstantPadNdBackward0", "CatBackward0", "AdaptiveAvgPool2DBackward0", "AccumulateGrad"),
