@@ -39,6 +39,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 class _LeakyRelu(torch.autograd.Function):
+    piecewise_affine = True
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, slope: float, inplace: bool) -> Tensor:
         if inplace:
