@@ -30,7 +30,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return most - before
     with _LiveStorages() as live:
         run()
-    return live.most
+    return int(live.most)
 
 
 def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
