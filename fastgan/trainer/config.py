@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.losses import LossName
+from fastgan.trainer.regulariser import Kernels, PenaltyName
 
 DatasetName = Literal["fashion-mnist", "discs", "ring8", "grid25"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -32,7 +34,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    loss: Literal["hinge", "non-saturating"] = "hinge"
+    loss: LossName = "hinge"
+    penalty: PenaltyName = "none"  # on the discriminator's gradient
+    penalty_weight: float = 10.0
+    penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
+    kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
     batch_size: int = 64
     d_lr: float = 4e-4
     g_lr: float = 4e-4
@@ -41,7 +47,7 @@ class OptimConfig:
     ema_decay: float = 0.995  # of the averaged generator, which draws the samples
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps")
+        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps", "penalty_weight", "penalty_every")
         for value in (*self.betas, self.ema_decay):
             if not 0 <= value < 1:
                 raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")

@@ -12,6 +12,7 @@ from fastgan.trainer.data import Source
 from fastgan.trainer.ema import EMA
 from fastgan.trainer.losses import LOSSES
 from fastgan.trainer.models import build_models
+from fastgan.trainer.regulariser import Regulariser
 
 
 class GAN:
@@ -34,6 +35,14 @@ class GAN:
         self.g_adam = torch.optim.Adam(self.generator.parameters(), optim.g_lr, optim.betas)
         self.d_adam = torch.optim.Adam(self.discriminator.parameters(), optim.d_lr, optim.betas)
         self.noise = torch.Generator().manual_seed(seed + 1)
+        self.regulariser = Regulariser(
+            optim.penalty,
+            optim.penalty_weight,
+            optim.penalty_every,
+            optim.kernels,
+            together=True,
+            generator=torch.Generator(device).manual_seed(seed + 1),
+        )
 
     def latents(self) -> Tensor:
         z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise)
@@ -46,24 +55,26 @@ class GAN:
         """One turn of the game; the losses (2,) of the discriminator's last step and of the generator's."""
         for _ in range(self.optim.d_steps):
             d_loss = self.discriminator_step(self.real(), self.latents())
-        g_loss = self.generator_step(self.latents())
+        g_loss = self.generator_step(self.latents(), self.real() if self.loss.relativistic else None)
         self.ema.update(self.generator)
         return torch.stack([d_loss, g_loss])
 
     def discriminator_step(self, real: Tensor, z: Tensor) -> Tensor:
         with torch.no_grad():
             fake = self.generator(z)
-        # One pass over both halves: one power iteration, and larger matrix products.
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
-        loss = self.loss.discriminator(real_logits, fake_logits)
+        judged = self.regulariser(self.discriminator, real, fake)
+        loss = self.loss.discriminator(judged.real, judged.fake)
+        if judged.penalty is not None:
+            loss = loss + judged.penalty
         self.d_adam.zero_grad()
         loss.backward()
         self.d_adam.step()
         return loss.detach()
 
-    def generator_step(self, z: Tensor) -> Tensor:
+    def generator_step(self, z: Tensor, real: Tensor | None = None) -> Tensor:
         self.discriminator.requires_grad_(False)  # its weights' gradients would be thrown away
-        loss = self.loss.generator(self.discriminator(self.generator(z)))
+        real_logits = None if real is None else self.discriminator(real)
+        loss = self.loss.generator(real_logits, self.discriminator(self.generator(z)))
         self.g_adam.zero_grad()
         loss.backward()
         self.g_adam.step()
@@ -85,9 +96,10 @@ class GAN:
             "d_adam": self.d_adam.state_dict(),
             "noise": self.noise.get_state(),
             "source": self.source.state_dict(),
+            "regulariser": self.regulariser.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("generator", "discriminator", "ema", "g_adam", "d_adam", "source"):
+        for name in ("generator", "discriminator", "ema", "g_adam", "d_adam", "source", "regulariser"):
             getattr(self, name).load_state_dict(state[name])
         self.noise.set_state(state["noise"])
