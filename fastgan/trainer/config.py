@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.losses import LossName
+from fastgan.trainer.optimisers import OptimiserName
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
 DatasetName = Literal["fashion-mnist", "discs", "ring8", "grid25"]
@@ -40,9 +41,10 @@ class OptimConfig:
     penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
     kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
     batch_size: int = 64
+    optimiser: OptimiserName = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
-    betas: tuple[float, float] = (0.5, 0.999)  # Adam's
+    betas: tuple[float, float] = (0.5, 0.999)  # of Adam in all its forms
     d_steps: int = 1  # discriminator steps for each generator step
     ema_decay: float = 0.995  # of the averaged generator, which draws the samples
 
@@ -51,6 +53,8 @@ class OptimConfig:
         for value in (*self.betas, self.ema_decay):
             if not 0 <= value < 1:
                 raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")
+        if self.optimiser == "extra-adam" and self.d_steps != 1:
+            raise ValueError(f"extra-adam moves both players at once: d_steps must be 1, got {self.d_steps}")
 
 
 @dataclass(frozen=True)
