@@ -14,7 +14,9 @@ from fastgan.trainer.optimisers import OptimiserName
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
 DatasetName = Literal["fashion-mnist", "discs", "ring8", "grid25"]
+Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
+MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
@@ -25,12 +27,21 @@ RESUME_MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class ModelConfig:
+    architecture: Architecture = "auto"  # auto: dcgan for images, mlp for points
     width: int = 32  # channels at 16x16, doubled at each halving (images), or hidden units (points)
     latent_dim: int = 64  # length of the generator's input
     spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch is torch.nn.utils.parametrizations
 
+    minibatch: MinibatchStatistic = "none"  # over the batch, given to the discriminator
+    pack: int = 1  # samples that the discriminator judges together (PacGAN)
+    conditional: bool = False  # both players are told the labels, where the data has them
+
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "latent_dim")
+        _require_positive(self, "width", "latent_dim", "pack")
+        if self.conditional and self.pack > 1:
+            raise ValueError("conditional and pack exclude each other: a pack has no one label")
+        if self.architecture == "residual" and self.spectral_norm != "none":
+            raise ValueError("architecture residual starts layers at zero, whose spectral norm is zero: use none")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class TrainConfig:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
+        if self.optim.batch_size % self.model.pack:
+            raise ValueError(f"batch_size {self.optim.batch_size} must be a multiple of pack {self.model.pack}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 

@@ -14,6 +14,7 @@ from fastgan.trainer.config import DatasetName
 from fastgan.trainer.errors import DataError
 
 FASHION_MNIST_IMAGES = "train-images-idx3-ubyte.gz"
+FASHION_MNIST_LABELS = "train-labels-idx1-ubyte.gz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -22,8 +23,11 @@ class Source(Protocol):
 
     shape: tuple[int, ...]  # of one sample
     scale: float  # about the largest value in a sample
+    classes: int | None  # how many labels there are, where there are any
 
     def next(self, batch_size: int) -> Tensor: ...
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -39,8 +43,10 @@ class Images:
 
     scale = 1.0
 
-    def __init__(self, images: Tensor, seed: int, device: torch.device) -> None:
+    def __init__(self, images: Tensor, seed: int, device: torch.device, labels: Tensor | None = None) -> None:
         self.images = images.to(device)
+        self.labels = None if labels is None else labels.long().to(device)
+        self.classes = None if labels is None else int(labels.max()) + 1
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
@@ -51,13 +57,17 @@ class Images:
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
+        return self.next_labelled(batch_size)[0]
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         if batch_size > len(self.images):
             raise DataError(f"a batch of {batch_size} needs as many images, the data has {len(self.images)}")
         if self.cursor + batch_size > len(self.images):
             self._start_epoch()
         index = self.order[self.cursor : self.cursor + batch_size]
         self.cursor += batch_size
-        return self.images[index].float().div_(127.5).sub_(1)
+        labels = None if self.labels is None else self.labels[index]
+        return self.images[index].float().div_(127.5).sub_(1), labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch_state": self.epoch_state, "cursor": self.cursor}
@@ -71,9 +81,17 @@ class Images:
 class _Drawn:
     """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
 
+    classes: int | None = None
+
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self, batch_size: int) -> Tensor:
+        return self.next_labelled(batch_size)[0]
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -91,12 +109,13 @@ class Mixture(_Drawn):
         super().__init__(seed, device)
         self.modes = modes
         self.scale = float(modes.abs().max())
+        self.classes = len(modes)
         self.sigma = sigma
 
-    def next(self, batch_size: int) -> Tensor:
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         mode = torch.randint(len(self.modes), (batch_size,), generator=self.generator)
         offset = torch.randn(batch_size, 2, generator=self.generator)
-        return (self.modes[mode] + self.sigma * offset).to(self.device)
+        return (self.modes[mode] + self.sigma * offset).to(self.device), mode.to(self.device)
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
         """The share of `samples` (N, 2) that lies within `radius` of each mode (K,)."""
@@ -110,11 +129,11 @@ class Discs(_Drawn):
     shape: tuple[int, ...] = (1, 32, 32)
     scale = 1.0
 
-    def next(self, batch_size: int) -> Tensor:
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         x, y, radius = torch.rand(3, batch_size, 1, 1, generator=self.generator)
         axis = torch.arange(32.0)
         distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
-        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device)
+        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device), None
 
 
 def ring8(seed: int, device: torch.device) -> Mixture:
@@ -133,13 +152,19 @@ def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -
     """Fashion-MNIST's training images, padded from 28x28 to 32x32."""
     from fastgan.trainer.idx import read_idx
 
-    path = find_fashion_mnist(folder) / FASHION_MNIST_IMAGES
+    folder = find_fashion_mnist(folder)
+    path = folder / FASHION_MNIST_IMAGES
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
     padded = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
     padded[:, 0, 2:30, 2:30] = torch.tensor(images)
-    return Images(padded, seed, device)
+    labels = None
+    if (folder / FASHION_MNIST_LABELS).exists():  # only a conditional run needs them
+        labels = torch.tensor(read_idx(folder / FASHION_MNIST_LABELS))
+        if labels.shape != (len(images),):
+            raise DataError(f"{folder / FASHION_MNIST_LABELS} has shape {tuple(labels.shape)}, wanted {len(images)}")
+    return Images(padded, seed, device, labels)
 
 
 def find_fashion_mnist(folder: Path | None = None) -> Path:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.trainer.gan import GAN
+from fastgan.trainer.gan import GAN, Batch
 from fastgan.trainer.losses import LOSSES
 
 TOLERANCES = {
@@ -101,14 +101,13 @@ def lockstep(reference: GAN, fused: GAN, steps: int, dtype: torch.dtype, free: G
         copy_state(reference, free)
     for number in range(1, steps + 1):
         errors = Errors(dtype)
-        real, z_d, z_g = (t.to(dtype) for t in (reference.real(), reference.latents(), reference.latents()))
-        real_g = reference.real().to(dtype) if reference.loss.relativistic else None
         losses = []
-        for name, inputs in (("discriminator", (real, z_d)), ("generator", (z_g, real_g))):
+        for name, batch in (("discriminator", reference.batch()), ("generator", reference.generator_batch())):
+            batch = Batch(None if batch.real is None else batch.real.to(dtype), batch.z.to(dtype), batch.labels)
             copy_state(reference, fused)
-            losses.append(compare_half_step(reference, fused, name, inputs, errors))
+            losses.append(compare_half_step(reference, fused, name, batch, errors))
             if free:
-                getattr(free, f"{name}_step")(*inputs)
+                getattr(free, f"{name}_step")(batch)
         drift = relative_drift(reference, free) if free else None
         yield Step(number, (losses[0], losses[1]), errors, drift)
 
@@ -132,13 +131,11 @@ def copy_state(source: GAN, target: GAN) -> None:
         getattr(target, name).load_state_dict(copy.deepcopy(getattr(source, name).state_dict()))
 
 
-def compare_half_step(
-    reference: GAN, fused: GAN, name: str, inputs: tuple[Tensor | None, ...], errors: Errors
-) -> float:
+def compare_half_step(reference: GAN, fused: GAN, name: str, batch: Batch, errors: Errors) -> float:
     """Take the step of one player with both copies, add its errors to `errors`, and return the loss."""
     before = weights(getattr(reference, name))
-    wanted = getattr(reference, f"{name}_step")(*inputs).item()
-    got = getattr(fused, f"{name}_step")(*inputs).item()
+    wanted = getattr(reference, f"{name}_step")(batch).item()
+    got = getattr(fused, f"{name}_step")(batch).item()
     errors.add("loss", abs(got - wanted) / max(1.0, abs(wanted)), name)
     pure, other = getattr(reference, name), getattr(fused, name)
     compare_gradients(pure, other, name, errors)

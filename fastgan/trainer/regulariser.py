@@ -11,7 +11,7 @@ Costs in forwards of the discriminator on one half (F), loss and penalty with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from fastgan.ops.gradient_penalty.kinds import penalise, points
 
 PenaltyName = Literal["none", "wgan-gp", "wgan-lp", "r1", "r2", "r1+r2", "dragan", "zero-centered", "max-gp"]
 Kernels = Literal["fastgan", "torch"]
-Discriminator = Callable[[Tensor], Tensor]
+Discriminator = Callable[..., Tensor]
 
 
 class Judged(NamedTuple):
@@ -56,47 +56,53 @@ class Regulariser:
         self.kernels, self.together, self.generator = kernels, together, generator
         self.calls = 0
 
-    def __call__(self, discriminator: Discriminator, real: Tensor, fake: Tensor) -> Judged:
+    def __call__(
+        self, discriminator: Discriminator, real: Tensor, fake: Tensor, labels: Tensor | None = None
+    ) -> Judged:
         due = self.penalty != "none" and self.calls % self.every == 0
         self.calls += 1
+        args = () if labels is None else (labels,)
         if not due:
-            return Judged(*self._logits(discriminator, real, fake), None)
-        judged = self._judge(discriminator, real, fake)
+            return Judged(*self._logits(discriminator, real, fake, *args), None)
+        judged = self._judge(discriminator, real, fake, *args)
         assert judged.penalty is not None
         return judged._replace(penalty=self.every * judged.penalty)
 
-    def _logits(self, discriminator: Discriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
         if not self.together:
-            return discriminator(real), discriminator(fake)
+            return discriminator(real, *args), discriminator(fake, *args)
         # One call for both halves: one power iteration, and larger matrix products.
-        real_logits, fake_logits = discriminator(torch.cat([real, fake])).chunk(2)
+        logits = discriminator(torch.cat([real, fake]), *(torch.cat([labels, labels]) for labels in args))
+        real_logits, fake_logits = logits.chunk(2)
         return real_logits, fake_logits
 
-    def _judge(self, discriminator: Discriminator, real: Tensor, fake: Tensor) -> Judged:
+    def _judge(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> Judged:
         take = fastgan.logits_and_penalty if self.kernels == "fastgan" else double_backward
+        weight = self.weight
         if self.penalty == "r1":
-            real_logits, penalty = take(discriminator, real, kind="r1", weight=self.weight)
-            return Judged(real_logits, discriminator(fake), penalty)
+            real_logits, penalty = take(discriminator, real, kind="r1", weight=weight, args=args)
+            return Judged(real_logits, discriminator(fake, *args), penalty)
         if self.penalty == "r2":
-            fake_logits, penalty = take(discriminator, fake, kind="r2", weight=self.weight)
-            return Judged(discriminator(real), fake_logits, penalty)
+            fake_logits, penalty = take(discriminator, fake, kind="r2", weight=weight, args=args)
+            return Judged(discriminator(real, *args), fake_logits, penalty)
         if self.penalty == "r1+r2" and self.together:
             # The mean over both halves is half the sum of their means.
-            both, penalty = take(discriminator, torch.cat([real, fake]), kind="r1", weight=2 * self.weight)
+            twice = [torch.cat([labels, labels]) for labels in args]
+            both, penalty = take(discriminator, torch.cat([real, fake]), kind="r1", weight=2 * weight, args=twice)
             real_logits, fake_logits = both.chunk(2)
             return Judged(real_logits, fake_logits, penalty)
         if self.penalty == "r1+r2":
-            real_logits, on_real = take(discriminator, real, kind="r1", weight=self.weight)
-            fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=self.weight)
+            real_logits, on_real = take(discriminator, real, kind="r1", weight=weight, args=args)
+            fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=weight, args=args)
             return Judged(real_logits, fake_logits, on_real + on_fake)
-        logits = self._logits(discriminator, real, fake)
+        logits = self._logits(discriminator, real, fake, *args)
         if self.kernels == "fastgan":
             penalty = fastgan.gradient_penalty(
-                discriminator, real, fake, kind=self.penalty, weight=self.weight, generator=self.generator
+                discriminator, real, fake, kind=self.penalty, weight=weight, args=args, generator=self.generator
             )
         else:
             (x_hat,) = points(self.penalty, real, fake, self.generator)
-            _, penalty = double_backward(discriminator, x_hat, kind=self.penalty, weight=self.weight)
+            _, penalty = double_backward(discriminator, x_hat, kind=self.penalty, weight=weight, args=args)
         return Judged(*logits, penalty)
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,9 +113,11 @@ class Regulariser:
         self.generator.set_state(state["generator"])
 
 
-def double_backward(discriminator: Discriminator, inputs: Tensor, *, kind: str, weight: float) -> tuple[Tensor, Tensor]:
+def double_backward(
+    discriminator: Discriminator, inputs: Tensor, *, kind: str, weight: float, args: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """Logits and penalty at ``inputs`` (N, *S) as one writes them without fastgan."""
     x = inputs.detach().requires_grad_()
-    logits = discriminator(x)
+    logits = discriminator(x, *args)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return logits, penalise(kind, grad, weight)
