@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -22,6 +23,13 @@ class Source(Protocol):
 
     shape: tuple[int, ...]  # of one sample
     scale: float  # about the largest value in a sample
+
+    @property
+    def size(self) -> int | None:
+        """How many samples there are; None where each one is drawn afresh."""
+
+    def fork(self, seed: int) -> Source:
+        """Another stream of the same samples (not a copy of them), in an order of its own."""
 
     def next(self, batch_size: int) -> Tensor: ...
 
@@ -44,6 +52,21 @@ class Images:
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
+
+    @property
+    def size(self) -> int:
+        return len(self.images)
+
+    def fork(self, seed: int) -> Images:
+        return Images(self.images, seed, self.images.device)
+
+    def split(self, count: int, seed: int) -> Images:
+        """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed)).to(self.images.device)
+        taken = Images(self.images[order[:count]], seed, self.images.device)
+        self.images = self.images[order[count:]]
+        self._start_epoch()
+        return taken
 
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
@@ -71,9 +94,21 @@ class Images:
 class _Drawn:
     """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
 
+    shape: tuple[int, ...]
+    scale: float
+    size = None
+
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self, batch_size: int) -> Tensor:
+        raise NotImplementedError
+
+    def fork(self, seed: int) -> Source:
+        other = copy.copy(self)
+        other.generator = torch.Generator().manual_seed(seed)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
