@@ -21,7 +21,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
-    *("log_every", "sample_every", "checkpoint_every"),
+    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every"),
 }
 
 
@@ -82,6 +82,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
+    equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 45 steps
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -89,6 +90,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
+        _require_positive(self, "equilibrium_every")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
         if self.optim.batch_size % self.model.pack:

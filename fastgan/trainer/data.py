@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -24,6 +25,13 @@ class Source(Protocol):
     shape: tuple[int, ...]  # of one sample
     scale: float  # about the largest value in a sample
     classes: int | None  # how many labels there are, where there are any
+
+    @property
+    def size(self) -> int | None:
+        """How many samples there are; None where each one is drawn afresh."""
+
+    def fork(self, seed: int) -> Source:
+        """Another stream of the same samples (not a copy of them), in an order of its own."""
 
     def next(self, batch_size: int) -> Tensor: ...
 
@@ -50,6 +58,23 @@ class Images:
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
+
+    @property
+    def size(self) -> int:
+        return len(self.images)
+
+    def fork(self, seed: int) -> Images:
+        return Images(self.images, seed, self.images.device, self.labels)
+
+    def split(self, count: int, seed: int) -> Images:
+        """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed)).to(self.images.device)
+        held, kept = order[:count], order[count:]
+        taken = Images(self.images[held], seed, self.images.device, None if self.labels is None else self.labels[held])
+        self.images = self.images[kept]
+        self.labels = None if self.labels is None else self.labels[kept]
+        self._start_epoch()
+        return taken
 
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
@@ -81,7 +106,10 @@ class Images:
 class _Drawn:
     """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
 
+    shape: tuple[int, ...]
+    scale: float
     classes: int | None = None
+    size = None
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
@@ -92,6 +120,11 @@ class _Drawn:
 
     def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
+
+    def fork(self, seed: int) -> Source:
+        other = copy.copy(self)
+        other.generator = torch.Generator().manual_seed(seed)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

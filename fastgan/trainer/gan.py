@@ -101,8 +101,9 @@ class GAN:
         """Leave the gradient of loss + penalty with the discriminator's parameters, and return that sum."""
         assert batch.real is not None
         with torch.no_grad():
-            fake = self.generate(batch)
-        judged = self.regulariser(self.discriminator, packed(batch.real, self.pack), fake, batch.labels)
+            fake = self.fakes(batch.z, batch.labels)
+        real, fake = packed(batch.real, self.pack), packed(fake, self.pack)
+        judged = self.regulariser(self.discriminator, real, fake, batch.labels)
         loss = self.loss.discriminator(judged.real, judged.fake)
         if judged.penalty is not None:
             loss = loss + judged.penalty
@@ -116,20 +117,22 @@ class GAN:
         real_logits = None
         if self.loss.relativistic:
             assert batch.real is not None
-            real_logits = self.judge(packed(batch.real, self.pack), batch.labels)
-        loss = self.loss.generator(real_logits, self.judge(self.generate(batch), batch.labels))
+            real_logits = self.logits(batch.real, batch.labels)
+        loss = self.loss.generator(real_logits, self.logits(self.fakes(batch.z, batch.labels), batch.labels))
         self.g_adam.zero_grad()
         loss.backward()
         self.discriminator.requires_grad_(True)
         return loss.detach()
 
-    def generate(self, batch: Batch) -> Tensor:
-        """Samples of the generator as the discriminator takes them, packed."""
-        labels = () if batch.labels is None else (batch.labels,)
-        return packed(self.generator(batch.z, *labels), self.pack)
+    def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Samples (N, *S) of the generator; a game without classes is blind to the labels."""
+        samples: Tensor = self.generator(z) if self.classes is None else self.generator(z, labels)
+        return samples
 
-    def judge(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        logits: Tensor = self.discriminator(x) if labels is None else self.discriminator(x, labels)
+    def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """The discriminator's logits (N / pack, 1) of samples (N, *S)."""
+        x = packed(x, self.pack)
+        logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
         return logits
 
     def _gradients(self) -> tuple[Tensor, Tensor]:

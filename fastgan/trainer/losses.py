@@ -20,6 +20,7 @@ class Loss(NamedTuple):
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor | None, Tensor], Tensor]
+    boundary: float | None = 0.0  # the logit that parts real from fake, where differences alone do not decide
     relativistic: bool = False
 
 
@@ -78,7 +79,7 @@ LOSSES: dict[LossName, Loss] = {
     "non-saturating": Loss(non_saturating_discriminator, non_saturating_generator),
     "saturating": Loss(non_saturating_discriminator, saturating_generator),
     "hinge": Loss(hinge_discriminator, linear_generator),
-    "least-squares": Loss(least_squares_discriminator, least_squares_generator),
-    "wasserstein": Loss(wasserstein_discriminator, linear_generator),
-    "relativistic": Loss(relativistic_discriminator, relativistic_generator, relativistic=True),
+    "least-squares": Loss(least_squares_discriminator, least_squares_generator, boundary=0.5),
+    "wasserstein": Loss(wasserstein_discriminator, linear_generator, boundary=None),
+    "relativistic": Loss(relativistic_discriminator, relativistic_generator, boundary=None, relativistic=True),
 }
