@@ -43,7 +43,7 @@ class Trainer:
         self.device = choose_device(config.device)
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
-        source = load_source(config.dataset, seed + 2, self.device, config.data)
+        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device)
         batch, latent_dim = config.optim.batch_size, config.model.latent_dim
