@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastgan.ops import activation, conv, norm, pool
+from fastgan.ops import conv, norm, pool
+from fastgan.ops.bias_act import functions as activations
 
 
 def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +22,17 @@ def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
         return (theirs if plain else ours)(input, *args, **kwargs)
 
     return route
+
+
+def _unless_out(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def route(input: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
+        return ours(input) if out is None else theirs(input, out=out)
+
+    return route
+
+
+def _in_place(ours: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda input: ours(input, inplace=True)
 
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -38,14 +50,17 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _unless_autocast(norm.layer_norm, F.layer_norm),
     F.group_norm: _unless_autocast(norm.group_norm, F.group_norm),
     F.instance_norm: _unless_autocast(norm.instance_norm, F.instance_norm),
-    F.leaky_relu: activation.leaky_relu,
-    F.leaky_relu_: lambda x, slope=0.01: activation.leaky_relu(x, slope, inplace=True),
-    F.relu: activation.relu,
-    torch.relu: activation.relu,
-    torch.Tensor.relu: activation.relu,
-    F.relu_: lambda x: activation.relu(x, inplace=True),
-    torch.relu_: lambda x: activation.relu(x, inplace=True),
-    torch.Tensor.relu_: lambda x: activation.relu(x, inplace=True),
+    F.leaky_relu: activations.leaky_relu,
+    F.leaky_relu_: lambda x, slope=0.01: activations.leaky_relu(x, slope, inplace=True),
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), activations.relu),
+    **dict.fromkeys((F.relu_, torch.relu_, torch.Tensor.relu_), _in_place(activations.relu)),
+    F.silu: activations.silu,
+    F.gelu: activations.gelu,
+    F.softplus: _unless_autocast(activations.softplus, F.softplus),
+    **dict.fromkeys((torch.tanh, torch.Tensor.tanh), _unless_out(activations.tanh, torch.tanh)),
+    **dict.fromkeys((torch.tanh_, torch.Tensor.tanh_), _in_place(activations.tanh)),
+    **dict.fromkeys((torch.sigmoid, torch.Tensor.sigmoid), _unless_out(activations.sigmoid, torch.sigmoid)),
+    **dict.fromkeys((torch.sigmoid_, torch.Tensor.sigmoid_), _in_place(activations.sigmoid)),
 }
 
 
@@ -64,9 +79,10 @@ class _Reroute(TorchFunctionMode):
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, avg_pool1d/2d/3d and (outside autocast) layer_norm,
-    group_norm and instance_norm, called as functions or by modules, in place too. Everything else, tensor subclasses,
-    and all calls while gradients are off, are PyTorch's own. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d and
+    (outside autocast) softplus, layer_norm, group_norm and instance_norm, called as functions, as methods or by
+    modules, in place too. Everything else, tensor subclasses, and all calls while gradients are off, are PyTorch's own.
+    Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
