@@ -104,7 +104,8 @@ def twice_differentiable() -> Iterator[None]:
     Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, avg_pool1d/2d/3d and (outside autocast) layer_norm,
     group_norm and instance_norm, called as functions or by modules, in place too. Everything else, tensor subclasses,
     all calls while gradients are off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What
-    torch.compile made runs uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
+    torch.compile made runs uncompiled; inside a function that it traces, this raises. Holds for this thread; may be
+    nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
