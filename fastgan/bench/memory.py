@@ -28,7 +28,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         most: int = torch.cuda.max_memory_allocated(device)
         return most - before
-    with _LiveStorages() as live:
+    live = _LiveStorages()
+    with live:
         run()
     return int(live.most)
 
