@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -70,9 +72,44 @@ class _Reroute(TorchFunctionMode):
     ) -> Any:
         route = _ROUTES.get(func)
         plain = all(kind in (torch.Tensor, torch.nn.Parameter) for kind in types)
-        if route is None or not plain or not torch.is_grad_enabled():
+        if route is None or not plain or not torch.is_grad_enabled() or _checkpointed():
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
+
+
+def _checkpointed() -> bool:
+    """Inside torch.utils.checkpoint: what it runs again, outside of any mode, must save what was saved at first."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+class _Uncompiled:
+    """While anybody is inside, on whatever thread, what torch.compile made runs as it was written.
+
+    A compiled graph cannot be differentiated twice. The stance is the process's: the last to leave gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Without the compiler nothing was compiled, and importing it takes a second.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_uncompiled = _Uncompiled()
 
 
 @contextmanager
@@ -81,11 +118,12 @@ def twice_differentiable() -> Iterator[None]:
 
     Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d and
     (outside autocast) softplus, layer_norm, group_norm and instance_norm, called as functions, as methods or by
-    modules, in place too. Everything else, tensor subclasses, and all calls while gradients are off, are PyTorch's own.
-    Holds for this thread; may be nested.
+    modules, in place too. Everything else, tensor subclasses, all calls while gradients are off, and those that
+    torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs uncompiled; inside a
+    function that it traces, this raises. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with _Reroute():
+    with _uncompiled, _Reroute():
         yield

@@ -200,6 +200,8 @@ def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: 
 
 
 class _Piecewise(torch.autograd.Function):
+    piecewise_affine = True
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool) -> Tensor:
         if inplace:
