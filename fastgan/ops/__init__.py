@@ -2,7 +2,7 @@
 
 from fastgan.ops.activation import leaky_relu, relu
 from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from fastgan.ops.norm import group_norm, instance_norm, layer_norm
+from fastgan.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
 
@@ -10,6 +10,7 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
+    "batch_norm",
     "conv1d",
     "conv2d",
     "conv3d",
