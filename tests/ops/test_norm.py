@@ -39,7 +39,7 @@ CASES = {
     "batch, vectors": ("batch_norm", (13, 6), None),
     "batch, 1-D": ("batch_norm", (3, 5, 17), None),
     "batch, 2-D": ("batch_norm", (5, 3, 7, 5), None),
-    "batch, long channels": ("batch_norm", (3, 2, 61, 37), None),
+    "batch, long channels": ("batch_norm", (2, 2, 41, 31), None),
     "batch, many vectors": ("batch_norm", (1031, 40), None),
     "group, channels_last": ("group_norm", (3, 12, 5, 7), 4, torch.channels_last),
     "group, channels_last, wide": ("group_norm", (2, 1034, 3, 3), 2, torch.channels_last),
@@ -49,8 +49,16 @@ CASES = {
     "batch, channels_last, 3-D": ("batch_norm", (2, 3, 11, 13, 17), None, torch.channels_last_3d),
     "layer, channels_last": ("layer_norm", (3, 4, 5, 6), (4, 5, 6), torch.channels_last),
 }
-FEW = ("layer, images", "group, 1-D", "instance, 1-D", "batch, 1-D", "batch, channels_last")
-SLOW = ("layer, many rows", "layer, long rows", "group, channels_last, wide", "batch, many vectors")
+FEW = ("layer, images", "group, 1-D", "batch, channels_last")
+SLOW = ("layer, many rows", "layer, long rows", "batch, long channels")
+TOO_SLOW = (  # through Triton's interpreter: a second a case for kernels that another case has been through
+    "batch, many vectors",
+    "group, channels_last, wide",
+    "group, channels_last, many",
+    "instance, channels_last",
+    "batch, channels_last, 3-D",
+    "batch, 1-D",
+)
 # No bias alone: PyTorch's group_norm and layer_norm have no derivative there, see the test of it below.
 AFFINE = {"weight and bias": (True, True), "no affine": (False, False), "weight": (True, False)}
 PARTS = ("x", "weight", "bias", "scale")
@@ -104,7 +112,7 @@ def table(every_dtype=True):
         name = backend_name(backend)
         interpreted = name == "triton" and not HAS_GPU
         for dtype, case, (label, affine) in product(DTYPES if every_dtype else DTYPES[:2], CASES, AFFINE.items()):
-            usual = dtype == torch.float32 and affine == (True, True)
+            usual = dtype == torch.float32 and affine == (True, True) and case not in TOO_SLOW
             if interpreted and not usual and (case not in FEW or (dtype != torch.float32 and affine != (True, True))):
                 continue
             if interpreted and not every_dtype and case in SLOW:
@@ -154,7 +162,7 @@ def test_second_order_through_a_penalty_equals_pytorch(backend, dtype, case, aff
     compare(penalty_gradients, problem_of(case, affine, dtype, device_of(backend)), backend, dtype)
 
 
-@pytest.mark.parametrize("case", ["layer, images", "group, 2-D", "instance, 2-D", "batch, 2-D", "group, channels_last"])
+@pytest.mark.parametrize("case", ["layer, images", "group, 2-D", "batch, channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS[1:3])
 def test_second_order_in_half_precision_errs_at_most_twice_as_much_as_pytorch(backend, dtype, case):
@@ -189,6 +197,8 @@ def test_gradcheck_and_gradgradcheck_hold(backend, case):
         "instance, 1-D": ("instance_norm", (2, 2, 5), None),
         "batch, 1-D": ("batch_norm", (3, 2, 3), None),
     }
+    if backend == "triton" and case not in ("layer, images", "group, vectors", "batch, 1-D") and not HAS_GPU:
+        pytest.skip("the interpreter is slow: a case each for rows, vectors and channels")
     problem = problem_of(smaller[case], device=device_of(backend)).to(torch.float64)
     inputs = problem.x, problem.weight, problem.bias
 

@@ -191,11 +191,12 @@ def batch_norm(
     Differentiable twice; a third derivative raises. Source: Ioffe and Szegedy, Batch Normalization (2015).
     """
     _check_channels(input, weight, bias)
-    running = {"running_mean": running_mean, "running_var": running_var}
-    for name, values in running.items():
-        if values is not None and (not isinstance(values, Tensor) or values.shape != input.shape[1:2]):
-            came = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"{name} must have shape {tuple(input.shape[1:2])}, the channels, or be None, got {came}")
+    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
+        if values is not None and values.shape != input.shape[1:2]:
+            wanted, came = tuple(input.shape[1:2]), tuple(values.shape)
+            raise ValueError(f"{name} must have shape {wanted}, the channels, or be None, got {came}")
     if training and input.numel() == input.shape[1]:
         raise ValueError(f"input must have more than one value a channel, got {tuple(input.shape)}")
     if training and eps <= 0:
