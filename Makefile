@@ -10,7 +10,7 @@ FASTGAN_KEEP_TORCH ?= 0
 # A CUDA build of torch brings the Triton that it needs; with any other we choose.
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
-PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib tqdm \
+PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
 	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
 
 ifeq ($(FASTGAN_KEEP_TORCH),1)

@@ -16,6 +16,7 @@ REQUIREMENT_OF = {
     "PIL": "fastgan[train]",
     "matplotlib": "fastgan[train]",
     "tqdm": "fastgan[train]",
+    "fontTools": "fastgan[train]",
 }
 
 

@@ -28,9 +28,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         most: int = torch.cuda.max_memory_allocated(device)
         return most - before
-    with _LiveStorages() as live:
+    live = _LiveStorages()
+    with live:
         run()
-    return live.most
+    return int(live.most)
 
 
 def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:

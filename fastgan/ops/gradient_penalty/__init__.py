@@ -14,6 +14,7 @@ from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.inputs_only import inputs_only
+from fastgan.ops.library import untraced
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -21,6 +22,7 @@ __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty
 Logits = Tensor | Sequence["Logits"]
 
 
+@untraced
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Tensor,
@@ -84,6 +86,7 @@ def gradient_penalty(
     return total
 
 
+@untraced
 def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", weight: float | None = None) -> Tensor:
     """The penalty of ``gradient_penalty`` from logits that are there already, at the inputs that they came from.
 
@@ -124,6 +127,7 @@ def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *,
     return penalise(kind, grad, 10.0 if weight is None else weight)
 
 
+@untraced
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Tensor,
@@ -161,6 +165,7 @@ def logits_and_penalty(
     return logits, penalty_from_logits(logits, x, kind=kind, weight=weight)
 
 
+@untraced
 def explain_penalty(
     discriminator: Callable[..., Any],
     inputs: Tensor,

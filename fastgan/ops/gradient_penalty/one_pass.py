@@ -23,7 +23,7 @@ from fastgan.ops.gradient_penalty.eligibility import Tracer, leaves
 from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.inputs_only import inputs_only
-from fastgan.ops.library import last_order
+from fastgan.ops.library import last_order, untraced
 
 
 def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,7 @@ class _OnePass(torch.autograd.Function):
         return logits.clone(), penalty.clone()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, by_logits: Tensor | None, by_penalty: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]

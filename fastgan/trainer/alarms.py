@@ -1,0 +1,106 @@
+"""Alarms: what goes wrong in a GAN, how its diagnostics show it, and which flags to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]  # a line of metrics.jsonl with diagnostics
+
+
+@dataclass(frozen=True)
+class Alarm:
+    name: str
+    sign: Callable[[Record], str | None]  # what is wrong with a record, or None
+    patience: int  # records in a row that must show it: one bad batch is no illness
+    remedy: str
+
+
+def diverging(record: Record) -> str | None:
+    """Weights that leap or losses out of all proportion: a step overshoots whatever it aims at."""
+    if record["nonfinite"]:
+        return f"{record['nonfinite']} weights or gradients are infinite or NaN"
+    for key, player in (("d", "discriminator"), ("g", "generator")):
+        if record.get(f"{key}_update_ratio", 0.0) > 0.1:
+            return f"a step of the {player} moves its weights by {record[f'{key}_update_ratio']:.0%} of their norm"
+        if not abs(record[f"{key}_loss"]) < 1e3:
+            return f"the {player}'s loss is {record[f'{key}_loss']:.3g}"
+    return None
+
+
+def vanishing(record: Record) -> str | None:
+    """The discriminator is right about everything and its slope no longer reaches the generator."""
+    won = min(record["d_real_accuracy"], record["d_fake_accuracy"]) >= 0.95
+    if won and record["g_grad_norm"] < 1e-3:
+        return (
+            f"the discriminator is right about {record['d_fake_accuracy']:.0%} of the fakes, and the generator's "
+            f"gradient has norm {record['g_grad_norm']:.1e}"
+        )
+    return None
+
+
+def collapsing(record: Record) -> str | None:
+    """A batch of fakes holds far fewer different samples than a batch of reals."""
+    if record["diversity"] < 0.25:
+        return f"a batch of samples is {record['diversity']:.0%} as diverse as one of reals"
+    return None
+
+
+def overfitting(record: Record) -> str | None:
+    """The discriminator knows its training images by heart: unseen reals look like fakes to it."""
+    confident = record["d_real_accuracy"] >= 0.8 and record["d_fake_accuracy"] >= 0.8
+    if confident and record.get("overfit", 0.0) > 0.5:
+        return (
+            f"the discriminator gives its training images {record['d_train']:.2f}, unseen ones "
+            f"{record['d_held_out']:.2f} and fakes {record['d_fake']:.2f}"
+        )
+    return None
+
+
+ALARMS = (
+    Alarm("divergence", diverging, 2, "lower --d-lr and --g-lr, or bound the discriminator: --spectral-norm fused"),
+    Alarm(
+        "vanishing gradient",
+        vanishing,
+        3,
+        "--loss non-saturating; a weaker discriminator: lower --d-lr, or --penalty r1",
+    ),
+    Alarm(
+        "mode collapse",
+        collapsing,
+        5,
+        "--spectral-norm fused, --minibatch discrimination, --pack 2; lower --g-lr or raise --d-steps",
+    ),
+    Alarm("overfitting", overfitting, 5, "more images, --augment ada, --penalty r1; a smaller --width"),
+)
+
+
+class Watch:
+    """Raises each alarm once."""
+
+    def __init__(self, alarms: Iterable[Alarm] = ALARMS) -> None:
+        self.alarms = tuple(alarms)
+        self.streaks = dict.fromkeys((alarm.name for alarm in self.alarms), 0)
+        self.raised: set[str] = set()
+
+    def look(self, record: Record) -> list[Record]:
+        """The alarms that this record sets off, as records of their own."""
+        found = []
+        for alarm in self.alarms:
+            what = alarm.sign(record)
+            self.streaks[alarm.name] = self.streaks[alarm.name] + 1 if what else 0
+            if what and alarm.name not in self.raised and self.streaks[alarm.name] >= alarm.patience:
+                self.raised.add(alarm.name)
+                found.append({"step": record["step"], "alarm": alarm.name, "what": what, "try": alarm.remedy})
+        return found
+
+    def replay(self, records: Iterable[Record]) -> None:
+        """Take up where a run's earlier records leave off, without raising its alarms again."""
+        for record in records:
+            if "nonfinite" in record:
+                self.look(record)
+
+
+def describe(alarm: Record) -> str:
+    return f"step {alarm['step']}: {alarm['alarm']}: {alarm['what']}. Try: {alarm['try']}"
