@@ -3,6 +3,7 @@
 from fastgan.ops.activation import leaky_relu, relu
 from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from fastgan.ops.minibatch_discrimination import minibatch_discrimination
+from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm import group_norm, instance_norm, layer_norm
 from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
@@ -22,6 +23,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "minibatch_discrimination",
+    "minibatch_stddev",
     "relu",
     "spectral_norm",
 ]
