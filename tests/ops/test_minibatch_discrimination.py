@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from fastgan import ops
 from fastgan.ops.minibatch_discrimination import native_kernels
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
 
+ROOT = Path(__file__).parents[2]
 # N, B, C: odd, prime, 1; below a tile of samples and above one; kernels enough to share out among threads, and fewer.
 CASES = {
     "one sample": (1, 3, 4),
@@ -151,6 +156,17 @@ def test_samples_far_apart_have_a_similarity_of_zero_and_equal_ones_of_one(backe
     assert second.isfinite().all()
 
 
+@pytest.mark.parametrize(("dtype", "range"), [(torch.float32, 87.3), (torch.float64, 708.3)])
+def test_the_cpu_kernels_exponential_errs_by_less_than_a_unit_in_the_last_place(dtype, range):
+    distance = torch.cat([torch.linspace(0, range, 200_001), torch.rand(100_001)]).to(dtype)
+    m = torch.stack([torch.zeros_like(distance), distance])[..., None]  # two samples, a kernel a distance
+    actual = ops.minibatch_discrimination(m, backend="cpu")[0].double()
+    exact = torch.exp(-distance.double())
+    unit = torch.finfo(dtype).eps * torch.exp2(exact.log2().floor())
+    own = 0 if dtype == torch.float32 else 1  # of the exponential that it is compared with
+    assert ((actual - exact).abs() / unit).max() < 1 + own
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_finite_spreads_to_whom_it_is_compared_with(backend):
     m = torch.randn(20, 9, 3, device=device_of(backend))
@@ -281,6 +297,33 @@ def test_any_shape_matches_on_the_cpu(shape, option):
         pairs = zip(*(compute(problem.to(torch.float64), b) for b in ("cpu", "reference")), strict=True)
         for (_, actual), (_, expected) in pairs:
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_with_the_batch_and_not_with_its_square():
+    code = """
+import torch
+from fastgan import ops
+
+def peak():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+
+def step(m, scale):
+    torch.autograd.grad(ops.minibatch_discrimination(m, backend="cpu"), m, scale)
+
+def operands(n):
+    return torch.randn(n, 16, 16, requires_grad=True), torch.randn(n, 16)
+
+step(*operands(64))
+m, scale = operands(6000)
+before = peak()
+step(m, scale)
+print((peak() - before) / m.nbytes)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    # The gradient, and what two threads or four pack; one matrix of pairs of one b would be 23 times the input.
+    assert float(result.stdout) < 4
 
 
 def test_the_rows_of_a_part_are_those_of_the_whole():
