@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fastgan.nn as fnn
+from fastgan import backends
 from fastgan.trainer.config import ModelConfig, OptimConfig
 from fastgan.trainer.data import Source
 from fastgan.trainer.ema import EMA
@@ -20,6 +23,9 @@ class Batch(NamedTuple):
     real: Tensor | None  # (N, *S)
     z: Tensor  # (N, latent_dim)
     labels: Tensor | None  # (N,)
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        return Batch(None if self.real is None else self.real.to(dtype), self.z.to(dtype), self.labels)
 
 
 class GAN:
@@ -103,7 +109,8 @@ class GAN:
         with torch.no_grad():
             fake = self.fakes(batch.z, batch.labels)
         real, fake = packed(batch.real, self.pack), packed(fake, self.pack)
-        judged = self.regulariser(self.discriminator, real, fake, batch.labels)
+        with self._kernels():
+            judged = self.regulariser(self.discriminator, real, fake, batch.labels)
         loss = self.loss.discriminator(judged.real, judged.fake)
         if judged.penalty is not None:
             loss = loss + judged.penalty
@@ -118,7 +125,8 @@ class GAN:
         if self.loss.relativistic:
             assert batch.real is not None
             real_logits = self.logits(batch.real, batch.labels)
-        loss = self.loss.generator(real_logits, self.logits(self.fakes(batch.z, batch.labels), batch.labels))
+        fake = self.fakes(batch.z, batch.labels)
+        loss = self.loss.generator(real_logits, self.logits(fake, batch.labels))
         self.g_adam.zero_grad()
         loss.backward()
         self.discriminator.requires_grad_(True)
@@ -132,8 +140,12 @@ class GAN:
     def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """The discriminator's logits (N / pack, 1) of samples (N, *S)."""
         x = packed(x, self.pack)
-        logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
+        with self._kernels():
+            logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
         return logits
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return backends.use_backend("reference") if self.optim.kernels == "torch" else nullcontext()
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
         return self.discriminator_gradient(self.batch()), self.generator_gradient(self.generator_batch())
@@ -170,7 +182,8 @@ def packed(x: Tensor, pack: int) -> Tensor:
 
 def mixes_its_batch(discriminator: nn.Module) -> bool:
     """Whether a sample's logit depends on its neighbours, so that reals and fakes may not share a call."""
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in discriminator.modules())
+    kinds = (nn.modules.batchnorm._BatchNorm, fnn.MinibatchStdDev, fnn.MinibatchDiscrimination)
+    return any(isinstance(layer, kinds) for layer in discriminator.modules())
 
 
 def classes_of(source: Source, model: ModelConfig) -> int | None:

@@ -96,13 +96,10 @@ class Regulariser:
             fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=weight, args=args)
             return Judged(real_logits, fake_logits, on_real + on_fake)
         logits = self._logits(discriminator, real, fake, *args)
-        if self.kernels == "fastgan":
-            penalty = fastgan.gradient_penalty(
-                discriminator, real, fake, kind=self.penalty, weight=weight, args=args, generator=self.generator
-            )
-        else:
-            (x_hat,) = points(self.penalty, real, fake, self.generator)
-            _, penalty = double_backward(discriminator, x_hat, kind=self.penalty, weight=weight, args=args)
+        # In float32, so that a generator draws the same points for every precision of the networks.
+        (x_hat,) = points(self.penalty, real.float(), fake.float(), self.generator)
+        penalty_at = gradient_penalty_at if self.kernels == "fastgan" else double_backward
+        _, penalty = penalty_at(discriminator, x_hat.to(real.dtype), kind=self.penalty, weight=weight, args=args)
         return Judged(*logits, penalty)
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,6 +108,16 @@ class Regulariser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls = state["calls"]
         self.generator.set_state(state["generator"])
+
+
+def gradient_penalty_at(
+    discriminator: Discriminator, inputs: Tensor, *, kind: str, weight: float, args: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """``fastgan.gradient_penalty`` at points (N, *S) that are chosen already."""
+    x = inputs.detach().requires_grad_()
+    with fastgan.twice_differentiable():
+        logits = discriminator(x, *args)
+    return logits, fastgan.penalty_from_logits(logits, x, kind=kind, weight=weight)
 
 
 def double_backward(
