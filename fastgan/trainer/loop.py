@@ -19,7 +19,7 @@ from fastgan.trainer import alarms, checkpoint, pictures, report
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics, Probe
+from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
@@ -46,9 +46,7 @@ class Trainer:
         source = load_source(config.dataset, seed + 2, self.device, config.data)
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device)
-        batch, latent_dim = config.optim.batch_size, config.model.latent_dim
-        probe = Probe.of(source, self.held_out, batch, latent_dim, seed + MEASURING)
-        self.diagnostics = Diagnostics(self.gan, probe)
+        self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
         self.fixed_noise = torch.randn(
@@ -131,7 +129,7 @@ class Trainer:
             "images_per_s": round(rate, 1),
             "d_loss": d_loss,
             "g_loss": g_loss,
-        } | self.diagnostics.observe()
+        } | self.diagnostics.observe(self.step)
         self.run.append_metrics(record)
         for alarm in self.watch.look(record):
             self.run.append_metrics(alarm)
