@@ -130,7 +130,9 @@ def norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     members = list(tensors)
     if not members:
         return torch.zeros((), device=device)
-    return torch.stack([value.float() for value in torch._foreach_norm(members)]).norm()
+    norms = torch.stack([value.float() for value in torch._foreach_norm(members)])
+    total: Tensor = norms.norm()
+    return total
 
 
 def diversity(fake: Tensor, real: Tensor) -> Tensor:
