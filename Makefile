@@ -10,8 +10,8 @@ FASTGAN_KEEP_TORCH ?= 0
 # A CUDA build of torch brings the Triton that it needs; with any other we choose.
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
-PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib tqdm \
-	pytest pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
+PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
+	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
 
 ifeq ($(FASTGAN_KEEP_TORCH),1)
 MODE := keep
@@ -45,8 +45,9 @@ demo: build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --steps 32 --out runs/demo
 	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4 --overwrite
 
+# A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build
-	. tools/toolchain.sh && $(PY) -m pytest tests
+	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile tests
 
 lint: $(VENV)/.deps-$(MODE)
 	$(VENV)/bin/ruff check .

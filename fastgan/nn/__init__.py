@@ -2,5 +2,6 @@
 
 from fastgan.nn import utils
 from fastgan.nn.gradient_penalty import GradientPenalty
+from fastgan.nn.minibatch_discrimination import MinibatchDiscrimination
 
-__all__ = ["GradientPenalty", "utils"]
+__all__ = ["GradientPenalty", "MinibatchDiscrimination", "utils"]

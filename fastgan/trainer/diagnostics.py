@@ -80,14 +80,14 @@ class Diagnostics:
         gan, batch_size = self.gan, self.gan.optim.batch_size
         z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
         count = batch_size * max(1, JUDGED // batch_size)
-        real = some_reals(gan.source, count, seed + 1)
+        real, labels = some_reals(gan.source, count, seed + 1)
         with undisturbed(gan.generator):
-            fake = gan.generator(z.to(gan.device))
+            fake = gan.fakes(z.to(gan.device), None if labels is None else labels[:batch_size])
         held_out: Tensor | None = None
         with evaluating(gan.discriminator):
-            train, on_fake = self._logits(real), self._logits(fake)
+            train, on_fake = self._logits(real, labels), self._logits(fake, labels)
             if self.held_out is not None:
-                held_out = self._logits(some_reals(self.held_out, count, seed + 2))
+                held_out = self._logits(*some_reals(self.held_out, count, seed + 2))
         boundary = boundary_of(gan, train, on_fake)
         found = {
             "d_real_accuracy": (train > boundary).float().mean(),
@@ -104,10 +104,12 @@ class Diagnostics:
                 found["overfit"] = (train.mean() - held_out.mean()) / apart.abs().clamp_min(TINY)
         return found
 
-    def _logits(self, samples: Tensor) -> Tensor:
+    def _logits(self, samples: Tensor, labels: Tensor | None) -> Tensor:
         # By batches of the training's size, which minibatch layers depend on.
-        batches = samples.split(self.gan.optim.batch_size)
-        return torch.cat([self.gan.discriminator(batch) for batch in batches]).float()
+        size = self.gan.optim.batch_size
+        parts = [slice(start, start + size) for start in range(0, len(samples), size)]
+        logits = [self.gan.logits(samples[part], None if labels is None else labels[part]) for part in parts]
+        return torch.cat(logits).float()
 
     def _nonfinite(self) -> Tensor:
         total = torch.zeros((), device=self.gan.device)
@@ -121,7 +123,7 @@ class Diagnostics:
 
 def boundary_of(gan: GAN, real: Tensor, fake: Tensor) -> Tensor:
     """The logit that parts real from fake: the loss's own, or midway where the loss knows differences only."""
-    boundary: float | None = getattr(gan.loss, "boundary", 0.0)
+    boundary = gan.loss.boundary
     return (real.mean() + fake.mean()) / 2 if boundary is None else real.new_tensor(boundary)
 
 

@@ -33,24 +33,26 @@ def duality_gap(gan: GAN, held_out: Source, seed: int, steps: int = STEPS) -> di
         torch.manual_seed(seed)
         stronger_d, stronger_g = twin(gan, seed), twin(gan, seed + 1)
         for _ in range(steps):
-            stronger_d.discriminator_step(stronger_d.real(), stronger_d.latents())
-            stronger_g.generator_step(stronger_g.latents())
+            stronger_d.discriminator_step(stronger_d.batch())
+            stronger_g.generator_step(stronger_g.generator_batch())
         batch = BATCHES * gan.optim.batch_size
-        real = some_reals(held_out, batch, seed)
+        real, labels = some_reals(held_out, batch, seed)
         z = torch.randn(batch, gan.latent_dim, generator=torch.Generator().manual_seed(seed)).to(gan.device)
-        now, d_best, g_best = (value(player, real, z) for player in (gan, stronger_d, stronger_g))
+        now, d_best, g_best = (value(player, real, labels, z) for player in (gan, stronger_d, stronger_g))
     return {"duality_gap": d_best - g_best, "d_gain": d_best - now, "g_gain": now - g_best}
 
 
 @torch.no_grad()
-def value(gan: GAN, real: Tensor, z: Tensor) -> float:
+def value(gan: GAN, real: Tensor, labels: Tensor | None, z: Tensor) -> float:
     """V(D, G): the discriminator's win on `real` (N, ...) and what the generator makes of `z` (N, latent_dim)."""
+    labels = labels if gan.classes else None
     total = 0.0
     size = gan.optim.batch_size
     with undisturbed(gan.generator), evaluating(gan.discriminator):
-        for real_batch, z_batch in zip(real.split(size), z.split(size), strict=True):
-            fake = gan.generator(z_batch)
-            total -= float(gan.loss.discriminator(gan.discriminator(real_batch), gan.discriminator(fake)))
+        for part in (slice(start, start + size) for start in range(0, len(real), size)):
+            y = None if labels is None else labels[part]
+            real_logits, fake_logits = gan.logits(real[part], y), gan.logits(gan.fakes(z[part], y), y)
+            total -= float(gan.loss.discriminator(real_logits, fake_logits))
     return total * size / len(real)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgan.trainer.data import Images, Source
@@ -21,7 +22,8 @@ def hold_out(source: Source, batch_size: int, seed: int) -> Source | None:
     return source.split(count, seed) if count and source.size - count >= batch_size else None
 
 
-def some_reals(source: Source, count: int, seed: int) -> Tensor:
-    """`count` samples that `seed` chooses; all of them in turn where there are fewer."""
-    drawn = source.fork(seed).next(count if source.size is None else min(count, source.size))
-    return drawn.repeat(-(-count // len(drawn)), *[1] * (drawn.ndim - 1))[:count]
+def some_reals(source: Source, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """`count` samples that `seed` chooses, and their labels; all of them in turn where there are fewer."""
+    drawn, labels = source.fork(seed).next_labelled(count if source.size is None else min(count, source.size))
+    index = torch.arange(count, device=drawn.device) % len(drawn)
+    return drawn[index], None if labels is None else labels[index]

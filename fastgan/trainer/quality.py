@@ -33,7 +33,7 @@ def score(gan: GAN, held_out: Source | None, seed: int, extractor: ExtractorName
     n = min(IMAGES, gan.source.size or IMAGES, held_out.size or IMAGES)
     if n < 10:
         return {}
-    real, other = some_reals(held_out, n, seed).cpu(), some_reals(gan.source, n, seed + 1).cpu()
+    real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
     fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
     return compare(real, other, fake, load_extractor(extractor, gan.device), NAMES[extractor], gan.device)
 

@@ -1,31 +1,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from torch.nn.functional import softplus
 
 from fastgan.trainer.alarms import ALARMS, Watch, describe
-from fastgan.trainer.config import PRESETS
+from fastgan.trainer.config import PRESETS, ModelConfig, OptimConfig, TrainConfig
 from fastgan.trainer.data import Images, Source, load_source
 from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
 from fastgan.trainer.loop import Trainer
-from fastgan.trainer.losses import Loss, non_saturating_discriminator
-from fastgan.trainer.models import mlp
+from fastgan.trainer.models.mlp import mlp
 
 CPU = torch.device("cpu")
 RING8 = PRESETS["ring8"][1]
-SATURATING = Loss(non_saturating_discriminator, lambda fake: -softplus(fake).mean())  # log(1 - sigmoid(fake))
 
 
 def alarms_of(
     steps: int,
     every: int,
     source: Source | None = None,
-    loss: Loss | None = None,
     model: dict[str, object] | None = None,
     **optim: object,
 ) -> set[str]:
@@ -35,7 +32,6 @@ def alarms_of(
     held_out = hold_out(source, optim_config.batch_size, 7)
     model_config = dataclasses.replace(RING8.model, **{"width": 32, **(model or {})})
     gan = GAN(model_config, optim_config, source, 0, CPU)
-    gan.loss = loss or gan.loss
     diagnostics, watch = Diagnostics(gan, held_out, 8), Watch()
     for step in range(1, steps + 1):
         if step % every == 0:
@@ -48,7 +44,7 @@ def alarms_of(
 
 def test_a_saturating_loss_starves_the_generator_and_the_non_saturating_one_feeds_it():
     strong = dict(model={"spectral_norm": "none"}, batch_size=32, d_steps=10, d_lr=1e-2, g_lr=1e-4)
-    assert "vanishing gradient" in alarms_of(30, 3, loss=SATURATING, **strong)
+    assert "vanishing gradient" in alarms_of(30, 3, loss="saturating", **strong)
     assert "vanishing gradient" not in alarms_of(30, 3, **strong)
     assert "--loss non-saturating" in remedy("vanishing gradient")
 
@@ -125,6 +121,13 @@ def test_an_alarm_needs_most_of_its_records_ill_rings_once_and_survives_a_resump
     resumed = Watch()
     resumed.replay([{"started_at_step": 0}, *records[: alarm.patience + most]])
     assert [found for record in records for found in resumed.look(record)] == []
+
+
+def test_every_flag_that_a_remedy_names_exists():
+    fields = {field.name for group in (TrainConfig, ModelConfig, OptimConfig) for field in dataclasses.fields(group)}
+    flags = {flag for alarm in ALARMS for flag in re.findall(r"--([a-z-]+)", alarm.remedy)}
+    assert len(flags) >= 6
+    assert {flag.replace("-", "_") for flag in flags} <= fields
 
 
 def test_no_alarm_rings_before_it_has_records_enough():
