@@ -26,7 +26,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [_source(about, results), "", _row(columns), _row(["---"] * 2 + ["---:"] * (len(columns) - 2))]
     for case in results["cases"]:
         for name, result in case["variants"].items():
-            label = f"fastgan ({case['backend']})" if name == "fastgan" else name
+            label = f"fastgan ({case['backend']})" if name == "fastgan" and case["backend"] else name
             cells = [case["name"], label, _spread(result["seconds"], 1e3)]
             cells += [_spread(result["ratio"]), _percent(result)]
             if counted:
