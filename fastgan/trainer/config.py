@@ -9,42 +9,64 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.losses import LossName
+from fastgan.trainer.optimisers import OptimiserName
+from fastgan.trainer.regulariser import Kernels, PenaltyName
 
-DatasetName = Literal["fashion-mnist", "discs", "ring8", "grid25"]
+ExtractorName = Literal["random-conv", "efficientnet-lite0"]
+DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
+Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
+MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
-    *("log_every", "sample_every", "checkpoint_every"),
+    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor"),
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    architecture: Architecture = "auto"  # auto: dcgan for images, mlp for points
     width: int = 32  # channels at 16x16, doubled at each halving (images), or hidden units (points)
     latent_dim: int = 64  # length of the generator's input
     spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch is torch.nn.utils.parametrizations
 
+    minibatch: MinibatchStatistic = "none"  # over the batch, given to the discriminator
+    pack: int = 1  # samples that the discriminator judges together (PacGAN)
+    conditional: bool = False  # both players are told the labels, where the data has them
+
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "latent_dim")
+        _require_positive(self, "width", "latent_dim", "pack")
+        if self.conditional and self.pack > 1:
+            raise ValueError("conditional and pack exclude each other: a pack has no one label")
+        if self.architecture == "residual" and self.spectral_norm != "none":
+            raise ValueError("architecture residual starts layers at zero, whose spectral norm is zero: use none")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    loss: Literal["hinge", "non-saturating"] = "hinge"
+    loss: LossName = "hinge"
+    penalty: PenaltyName = "none"  # on the discriminator's gradient
+    penalty_weight: float = 10.0
+    penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
+    kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
     batch_size: int = 64
+    optimiser: OptimiserName = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
-    betas: tuple[float, float] = (0.5, 0.999)  # Adam's
+    betas: tuple[float, float] = (0.5, 0.999)  # of Adam in all its forms
     d_steps: int = 1  # discriminator steps for each generator step
     ema_decay: float = 0.995  # of the averaged generator, which draws the samples
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps")
+        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps", "penalty_weight", "penalty_every")
         for value in (*self.betas, self.ema_decay):
             if not 0 <= value < 1:
                 raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")
+        if self.optimiser == "extra-adam" and self.d_steps != 1:
+            raise ValueError(f"extra-adam moves both players at once: d_steps must be 1, got {self.d_steps}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,8 @@ class TrainConfig:
     dataset: DatasetName = "fashion-mnist"  # what to learn
     name: str = "fashion-mnist"  # the run's folder below --runs
     runs: Path = Path("runs")
-    data: Path | None = None  # folder of the IDX files; unset: $FASTGAN_DATA, the cache, then Debian's folder
+    data: Path | None = None  # folder of the files; unset: $FASTGAN_DATA (IDX), the cache, then Debian's folder
+    image_size: int = 32  # pixels a side of images that have no size of their own (folder, emoji)
     steps: int = 20_000  # generator steps to stop at
     minutes: float | None = None  # training time to stop at, over all resumptions, if that comes first
     seed: int = 0
@@ -61,6 +84,8 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
+    equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 45 steps
+    extractor: ExtractorName = "random-conv"  # features that images are scored by at the end
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -68,8 +93,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
+        _require_positive(self, "equilibrium_every")
+        if self.image_size not in (32, 64, 128, 256, 512, 1024):
+            raise ValueError(f"image_size must be a power of two from 32 to 1024, got {self.image_size}")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
+        if self.optim.batch_size % self.model.pack:
+            raise ValueError(f"batch_size {self.optim.batch_size} must be a multiple of pack {self.model.pack}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
@@ -131,11 +161,38 @@ def _require_positive(config: object, *names: str) -> None:
 
 POINT_OPTIM = OptimConfig(loss="non-saturating", batch_size=256, d_lr=2e-3, g_lr=1e-3, ema_decay=0.99)
 
+RESIDUAL = ModelConfig(architecture="residual", spectral_norm="none")
+R3GAN = OptimConfig(
+    loss="relativistic", penalty="r1+r2", penalty_weight=1.0, batch_size=32, d_lr=2e-4, g_lr=2e-4, betas=(0.0, 0.99)
+)
+CRITIC = ModelConfig(spectral_norm="none")
+WGAN_GP = OptimConfig(loss="wasserstein", penalty="wgan-gp", d_lr=2e-4, g_lr=2e-4, betas=(0.0, 0.9), d_steps=5)
+
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "fashion-mnist": ("28x28 photographs of clothes, padded to 32x32; DCGAN.", TrainConfig()),
     "discs": (
         "32x32 soft discs drawn on the fly, for a machine with no data; DCGAN.",
         TrainConfig(dataset="discs", name="discs", steps=2000),
+    ),
+    "folder": (
+        "Images of any size from a folder (--data PATH), cut square; residual networks with R1 + R2.",
+        TrainConfig(dataset="folder", name="folder", model=RESIDUAL, optim=R3GAN),
+    ),
+    "emoji": (
+        "Noto's colour emoji at --image-size 32, 64 or 128; residual networks with R1 + R2.",
+        TrainConfig(dataset="emoji", name="emoji", model=RESIDUAL, optim=R3GAN),
+    ),
+    "stacked": (
+        "Three photographs of clothes as red, green and blue: 1000 modes; DCGAN.",
+        TrainConfig(dataset="stacked", name="stacked"),
+    ),
+    "waveforms": (
+        "Plucked tones of 256 samples drawn on the fly; DCGAN in one dimension, WGAN-GP.",
+        TrainConfig(dataset="waveforms", name="waveforms", steps=2000, model=CRITIC, optim=WGAN_GP),
+    ),
+    "voxels": (
+        "16x16x16 balls and boxes drawn on the fly; DCGAN in three dimensions, WGAN-GP.",
+        TrainConfig(dataset="voxels", name="voxels", steps=2000, model=CRITIC, optim=WGAN_GP),
     ),
     "ring8": (
         "8 Gaussians on a circle; MLP.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastgan.trainer.config import DatasetName
 from fastgan.trainer.errors import DataError
 
 FASHION_MNIST_IMAGES = "train-images-idx3-ubyte.gz"
+FASHION_MNIST_LABELS = "train-labels-idx1-ubyte.gz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -22,8 +24,18 @@ class Source(Protocol):
 
     shape: tuple[int, ...]  # of one sample
     scale: float  # about the largest value in a sample
+    classes: int | None  # how many labels there are, where there are any
+
+    @property
+    def size(self) -> int | None:
+        """How many samples there are; None where each one is drawn afresh."""
+
+    def fork(self, seed: int) -> Source:
+        """Another stream of the same samples (not a copy of them), in an order of its own."""
 
     def next(self, batch_size: int) -> Tensor: ...
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -31,33 +43,70 @@ class Source(Protocol):
 
 
 class Images:
-    """Images (N, C, H, W), unsigned bytes on the device, scaled to [-1, 1] as they are drawn.
+    """Images (N, C, H, W), unsigned bytes, scaled to [-1, 1] on the device as they are drawn.
 
-    Each epoch visits every image at most once, in an order drawn from `seed`; a last part that fills no
-    batch is left out.
+    They are moved to the device where they fill no more than half of its free memory; those of a memory-mapped file
+    stay where they are, and only what is drawn is read. Each epoch visits every image at most once, in an order drawn
+    from `seed`; a last part that fills no batch is left out.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,), or None.
+        members: indices of the images that take part; None: all.
     """
 
     scale = 1.0
 
-    def __init__(self, images: Tensor, seed: int, device: torch.device) -> None:
-        self.images = images.to(device)
+    def __init__(
+        self,
+        images: Tensor,
+        seed: int,
+        device: torch.device,
+        labels: Tensor | None = None,
+        members: Tensor | None = None,
+    ) -> None:
+        self.device = device
+        self.images = images.to(device) if fits(images, device) else images
+        self.labels = None if labels is None else labels.long()
+        self.classes = None if labels is None else int(labels.max()) + 1
+        self.members = torch.arange(len(images)) if members is None else members
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
 
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def fork(self, seed: int) -> Images:
+        return Images(self.images, seed, self.device, self.labels, self.members)
+
+    def split(self, count: int, seed: int) -> Images:
+        """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        taken = Images(self.images, seed, self.device, self.labels, self.members[order[:count]])
+        self.members = self.members[order[count:]]
+        self._start_epoch()
+        return taken
+
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
-        self.order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
+        self.order = self.members[torch.randperm(self.size, generator=self.generator)]
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
-        if batch_size > len(self.images):
-            raise DataError(f"a batch of {batch_size} needs as many images, the data has {len(self.images)}")
-        if self.cursor + batch_size > len(self.images):
+        return self.next_labelled(batch_size)[0]
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        if batch_size > self.size:
+            raise DataError(f"a batch of {batch_size} needs as many images, the data has {self.size}")
+        if self.cursor + batch_size > self.size:
             self._start_epoch()
         index = self.order[self.cursor : self.cursor + batch_size]
         self.cursor += batch_size
-        return self.images[index].float().div_(127.5).sub_(1)
+        labels = None if self.labels is None else self.labels[index].to(self.device)
+        pixels = self.images[index.to(self.images.device)].to(self.device)
+        return pixels.float().div_(127.5).sub_(1), labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch_state": self.epoch_state, "cursor": self.cursor}
@@ -68,12 +117,32 @@ class Images:
         self.cursor = state["cursor"]
 
 
-class _Drawn:
+def fits(images: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or images.numel() <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+class Drawn:
     """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
+
+    shape: tuple[int, ...]
+    scale: float
+    classes: int | None = None
+    size = None
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self, batch_size: int) -> Tensor:
+        return self.next_labelled(batch_size)[0]
+
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def fork(self, seed: int) -> Source:
+        other = copy.copy(self)
+        other.generator = torch.Generator().manual_seed(seed)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -82,7 +151,7 @@ class _Drawn:
         self.generator.set_state(state["generator"])
 
 
-class Mixture(_Drawn):
+class Mixture(Drawn):
     """Equal Gaussians of standard deviation `sigma` around `modes` (K, 2)."""
 
     shape: tuple[int, ...] = (2,)
@@ -91,12 +160,13 @@ class Mixture(_Drawn):
         super().__init__(seed, device)
         self.modes = modes
         self.scale = float(modes.abs().max())
+        self.classes = len(modes)
         self.sigma = sigma
 
-    def next(self, batch_size: int) -> Tensor:
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         mode = torch.randint(len(self.modes), (batch_size,), generator=self.generator)
         offset = torch.randn(batch_size, 2, generator=self.generator)
-        return (self.modes[mode] + self.sigma * offset).to(self.device)
+        return (self.modes[mode] + self.sigma * offset).to(self.device), mode.to(self.device)
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
         """The share of `samples` (N, 2) that lies within `radius` of each mode (K,)."""
@@ -104,17 +174,17 @@ class Mixture(_Drawn):
         return (distance <= radius).float().mean(0)
 
 
-class Discs(_Drawn):
+class Discs(Drawn):
     """Soft-edged bright discs on a dark ground, of random place and size: images (1, 32, 32) in [-1, 1]."""
 
     shape: tuple[int, ...] = (1, 32, 32)
     scale = 1.0
 
-    def next(self, batch_size: int) -> Tensor:
+    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
         x, y, radius = torch.rand(3, batch_size, 1, 1, generator=self.generator)
         axis = torch.arange(32.0)
         distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
-        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device)
+        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device), None
 
 
 def ring8(seed: int, device: torch.device) -> Mixture:
@@ -131,15 +201,38 @@ def grid25(seed: int, device: torch.device) -> Mixture:
 
 def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -> Images:
     """Fashion-MNIST's training images, padded from 28x28 to 32x32."""
+    images, labels = read_fashion_mnist(find_fashion_mnist(folder))
+    return Images(images, seed, device, labels)
+
+
+def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
+    """Images (N, 1, 32, 32) and labels (N,), which may be missing where no labels are needed."""
     from fastgan.trainer.idx import read_idx
 
-    path = find_fashion_mnist(folder) / FASHION_MNIST_IMAGES
+    path = folder / FASHION_MNIST_IMAGES
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
     padded = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
     padded[:, 0, 2:30, 2:30] = torch.tensor(images)
-    return Images(padded, seed, device)
+    path = folder / FASHION_MNIST_LABELS
+    if not path.exists():
+        return padded, None
+    labels = read_idx(path)
+    if labels.shape != (len(images),):
+        raise DataError(f"{path} has shape {labels.shape}, wanted ({len(images)},)")
+    return padded, torch.tensor(labels).long()
+
+
+def stacked(seed: int, device: torch.device, folder: Path | None = None) -> Source:
+    """Fashion-MNIST three by three."""
+    from fastgan.trainer.toys import Stacked
+
+    folder = find_fashion_mnist(folder)
+    images, labels = read_fashion_mnist(folder)
+    if labels is None:
+        raise DataError(f"no {FASHION_MNIST_LABELS} in {folder}: stacked images need the labels")
+    return Stacked(images, labels, seed, device)
 
 
 def find_fashion_mnist(folder: Path | None = None) -> Path:
@@ -159,10 +252,29 @@ def find_fashion_mnist(folder: Path | None = None) -> Path:
     )
 
 
-def load_source(dataset: DatasetName, seed: int, device: torch.device, folder: Path | None = None) -> Source:
-    """The source of a data set's real samples."""
+def load_source(
+    dataset: DatasetName, seed: int, device: torch.device, folder: Path | None = None, image_size: int = 32
+) -> Source:
+    """The source of a data set's real samples. `image_size` is for data that has no size of its own."""
+    if dataset == "folder":
+        from fastgan.trainer.image_folder import read_folder
+
+        if folder is None:
+            raise DataError("the data set is a folder of images: say which with --data PATH")
+        images, labels = read_folder(folder, image_size)
+        return Images(images, seed, device, labels)
+    if dataset == "emoji":
+        from fastgan.trainer.emoji import find_emoji, read_emoji
+
+        return Images(read_emoji(find_emoji(folder), image_size), seed, device)
     if dataset == "fashion-mnist":
         return fashion_mnist(seed, device, folder)
+    if dataset == "stacked":
+        return stacked(seed, device, folder)
+    if dataset == "waveforms" or dataset == "voxels":
+        from fastgan.trainer.toys import Voxels, Waveforms
+
+        return (Waveforms if dataset == "waveforms" else Voxels)(seed, device)
     if dataset == "discs":
         return Discs(seed, device)
     return {"ring8": ring8, "grid25": grid25}[dataset](seed, device)

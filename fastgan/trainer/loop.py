@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -15,16 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import checkpoint, pictures, report
+from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device
+from fastgan.trainer.diagnostics import Diagnostics
+from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
+from fastgan.trainer.held_out import hold_out
+from fastgan.trainer.quality import score
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
 POINT_SAMPLES = 2000
+MEASURING = 1 << 32  # added to a seed: streams that no run's training draws from
 LOSS_NAMES = ("discriminator", "generator")
 
 
@@ -39,8 +45,11 @@ class Trainer:
         self.device = choose_device(config.device)
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
-        source = load_source(config.dataset, seed + 2, self.device, config.data)
+        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
+        self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device)
+        self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
+        self.watch = alarms.Watch()
         points = len(source.shape) == 1
         self.fixed_noise = torch.randn(
             POINT_SAMPLES if points else GRID_SAMPLES,
@@ -73,11 +82,15 @@ class Trainer:
             tqdm(total=1.0, initial=self.progress(), desc=self.config.name, bar_format=bar_format) as bar,
         ):
             while self.progress() < 1:
+                if (self.step + 1) % self.config.log_every == 0:
+                    self.diagnostics.before_step()
                 self.pending.append(self.gan.step())
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 if self.step % self.config.log_every == 0:
                     self._record(bar)
+                if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
+                    self._measure_equilibrium()
                 if self.step % self.config.sample_every == 0:
                     self._draw()
                 if self.step % self.config.checkpoint_every == 0:
@@ -112,19 +125,26 @@ class Trainer:
         d_loss, g_loss = (sum(values) / len(losses) for values in zip(*losses, strict=True))
         images = self.config.optim.batch_size * len(losses)
         rate = images / (self.seconds - self.recorded_at)
-        self.run.append_metrics(
-            {
-                "step": self.step,
-                "seconds": round(self.seconds, 3),
-                "images_per_s": round(rate, 1),
-                "d_loss": d_loss,
-                "g_loss": g_loss,
-            }
-        )
+        record = {
+            "step": self.step,
+            "seconds": round(self.seconds, 3),
+            "images_per_s": round(rate, 1),
+            "d_loss": d_loss,
+            "g_loss": g_loss,
+        } | self.diagnostics.observe(self.step)
+        self.run.append_metrics(record)
+        for alarm in self.watch.look(record):
+            self.run.append_metrics(alarm)
+            bar.write(alarms.describe(alarm))
         bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
         bar.update(self.progress() - bar.n)
         self.pending.clear()
         self.recorded_at = self.seconds
+
+    def _measure_equilibrium(self) -> None:
+        if self.held_out is not None:
+            seed = 4 * self.config.seed + MEASURING + self.step
+            self.run.append_metrics({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
     def _save(self, bar: tqdm[Any]) -> None:
         self._record(bar)  # a checkpoint never holds a state that was not checked
@@ -136,6 +156,7 @@ class Trainer:
         self.gan.load_state_dict(state["gan"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.run.forget_after(self.step)
+        self.watch.replay(self.run.read_metrics())
 
     def _draw(self) -> None:
         samples = self.gan.samples(self.fixed_noise)
@@ -143,8 +164,16 @@ class Trainer:
         pictures.save_samples(samples, self.gan.source, self.run.samples)
 
     def _summarise(self) -> None:
+        seed = 4 * self.config.seed + MEASURING
+        if len(self.gan.source.shape) > 1:
+            rows = gallery.interpolations(self.gan, seed)
+            pictures.save_samples(rows, self.gan.source, self.run.interpolations, gallery.COLUMNS)
+            near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
+            pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
+        quality = score(self.gan, self.held_out, seed, self.config.extractor)
+        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
-        report.write(self.config, self.run, self.gan, self.fixed_noise)
+        report.write(self.config, self.run, self.gan, quality)
 
 
 @contextmanager

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+LossName = Literal["non-saturating", "saturating", "hinge", "least-squares", "wasserstein", "relativistic"]
+
 
 class Loss(NamedTuple):
-    discriminator: Callable[[Tensor, Tensor], Tensor]  # (real logits, fake logits) -> scalar
-    generator: Callable[[Tensor], Tensor]  # (fake logits) -> scalar
+    """What each player minimises.
 
+    Both functions take (real logits, fake logits) of equal shape and return a scalar. Only a relativistic generator
+    looks at the reals; the others are given them or None.
+    """
 
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """mean(max(0, 1 - real)) + mean(max(0, 1 + fake)), Lim & Ye 2017."""
-    return relu(1 - real).mean() + relu(1 + fake).mean()
-
-
-def hinge_generator(fake: Tensor) -> Tensor:
-    """-mean(fake)"""
-    return -fake.mean()
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor | None, Tensor], Tensor]
+    boundary: float | None = 0.0  # the logit that parts real from fake, where differences alone do not decide
+    relativistic: bool = False
 
 
 def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -29,12 +29,57 @@ def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return softplus(-real).mean() + softplus(fake).mean()
 
 
-def non_saturating_generator(fake: Tensor) -> Tensor:
+def non_saturating_generator(real: Tensor | None, fake: Tensor) -> Tensor:
     """-mean(log sigmoid(fake))"""
     return softplus(-fake).mean()
 
 
-LOSSES = {
-    "hinge": Loss(hinge_discriminator, hinge_generator),
+def saturating_generator(real: Tensor | None, fake: Tensor) -> Tensor:
+    """mean(log(1 - sigmoid(fake))), the minimax game; its gradient vanishes where the discriminator is sure."""
+    return -softplus(fake).mean()
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(max(0, 1 - real)) + mean(max(0, 1 + fake)), Lim & Ye 2017."""
+    return relu(1 - real).mean() + relu(1 + fake).mean()
+
+
+def linear_generator(real: Tensor | None, fake: Tensor) -> Tensor:
+    """-mean(fake)"""
+    return -fake.mean()
+
+
+def least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean((real - 1)^2) / 2 + mean(fake^2) / 2, Mao et al. 2017."""
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
+
+
+def least_squares_generator(real: Tensor | None, fake: Tensor) -> Tensor:
+    """mean((fake - 1)^2) / 2"""
+    return (fake - 1).square().mean() / 2
+
+
+def wasserstein_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(fake) - mean(real), Arjovsky et al. 2017; the discriminator must be kept smooth, by a penalty say."""
+    return fake.mean() - real.mean()
+
+
+def relativistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean_i softplus(fake_i - real_i), Jolicoeur-Martineau 2018; with R1 and R2, R3GAN (Huang et al. 2024)."""
+    return softplus(fake - real).mean()
+
+
+def relativistic_generator(real: Tensor | None, fake: Tensor) -> Tensor:
+    """mean_i softplus(real_i - fake_i)"""
+    assert real is not None
+    return softplus(real - fake).mean()
+
+
+LOSSES: dict[LossName, Loss] = {
     "non-saturating": Loss(non_saturating_discriminator, non_saturating_generator),
+    "saturating": Loss(non_saturating_discriminator, saturating_generator),
+    "hinge": Loss(hinge_discriminator, linear_generator),
+    "least-squares": Loss(least_squares_discriminator, least_squares_generator, boundary=0.5),
+    "wasserstein": Loss(wasserstein_discriminator, linear_generator, boundary=None),
+    "relativistic": Loss(relativistic_discriminator, relativistic_generator, boundary=None, relativistic=True),
 }

@@ -1,61 +1,53 @@
-"""Lockstep verification: a fused and a pure PyTorch copy of one GAN take the same steps from the same state.
-
-The networks are the preset's with SiLU for their ReLUs, and the loss is the smooth one: where a kink decides,
-a difference in the last bit picks another slope, and the gradient's error says nothing about the kernels.
-The speed is measured on the preset as it is.
-
-Before each half-step the fused copy gets the pure copy's state, so that what is compared is the error of one
-half-step and nothing that training made of it. Tolerances, for float32:
-
-- losses: 1e-5, relative to max(1, |loss|), since a mean of logits of order 1 may cancel.
-- gradients: 1e-4 of each tensor's norm. A tensor whose gradient cancels (the last bias, real against fake)
-  carries the rounding of the whole gradient, so no norm counts as less than 1e-3 of the whole one.
-- u, v: 1e-5; both are unit vectors.
-- updates (what Adam adds to the weights): 2e-2 of the norm over all weights. In its first steps Adam divides
-  a gradient by about its own size, so an element whose gradient is smaller than its error may move lr the
-  wrong way. A relative error e in the gradient makes a share of about e of the elements do so, which is
-  2 sqrt(e) of the update's norm: 2e-2 for the 1e-4 above.
-
-A third copy runs freely from the common start. Training amplifies rounding, so its drift is reported, and
-not judged.
-"""
+"""Verification: a fused and a pure PyTorch copy of a preset's game in lockstep (see lockstep.py), and their speed."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import math
 import statistics
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.trainer.config import PRESETS, DatasetName, SpectralNorm
+from fastgan.trainer.config import (
+    PRESETS,
+    Architecture,
+    DatasetName,
+    MinibatchStatistic,
+    ModelConfig,
+    OptimConfig,
+    SpectralNorm,
+)
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.losses import LOSSES
-
-TOLERANCES = {"loss": 1e-5, "gradient": 1e-4, "uv": 1e-5, "update": 2e-2}
-LEAST_SHARE = 1e-3  # of the whole gradient's norm
+from fastgan.trainer.lockstep import TOLERANCES, Step, lockstep
+from fastgan.trainer.losses import LossName
+from fastgan.trainer.matrix import verify_matrix
+from fastgan.trainer.regulariser import Kernels, PenaltyName
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     dataset: DatasetName = "discs"  # what both copies learn; discs needs no files
     data: Path | None = None  # folder of Fashion-MNIST's files, as for fastgan train
+    loss: LossName | None = None  # unset: the preset's
+    penalty: PenaltyName | None = None  # unset: the preset's
+    minibatch: MinibatchStatistic | None = None  # unset: the preset's
+    architecture: Architecture | None = None  # unset: the preset's
     steps: int = 32
-    timed_steps: int = 20  # for each variant of spectral norm, in turns
+    timed_steps: int = 20  # for each variant, in turns
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None  # CPU threads; unset: PyTorch's choice
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the fused copy
+    matrix: bool = False  # instead: small games of every loss, penalty, minibatch statistic and network
+    quick: bool = False  # of the matrix a third, one step each
     out: Path | None = None  # folder to write verify.json to, such as runs/demo
 
     def __post_init__(self) -> None:
@@ -64,24 +56,21 @@ class VerifyConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    @property
+    def optim(self) -> OptimConfig:
+        preset = PRESETS[self.dataset][1].optim
+        return dataclasses.replace(preset, loss=self.loss or preset.loss, penalty=self.penalty or preset.penalty)
 
-@dataclass
-class Errors:
-    """The largest error of each kind, and the tensor that it was found in."""
-
-    worst: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
-
-    def add(self, kind: str, error: float, where: str) -> None:
-        # NaN is larger than everything: a kernel that returns it must not pass.
-        if kind not in self.worst or math.isnan(error) or error > self.worst[kind][0]:
-            self.worst[kind] = (error, where)
-
-    def breaches(self) -> list[str]:
-        return [
-            f"{kind} of {where}: {error:.1e}, tolerance {TOLERANCES[kind]:.0e}"
-            for kind, (error, where) in self.worst.items()
-            if not error <= TOLERANCES[kind]
-        ]
+    @property
+    def model(self) -> ModelConfig:
+        preset = PRESETS[self.dataset][1].model
+        architecture = self.architecture or preset.architecture
+        return dataclasses.replace(
+            preset,
+            architecture=architecture,
+            minibatch=self.minibatch or preset.minibatch,
+            spectral_norm="none" if architecture == "residual" else preset.spectral_norm,
+        )
 
 
 def verify(config: VerifyConfig) -> bool:
@@ -93,163 +82,99 @@ def verify(config: VerifyConfig) -> bool:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    if config.matrix:
+        with backends.use_backend(config.backend), exact_convolutions():
+            return verify_matrix(device, 1 if config.quick else 4, config.quick)
     backend = backends.select("spectral_norm", device, torch.float32, _forced(config))
-    print(f"{config.dataset} on {device}: fused spectral norm ({backend}) against PyTorch's parametrization")
+    print(
+        f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
+        f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
+    )
+    # At kinks only a penalty's double backward differs from what float32 shows.
+    lengths = {torch.float32: config.steps}
+    if config.optim.penalty != "none":
+        lengths[torch.float64] = max(1, config.steps // 4)
     with backends.use_backend(config.backend):
-        # Deterministic float32 convolutions: spectral norm is compared here, not cuDNN's choices.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            steps = lockstep(config, device)
-        breaches = [f"step {step['step']}: {breach}" for step in steps for breach in step["breaches"]]
+        with exact_convolutions():
+            steps = [step for dtype, n in lengths.items() for step in compare(config, dtype, device, n)]
         speed = compare_speed(config, device)
+    breaches = [f"step {step.number}: {breach}" for step in steps for breach in step.errors.breaches()]
     for breach in breaches:
         print(f"BREACH {breach}")
+    print(f"{'PASS' if not breaches else 'FAIL'}: {config.steps} steps")
     print(
-        f"{'PASS' if not breaches else 'FAIL'}: {config.steps} steps, tolerances "
-        + ", ".join(f"{kind} {tolerance:.0e}" for kind, tolerance in TOLERANCES.items())
-    )
-    print(
-        f"median step of both players: fused {speed['fused_ms']:.2f} ms, PyTorch {speed['torch_ms']:.2f} ms, "
-        f"no spectral norm {speed['none_ms']:.2f} ms; fused is {speed['fused_over_torch']:.2f}x as fast"
+        f"median step of both players: fastgan {speed['fused_ms']:.2f} ms, PyTorch {speed['torch_ms']:.2f} ms, "
+        f"without spectral norm and penalty {speed['none_ms']:.2f} ms; "
+        f"fastgan is {speed['fused_over_torch']:.2f}x as fast as PyTorch"
     )
     if config.out:
         result = {
             "passed": not breaches,
             "dataset": config.dataset,
+            "loss": config.optim.loss,
+            "penalty": config.optim.penalty,
+            "minibatch": config.model.minibatch,
             "backend": backend,
-            "tolerances": TOLERANCES,
+            "tolerances": {str(dtype).removeprefix("torch."): TOLERANCES[dtype] for dtype in lengths},
             "steps": config.steps,
             "speed": speed,
             "environment": environment(device),
-            "per_step": steps,
+            "per_step": [step.to_json() for step in steps],
         }
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
     return not breaches
 
 
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Deterministic float32 convolutions: what is compared is not cuDNN's choices."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def _forced(config: VerifyConfig) -> str | None:
     return None if config.backend == "auto" else config.backend
 
 
-def lockstep(config: VerifyConfig, device: torch.device) -> list[dict[str, Any]]:
-    """The errors of each step, printed as they are found."""
-    kinds: tuple[SpectralNorm, ...] = ("torch", "fused", "fused")
-    reference, fused, free = (smooth(build(config, kind, device)) for kind in kinds)
-    copy_state(reference, free)
-    print(f"{'step':>4} {'D loss':>8} {'G loss':>8}" + "".join(f"{kind:>10}" for kind in TOLERANCES) + "     drift")
-    steps: list[dict[str, Any]] = []
-    for step in range(1, config.steps + 1):
-        errors = Errors()
-        real, z_d, z_g = reference.real(), reference.latents(), reference.latents()
-        losses = []
-        for name, inputs in (("discriminator", (real, z_d)), ("generator", (z_g,))):
-            copy_state(reference, fused)
-            losses.append(compare_half_step(reference, fused, name, inputs, errors))
-            getattr(free, f"{name}_step")(*inputs)
-        drift = relative_drift(reference, free)
-        steps.append(
-            {
-                "step": step,
-                "d_loss": losses[0],
-                "g_loss": losses[1],
-                "errors": {kind: error for kind, (error, _) in errors.worst.items()},
-                "where": {kind: where for kind, (_, where) in errors.worst.items()},
-                "breaches": errors.breaches(),
-                "drift": drift,
-            }
-        )
-        columns = "".join(f"{errors.worst[kind][0]:10.1e}" for kind in TOLERANCES)
-        print(f"{step:4} {losses[0]:8.4f} {losses[1]:8.4f}{columns}{drift:10.1e}", flush=True)
+def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, length: int) -> list[Step]:
+    """The steps of both copies, printed as they are taken."""
+    reference, fused, free = (build(config, kernels, device) for kernels in ("torch", "fastgan", "fastgan"))
+    tolerances = TOLERANCES[dtype]
+    print(f"{'tolerance':>22}" + "".join(f"{value:10.0e}" for value in tolerances.values()))
+    print(f"{'step':>4} {'D loss':>8} {'G loss':>8}" + "".join(f"{kind:>10}" for kind in tolerances) + "     drift")
+    steps = []
+    for step in lockstep(reference, fused, length, dtype, free):
+        steps.append(step)
+        worst = step.errors.worst
+        columns = "".join(f"{worst[kind][0]:10.1e}" if kind in worst else f"{'-':>10}" for kind in tolerances)
+        print(f"{step.number:4} {step.losses[0]:8.4f} {step.losses[1]:8.4f}{columns}{step.drift:10.1e}", flush=True)
     return steps
 
 
-def build(config: VerifyConfig, spectral_norm: SpectralNorm, device: torch.device) -> GAN:
-    """The preset's game with another kind of spectral norm."""
-    preset = PRESETS[config.dataset][1]
-    model = dataclasses.replace(preset.model, spectral_norm=spectral_norm)
-    source = load_source(config.dataset, config.seed, device, config.data)
-    return GAN(model, preset.optim, source, config.seed, device)
+def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
+    """The preset's game by fastgan or by PyTorch alone."""
+    model = config.model
+    if model.spectral_norm != "none":
+        spectral_norm: SpectralNorm = "fused" if kernels == "fastgan" else "torch"
+        model = dataclasses.replace(model, spectral_norm=spectral_norm)
+    optim = dataclasses.replace(config.optim, kernels=kernels)
+    return GAN(model, optim, load_source(config.dataset, config.seed, device, config.data), config.seed, device)
 
 
-def smooth(gan: GAN) -> GAN:
-    """Replace what has kinks, in place."""
-    gan.loss = LOSSES["non-saturating"]
-    for model in (gan.generator, gan.discriminator):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.ReLU | nn.LeakyReLU):
-                    setattr(module, name, nn.SiLU())
-    return gan
-
-
-def copy_state(source: GAN, target: GAN) -> None:
-    """Models and optimisers; the keys are the same for every kind of spectral norm."""
-    for name in ("generator", "discriminator", "g_adam", "d_adam"):
-        # An optimiser adopts the tensors that it loads: without a copy both would share their moments.
-        getattr(target, name).load_state_dict(copy.deepcopy(getattr(source, name).state_dict()))
-
-
-def compare_half_step(reference: GAN, fused: GAN, name: str, inputs: tuple[Tensor, ...], errors: Errors) -> float:
-    """Take the step of one player with both copies, add its errors to `errors`, and return the loss."""
-    before = weights(getattr(reference, name))
-    wanted = getattr(reference, f"{name}_step")(*inputs).item()
-    got = getattr(fused, f"{name}_step")(*inputs).item()
-    errors.add("loss", abs(got - wanted) / max(1.0, abs(wanted)), name)
-    pure, other = getattr(reference, name), getattr(fused, name)
-    compare_gradients(pure, other, name, errors)
-    compare_updates(before, weights(pure), weights(other), name, errors)
-    found = fused.discriminator.state_dict()
-    for key, vector in reference.discriminator.state_dict().items():
-        if key.endswith(("._u", "._v")):
-            errors.add("uv", float((found[key] - vector).norm()), key)
-    return float(wanted)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def compare_gradients(reference: nn.Module, fused: nn.Module, name: str, errors: Errors) -> None:
-    wanted = {key: gradient(parameter) for key, parameter in reference.named_parameters()}
-    least = LEAST_SHARE * math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values()))
-    for key, parameter in fused.named_parameters():
-        scale = max(float(wanted[key].norm()), least)
-        errors.add("gradient", ratio(float((gradient(parameter) - wanted[key]).norm()), scale), f"{name}.{key}")
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def compare_updates(
-    before: dict[str, Tensor], wanted: dict[str, Tensor], got: dict[str, Tensor], name: str, errors: Errors
-) -> None:
-    difference = math.sqrt(sum(float((got[key] - wanted[key]).norm()) ** 2 for key in wanted))
-    update = math.sqrt(sum(float((wanted[key] - before[key]).norm()) ** 2 for key in wanted))
-    errors.add("update", ratio(difference, update), name)
-
-
-def relative_drift(reference: GAN, free: GAN) -> float:
-    """How far the free copy's weights are from the reference's, as a share of their norm."""
-    difference = norm = 0.0
-    for name in ("generator", "discriminator"):
-        wanted, got = weights(getattr(reference, name)), weights(getattr(free, name))
-        difference += sum(float((got[key] - wanted[key]).norm()) ** 2 for key in wanted)
-        norm += sum(float(weight.norm()) ** 2 for weight in wanted.values())
-    return math.sqrt(difference / norm)
-
-
-def ratio(difference: float, scale: float) -> float:
-    """difference / scale, where nothing differs by nothing."""
-    return 0.0 if difference == 0 else difference / scale if scale else math.inf
+def build_plain(config: VerifyConfig, device: torch.device) -> GAN:
+    """The preset's game without what fastgan makes fast."""
+    model = dataclasses.replace(config.model, spectral_norm="none", minibatch="none")
+    optim = dataclasses.replace(config.optim, penalty="none")
+    return GAN(model, optim, load_source(config.dataset, config.seed, device, config.data), config.seed, device)
 
 
 def compare_speed(config: VerifyConfig, device: torch.device) -> dict[str, float]:
-    """Median times of a whole step for fused, per-layer PyTorch and no spectral norm, measured in turns."""
-    kinds: tuple[SpectralNorm, ...] = ("fused", "torch", "none")
-    copies = {kind: build(config, kind, device) for kind in kinds}
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    """Median times of a whole step by fastgan, by PyTorch, and of the plain game, measured in turns."""
+    copies = {
+        "fused": build(config, "fastgan", device),
+        "torch": build(config, "torch", device),
+        "none": build_plain(config, device),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in copies}
     for turn in range(-3, config.timed_steps):  # the first turns warm up
         for kind, gan in copies.items():
             started = time.perf_counter()

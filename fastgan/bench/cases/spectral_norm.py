@@ -60,6 +60,22 @@ def _layer(shape: Shape) -> nn.Module:
     return nn.Linear(inputs, outputs, bias=False)
 
 
+class _Loss(torch.autograd.Function):
+    """A loss with these gradients: they arrive as in a training step, from the graph.
+
+    Handed to ``torch.autograd.grad`` they would each be checked in Python first, for as long as a small list takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.grads = grads
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads
+
+
 def _spectral_norm(
     shapes: Sequence[Shape], *, backward: bool, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Make]:
@@ -76,7 +92,10 @@ def _spectral_norm(
 
         def run() -> Sequence[Tensor]:
             weights: list[Tensor] = model()
-            return torch.autograd.grad(weights, originals, grads) if backward else weights  # type: ignore[arg-type]
+            if not backward:
+                return weights
+            loss = _Loss.apply(grads, *weights)  # type: ignore[no-untyped-call]
+            return torch.autograd.grad(loss, originals)  # type: ignore[arg-type]
 
         return run if backend is None else on_backend(backend, run)
 

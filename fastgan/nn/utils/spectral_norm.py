@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +107,7 @@ def take(module: nn.Module, name: str) -> None:
     module.__dict__.pop(_key(name), None)
 
 
+@cache
 def _key(name: str) -> str:
     return f"_normalised_{name}"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ LIBRARY.define(
     " str backend) -> ()"
 )
 
+_is_none = partial(operator.is_, None)
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
@@ -83,12 +85,12 @@ def _kernels(backend: str) -> Any:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return tensors if all(t.is_contiguous() for t in tensors) else [t.contiguous() for t in tensors]
+    return tensors if all(map(Tensor.is_contiguous, tensors)) else [t.contiguous() for t in tensors]
 
 
 def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernels write: each output, or a contiguous stand-in for one in another memory format."""
-    if all(o.is_contiguous() for o in outputs):
+    if all(map(Tensor.is_contiguous, outputs)):
         return outputs
     return [o if o.is_contiguous() else torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
 
@@ -114,7 +116,7 @@ class _SpectralNorm(torch.autograd.Function):
         backend: str,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = [torch.empty_like(w) for w in weights]
+        outputs = list(map(torch.empty_like, weights))
         dtype = accumulation_dtype(weights[0].dtype)
         saved = torch.empty(layout_of(weights, dims).total, dtype=dtype, device=weights[0].device)
         run = _forward if is_eager(weights[0]) else torch.ops.fastgan.spectral_norm_fwd
@@ -132,7 +134,7 @@ class _SpectralNorm(torch.autograd.Function):
         # Without create_graph nothing will be asked of the backward's own graph.
         run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _run_backward
         needed = ctx.needs_input_grad[7:]
-        if all(needed) and all(grad is not None for grad in grads):
+        if all(needed) and not any(map(_is_none, grads)):
             all_grads = cast(tuple[Tensor, ...], grads)
             return *(None,) * 7, *run(saved, offsets, dims, ctx.backend, *all_grads, *weights)
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
@@ -149,7 +151,7 @@ def _run_backward(
     saved: Tensor, offsets: Sequence[int], dims: Sequence[int], backend: str, *grads_and_weights: Tensor
 ) -> list[Tensor]:
     grads, weights = grads_and_weights[: len(dims)], grads_and_weights[len(dims) :]
-    outputs = [torch.empty_like(w) for w in weights]
+    outputs = list(map(torch.empty_like, weights))
     run = _backward if is_eager(grads[0]) else torch.ops.fastgan.spectral_norm_bwd
     run(grads, weights, saved, outputs, offsets, dims, backend)
     return outputs

@@ -1,0 +1,179 @@
+"""The operators of minibatch discrimination, their implementations a backend, and the derivatives up to the second.
+
+The sum over pairs is symmetric, and each order (the formulas are in csrc/cpu/minibatch_discrimination.cpp) gives the
+result of a row from what all rows brought in. So a process of a group computes its own rows only, and what travels is
+gathered on the way in: m going forward, the gradients of o (a C-th of m) going back, the tangents in the second order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.minibatch_discrimination import native_kernels, reference
+from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
+
+# h: gradient of o, w: gradient of dm; they, segments and m, which is packed for the backend, are everyone's. What is
+# written is of the rows from `first` on.
+LIBRARY.define(
+    "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
+    " -> ()"
+)
+LIBRARY.define(
+    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
+)
+LIBRARY.define(
+    "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
+    " Tensor(b!)? by_m, int first, str backend) -> ()"
+)
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+backends.register("minibatch_discrimination", dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
+
+
+@torch.library.impl(LIBRARY, "minibatch_discrimination_fwd", "CompositeExplicitAutograd")
+def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool, backend: str) -> None:
+    _kernels(backend).forward(m, segments, o, first, exclude_self)
+
+
+@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd", "CompositeExplicitAutograd")
+def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
+    target = _target(dm)
+    _kernels(backend).backward(h.contiguous(), m, segments, target, first)
+    _copy_back(target, dm)
+
+
+@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd_bwd", "CompositeExplicitAutograd")
+def _double_backward(
+    w: Tensor,
+    h: Tensor,
+    m: Tensor,
+    segments: Tensor | None,
+    by_h: Tensor | None,
+    by_m: Tensor | None,
+    first: int,
+    backend: str,
+) -> None:
+    targets = _target(by_h), _target(by_m)
+    _kernels(backend).double_backward(w.contiguous(), h.contiguous(), m, segments, *targets, first)
+    _copy_back(targets[0], by_h)
+    _copy_back(targets[1], by_m)
+
+
+def _nothing(*arguments: Any) -> None:
+    return None
+
+
+for _order in ("fwd", "bwd", "bwd_bwd"):
+    torch.library.register_fake(f"fastgan::minibatch_discrimination_{_order}", _nothing, lib=LIBRARY)
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from fastgan.ops.minibatch_discrimination import triton_kernels  # Triton is optional
+
+        return triton_kernels
+    return native_kernels
+
+
+def packed(everyone: Tensor, backend: str) -> Tensor:
+    """As the kernels read it: on a GPU a tile of samples must be contiguous, on a CPU a task packs its own."""
+    return everyone.contiguous() if backend == "cpu" else everyone.permute(1, 2, 0).contiguous()  # (B, C, N)
+
+
+def _target(output: Tensor | None) -> Tensor | None:
+    """What a kernel writes: the output, or a contiguous stand-in."""
+    if output is None or output.is_contiguous():
+        return output
+    return torch.empty_like(output, memory_format=torch.contiguous_format)
+
+
+def _copy_back(target: Tensor | None, output: Tensor | None) -> None:
+    if target is not None and output is not None and target is not output:
+        output.copy_(target)
+
+
+class _Discrimination(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, m: Tensor, segments: Tensor | None, exclude_self: bool, group: Group | None, backend: str
+    ) -> Tensor:
+        everyone = packed(gather(m, group), backend)
+        o = m.new_empty(m.shape[:2])
+        run: Any = _forward if is_eager(m) else torch.ops.fastgan.minibatch_discrimination_fwd
+        run(everyone, segments, o, first_row(len(m), group), exclude_self, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(m, everyone, segments)
+        ctx.group, ctx.backend = group, backend
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return (None,) * 5
+        everyones_h = gather(h, ctx.group)
+        # Without create_graph nothing will be asked of the backward's own graph.
+        run: Any = _DiscriminationBackward.apply if torch.is_grad_enabled() else _run_backward
+        return run(h, everyones_h, *ctx.saved_tensors, ctx.group, ctx.backend), None, None, None, None
+
+
+def _run_backward(
+    h: Tensor,
+    everyones_h: Tensor,
+    m: Tensor,
+    everyone: Tensor,
+    segments: Tensor | None,
+    group: Group | None,
+    backend: str,
+) -> Tensor:
+    dm = torch.empty_like(m)
+    run: Any = _backward if is_eager(h) else torch.ops.fastgan.minibatch_discrimination_bwd
+    run(everyones_h, everyone, segments, dm, first_row(len(m), group), backend)
+    return dm
+
+
+class _DiscriminationBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:5])
+        ctx.group, ctx.backend = arguments[5:]
+        return _run_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, everyones_h, m, everyone, segments = ctx.saved_tensors
+        needs_h, _, needs_m = ctx.needs_input_grad[:3]
+        if w is None or not (needs_h or needs_m):
+            return (None,) * 7
+        with torch.no_grad():
+            by_h = torch.empty_like(h) if needs_h else None
+            by_m = torch.empty_like(m) if needs_m else None
+            run: Any = _double_backward if is_eager(w) else torch.ops.fastgan.minibatch_discrimination_bwd_bwd
+            first = first_row(len(m), ctx.group)
+            run(gather(w, ctx.group), everyones_h, everyone, segments, by_h, by_m, first, ctx.backend)
+        results = [by_h, by_m]
+        if torch.is_grad_enabled():
+            message = (
+                "minibatch_discrimination: the third derivative is not supported; "
+                "use_backend('reference') has every order"
+            )
+            results = last_order(message, results, [w, h, m])
+        return results[0], None, results[1], None, None, None, None
+
+
+def discriminate(
+    activations: Tensor, segments: Tensor | None, exclude_self: bool, group: Group | None, backend: str
+) -> Tensor:
+    """The op without its checks, on the backend chosen."""
+    segments = None if segments is None else gather(segments.long(), group)
+    if backend == "reference":
+        first = first_row(len(activations), group)
+        everyone = differentiable_gather(activations, group)
+        return reference.minibatch_discrimination(activations, everyone, first, segments, exclude_self)
+    result: Tensor = _Discrimination.apply(activations, segments, exclude_self, group, backend)
+    return result

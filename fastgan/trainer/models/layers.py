@@ -1,0 +1,153 @@
+"""What the networks share: shapes in one to three dimensions, the discriminator's head, labels, spectral norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastgan.nn as fnn
+from fastgan.trainer.config import MinibatchStatistic, SpectralNorm
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+NUM_KERNELS, KERNEL_DIM = 100, 5  # of minibatch discrimination, as in Salimans et al. 2016
+SMALLEST = 4  # pixels a side, where a generator starts and a discriminator ends
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape (channels, size, ...) of a sample with ``dims`` equal sides."""
+
+    channels: int
+    size: int
+    dims: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> Shape:
+        channels, *sides = shape
+        size = sides[0]
+        if len(sides) > 3 or any(side != size for side in sides) or size < 8 or size > 1024 or size & (size - 1):
+            raise ValueError(
+                f"no model for samples of shape {shape}: wanted (C, S), (C, S, S) or (C, S, S, S) "
+                "with S a power of two from 8 to 1024, or (F,)"
+            )
+        return cls(channels, size, len(sides))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sides from the smallest to the sample's own."""
+        return [SMALLEST << i for i in range((self.size // SMALLEST).bit_length())]
+
+    def smallest(self, channels: int) -> tuple[int, ...]:
+        return (channels, *[SMALLEST] * self.dims)
+
+    def conv(self, inputs: int, outputs: int, kernel: int, **options: Any) -> Conv:
+        """A convolution in this many dimensions."""
+        kinds: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return kinds[self.dims - 1](inputs, outputs, kernel, **options)
+
+    def conv_transpose(self, inputs: int, outputs: int, kernel: int, **options: Any) -> ConvTranspose:
+        kinds: tuple[type[ConvTranspose], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return kinds[self.dims - 1](inputs, outputs, kernel, **options)
+
+    def batch_norm(self, channels: int) -> nn.Module:
+        return (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[self.dims - 1](channels)
+
+    def halve(self) -> nn.Module:
+        return (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[self.dims - 1](2)
+
+
+def channels_at(size: int, width: int) -> int:
+    """``width`` at 16 pixels a side, twice as many at half of that: 4 * width at most, the lesser of width and 16 at
+    least."""
+    return min(4 * width, max(width * 16 // size, min(width, 16)))
+
+
+class Head(nn.Module):
+    """Features (N, C, *S) or (N, F) -> logits (N, 1), by a linear layer over all of them.
+
+    Args:
+        shape: (C, *S) or (F,).
+        minibatch: a statistic over the batch that the linear layer sees too.
+        classes: with them, the labels' embedding is projected on the features (Miyato & Koyama 2018).
+    """
+
+    def __init__(self, shape: tuple[int, ...], minibatch: MinibatchStatistic, classes: int | None) -> None:
+        super().__init__()
+        self.statistic, features = minibatch_statistic(minibatch, shape)
+        self.linear = nn.Linear(features, 1)
+        self.embedding = None if classes is None else nn.Embedding(classes, features)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.statistic(x).flatten(1)  # (N, F)
+        logits: Tensor = self.linear(x)
+        if self.embedding is not None:
+            assert labels is not None
+            logits = logits + (self.embedding(labels) * x).sum(1, keepdim=True)
+        return logits
+
+
+def minibatch_statistic(kind: MinibatchStatistic, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """A layer on features (N, *shape), and how many features a sample has after it."""
+    if kind == "stddev":
+        return fnn.MinibatchStdDev(remainder="largest-divisor"), math.prod((shape[0] + 1, *shape[1:]))
+    if kind == "discrimination":
+        features = math.prod(shape)
+        layer = fnn.MinibatchDiscrimination(features, NUM_KERNELS, KERNEL_DIM)
+        return nn.Sequential(nn.Flatten(), layer), features + NUM_KERNELS
+    return nn.Identity(), math.prod(shape)
+
+
+class Discriminator(nn.Module):
+    def __init__(self, features: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.features, self.head = features, head
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.head(self.features(x), labels)
+        return logits
+
+
+class Labelled(nn.Module):
+    """A generator of latents (N, L) and labels (N,), over one that takes (N, 2 L): labels are embedded beside z."""
+
+    def __init__(self, generator: nn.Module, classes: int, latent_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, latent_dim)
+        self.generator = generator
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        samples: Tensor = self.generator(torch.cat([z, self.embedding(labels)], 1))
+        return samples
+
+
+class Scale(nn.Module):
+    """x -> factor * x"""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}"
+
+
+def normalise(model: nn.Module, kind: SpectralNorm) -> nn.Module:
+    """Spectral norm on every convolution, linear layer and embedding of `model`, in place."""
+    if kind == "none":
+        return model
+    for layer in list(model.modules()):
+        if isinstance(layer, Conv | nn.Linear | nn.Embedding):
+            if kind == "torch":
+                nn.utils.parametrizations.spectral_norm(layer)
+            else:
+                fnn.utils.spectral_norm(layer)
+    return fnn.utils.fuse_spectral_norm(model) if kind == "fused" else model

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import fastgan
+from fastgan.trainer.config import PRESETS, ModelConfig, TrainConfig
+from fastgan.trainer.data import Images
+from fastgan.trainer.gan import GAN, packed
+from fastgan.trainer.models import build_models
+
+CPU = torch.device("cpu")
+IMAGE_NETWORKS = ["dcgan", "resnet", "residual"]
+
+
+def config(architecture: str, **changes: Any) -> ModelConfig:
+    spectral_norm = "none" if architecture == "residual" else "fused"
+    given = {"architecture": architecture, "spectral_norm": spectral_norm, "width": 4, "latent_dim": 6}
+    return ModelConfig(**{**given, **changes})
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [
+        *((name, shape) for name in IMAGE_NETWORKS for shape in ((2, 64), (3, 32, 32), (1, 8, 8, 8))),
+        *(("mlp", (2,)), ("pacgan", (2,)), ("auto", (3,)), ("auto", (1, 16))),
+    ],
+)
+def test_networks_fit_each_other_and_every_parameter_gets_a_gradient(architecture, shape, pack):
+    generator, discriminator = build_models(shape, 1.0, config(architecture, pack=pack))
+    samples = generator(torch.randn(6, 6))
+    assert samples.shape == (6, *shape)
+    logits = discriminator(packed(samples, pack))
+    assert logits.shape == (6 // pack, 1)
+    (logits.square().sum() + samples.square().sum()).backward()
+    assert all(p.grad is not None for network in (generator, discriminator) for p in network.parameters())
+
+
+@pytest.mark.parametrize("size", [32, 128, 1024])
+@pytest.mark.parametrize("architecture", IMAGE_NETWORKS)
+def test_networks_reach_from_32_to_1024_pixels(architecture, size):
+    shape = (3, size, size)
+    networks = build_models(shape, 1.0, config(architecture, spectral_norm="none"))
+    generator, discriminator = (network.eval() for network in networks)
+    with torch.no_grad():
+        samples = generator(torch.randn(1, 6))
+        assert samples.shape == (1, *shape)
+        assert discriminator(samples).shape == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 48), (3, 32, 64), (3, 4, 4), (1, 2048), (1, 8, 8, 8, 8)])
+def test_other_shapes_are_refused_by_name(shape):
+    with pytest.raises(ValueError, match="no model for samples of shape"):
+        build_models(shape, 1.0, config("dcgan"))
+
+
+@pytest.mark.parametrize(("architecture", "shape"), [("pacgan", (1, 32, 32)), ("resnet", (2,))])
+def test_a_network_for_other_data_is_refused(architecture, shape):
+    with pytest.raises(ValueError, match=f"architecture {architecture} makes"):
+        build_models(shape, 1.0, config(architecture))
+
+
+@pytest.mark.parametrize("architecture", [*IMAGE_NETWORKS, "mlp", "pacgan"])
+def test_labels_change_both_players_answers(architecture):
+    shape = (2,) if architecture in ("mlp", "pacgan") else (1, 16, 16)
+    torch.manual_seed(0)
+    generator, discriminator = build_models(shape, 1.0, config(architecture), classes=3)
+    generator.eval(), discriminator.eval()
+    z, x = torch.randn(4, 6), torch.randn(4, *shape)
+    zeros, ones = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    assert (generator(z, zeros) - generator(z, ones)).abs().max() > 1e-4
+    assert (discriminator(x, zeros) - discriminator(x, ones)).abs().max() > 1e-4
+
+
+def test_the_residual_and_dcgan_discriminators_take_the_one_pass_and_pacgans_does_not():
+    x = torch.randn(4, 1, 16, 16)
+    for architecture in IMAGE_NETWORKS:
+        _, discriminator = build_models((1, 16, 16), 1.0, config(architecture))
+        assert fastgan.explain_penalty(discriminator, x) == "one pass"
+    _, discriminator = build_models((2,), 1.0, config("pacgan"))
+    assert fastgan.explain_penalty(discriminator, torch.randn(4, 2)).startswith("general path")
+
+
+def test_a_residual_network_starts_as_a_shallow_one():
+    _, discriminator = build_models((1, 16, 16), 1.0, config("residual"))
+    x = torch.randn(2, 1, 16, 16)
+    blocks = [m for m in discriminator.modules() if type(m).__name__ == "Block"]
+    assert len(blocks) == 6
+    h = torch.randn(2, blocks[0].residual[0].in_channels, 4, 4)
+    assert torch.equal(blocks[0](h), h)
+    assert discriminator(x).isfinite().all()
+
+
+def test_a_pack_joins_neighbours_along_the_channels():
+    x = torch.arange(24.0).view(4, 2, 3)
+    assert torch.equal(packed(x, 2), torch.stack([torch.cat([x[0], x[1]]), torch.cat([x[2], x[3]])]))
+    assert packed(x, 1) is x
+
+
+def test_a_packed_or_conditional_game_plays_and_goes_on_from_its_state():
+    images = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(40) % 3
+    optim = dataclasses.replace(PRESETS["fashion-mnist"][1].optim, batch_size=8)
+    for model in (config("dcgan", pack=2), config("dcgan", conditional=True)):
+        for penalty in ("none", "r1+r2"):
+            kind = dataclasses.replace(optim, penalty=penalty)
+            games = [GAN(model, kind, Images(images, 0, CPU, labels), 0, CPU) for _ in range(2)]
+            games[0].step()
+            games[1].load_state_dict(copy.deepcopy(games[0].state_dict()))
+            assert torch.equal(games[0].step(), games[1].step())
+            assert games[0].samples(torch.randn(5, 6)).shape == (5, 1, 16, 16)
+
+
+def test_conditional_data_without_labels_is_refused():
+    images = Images(torch.zeros(8, 1, 16, 16, dtype=torch.uint8), 0, CPU)
+    with pytest.raises(ValueError, match="no labels"):
+        GAN(config("dcgan", conditional=True), PRESETS["fashion-mnist"][1].optim, images, 0, CPU)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="conditional and pack"):
+        ModelConfig(conditional=True, pack=2)
+    with pytest.raises(ValueError, match="residual starts layers at zero"):
+        ModelConfig(architecture="residual")
+    with pytest.raises(ValueError, match="multiple of pack 3"):
+        TrainConfig(model=ModelConfig(pack=3))
