@@ -27,7 +27,7 @@ def train(arguments: Sequence[str]) -> int:
 
     number = Trainer(config).train()
     if number is None:
-        print(f"{config.folder / 'report.md'}")
+        print(f"{config.folder / 'report.html'}")
         return 0
     again = f"fastgan train {config.dataset} --name {config.name} --runs {config.runs} --resume"
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")

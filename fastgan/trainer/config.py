@@ -14,6 +14,7 @@ from fastgan.trainer.losses import LossName
 from fastgan.trainer.optimisers import OptimiserName
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
+ExtractorName = Literal["random-conv", "efficientnet-lite0"]
 DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -23,7 +24,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
-    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every"),
+    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor"),
 }
 
 
@@ -93,6 +94,7 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 45 steps
+    extractor: ExtractorName = "random-conv"  # features that images are scored by at the end
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name
     model: ModelConfig = field(default_factory=ModelConfig)

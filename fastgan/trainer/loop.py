@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import alarms, checkpoint, pictures, report
+from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics, Probe
+from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
+from fastgan.trainer.quality import score
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.run import RunFolder
 
@@ -49,9 +51,7 @@ class Trainer:
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
-        batch, latent_dim = config.optim.batch_size, config.model.latent_dim
-        probe = Probe.of(source, self.held_out, batch, latent_dim, seed + MEASURING)
-        self.diagnostics = Diagnostics(self.gan, probe)
+        self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
         self.fixed_noise = torch.randn(
@@ -142,7 +142,7 @@ class Trainer:
             "images_per_s": round(rate, 1),
             "d_loss": d_loss,
             "g_loss": g_loss,
-        } | self.diagnostics.observe()
+        } | self.diagnostics.observe(self.step)
         self._log(record)
         for alarm in self.watch.look(record):
             self._log(alarm)
@@ -184,8 +184,16 @@ class Trainer:
         pictures.save_samples(samples, self.gan.source, self.run.samples)
 
     def _summarise(self) -> None:
+        seed = 4 * self.config.seed + MEASURING
+        if len(self.gan.source.shape) > 1:
+            rows = gallery.interpolations(self.gan, seed)
+            pictures.save_samples(rows, self.gan.source, self.run.interpolations, gallery.COLUMNS)
+            near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
+            pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
+        quality = score(self.gan, self.held_out, seed, self.config.extractor)
+        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
-        report.write(self.config, self.run, self.gan, self.fixed_noise)
+        report.write(self.config, self.run, self.gan, quality)
 
 
 @contextmanager

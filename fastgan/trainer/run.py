@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from fastgan.trainer.config import TrainConfig, refuse_changes
@@ -24,7 +25,11 @@ class RunFolder:
         self.samples = self.path / "samples.png"
         self.history = self.path / "samples"
         self.losses = self.path / "losses.png"
+        self.interpolations = self.path / "interpolations.png"
+        self.nearest = self.path / "nearest.png"
+        self.quality = self.path / "quality.json"
         self.report = self.path / "report.md"
+        self.html = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
 
@@ -42,10 +47,14 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what a run writes and nothing else that a folder of this name may hold."""
-        for file in (self.config, self.metrics, self.samples, self.losses, self.report):
+        for file in self._files():
             file.unlink(missing_ok=True)
         for folder in (self.history, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _files(self) -> tuple[Path, ...]:
+        pictures = self.samples, self.losses, self.interpolations, self.nearest
+        return *pictures, self.config, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:
