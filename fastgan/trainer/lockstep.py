@@ -156,7 +156,7 @@ def smooth(gan: GAN) -> GAN:
 
 
 def copy_state(source: GAN, target: GAN) -> None:
-    """Models, optimisers and random points; the keys are the same for every kind of spectral norm."""
+    """Models, optimisers and the count of lazy penalties; the keys are the same for every kind of spectral norm."""
     for name in ("generator", "discriminator", "g_adam", "d_adam", "regulariser"):
         # An optimiser adopts the tensors that it loads: without a copy both would share their moments.
         getattr(target, name).load_state_dict(copy.deepcopy(getattr(source, name).state_dict()))
