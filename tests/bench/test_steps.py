@@ -63,6 +63,14 @@ def test_flops_are_those_of_the_convolutions_and_products():
     forward = 2 * (2 * 4 * 6 * 6) * (3 * 9)
     assert count_flops(lambda: layer(x)) == forward
     assert count_flops(lambda: layer(x).sum().backward()) == 2 * forward  # none by x, which needs no gradient
+    grouped, transposed = nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 2, 3, stride=2)
+    y = torch.randn(2, 4, 8, 8, requires_grad=True)
+    forward = 2 * (2 * 8 * 6 * 6) * (2 * 9)
+    assert [count_flops(call) for call in (lambda: grouped(y), lambda: grouped(y).sum().backward())] == [
+        forward,
+        3 * forward,
+    ]
+    assert count_flops(lambda: transposed(y).sum().backward()) == 3 * 2 * (2 * 4 * 8 * 8) * (2 * 9)
     assert count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
 
 
