@@ -52,10 +52,9 @@ def test_fastgans_step_gives_the_gradients_of_pytorchs(name, objective):
 def test_a_piecewise_affine_discriminator_takes_less_work_and_one_pass(name):
     make, shape = SMALL[name]
     assert fastgan.explain_penalty(make(), torch.randn(shape)) == "one pass"
-    for objective in OBJECTIVES:
-        runs, *_ = variants(name, objective)
-        ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
-        assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
+    runs, *_ = variants(name, "loss+r1")
+    ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
+    assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
 
 
 def test_flops_are_those_of_the_convolutions_and_products():
