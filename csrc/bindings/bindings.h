@@ -17,6 +17,8 @@ namespace py = pybind11;
 Isa isa_of(const std::string& name);
 
 void bind_minibatch_discrimination(py::module_& m);
+void bind_minibatch_stddev(py::module_& m);
+void bind_bias_act(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_spectral_norm(py::module_& m);
 

@@ -89,8 +89,8 @@ class Packed {
   }
 
   template <class T>
-  void read(const T* from, const Part& part, std::int64_t stride, std::int64_t blocks) {
-    for (std::int64_t place = 0; place < blocks * kWidth; ++place) {
+  void read(const T* from, const Part& part, std::int64_t stride) {
+    for (std::int64_t place = 0; place < ceil_div(part.size, kDiagonal<A>) * kDiagonal<A>; ++place) {
       V* to = block(place / kWidth);
       const int lane = static_cast<int>(place % kWidth);
       const T* source = place < part.size ? from + part.sample(place) * stride : nullptr;
@@ -112,7 +112,7 @@ class Packed {
   Buffer<V> values_;
 };
 
-// What one task computes with, for kRows samples from i on against block j; V[kRows] are of these samples.
+// What one task computes, from packed operands to packed results.
 template <class A>
 class Worker {
  public:
@@ -120,122 +120,120 @@ class Worker {
   static constexpr int kWidth = kLanes<A>;
 
   Worker(std::int64_t most, std::int64_t dims, bool gradients, bool tangents)
-      : dims_(dims),
-        m_(blocks_of(most), dims),
-        w_(tangents ? blocks_of(most) : 0, dims),
-        h_(gradients ? blocks_of(most) : 0, 1),
-        of_sample_(blocks_of(most), 1),
-        of_dim_(gradients ? blocks_of(most) : 0, dims),
-        row_sums_(gradients ? dims * kRows : 0) {}
+      : m(blocks_of(most), dims),
+        w(tangents ? blocks_of(most) : 0, dims),
+        h(gradients ? blocks_of(most) : 0, 1),
+        of_sample(blocks_of(most), 1),
+        of_dim(gradients ? blocks_of(most) : 0, dims),
+        dims_(dims),
+        own_m_(dims * kRows),
+        own_w_(tangents ? dims * kRows : 0),
+        own_sums_(gradients ? dims * kRows : 0) {}
 
-  template <class T>
-  void forward(const T* m, T* o, const Part& part, const DiscriminationShape& s, bool exclude_self) {
-    start(m, part, s);
-    of_sample_.clear(blocks_);
-    each_tile(part, [&](std::int64_t i, const auto& tiles) {
-      V sums[kRows] = {};
-      tiles([&](std::int64_t j, auto both) {
-        V e[kRows];
-        compare(i, j, e);
-        leave_out(part, i, j, exclude_self, e);
-        for (int r = 0; r < kRows; ++r) sums[r] += e[r];
-        if constexpr (both)
-          for (int r = 0; r < kRows; ++r) *of_sample_.block(j) += e[r];
-      });
-      for (int r = 0; r < kRows; ++r) of_sample_.add(i + r, 0, lane_sum<A>(sums[r]));
-    });
-    of_sample_.write(o, part, s.first, s.kernels);
-  }
-
-  template <class T>
-  void backward(const T* h, const T* m, T* dm, const Part& part, const DiscriminationShape& s) {
-    start(m, part, s);
-    h_.read(h, part, s.kernels, blocks_);
-    of_dim_.clear(blocks_);
-    each_tile(part, [&](std::int64_t i, const auto& tiles) {
-      clear_row_sums();
-      tiles([&](std::int64_t j, auto both) {
-        V e[kRows];
-        compare(i, j, e);
-        leave_out(part, i, j, true, e);
-        for (int r = 0; r < kRows; ++r) e[r] *= -(h_.at(i + r, 0) + *h_.block(j));
-        spread<both>(i, j, e);
-      });
-      keep_row_sums(i);
-    });
-    of_dim_.write(dm, part, s.first, s.kernels * dims_);
-  }
-
-  template <class T>
-  void double_backward(const T* w, const T* h, const T* m, T* by_h, T* by_m, const Part& part,
-                       const DiscriminationShape& s) {
-    start(m, part, s);
-    w_.read(w, part, s.kernels * dims_, blocks_);
-    h_.read(h, part, s.kernels, blocks_);
-    of_sample_.clear(blocks_);
-    of_dim_.clear(blocks_);
-    each_tile(part, [&](std::int64_t i, const auto& tiles) {
-      V sums[kRows] = {};
-      clear_row_sums();
-      tiles([&](std::int64_t j, auto both) {
-        V e[kRows], a[kRows];
-        compare_with_tangents(i, j, e, a);
-        leave_out(part, i, j, true, e);
-        for (int r = 0; r < kRows; ++r) {
-          e[r] *= a[r];
-          sums[r] -= e[r];
-        }
-        if constexpr (both)
-          for (int r = 0; r < kRows; ++r) *of_sample_.block(j) -= e[r];
-        if (by_m == nullptr) return;
-        for (int r = 0; r < kRows; ++r) e[r] *= h_.at(i + r, 0) + *h_.block(j);
-        spread<both>(i, j, e);
-      });
-      for (int r = 0; r < kRows; ++r) of_sample_.add(i + r, 0, lane_sum<A>(sums[r]));
-      keep_row_sums(i);
-    });
-    if (by_h != nullptr) of_sample_.write(by_h, part, s.first, s.kernels);
-    if (by_m != nullptr) of_dim_.write(by_m, part, s.first, s.kernels * dims_);
-  }
-
- private:
   static std::int64_t blocks_of(std::int64_t size) { return ceil_div(size, kDiagonal<A>) * (kDiagonal<A> / kWidth); }
 
-  template <class T>
-  void start(const T* m, const Part& part, const DiscriminationShape& s) {
-    blocks_ = blocks_of(part.size);
-    m_.read(m, part, s.kernels * dims_, blocks_);
+  // of_sample: o
+  void forward(const Part& part, bool exclude_self) {
+    of_sample.clear(blocks_of(part.size));
+    each_tile(part, [&](std::int64_t i, const auto& tiles) {
+      V sums[kRows] = {};
+      tiles([&](std::int64_t j, auto both) {
+        V e[kRows];
+        compare(j, e);
+        leave_out(part, i, j, exclude_self, e);
+        give<both>(j, e, sums);
+      });
+      keep(i, sums);
+    });
   }
 
-  // body(i, tiles) for the samples from i on, where tiles(f) calls f(block, whether both get what a pair gives).
+  // of_dim: dm
+  void backward(const Part& part) {
+    of_dim.clear(blocks_of(part.size));
+    each_tile(part, [&](std::int64_t i, const auto& tiles) {
+      clear_own_sums();
+      tiles([&](std::int64_t j, auto both) {
+        V e[kRows];
+        compare(j, e);
+        leave_out(part, i, j, true, e);
+        for (int r = 0; r < kRows; ++r) e[r] *= -(h.at(i + r, 0) + *h.block(j));
+        spread<both>(j, e);
+      });
+      keep_own_sums(i);
+    });
+  }
+
+  // of_sample: by h; of_dim: by m, if it is wanted
+  void double_backward(const Part& part, bool by_m) {
+    of_sample.clear(blocks_of(part.size));
+    of_dim.clear(blocks_of(part.size));
+    each_tile(part, [&](std::int64_t i, const auto& tiles) {
+      own(w, i, own_w_.data());
+      V sums[kRows] = {};
+      clear_own_sums();
+      tiles([&](std::int64_t j, auto both) {
+        V e[kRows], a[kRows];
+        compare_with_tangents(j, e, a);
+        leave_out(part, i, j, true, e);
+        for (int r = 0; r < kRows; ++r) e[r] *= -a[r];
+        give<both>(j, e, sums);
+        if (!by_m) return;
+        for (int r = 0; r < kRows; ++r) e[r] *= -(h.at(i + r, 0) + *h.block(j));
+        spread<both>(j, e);
+      });
+      keep(i, sums);
+      keep_own_sums(i);
+    });
+  }
+
+  Packed<A> m, w, h, of_sample, of_dim;
+
+ private:
+  // body(i, tiles) for kRows samples from i on, where tiles(f) calls f(block, whether both get what a pair gives).
   template <class Body>
   void each_tile(const Part& part, const Body& body) {
-    for (std::int64_t i = part.begin / kRows * kRows; i < part.end; i += kRows)
+    constexpr std::int64_t kAcross = kDiagonal<A> / kWidth;
+    const std::int64_t blocks = blocks_of(part.size);
+    for (std::int64_t i = part.begin / kRows * kRows; i < part.end; i += kRows) {
+      const std::int64_t diagonal = i / kDiagonal<A> * kAcross;
+      const std::int64_t begin = part.whole ? diagonal : 0, once = part.whole ? diagonal + kAcross : blocks;
+      own(m, i, own_m_.data());
       body(i, [&](const auto& f) {
-        constexpr std::int64_t kAcross = kDiagonal<A> / kWidth;
-        const std::int64_t diagonal = i / kDiagonal<A> * kAcross;
-        const std::int64_t once = part.whole ? diagonal + kAcross : blocks_;
-        for (std::int64_t j = part.whole ? diagonal : 0; j < once; ++j) f(j, std::false_type{});
-        for (std::int64_t j = once; j < blocks_; ++j) f(j, std::true_type{});
+        for (std::int64_t j = begin; j < once; ++j) f(j, std::false_type{});
+        for (std::int64_t j = once; j < blocks; ++j) f(j, std::true_type{});
       });
+    }
   }
 
-  void compare(std::int64_t i, std::int64_t j, V* e) {
-    const V *own = m_.block(i / kWidth), *other = m_.block(j);
-    V d[kRows] = {};
+  // The numbers of the samples from i on side by side, to be broadcast from.
+  void own(Packed<A>& from, std::int64_t i, A* to) const {
     for (std::int64_t c = 0; c < dims_; ++c)
-      for (int r = 0; r < kRows; ++r) d[r] += magnitude<A>(m_.at(i + r, c) - other[c]);
-    for (int r = 0; r < kRows; ++r) e[r] = exp_of_minus<A>(d[r]);
+      for (int r = 0; r < kRows; ++r) to[c * kRows + r] = from.at(i + r, c);
   }
 
-  void compare_with_tangents(std::int64_t i, std::int64_t j, V* e, V* a) {
-    const V *other = m_.block(j), *other_w = w_.block(j);
+  void compare(std::int64_t j, V* e) {
+    const V* other = m.block(j);
+    const A* mine = own_m_.data();
+    V d0 = {}, d1 = {}, d2 = {}, d3 = {};
+    for (std::int64_t c = 0; c < dims_; ++c, mine += kRows) {
+      d0 += magnitude<A>(mine[0] - other[c]);
+      d1 += magnitude<A>(mine[1] - other[c]);
+      d2 += magnitude<A>(mine[2] - other[c]);
+      d3 += magnitude<A>(mine[3] - other[c]);
+    }
+    e[0] = exp_of_minus<A>(d0), e[1] = exp_of_minus<A>(d1), e[2] = exp_of_minus<A>(d2), e[3] = exp_of_minus<A>(d3);
+  }
+
+  void compare_with_tangents(std::int64_t j, V* e, V* a) {
+    const V *other = m.block(j), *other_w = w.block(j);
+    const A *mine = own_m_.data(), *mine_w = own_w_.data();
     V d[kRows] = {}, t[kRows] = {};
-    for (std::int64_t c = 0; c < dims_; ++c)
+    for (std::int64_t c = 0; c < dims_; ++c, mine += kRows, mine_w += kRows)
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const V apart = m_.at(i + r, c) - other[c];
+        const V apart = mine[r] - other[c];
         d[r] += magnitude<A>(apart);
-        t[r] += with_sign_of<A>(apart, w_.at(i + r, c) - other_w[c]);
+        t[r] += with_sign_of<A>(apart, mine_w[r] - other_w[c]);
       }
     for (int r = 0; r < kRows; ++r) {
       e[r] = exp_of_minus<A>(d[r]);
@@ -244,7 +242,7 @@ class Worker {
   }
 
   // Sets to 0 what is beyond the samples and, if it is to be left out, oneself.
-  void leave_out(const Part& part, std::int64_t i, std::int64_t j, bool oneself, V* e) const {
+  static void leave_out(const Part& part, std::int64_t i, std::int64_t j, bool oneself, V* e) {
     const std::int64_t from = j * kWidth;
     const bool diagonal = oneself && from < i + kRows && i < from + kWidth;
     if (!diagonal && i + kRows <= part.size && from + kWidth <= part.size) return;
@@ -253,33 +251,42 @@ class Worker {
         if (larger(i + r, from + lane) >= part.size || (oneself && i + r == from + lane)) e[r][lane] = 0;
   }
 
-  // Adds q_r sign(m_i - m_j) to the dims of each sample, and takes it from those of the other.
+  // Adds e_r to the sums of the samples and to that of the other.
   template <bool kBoth>
-  void spread(std::int64_t i, std::int64_t j, const V* q) {
-    const V* other = m_.block(j);
-    V *of_other = of_dim_.block(j), *of_rows = row_sums_.data();
-    for (std::int64_t c = 0; c < dims_; ++c) {
-      V taken = of_other[c];
-      for (int r = 0; r < kRows; ++r) {
-        const V given = with_sign_of<A>(m_.at(i + r, c) - other[c], q[r]);
-        of_rows[c * kRows + r] += given;
-        taken -= given;
-      }
-      if (kBoth) of_other[c] = taken;
+  void give(std::int64_t j, const V* e, V* sums) {
+    for (int r = 0; r < kRows; ++r) sums[r] += e[r];
+    if (kBoth) *of_sample.block(j) += (e[0] + e[1]) + (e[2] + e[3]);
+  }
+  void keep(std::int64_t i, const V* sums) {
+    for (int r = 0; r < kRows; ++r) of_sample.add(i + r, 0, lane_sum<A>(sums[r]));
+  }
+
+  // Adds q_r sign(m_i - m_j) to the dims of the samples, and takes it from those of the other.
+  template <bool kBoth>
+  void spread(std::int64_t j, const V* q) {
+    const V* other = m.block(j);
+    const A* mine = own_m_.data();
+    V *of_other = of_dim.block(j), *of_own = own_sums_.data();
+    const V q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3];
+    for (std::int64_t c = 0; c < dims_; ++c, mine += kRows, of_own += kRows) {
+      const V g0 = with_sign_of<A>(mine[0] - other[c], q0), g1 = with_sign_of<A>(mine[1] - other[c], q1);
+      const V g2 = with_sign_of<A>(mine[2] - other[c], q2), g3 = with_sign_of<A>(mine[3] - other[c], q3);
+      of_own[0] += g0, of_own[1] += g1, of_own[2] += g2, of_own[3] += g3;
+      if (kBoth) of_other[c] -= (g0 + g1) + (g2 + g3);
     }
   }
 
-  void clear_row_sums() {
-    for (std::int64_t k = 0; k < dims_ * kRows; ++k) row_sums_[k] = V{};
+  void clear_own_sums() {
+    for (std::int64_t k = 0; k < dims_ * kRows; ++k) own_sums_[k] = V{};
   }
-  void keep_row_sums(std::int64_t i) {
+  void keep_own_sums(std::int64_t i) {
     for (std::int64_t c = 0; c < dims_; ++c)
-      for (int r = 0; r < kRows; ++r) of_dim_.add(i + r, c, lane_sum<A>(row_sums_[c * kRows + r]));
+      for (int r = 0; r < kRows; ++r) of_dim.add(i + r, c, lane_sum<A>(own_sums_[c * kRows + r]));
   }
 
-  std::int64_t dims_, blocks_ = 0;
-  Packed<A> m_, w_, h_, of_sample_, of_dim_;
-  Buffer<V> row_sums_;
+  std::int64_t dims_;
+  Buffer<A> own_m_, own_w_;
+  Buffer<V> own_sums_;
 };
 
 // body(worker, part, b) for every task, with a worker a thread.
@@ -332,7 +339,9 @@ void minibatch_discrimination_forward(Dtype dtype, const DiscriminationForward& 
     const auto* m = static_cast<const T*>(t.m);
     auto* o = static_cast<T*>(t.o);
     run<A>(s, false, false, threads, [&](Worker<A>& worker, const Part& part, std::int64_t b) {
-      worker.forward(m + b * s.dims, o + b, part, s, exclude_self);
+      worker.m.read(m + b * s.dims, part, s.kernels * s.dims);
+      worker.forward(part, exclude_self);
+      worker.of_sample.write(o + b, part, s.first, s.kernels);
     });
   });
 }
@@ -346,7 +355,10 @@ void minibatch_discrimination_backward(Dtype dtype, const DiscriminationBackward
     auto* dm = static_cast<T*>(t.dm);
     ask_for_huge_pages(dm, s.rows * s.kernels * s.dims);
     run<A>(s, true, false, threads, [&](Worker<A>& worker, const Part& part, std::int64_t b) {
-      worker.backward(h + b, m + b * s.dims, dm + b * s.dims, part, s);
+      worker.m.read(m + b * s.dims, part, s.kernels * s.dims);
+      worker.h.read(h + b, part, s.kernels);
+      worker.backward(part);
+      worker.of_dim.write(dm + b * s.dims, part, s.first, s.kernels * s.dims);
     });
   });
 }
@@ -360,8 +372,12 @@ void minibatch_discrimination_double_backward(Dtype dtype, const DiscriminationD
     auto *by_h = static_cast<T*>(t.by_h), *by_m = static_cast<T*>(t.by_m);
     ask_for_huge_pages(by_m, s.rows * s.kernels * s.dims);
     run<A>(s, true, true, threads, [&](Worker<A>& worker, const Part& part, std::int64_t b) {
-      worker.double_backward(w + b * s.dims, h + b, m + b * s.dims, by_h == nullptr ? by_h : by_h + b,
-                             by_m == nullptr ? by_m : by_m + b * s.dims, part, s);
+      worker.m.read(m + b * s.dims, part, s.kernels * s.dims);
+      worker.w.read(w + b * s.dims, part, s.kernels * s.dims);
+      worker.h.read(h + b, part, s.kernels);
+      worker.double_backward(part, by_m != nullptr);
+      if (by_h != nullptr) worker.of_sample.write(by_h + b, part, s.first, s.kernels);
+      if (by_m != nullptr) worker.of_dim.write(by_m + b * s.dims, part, s.first, s.kernels * s.dims);
     });
   });
 }

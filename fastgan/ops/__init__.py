@@ -1,9 +1,11 @@
 """Functions on tensors: the fused kernels behind fastgan.nn."""
 
-from fastgan.ops.activation import leaky_relu, relu
+from fastgan.ops.bias_act import bias_act, leaky_relu, relu
 from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fastgan.ops.linear import linear
 from fastgan.ops.minibatch_discrimination import minibatch_discrimination
-from fastgan.ops.norm import group_norm, instance_norm, layer_norm
+from fastgan.ops.minibatch_stddev import minibatch_stddev
+from fastgan.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
 
@@ -11,6 +13,8 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
+    "batch_norm",
+    "bias_act",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -21,7 +25,9 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "linear",
     "minibatch_discrimination",
+    "minibatch_stddev",
     "relu",
     "spectral_norm",
 ]

@@ -15,8 +15,12 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 
 def markable(ctx: Any) -> None:
-    """In the forward of a Function: its node may be told to leave out all gradients but its first input's."""
+    """In the forward of a Function: its node may be told to leave out all gradients but its first input's.
+
+    A convolution that then finds a bias in ``bias_for_term`` leaves <grad_i, bias> of each sample in ``bias_term``.
+    """
     ctx.inputs_only = False
+    ctx.bias_for_term = ctx.bias_term = None
 
 
 def needed(ctx: Any) -> tuple[bool, ...]:
@@ -26,20 +30,29 @@ def needed(ctx: Any) -> tuple[bool, ...]:
 
 
 @contextmanager
-def inputs_only(outputs: Iterable[Tensor], inputs: Tensor) -> Iterator[None]:
-    """Inside, a backward from these outputs leaves out the gradients of what is not made from ``inputs``."""
-    marked = _parameters_apart(outputs, get_gradient_edge(inputs).node)
+def inputs_only(outputs: Iterable[Tensor], inputs: Tensor) -> Iterator[set[Node]]:
+    """Inside, a backward from these outputs leaves out the gradients of what is not made from ``inputs``.
+
+    Gives the nodes that the backward goes through: those that lead from the outputs to ``inputs``, its own included.
+    """
+    nodes, path = _paths(outputs, get_gradient_edge(inputs).node)
+    # Markable, and only the first input leads to the inputs.
+    marked: list[Any] = [
+        node
+        for node in nodes
+        if hasattr(node, "inputs_only") and not any(following in path for following, _ in node.next_functions[1:])
+    ]
     try:
         for node in marked:
             node.inputs_only = True
-        yield
+        yield path
     finally:
         for node in marked:
             node.inputs_only = False
 
 
-def _parameters_apart(outputs: Iterable[Tensor], target: Node) -> list[Any]:
-    """The markable nodes of which only the first input leads to ``target``."""
+def _paths(outputs: Iterable[Tensor], target: Node) -> tuple[set[Node], set[Node]]:
+    """All nodes of a graph, and those of them that lead to ``target``."""
     users: dict[Node, list[Node]] = {}  # the reverse of the graph
     waiting = [output.grad_fn for output in outputs]
     seen: set[Node] = set()
@@ -60,8 +73,4 @@ def _parameters_apart(outputs: Iterable[Tensor], target: Node) -> list[Any]:
             if user not in leading:
                 leading.add(user)
                 front.append(user)
-    return [
-        node
-        for node in seen
-        if hasattr(node, "inputs_only") and not any(following in leading for following, _ in node.next_functions[1:])
-    ]
+    return seen, leading

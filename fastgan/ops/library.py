@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 
@@ -23,6 +28,17 @@ def is_eager(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
     )
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
+    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (apart if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
 
 
 def last_order(message: str, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

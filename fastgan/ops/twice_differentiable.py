@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastgan.ops import activation, conv, norm, pool
+from fastgan.ops import conv, norm, pool
+from fastgan.ops.bias_act import functions as activations
+
+
+def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's own for what is not floating point, which it refuses in its own words."""
+
+    def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (ours if input.is_floating_point() else theirs)(input, *args, **kwargs)
+
+    return route
 
 
 def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast has a precision of its own for norms, which PyTorch's own functions know."""
+    """Autocast has a precision of its own for these, which PyTorch's own functions know."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
         return (theirs if plain else ours)(input, *args, **kwargs)
 
     return route
+
+
+def _unless_out(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def route(input: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
+        return ours(input) if out is None else theirs(input, out=out)
+
+    return route
+
+
+def _in_place(ours: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda input: ours(input, inplace=True)
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    """The order of ``torch.batch_norm``."""
+    result: torch.Tensor = _ROUTES[F.batch_norm](
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return result
 
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -35,17 +76,22 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
         for function in functions
     },
-    F.layer_norm: _unless_autocast(norm.layer_norm, F.layer_norm),
-    F.group_norm: _unless_autocast(norm.group_norm, F.group_norm),
-    F.instance_norm: _unless_autocast(norm.instance_norm, F.instance_norm),
-    F.leaky_relu: activation.leaky_relu,
-    F.leaky_relu_: lambda x, slope=0.01: activation.leaky_relu(x, slope, inplace=True),
-    F.relu: activation.relu,
-    torch.relu: activation.relu,
-    torch.Tensor.relu: activation.relu,
-    F.relu_: lambda x: activation.relu(x, inplace=True),
-    torch.relu_: lambda x: activation.relu(x, inplace=True),
-    torch.Tensor.relu_: lambda x: activation.relu(x, inplace=True),
+    F.layer_norm: _of_numbers(norm.layer_norm, F.layer_norm),
+    F.group_norm: _of_numbers(norm.group_norm, F.group_norm),
+    F.instance_norm: _of_numbers(norm.instance_norm, F.instance_norm),
+    F.batch_norm: _of_numbers(norm.batch_norm, F.batch_norm),
+    torch.batch_norm: _batch_norm,
+    F.leaky_relu: activations.leaky_relu,
+    F.leaky_relu_: lambda x, slope=0.01: activations.leaky_relu(x, slope, inplace=True),
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), activations.relu),
+    **dict.fromkeys((F.relu_, torch.relu_, torch.Tensor.relu_), _in_place(activations.relu)),
+    F.silu: activations.silu,
+    F.gelu: activations.gelu,
+    F.softplus: _unless_autocast(activations.softplus, F.softplus),
+    **dict.fromkeys((torch.tanh, torch.Tensor.tanh), _unless_out(activations.tanh, torch.tanh)),
+    **dict.fromkeys((torch.tanh_, torch.Tensor.tanh_), _in_place(activations.tanh)),
+    **dict.fromkeys((torch.sigmoid, torch.Tensor.sigmoid), _unless_out(activations.sigmoid, torch.sigmoid)),
+    **dict.fromkeys((torch.sigmoid_, torch.Tensor.sigmoid_), _in_place(activations.sigmoid)),
 }
 
 
@@ -55,21 +101,58 @@ class _Reroute(TorchFunctionMode):
     ) -> Any:
         route = _ROUTES.get(func)
         plain = all(kind in (torch.Tensor, torch.nn.Parameter) for kind in types)
-        if route is None or not plain or not torch.is_grad_enabled():
+        if route is None or not plain or not torch.is_grad_enabled() or _checkpointed():
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
+
+
+def _checkpointed() -> bool:
+    """Inside torch.utils.checkpoint: what it runs again, outside of any mode, must save what was saved at first."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+class _Uncompiled:
+    """While anybody is inside, on whatever thread, what torch.compile made runs as it was written.
+
+    A compiled graph cannot be differentiated twice. The stance is the process's: the last to leave gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Without the compiler nothing was compiled, and importing it takes a second.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_uncompiled = _Uncompiled()
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, avg_pool1d/2d/3d and (outside autocast) layer_norm,
-    group_norm and instance_norm, called as functions or by modules, in place too. Everything else, tensor subclasses,
-    and all calls while gradients are off, are PyTorch's own. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
+    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
+    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
+    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
+    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with _Reroute():
+    with _uncompiled, _Reroute():
         yield

@@ -26,6 +26,7 @@ from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
 from fastgan.trainer.quality import score
+from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
@@ -42,12 +43,14 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config = config
         self.run = RunFolder(config)
-        self.device = choose_device(config.device)
+        self.ranks = Ranks.here(choose_device(config.device))
+        self.device = self.ranks.device
+        self.writes = self.ranks.rank == 0  # every rank computes and measures, one keeps the folder
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
-        self.gan = GAN(config.model, config.optim, source, seed, self.device)
+        self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
@@ -62,8 +65,10 @@ class Trainer:
         self.recorded_at = 0.0
         if config.resume:
             self._resume()
-        self.run.open(config)
-        self.run.append_metrics(report.header(config, self.device, self.step))
+        self.ranks.wait()  # until all have looked at the folder as it was
+        if self.writes:
+            self.run.open(config)
+        self._log(report.header(config, self.device, self.step))
 
     def train(self) -> int | None:
         """Train until a limit or a signal, and leave a checkpoint, pictures and a report.
@@ -79,9 +84,15 @@ class Trainer:
         bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         with (
             received_signals() as signals,
-            tqdm(total=1.0, initial=self.progress(), desc=self.config.name, bar_format=bar_format) as bar,
+            tqdm(
+                total=1.0,
+                initial=self.progress(),
+                desc=self.config.name,
+                bar_format=bar_format,
+                disable=not self.writes,
+            ) as bar,
         ):
-            while self.progress() < 1:
+            while not self.ranks.any(self.progress() >= 1 or bool(signals)):
                 if (self.step + 1) % self.config.log_every == 0:
                     self.diagnostics.before_step()
                 self.pending.append(self.gan.step())
@@ -91,15 +102,15 @@ class Trainer:
                     self._record(bar)
                 if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
                     self._measure_equilibrium()
-                if self.step % self.config.sample_every == 0:
+                if self.writes and self.step % self.config.sample_every == 0:
                     self._draw()
                 if self.step % self.config.checkpoint_every == 0:
                     self._save(bar)
-                if signals:
-                    break
             self._save(bar)
-            self._draw()
-            self._summarise()
+            if self.writes:
+                self._draw()
+                self._summarise()
+            self.ranks.wait()
         return signals[0] if signals else None
 
     def progress(self) -> float:
@@ -132,10 +143,11 @@ class Trainer:
             "d_loss": d_loss,
             "g_loss": g_loss,
         } | self.diagnostics.observe(self.step)
-        self.run.append_metrics(record)
+        self._log(record)
         for alarm in self.watch.look(record):
-            self.run.append_metrics(alarm)
-            bar.write(alarms.describe(alarm))
+            self._log(alarm)
+            if self.writes:
+                bar.write(alarms.describe(alarm))
         bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
         bar.update(self.progress() - bar.n)
         self.pending.clear()
@@ -144,12 +156,17 @@ class Trainer:
     def _measure_equilibrium(self) -> None:
         if self.held_out is not None:
             seed = 4 * self.config.seed + MEASURING + self.step
-            self.run.append_metrics({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
+            self._log({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
     def _save(self, bar: tqdm[Any]) -> None:
         self._record(bar)  # a checkpoint never holds a state that was not checked
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds}
-        checkpoint.save(self.run.checkpoints, self.step, state)
+        if self.writes:
+            checkpoint.save(self.run.checkpoints, self.step, state)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.writes:
+            self.run.append_metrics(record)
 
     def _resume(self) -> None:
         if not checkpoint.any_in(self.run.checkpoints):
@@ -161,7 +178,10 @@ class Trainer:
             print(f"{message}; going on from step {state['step']}")
         self.gan.load_state_dict(state["gan"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.run.forget_after(self.step)
+        self.ranks.wait()  # until all have read
+        if self.writes:
+            self.run.forget_after(self.step)
+        self.ranks.wait()
         self.watch.replay(self.run.read_metrics())
 
     def _draw(self) -> None:

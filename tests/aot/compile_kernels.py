@@ -17,12 +17,13 @@ DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": t
 
 def compile_kernel(kernel, pointers, constants, dtype, target):
     accumulate = "fp64" if dtype == "fp64" else "fp32"
-    constants = {**constants, "DTYPE": DTYPES[dtype]}
+    if "DTYPE" in kernel.arg_names:
+        constants = {**constants, "DTYPE": DTYPES[dtype]}
     pointers = {name: pointer.replace("*A", f"*{accumulate}") for name, pointer in pointers.items()}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     signature = {name: "constexpr" if name in constants else pointers[name] for name in kernel.arg_names}
     # torch allocates on 16-byte boundaries, and a launch then specialises on it.
-    attributes = {place[name]: [["tt.divisibility", 16]] for name in pointers}
+    attributes = {place[name]: [["tt.divisibility", 16]] for name in pointers if name not in constants}
     source = ASTSource(kernel, signature, {place[name]: value for name, value in constants.items()}, attributes)
     binary = triton.compile(source, target=TARGETS[target]).asm["hsaco" if target == "gfx942" else "cubin"]
     return len(binary)

@@ -5,6 +5,8 @@ none (dense zeros, which then run back through the whole forward): two of the si
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
+Where dx alone is asked for, as a penalty's first pass does, x is in none of these: it is not kept, and no path leads
+from the penalty back into the forward.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ def _backward(
 
 
 class _Convolution(torch.autograd.Function):
+    piecewise_affine = True
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -68,9 +72,55 @@ class _Convolution(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         input, weight = ctx.saved_tensors
-        run = _ConvolutionBackward.apply if torch.is_grad_enabled() else _backward
-        mask = needed(ctx)
-        return *run(grad, input, weight, ctx.geometry, (mask[0], mask[1], mask[2])), None
+        wanted = needed(ctx)
+        mask = wanted[0], wanted[1], wanted[2]
+        if not torch.is_grad_enabled():
+            return *_backward(grad, input, weight, ctx.geometry, mask), None
+        if mask == (True, False, False):
+            grads = _InputGradient.apply(grad, weight, ctx.bias_for_term, input.detach(), ctx.geometry)
+            ctx.bias_term = grads[1]
+            return grads[0], None, None, None
+        return *_ConvolutionBackward.apply(grad, input, weight, ctx.geometry, mask), None
+
+
+class _InputGradient(torch.autograd.Function):
+    """dx, linear in ``grad`` and in ``weight``; and, if there is a bias, the sums <grad_i, bias> of each sample.
+
+    ``input`` tells its shape and is not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, input: Tensor, geometry: Geometry
+    ) -> tuple[Tensor | None, Tensor | None]:
+        sums = term = None
+        if bias is not None:
+            sums = grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))  # (N, C_out)
+            term = (sums * bias).sum(1)  # (N,)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, weight, bias, sums)
+        ctx.geometry = geometry
+        return _backward(grad, input, weight, geometry, (True, False, False))[0], term
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, weight, bias, sums = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        by_grad = by_weight = by_bias = None
+        with torch.no_grad():
+            if h is not None and wanted[1]:
+                by_weight = _backward(grad, h, weight, ctx.geometry, (False, True, False))[1]
+            if h is not None and wanted[0]:
+                by_grad = _forward(h, weight, None, ctx.geometry)
+            if c is not None and wanted[0]:
+                biases = (c[:, None] * bias).to(grad.dtype).view(*sums.shape, *[1] * (grad.ndim - 2))
+                by_grad = biases.expand_as(grad) if by_grad is None else by_grad.add_(biases)
+            if c is not None and wanted[2]:
+                by_bias = (c[:, None] * sums).sum(0)  # (C_out,)
+        results = [by_grad, by_weight, by_bias]
+        if torch.is_grad_enabled():
+            results = last_order(_MESSAGE, results, [h, c, grad, weight, bias])
+        return *results, None, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise, points
+from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.inputs_only import inputs_only
+from fastgan.ops.library import untraced
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -19,6 +22,7 @@ __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty
 Logits = Tensor | Sequence["Logits"]
 
 
+@untraced
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Tensor,
@@ -76,12 +80,13 @@ def gradient_penalty(
         _require_grad_mode()
         with twice_differentiable():
             logits = discriminator(x, *args, **(kwargs or {}))
-        penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
+        penalty = _penalty(logits, x, kind, weight, ours=True)
         total = penalty if total is None else total + penalty
     assert total is not None
     return total
 
 
+@untraced
 def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", weight: float | None = None) -> Tensor:
     """The penalty of ``gradient_penalty`` from logits that are there already, at the inputs that they came from.
 
@@ -100,20 +105,29 @@ def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", wei
     """
     check_kind(kind)
     _require_grad_mode()
-    outputs = list(_flatten(logits))
     if not inputs.requires_grad:
         raise ValueError("inputs must require a gradient before the discriminator is called: inputs.requires_grad_()")
+    return _penalty(logits, inputs, kind, weight)
+
+
+def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *, ours: bool = False) -> Tensor:
+    """``ours``: nobody else has these logits, so that what their forward kept may be let go."""
+    outputs = list(_flatten(logits))
     connected = [output for output in outputs if output.requires_grad]
     grad: Tensor | None = None
     if connected:
-        with inputs_only(connected, inputs):
+        with inputs_only(connected, inputs) as path:
+            keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
             ones = [torch.ones_like(output) for output in connected]
-            (grad,) = torch.autograd.grad(connected, inputs, ones, create_graph=True, allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True
+            )
     if grad is None:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     return penalise(kind, grad, 10.0 if weight is None else weight)
 
 
+@untraced
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Tensor,
@@ -151,6 +165,7 @@ def logits_and_penalty(
     return logits, penalty_from_logits(logits, x, kind=kind, weight=weight)
 
 
+@untraced
 def explain_penalty(
     discriminator: Callable[..., Any],
     inputs: Tensor,

@@ -17,36 +17,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer, leaves
 from fastgan.ops.gradient_penalty.kinds import penalise
+from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.inputs_only import inputs_only
-from fastgan.ops.library import last_order
+from fastgan.ops.library import last_order, untraced
 
 
 def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
     """logits and penalty, whose backward is the one pass. ``tracer`` has judged the forward that made ``logits``."""
-    with inputs_only([logits], inputs):
+    parameters = [leaf for leaf in leaves(logits) if leaf is not inputs]
+    convolutions: list[tuple[Any, Tensor]] = [
+        (edge.node, bias) for edge, bias, _ in tracer.biases if hasattr(edge.node, "bias_for_term")
+    ]
+    others = [(edge, bias, dim) for edge, bias, dim in tracer.biases if not hasattr(edge.node, "bias_for_term")]
+    for node, bias in convolutions:
+        node.bias_for_term = bias
+    with inputs_only([logits], inputs) as path:
         grad, *deltas = torch.autograd.grad(
             [logits],
-            [inputs, *(edge for edge, _, _ in tracer.biases)],  # type: ignore[arg-type]
+            [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
             [torch.ones_like(logits)],
+            retain_graph=not may_let_go(path, get_gradient_edge(inputs).node),
             create_graph=True,
             allow_unused=True,
         )
     if grad is None:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    affine = (grad * inputs.detach()).flatten(1).sum(1)  # (N,)
-    for delta, (_, bias, dim) in zip(deltas, tracer.biases, strict=True):
+    terms = [(grad * inputs.detach()).flatten(1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each
+    terms += [node.bias_term for node, _ in convolutions if node.bias_term is not None]
+    for delta, (_, bias, dim) in zip(deltas, others, strict=True):
         if delta is not None:
-            delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias)).sum(1)  # (N, C)
-            affine = affine + delta @ bias.to(delta.dtype)
+            delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias))
+            terms.append((delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1))
+    affine = torch.stack(terms).sum(0)
     penalty = penalise(kind, grad, weight)
-    parameters = [leaf for leaf in leaves(logits) if leaf is not inputs]
     results: tuple[Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
         _Graph(affine, penalty), logits.detach(), penalty.detach(), *parameters
     )
     return results
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class _Graph:
@@ -65,6 +80,7 @@ class _OnePass(torch.autograd.Function):
         return logits.clone(), penalty.clone()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, by_logits: Tensor | None, by_penalty: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
@@ -75,8 +91,9 @@ class _OnePass(torch.autograd.Function):
         if by_penalty is not None:
             outputs.append(ctx.graph.penalty)
             factors.append(by_penalty.detach())
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # as whoever called backward said
         found = iter(
-            torch.autograd.grad(outputs, wanted, factors, retain_graph=True, allow_unused=True) if outputs else ()
+            torch.autograd.grad(outputs, wanted, factors, retain_graph=keep, allow_unused=True) if outputs else ()
         )
         grads = [next(found, None) if needed else None for needed in ctx.needs_input_grad[3:]]
         if torch.is_grad_enabled():

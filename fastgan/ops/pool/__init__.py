@@ -96,6 +96,8 @@ def _aten(ndim: int, suffix: str = "") -> Any:
 class _Pool(torch.autograd.Function):
     """Linear: its derivative is its transpose, whose derivative it is."""
 
+    piecewise_affine = True
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, window: _Window) -> Tensor:
         ctx.set_materialize_grads(False)

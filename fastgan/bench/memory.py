@@ -1,0 +1,111 @@
+"""The most memory that a computation has at a time: all of it, and what is saved for backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the worst moment of ``run()``, less those at its start.
+
+    On CUDA of PyTorch's allocator. Elsewhere of the tensors that operators returned, by whomever they are held, until
+    their memory is freed; what an operator allocates and frees within itself is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before: int = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        most: int = torch.cuda.max_memory_allocated(device)
+        return most - before
+    live = _LiveStorages()
+    with live:
+        run()
+    return int(live.most)
+
+
+def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
+    """Bytes that graphs hold at the worst moment of ``run()`` for their backward, each memory counted once.
+
+    ``apart``: tensors that are there anyway, such as the parameters, and are not counted.
+    """
+    counted = _Total()
+    holders: Counter[int] = Counter()
+    known = {_memory(tensor)[0] for tensor in apart}
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()
+            self.address, self.bytes = _memory(tensor)
+            holders[self.address] += 1
+            if holders[self.address] == 1 and self.address not in known:
+                counted.add(self.bytes)
+
+        def __del__(self) -> None:
+            holders[self.address] -= 1
+            if holders[self.address] == 0 and self.address not in known:
+                counted.add(-self.bytes)
+
+    with saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run()
+    return counted.most
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+class _Total:
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def add(self, change: int) -> None:
+        self.now += change
+        self.most = max(self.most, self.now)
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the memory of what operators return until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._total = _Total()
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def most(self) -> int:
+        return self._total.most
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {_memory(leaf)[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf, given)
+        return result
+
+    def _follow(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in given or key in self._seen or not size:
+            return  # a view of what was there
+
+        def freed(_: Any) -> None:
+            del self._seen[key]
+            self._total.add(-size)
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self._total.add(size)

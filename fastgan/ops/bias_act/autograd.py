@@ -1,0 +1,355 @@
+"""The operators of bias_act, their implementations a backend, and the derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.bias_act import native_kernels, reference
+from fastgan.ops.bias_act.layout import (
+    DTYPES,
+    PIECEWISE,
+    Layout,
+    Options,
+    accumulation_dtype,
+    bytes_of_bits,
+    is_dense,
+    layout_of,
+)
+from fastgan.ops.inputs_only import markable, needed
+from fastgan.ops.library import LIBRARY, is_eager, last_order
+
+_OPTIONS = "int[] layout, str activation, float negative_slope, float gain, float clamp, str backend) -> ()"
+
+# All write into tensors that they are given, which lie in memory in one order: that of the input.
+LIBRARY.define(
+    "bias_act_piecewise_fwd(Tensor x, Tensor? bias, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside, " + _OPTIONS
+)
+LIBRARY.define(
+    "bias_act_piecewise_apply(Tensor? g, Tensor? bias, Tensor? signs, Tensor? inside, Tensor(a!)? out,"
+    " Tensor(b!)? sums, ScalarType dtype, " + _OPTIONS
+)
+LIBRARY.define("bias_act_smooth_fwd(Tensor x, Tensor? bias, Tensor(a!) y, " + _OPTIONS)
+LIBRARY.define("bias_act_smooth_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? dx, Tensor(b!)? dbias, " + _OPTIONS)
+LIBRARY.define(
+    "bias_act_smooth_bwd_bwd(Tensor? h, Tensor? h_bias, Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? by_dy,"
+    " Tensor(b!)? by_x, Tensor(c!)? by_bias, " + _OPTIONS
+)
+
+backends.register("bias_act", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from fastgan.ops.bias_act import triton_kernels  # Triton is optional
+
+        return triton_kernels
+    return native_kernels
+
+
+@torch.library.impl(LIBRARY, "bias_act_piecewise_fwd", "CompositeExplicitAutograd")
+def _piecewise_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    layout: Sequence[int],
+    *options: Any,
+) -> None:
+    bias = _operand(bias, x.dtype)
+    _kernels(options[-1]).piecewise_forward(x, bias, y, signs, inside, Layout(*layout), Options(*options[:-1]))
+
+
+@torch.library.impl(LIBRARY, "bias_act_piecewise_apply", "CompositeExplicitAutograd")
+def _piecewise_apply(
+    g: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    dtype: torch.dtype,
+    layout: Sequence[int],
+    *options: Any,
+) -> None:
+    operands = g, _operand(bias, dtype), signs, inside, out, sums
+    _kernels(options[-1]).piecewise_apply(*operands, Layout(*layout), Options(*options[:-1]), dtype)
+
+
+@torch.library.impl(LIBRARY, "bias_act_smooth_fwd", "CompositeExplicitAutograd")
+def _smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Sequence[int], *options: Any) -> None:
+    bias = _operand(bias, x.dtype)
+    _kernels(options[-1]).smooth_forward(x, bias, y, Layout(*layout), Options(*options[:-1]))
+
+
+@torch.library.impl(LIBRARY, "bias_act_smooth_bwd", "CompositeExplicitAutograd")
+def _smooth_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    dx: Tensor | None,
+    dbias: Tensor | None,
+    layout: Sequence[int],
+    *options: Any,
+) -> None:
+    operands = dy, x, _operand(bias, x.dtype), dx, dbias
+    _kernels(options[-1]).smooth_backward(*operands, Layout(*layout), Options(*options[:-1]))
+
+
+@torch.library.impl(LIBRARY, "bias_act_smooth_bwd_bwd", "CompositeExplicitAutograd")
+def _smooth_double_backward(
+    h: Tensor | None,
+    h_bias: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    by_dy: Tensor | None,
+    by_x: Tensor | None,
+    by_bias: Tensor | None,
+    layout: Sequence[int],
+    *options: Any,
+) -> None:
+    operands = h, _operand(h_bias, x.dtype), dy, x, _operand(bias, x.dtype), by_dy, by_x, by_bias
+    _kernels(options[-1]).smooth_double_backward(*operands, Layout(*layout), Options(*options[:-1]))
+
+
+def _nothing(*arguments: Any) -> None:
+    return None
+
+
+for _operator in ("piecewise_fwd", "piecewise_apply", "smooth_fwd", "smooth_bwd", "smooth_bwd_bwd"):
+    torch.library.register_fake(f"fastgan::bias_act_{_operator}", _nothing, lib=LIBRARY)
+
+
+def _operand(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(accumulation_dtype(dtype)).contiguous()
+
+
+class _Call(NamedTuple):
+    """What the derivatives of a call need to know of it besides tensors."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]  # of the dense tensors that the kernels see
+    dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    layout: Layout
+    options: Options
+    backend: str
+
+    def in_order(self, tensor: Tensor | None) -> Tensor | None:
+        """The tensor, or a copy that lies in memory as the kernels expect."""
+        if tensor is None or (tensor.stride() == self.stride and tensor.dtype == self.dtype):
+            return tensor
+        return self.empty(tensor.device).copy_(tensor)
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+    def empty_sums(self, device: torch.device) -> Tensor:
+        return torch.empty(self.layout.channels, dtype=accumulation_dtype(self.dtype), device=device)
+
+    def as_bias(self, sums: Tensor | None) -> Tensor | None:
+        return None if sums is None or self.bias_dtype is None else sums.to(self.bias_dtype)
+
+
+def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: str) -> tuple[_Call, bool]:
+    """And whether x is dense."""
+    dense = is_dense(x)
+    like = x if dense else torch.empty_like(x, device="meta")  # the strides of its dense copy
+    bias_dtype = None if bias is None else bias.dtype
+    layout = layout_of(like, None if bias is None else dim)
+    return _Call(x.shape, like.stride(), x.dtype, bias_dtype, layout, options, backend), dense
+
+
+def activate(
+    x: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool = False, backend: str | None = None
+) -> Tensor:
+    """bias_act without its checks; dim is not negative."""
+    chosen = backends.select("bias_act", x.device, x.dtype, backend)
+    if chosen == "reference" or x.numel() == 0:
+        return reference.bias_act(x, bias, dim, options, inplace)
+    call, dense = _call(x, bias, dim, options, chosen)
+    if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _forward(x, bias, call, dense, inplace)
+    if options.activation in PIECEWISE:
+        y: Tensor = _Piecewise.apply(x, bias, call, dense, inplace)
+    elif inplace and not _kept_result(options):
+        y = x.copy_(_Smooth.apply(x.clone(), bias, call, True, False))
+    else:
+        y = _Smooth.apply(x, bias, call, dense, inplace)
+    return y
+
+
+def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool, *bits: Tensor | None) -> Tensor:
+    eager = is_eager(x)
+    source = x if dense else call.empty(x.device).copy_(x)
+    y = source if inplace and eager else torch.empty_like(source)
+    if call.options.activation in PIECEWISE:
+        run: Any = _piecewise_forward if eager else torch.ops.fastgan.bias_act_piecewise_fwd
+        run(source, bias, y, *(bits or (None, None)), call.layout, *call.options, call.backend)
+    else:
+        run = _smooth_forward if eager else torch.ops.fastgan.bias_act_smooth_fwd
+        run(source, bias, y, call.layout, *call.options, call.backend)
+    return x.copy_(y) if inplace and y is not x else y
+
+
+class _Piecewise(torch.autograd.Function):
+    piecewise_affine = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        size = bytes_of_bits(x.numel())
+        signs, inside = (
+            torch.empty(size, dtype=torch.uint8, device=x.device) if kept else None
+            for kept in (call.options.activation != "linear", call.options.clamp != inf)
+        )
+        y = _forward(x, bias, call, dense, inplace, signs, inside)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(signs, inside)
+        ctx.call = call
+        markable(ctx)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = needed(ctx)[:2]
+        if dy is None or not any(wanted):
+            return (None,) * 5
+        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        return *run(dy, None, *ctx.saved_tensors, ctx.call, wanted), None, None, None
+
+
+def _times_slopes(
+    g: Tensor | None,
+    k: Tensor | None,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    call: _Call,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    given = g if g is not None else k
+    assert given is not None
+    out = call.empty(given.device) if wanted[0] else None
+    sums = call.empty_sums(given.device) if wanted[1] else None
+    run: Any = _piecewise_apply if is_eager(given) else torch.ops.fastgan.bias_act_piecewise_apply
+    run(call.in_order(g), k, signs, inside, out, sums, call.dtype, call.layout, *call.options, call.backend)
+    return out, call.as_bias(sums)
+
+
+class _Slopes(torch.autograd.Function):
+    """(g, k) -> (S (g + k), its sum over each channel), S the slope of each element: its own transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor | None,
+        k: Tensor | None,
+        signs: Tensor | None,
+        inside: Tensor | None,
+        call: _Call,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(signs, inside)
+        ctx.call = call
+        return _times_slopes(g, k, signs, inside, call, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None, h_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        if (h is None and h_sums is None) or not any(wanted):
+            return (None,) * 6
+        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        return *run(h, h_sums, *ctx.saved_tensors, ctx.call, wanted), None, None, None, None
+
+
+def _kept_result(options: Options) -> bool:
+    """Whether the derivatives are known from the result."""
+    return options.activation in ("tanh", "sigmoid") and options.gain == 1 and options.clamp == inf
+
+
+class _Smooth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = _forward(x, bias, call, dense, inplace)
+        ctx.set_materialize_grads(False)
+        if _kept_result(call.options):
+            ctx.save_for_backward(y, None)
+            ctx.call = call._replace(options=call.options._replace(activation=f"{call.options.activation}_of_y"))
+        else:
+            ctx.save_for_backward(x, bias)
+            ctx.call = call
+        markable(ctx)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = needed(ctx)[:2]
+        if dy is None or not any(wanted):
+            return (None,) * 5
+        run: Any = _SmoothBackward.apply if torch.is_grad_enabled() else _run_smooth_backward
+        return *run(dy, *ctx.saved_tensors, ctx.call, wanted), None, None, None
+
+
+def _run_smooth_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, call: _Call, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = call.empty(dy.device) if wanted[0] else None
+    dbias = call.empty_sums(dy.device) if wanted[1] else None
+    run: Any = _smooth_backward if is_eager(dy) else torch.ops.fastgan.bias_act_smooth_bwd
+    run(call.in_order(dy), call.in_order(x), bias, dx, dbias, call.layout, *call.options, call.backend)
+    return dx, call.as_bias(dbias)
+
+
+class _SmoothBackward(torch.autograd.Function):
+    """x is the input, or the result where that was kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, x: Tensor, bias: Tensor | None, call: _Call, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, bias)
+        ctx.call = call
+        return _run_smooth_backward(dy, x, bias, call, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None, h_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, x, bias = ctx.saved_tensors
+        call: _Call = ctx.call
+        results: list[Tensor | None] = [None, None, None]
+        if h is not None or h_bias is not None:
+            with torch.no_grad():
+                results = _run_smooth_double_backward(h, h_bias, dy, x, bias, call, ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            message = "the third derivative is not supported; use_backend('reference') has every order"
+            results = last_order(f"{call.options.activation}: {message}", results, [h, h_bias, dy, x, bias])
+        return *results, None, None
+
+
+def _run_smooth_double_backward(
+    h: Tensor | None,
+    h_bias: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    call: _Call,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    by_dy, by_x = (call.empty(dy.device) if want else None for want in wanted[:2])
+    by_bias = call.empty_sums(dy.device) if wanted[2] else None
+    if any(wanted):
+        run: Any = _smooth_double_backward if is_eager(dy) else torch.ops.fastgan.bias_act_smooth_bwd_bwd
+        operands = call.in_order(h), h_bias, call.in_order(dy), call.in_order(x), bias
+        run(*operands, by_dy, by_x, by_bias, call.layout, *call.options, call.backend)
+    return [by_dy, by_x, call.as_bias(by_bias)]

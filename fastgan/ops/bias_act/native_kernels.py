@@ -1,0 +1,83 @@
+"""Calls into fastgan._native: the only place of this op where addresses are taken. None is the address 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.bias_act.layout import Layout, Options
+
+
+def piecewise_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    tensors = _addresses(x, bias, y, signs, inside)
+    backends.native().piecewise_forward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+
+
+def piecewise_apply(
+    g: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    layout: Layout,
+    options: Options,
+    dtype: torch.dtype,
+) -> None:
+    tensors = _addresses(g, bias, signs, inside, out, sums)
+    backends.native().piecewise_apply(_NAMES[dtype], tensors, layout, options, torch.get_num_threads())
+
+
+def smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Layout, options: Options) -> None:
+    tensors = _addresses(x, bias, y)
+    backends.native().smooth_forward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+
+
+def smooth_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    dx: Tensor | None,
+    dbias: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    tensors = _addresses(dy, x, bias, dx, dbias)
+    backends.native().smooth_backward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+
+
+def smooth_double_backward(
+    h: Tensor | None,
+    h_bias: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    by_dy: Tensor | None,
+    by_x: Tensor | None,
+    by_bias: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    tensors = _addresses(h, h_bias, dy, x, bias, by_dy, by_x, by_bias)
+    backends.native().smooth_double_backward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]

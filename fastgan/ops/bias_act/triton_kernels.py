@@ -1,0 +1,454 @@
+"""Bias and activation in Triton; the formulas are in csrc/cpu/bias_act_piecewise.cpp and bias_act_smooth.cpp.
+
+    _activate          y, and a bit an element where a derivative needs no more
+    _backward          S (g + k) of the bits, or m f'(x + b) g of a smooth function
+    _double_backward   by_dy, by_x
+
+A program of a derivative has a tile of channels and a range of what is outside them: where sums over channels are
+wanted, the channels of the bias, and a second launch adds the partial sums in one order; otherwise the memory is taken
+as rows of a tile each. Bytes: every operand is read once and every result written once.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from math import inf
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan.backends import TRITON_INTERPRETS
+from fastgan.ops.bias_act.layout import Layout, Options, accumulation_dtype
+
+_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
+_BLOCK = 1024
+_PROGRAMS = 512  # that are enough for any GPU
+
+
+@triton.jit
+def _of(pointer, DTYPE: tl.constexpr):
+    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
+    return pointer.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
+        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _log1p(w):
+    rounded = 1.0 + w  # its rounding is made good by the quotient (Kahan)
+    exact = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
+    return tl.where(rounded == 1.0, w, tl.log(rounded) * (w / exact))
+
+
+@triton.jit
+def _smooth(u, ACTIVATION: tl.constexpr):
+    """The value, the first and the second derivative; what is not used is not computed."""
+    if ACTIVATION == "tanh_of_y":
+        f = u
+        first = 1.0 - u * u
+        second = -2.0 * u
+    elif ACTIVATION == "sigmoid_of_y":
+        f = u
+        first = u * (1.0 - u)
+        second = 1.0 - 2.0 * u
+    elif ACTIVATION == "tanh":
+        e = tl.exp(-2.0 * tl.abs(u))
+        r = 1.0 / (1.0 + e)
+        magnitude = tl.where(
+            tl.abs(u) < 0.02, tl.abs(u) * (1.0 - u * u * (1.0 / 3.0 - u * u * (2.0 / 15.0))), (1.0 - e) * r
+        )
+        f = tl.where(u < 0.0, -magnitude, magnitude)
+        first = 4.0 * e * r * r
+        second = -2.0 * f * first
+    elif ACTIVATION == "gelu":
+        p = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        f = u * p
+        first = p + u * density
+        second = density * (2.0 - u * u)
+    else:
+        w = u
+        w1 = 1.0
+        if ACTIVATION == "gelu_tanh":
+            cubic = 0.044715 * u * u
+            w = 1.5957691216057308 * u * (1.0 + cubic)
+            w1 = 1.5957691216057308 * (1.0 + 3.0 * cubic)
+        e = tl.exp(-tl.abs(w))
+        r = 1.0 / (1.0 + e)
+        s = tl.where(w < 0.0, e * r, r)
+        slope = e * r * r
+        if ACTIVATION == "softplus":  # u itself above 20
+            f = tl.where(u > 20.0, u, tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(e))
+            first = tl.where(u > 20.0, 1.0, s)
+            second = tl.where(u > 20.0, 0.0, slope)
+        elif ACTIVATION == "sigmoid":
+            f = s
+            first = slope
+            second = slope * (1.0 - 2.0 * s)
+        else:
+            # silu and gelu_tanh: u sigmoid(w)
+            f = u * s
+            first = s + u * slope * w1
+            second = slope * w1 * (2.0 + u * w1 * (1.0 - 2.0 * s))
+            if ACTIVATION == "gelu_tanh":
+                second += u * slope * (6.0 * 1.5957691216057308 * 0.044715) * u
+    return f, first, second
+
+
+@triton.jit
+def _scale(f, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """gain where gain f is not cut off."""
+    scale = tl.full(f.shape, GAIN, f.dtype)
+    if CLAMP is not None:
+        scale = tl.where(tl.abs(GAIN * f) <= CLAMP, scale, 0.0)
+    return scale
+
+
+@triton.jit
+def _activate(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    signs_ptr,
+    inside_ptr,
+    size,
+    channels,
+    inner,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GAIN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    row = tl.program_id(0).to(INDEX) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    bit = tl.arange(0, 8)[None, :]
+    at = row[:, None] * 8 + bit
+    u = tl.load(_of(x_ptr, DTYPE) + at, mask=at < size, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + at // inner % channels, mask=at < size, other=0.0)
+    if ACTIVATION == "linear":
+        y = u * GAIN
+    elif ACTIVATION == "relu":
+        y = tl.where(u <= 0.0, 0.0, u * GAIN)
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(u <= 0.0, u * (GAIN * SLOPE), u * GAIN)
+    else:
+        f, _first, _second = _smooth(u, ACTIVATION)
+        y = f * GAIN
+    if signs_ptr is not None:
+        signs = tl.sum(tl.where(u <= 0.0, 0, 1 << bit), 1)
+        tl.store(signs_ptr + row, signs.to(tl.uint8), mask=row * 8 < size)
+    if CLAMP is not None:
+        if inside_ptr is not None:
+            inside = tl.sum(tl.where(tl.abs(y) <= CLAMP, 1 << bit, 0), 1)
+            tl.store(inside_ptr + row, inside.to(tl.uint8), mask=row * 8 < size)
+        y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
+    tl.store(_of(y_ptr, DTYPE) + at, _rounded(y, DTYPE), mask=at < size)
+
+
+@triton.jit
+def _bit(bits_ptr, at, valid):
+    return (tl.load(bits_ptr + (at >> 3), mask=valid, other=0).to(tl.int32) >> (at & 7).to(tl.int32)) & 1
+
+
+@triton.jit
+def _backward(
+    g_ptr,
+    k_ptr,
+    x_ptr,
+    bias_ptr,
+    signs_ptr,
+    inside_ptr,
+    out_ptr,
+    sums_ptr,
+    size,
+    channels,
+    inner,
+    outer_tiled,
+    channels_tiled,
+    inner_tiled,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GAIN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    begin = outer_tiled * part // parts
+    end = outer_tiled * (part + 1) // parts
+    column = begin.to(INDEX) * channels_tiled + c
+    total = tl.zeros([TILE_C, TILE_Q], ACC)
+    for _ in range(begin, end):
+        for q0 in range(0, inner_tiled, TILE_Q):
+            q = q0 + tl.arange(0, TILE_Q)[None, :]
+            at = column[:, None] * inner_tiled + q
+            valid = (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
+            out = tl.zeros([TILE_C, TILE_Q], ACC)
+            if g_ptr is not None:
+                out += tl.load(_of(g_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            if k_ptr is not None:
+                out += tl.load(k_ptr + at // inner % channels, mask=valid, other=0.0)
+            if x_ptr is not None:
+                u = tl.load(_of(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+                if bias_ptr is not None:
+                    u += tl.load(bias_ptr + at // inner % channels, mask=valid, other=0.0)
+                f, first, _second = _smooth(u, ACTIVATION)
+                out *= _scale(f, GAIN, CLAMP) * first
+            elif signs_ptr is not None:
+                below = 0.0 if ACTIVATION == "relu" else out * (GAIN * SLOPE)
+                out = tl.where(_bit(signs_ptr, at, valid) != 0, out * GAIN, below)
+            else:
+                out *= GAIN
+            if inside_ptr is not None:
+                out = tl.where(_bit(inside_ptr, at, valid) != 0, out, 0.0)
+            if out_ptr is not None:
+                tl.store(_of(out_ptr, DTYPE) + at, _rounded(out, DTYPE), mask=valid)
+            total += tl.where(valid, out, 0.0)
+        column += channels_tiled
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part.to(INDEX) * channels_tiled + c, tl.sum(total, 1), mask=c < channels_tiled)
+
+
+@triton.jit
+def _double_backward(
+    h_ptr,
+    k_ptr,
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    by_dy_ptr,
+    by_x_ptr,
+    sums_ptr,
+    size,
+    channels,
+    inner,
+    outer_tiled,
+    channels_tiled,
+    inner_tiled,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GAIN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    begin = outer_tiled * part // parts
+    end = outer_tiled * (part + 1) // parts
+    column = begin.to(INDEX) * channels_tiled + c
+    total = tl.zeros([TILE_C, TILE_Q], ACC)
+    for _ in range(begin, end):
+        for q0 in range(0, inner_tiled, TILE_Q):
+            q = q0 + tl.arange(0, TILE_Q)[None, :]
+            at = column[:, None] * inner_tiled + q
+            valid = (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
+            given = tl.zeros([TILE_C, TILE_Q], ACC)
+            if h_ptr is not None:
+                given += tl.load(_of(h_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            if k_ptr is not None:
+                given += tl.load(k_ptr + at // inner % channels, mask=valid, other=0.0)
+            u = tl.load(_of(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            if bias_ptr is not None:
+                u += tl.load(bias_ptr + at // inner % channels, mask=valid, other=0.0)
+            f, first, second = _smooth(u, ACTIVATION)
+            given *= _scale(f, GAIN, CLAMP)
+            if by_dy_ptr is not None:
+                tl.store(_of(by_dy_ptr, DTYPE) + at, _rounded(first * given, DTYPE), mask=valid)
+            by_x = second * given * tl.load(_of(dy_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            if by_x_ptr is not None:
+                tl.store(_of(by_x_ptr, DTYPE) + at, _rounded(by_x, DTYPE), mask=valid)
+            total += tl.where(valid, by_x, 0.0)
+        column += channels_tiled
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part.to(INDEX) * channels_tiled + c, tl.sum(total, 1), mask=c < channels_tiled)
+
+
+_BITS = {"signs_ptr": "*u8", "inside_ptr": "*u8"}
+_SIZES = dict.fromkeys(("size", "channels", "inner"), "i32")
+_TILED = _SIZES | dict.fromkeys(("outer_tiled", "channels_tiled", "inner_tiled"), "i32")
+_LEAKY = {"ACTIVATION": "leaky_relu", "SLOPE": 0.2, "GAIN": 1.0, "CLAMP": None}
+_CLAMPED = {"ACTIVATION": "relu", "SLOPE": 0.0, "GAIN": 1.5, "CLAMP": 256.0}
+_GELU, _GELU_TANH, _TANH, _SOFTPLUS = (
+    {"ACTIVATION": name, "SLOPE": 0.0, "GAIN": 1.0, "CLAMP": None} for name in ("gelu", "gelu_tanh", "tanh", "softplus")
+)
+_FLAT = {"INDEX": tl.int32, "TILE_C": 1, "TILE_Q": _BLOCK}
+_SUMMED = {"INDEX": tl.int64, "TILE_C": 2, "TILE_Q": 512}
+
+
+def _addresses(*names: str) -> dict[str, str]:
+    return {f"{name}_ptr": "*A" for name in names}
+
+
+def _absent(*names: str) -> dict[str, None]:
+    return {f"{name}_ptr": None for name in names}
+
+
+# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
+# and the values that its constants take together, without DTYPE, the input's dtype.
+AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
+    (
+        _activate,
+        _addresses("x", "bias", "y") | _BITS | _SIZES,
+        [
+            _LEAKY | {"INDEX": tl.int32, "BLOCK": _BLOCK} | _absent("bias", "inside"),
+            _CLAMPED | {"INDEX": tl.int64, "BLOCK": _BLOCK},
+            *(
+                form | {"INDEX": tl.int32, "BLOCK": _BLOCK} | _absent("signs", "inside")
+                for form in (_GELU, _TANH, _SOFTPLUS)
+            ),
+        ],
+    ),
+    (
+        _backward,
+        _addresses("g", "k", "x", "bias", "out", "sums") | _BITS | _TILED,
+        [
+            _LEAKY | _FLAT | _absent("k", "x", "bias", "inside", "sums"),
+            _CLAMPED | _SUMMED | _absent("x", "bias"),
+            _GELU | _SUMMED | _absent("k", "signs", "inside"),
+        ],
+    ),
+    (
+        _double_backward,
+        _addresses("h", "k", "dy", "x", "bias", "by_dy", "by_x", "sums") | _TILED,
+        [_SOFTPLUS | _FLAT | _absent("k", "bias", "sums"), _GELU_TANH | _SUMMED],
+    ),
+]
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def piecewise_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    sizes = layout.size, layout.channels, layout.inner
+    constants = _constants(x.dtype, layout, options)
+    with _on(x):
+        _activate[(triton.cdiv(layout.size, _BLOCK),)](x, bias, y, signs, inside, *sizes, **constants, BLOCK=_BLOCK)
+
+
+def piecewise_apply(
+    g: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    inside: Tensor | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    layout: Layout,
+    options: Options,
+    dtype: torch.dtype,
+) -> None:
+    grid, parts, sizes, tile = _tiles(layout, sums, dtype)
+    constants = _constants(dtype, layout, options)
+    with _on(out if out is not None else sums):
+        _backward[grid](g, bias, None, None, signs, inside, out, parts, *sizes, **constants, **tile)
+        _add_up(parts, sums)
+
+
+def smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Layout, options: Options) -> None:
+    piecewise_forward(x, bias, y, None, None, layout, options)
+
+
+def smooth_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    dx: Tensor | None,
+    dbias: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    grid, parts, sizes, tile = _tiles(layout, dbias, x.dtype)
+    constants = _constants(x.dtype, layout, options)
+    with _on(x):
+        _backward[grid](dy, None, x, bias, None, None, dx, parts, *sizes, **constants, **tile)
+        _add_up(parts, dbias)
+
+
+def smooth_double_backward(
+    h: Tensor | None,
+    h_bias: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    by_dy: Tensor | None,
+    by_x: Tensor | None,
+    by_bias: Tensor | None,
+    layout: Layout,
+    options: Options,
+) -> None:
+    grid, parts, sizes, tile = _tiles(layout, by_bias, x.dtype)
+    constants = _constants(x.dtype, layout, options)
+    with _on(x):
+        _double_backward[grid](h, h_bias, dy, x, bias, by_dy, by_x, parts, *sizes, **constants, **tile)
+        _add_up(parts, by_bias)
+
+
+def _tiles(
+    layout: Layout, sums: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[int, int], Tensor | None, tuple[int, ...], dict[str, int]]:
+    """The grid, where the partial sums (parts, channels) go, the sizes and the tile, by the shape alone."""
+    sizes = layout.size, layout.channels, layout.inner
+    if sums is None:
+        rows = triton.cdiv(layout.size, _BLOCK)
+        return (rows, 1), None, (*sizes, 1, rows, _BLOCK), {"TILE_C": 1, "TILE_Q": _BLOCK}
+    tile_q = min(512, triton.next_power_of_2(layout.inner))
+    tile_c = max(1, _BLOCK // 2 // tile_q)
+    tiles = triton.cdiv(layout.channels, tile_c)
+    count = min(layout.outer, triton.cdiv(_PROGRAMS, tiles))
+    parts = torch.empty(count, layout.channels, dtype=accumulation_dtype(dtype), device=sums.device)
+    return (tiles, count), parts, (*sizes, *layout), {"TILE_C": tile_c, "TILE_Q": tile_q}
+
+
+def _add_up(parts: Tensor | None, sums: Tensor | None) -> None:
+    if parts is not None and sums is not None:
+        torch.sum(parts, 0, out=sums)
+
+
+def _constants(dtype: torch.dtype, layout: Layout, options: Options) -> dict[str, Any]:
+    return {
+        "ACTIVATION": options.activation,
+        "SLOPE": options.negative_slope,
+        "GAIN": options.gain,
+        "CLAMP": None if options.clamp == inf else options.clamp,
+        "INDEX": tl.int32 if layout.size < 2**31 - 2 * _BLOCK else tl.int64,
+        "DTYPE": _TYPES[dtype],
+    }
+
+
+def _on(tensor: Tensor | None) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor is not None and tensor.is_cuda else nullcontext()

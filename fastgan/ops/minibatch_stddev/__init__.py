@@ -1,0 +1,98 @@
+"""Minibatch standard deviation: how little the samples of a group differ, shown to the discriminator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.minibatch_stddev import reference
+from fastgan.ops.minibatch_stddev.autograd import append_stddev
+from fastgan.ops.minibatch_stddev.grouping import size_of_groups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of PyTorch
+
+__all__ = ["minibatch_stddev"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REMAINDERS = ("error", "largest-divisor")
+
+
+def minibatch_stddev(
+    x: Tensor,
+    *,
+    group_size: int | None = 4,
+    num_channels: int = 1,
+    eps: float = 1e-8,
+    remainder: Literal["error", "largest-divisor"] = "error",
+    process_group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Append the standard deviation over groups of samples, averaged over channels and positions, as channels.
+
+    With G = min(group_size, N), sample n belongs to group n % (N / G). For each group and each of the
+    F = num_channels blocks of C / F channels: mean over the block and over *S of sqrt(var + eps), var over the G
+    members without correction. Computed in float32 (float64 for float64), rounded once to the dtype of x; the same
+    inputs give the same bits. channels_last in, channels_last out; any other strides give a contiguous result.
+
+    Args:
+        x: (N, C, *S), float16, bfloat16, float32 or float64; S may be empty.
+        group_size: the members of a group; None: the whole batch.
+        num_channels: a divisor of C.
+        eps: added to the variance, positive.
+        remainder: what to do if G does not divide N: ``"error"``, or ``"largest-divisor"``: the largest divisor of N
+            up to G takes its place.
+        process_group: form the groups over the batches of all ranks, one after another in the order of the ranks,
+            which may differ in N. Gradients are those of the sum of all ranks' losses. Every rank must call, and
+            differentiate, alike. Runs in PyTorch.
+        backend: run on this backend instead of the fastest.
+
+    Returns:
+        (N, C + num_channels, *S), of the dtype of x.
+
+    Raises:
+        TypeError: ``x`` is not a tensor of such a dtype.
+        ValueError: a shape or number is not as above.
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Differentiable twice; a third derivative raises (with ``process_group`` or the reference: any order). Source:
+    Karras et al., Progressive Growing of GANs (2018); in groups: Karras et al., StyleGAN (2019).
+    """
+    _check(x, group_size, num_channels, eps, remainder)
+    if process_group is not None:
+        from fastgan.ops.minibatch_stddev import across_ranks
+
+        backends.select("minibatch_stddev_across_ranks", x.device, x.dtype, backend)
+        return across_ranks.minibatch_stddev(x, group_size, num_channels, eps, remainder, process_group)
+    size = size_of_groups(len(x), group_size, remainder)
+    chosen = backends.select("minibatch_stddev", x.device, x.dtype, backend)
+    if chosen == "reference":
+        return reference.minibatch_stddev(x, size, num_channels, eps)
+    return append_stddev(x, size, num_channels, eps, chosen)
+
+
+def _check(x: Tensor, group_size: int | None, num_channels: int, eps: float, remainder: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.ndim < 2 or not x.numel():
+        raise ValueError(f"x must be (N, C, *S) with at least one element, got shape {tuple(x.shape)}")
+    check_settings(group_size, num_channels, eps, remainder)
+    if x.shape[1] % num_channels:
+        raise ValueError(f"num_channels must divide the {x.shape[1]} channels of x, got {num_channels}")
+
+
+def check_settings(group_size: int | None, num_channels: int, eps: float, remainder: str) -> None:
+    """The checks that need no input."""
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"group_size must be a positive integer or None, got {group_size!r}")
+    if not isinstance(num_channels, int) or num_channels < 1:
+        raise ValueError(f"num_channels must be a positive integer, got {num_channels!r}")
+    if not isinstance(eps, float | int) or not eps > 0:
+        raise ValueError(f"eps must be a positive number, got {eps!r}")
+    if remainder not in _REMAINDERS:
+        raise ValueError(f"remainder must be one of {_REMAINDERS}, got {remainder!r}")

@@ -1,0 +1,159 @@
+"""The operators of minibatch standard deviation, their implementations a backend, the derivatives up to the second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.minibatch_stddev import native_kernels
+from fastgan.ops.minibatch_stddev.layout import Layout, accumulation_dtype, layout_of, memory_format
+
+LIBRARY.define("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
+LIBRARY.define(
+    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
+    " -> ()"
+)
+LIBRARY.define(
+    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
+    " float eps, str backend) -> ()"
+)
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+backends.register("minibatch_stddev", dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
+backends.register("minibatch_stddev_across_ranks", {"reference": _DTYPES})
+
+
+@torch.library.impl(LIBRARY, "minibatch_stddev_fwd", "CompositeExplicitAutograd")
+def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: str) -> None:
+    layout = Layout(*layout)
+    target = _dense(y, layout)
+    _kernels(backend).forward(_dense(x, layout), target, layout, eps)
+    _copy_back(target, y)
+
+
+@torch.library.impl(LIBRARY, "minibatch_stddev_bwd", "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Sequence[int], eps: float, backend: str
+) -> None:
+    layout = Layout(*layout)
+    target = _dense(dx, layout)
+    _kernels(backend).backward(_dense(dy, layout), _dense(x, layout), target, slope, layout, eps)
+    _copy_back(target, dx)
+
+
+@torch.library.impl(LIBRARY, "minibatch_stddev_bwd_bwd", "CompositeExplicitAutograd")
+def _double_backward(
+    h: Tensor,
+    x: Tensor,
+    slope: Tensor,
+    by_dy: Tensor | None,
+    by_x: Tensor | None,
+    layout: Sequence[int],
+    eps: float,
+    backend: str,
+) -> None:
+    layout = Layout(*layout)
+    targets = [None if t is None else _dense(t, layout) for t in (by_dy, by_x)]
+    _kernels(backend).double_backward(_dense(h, layout), _dense(x, layout), slope, *targets, layout, eps)
+    for target, output in zip(targets, (by_dy, by_x), strict=True):
+        _copy_back(target, output)
+
+
+def _nothing(*arguments: Any) -> None:
+    return None
+
+
+for _operator in ("minibatch_stddev_fwd", "minibatch_stddev_bwd", "minibatch_stddev_bwd_bwd"):
+    torch.library.register_fake(f"fastgan::{_operator}", _nothing, lib=LIBRARY)
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from fastgan.ops.minibatch_stddev import triton_kernels  # Triton is optional
+
+        return triton_kernels
+    return native_kernels
+
+
+def _dense(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor.contiguous(memory_format=memory_format(layout, tensor.ndim))
+
+
+def _copy_back(target: Tensor | None, output: Tensor | None) -> None:
+    if target is not None and output is not None and target is not output:
+        output.copy_(target)
+
+
+def _empty(like: Tensor, channels: int, layout: Layout) -> Tensor:
+    shape = like.shape[0], channels, *like.shape[2:]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(layout, like.ndim))
+
+
+class _Stddev(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, eps: float, backend: str) -> Tensor:
+        y = _empty(x, x.shape[1] + layout.features, layout)
+        run: Any = _forward if is_eager(x) else torch.ops.fastgan.minibatch_stddev_fwd
+        run(x, y, layout, eps, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        ctx.layout, ctx.eps, ctx.backend = layout, eps, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 4
+        # Without create_graph nothing will be asked of the backward's own graph.
+        run: Any = _StddevBackward.apply if torch.is_grad_enabled() else _run_backward
+        dx, _ = run(dy, *ctx.saved_tensors, ctx.layout, ctx.eps, ctx.backend)
+        return dx, None, None, None
+
+
+def _run_backward(dy: Tensor, x: Tensor, layout: Layout, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    dx = _empty(x, x.shape[1], layout)
+    slope = torch.empty(layout.groups, layout.features, dtype=accumulation_dtype(x.dtype), device=x.device)
+    run: Any = _backward if is_eager(dy) else torch.ops.fastgan.minibatch_stddev_bwd
+    run(dy, x, dx, slope, layout, eps, backend)
+    return dx, slope
+
+
+class _StddevBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, layout: Layout, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+        # slope is all of dy that the second derivative needs. It is a result, so that it leads to dy in the graph.
+        dx, slope = _run_backward(dy, x, layout, eps, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, slope)
+        ctx.layout, ctx.eps, ctx.backend = layout, eps, backend
+        return dx, slope
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None or not any(ctx.needs_input_grad):
+            return (None,) * 5
+        x, slope = ctx.saved_tensors
+        results: list[Tensor | None] = [None, None]
+        with torch.no_grad():
+            for i, channels in enumerate((x.shape[1] + ctx.layout.features, x.shape[1])):
+                if ctx.needs_input_grad[i]:
+                    results[i] = _empty(x, channels, ctx.layout)
+            run: Any = _double_backward if is_eager(h) else torch.ops.fastgan.minibatch_stddev_bwd_bwd
+            run(h, x, slope, *results, ctx.layout, ctx.eps, ctx.backend)
+        if torch.is_grad_enabled():
+            message = (
+                "minibatch_stddev: the third derivative is not supported; use_backend('reference') has every order"
+            )
+            results = last_order(message, results, [h, x, slope])
+        return *results, None, None, None
+
+
+def append_stddev(x: Tensor, size: int, num_channels: int, eps: float, backend: str) -> Tensor:
+    """The op without its checks, on the backend chosen."""
+    result: Tensor = _Stddev.apply(x, layout_of(x, size, num_channels), eps, backend)
+    return result

@@ -1,0 +1,343 @@
+"""Minibatch standard deviation in Triton; the formulas and their derivation are in csrc/cpu/minibatch_stddev.cpp.
+
+    _forward           copies x and sums s; a program has a tile of values of one group and block of channels
+    _append            the sums of such programs, added, behind the values of each sample: y, or by_dy
+    _slopes            a, a program a group and block
+    _backward          dx, from dy, x and a
+    _double_backward   by_x, the values of by_dy, and the sums of r q
+
+Bytes: of the members of a group, a tile is held in registers (where there are more than _MEMBERS, it is read again,
+from L1): each operand is read once and each result written once. Sums are partial a program and added in one order.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan.backends import TRITON_INTERPRETS
+from fastgan.ops.minibatch_stddev.layout import Layout, accumulation_dtype
+
+_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
+_MEMBERS = 16  # held at a time
+_TILE = 2048  # values of all of these
+_BLOCK = 1024
+
+
+@triton.jit
+def _of(pointer, DTYPE: tl.constexpr):
+    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
+    return pointer.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
+        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program: its values of the first member without and with statistics, which are real, and their slot."""
+    count = tl.cast(outer, tl.int64) * run
+    parts = tl.cdiv(count, BLOCK)
+    slot = tl.program_id(0) // parts
+    feature = slot % features
+    p = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    inside = p < count
+    row = tl.zeros([BLOCK], tl.int64)
+    if MANY_ROWS:
+        row = p // run
+        p = p % run
+    narrow = (slot // features * outer + row) * features * run + feature * run + p
+    wide = (slot // features * outer + row) * features * (run + tail) + feature * run + p
+    return narrow, wide, inside, slot
+
+
+@triton.jit
+def _mean(x_ptr, narrow, step, inside, SIZE: tl.constexpr, MEMBERS: tl.constexpr, ACC: tl.constexpr):
+    total = tl.zeros([narrow.shape[0]], ACC)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        total += tl.sum(tl.load(x_ptr + g * step + narrow, mask=(g < SIZE) & inside, other=0.0).to(ACC), 0)
+    return total / SIZE
+
+
+@triton.jit
+def _moments(
+    x_ptr, narrow, step, inside, EPS: tl.constexpr, SIZE: tl.constexpr, MEMBERS: tl.constexpr, ACC: tl.constexpr
+):
+    """<x>, and <z^2> + eps"""
+    mean = _mean(x_ptr, narrow, step, inside, SIZE, MEMBERS, ACC)
+    squares = tl.zeros([narrow.shape[0]], ACC)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        real = (g < SIZE) & inside
+        z = tl.where(real, tl.load(x_ptr + g * step + narrow, mask=real, other=0.0).to(ACC) - mean, 0.0)
+        squares += tl.sum(z * z, 0)
+    return mean, squares / SIZE + EPS
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    y_ptr,
+    sums_ptr,
+    groups,
+    outer,
+    features,
+    run,
+    tail,
+    MANY_ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    x = _of(x_ptr, DTYPE)
+    y = _of(y_ptr, DTYPE)
+    narrow, wide, inside, _ = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
+    step = tl.cast(groups, tl.int64) * outer * features * run
+    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    _, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        real = (g < SIZE) & inside
+        tl.store(y + g * wide_step + wide, tl.load(x + g * step + narrow, mask=real), mask=real)
+    sum = tl.sum(tl.where(inside, tl.sqrt(variance), 0.0), 0)
+    tl.store(sums_ptr + tl.program_id(0), sum)
+
+
+@triton.jit
+def _append(
+    sums_ptr,
+    to_ptr,
+    groups,
+    outer,
+    features,
+    run,
+    tail,
+    parts,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    n = (tl.program_id(0) // features).to(tl.int64)
+    feature = tl.program_id(0) % features
+    slot = n % groups * features + feature
+    total = tl.zeros([BLOCK], ACC)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        total += tl.load(sums_ptr + slot * parts + part, mask=part < parts, other=0.0)
+    value = tl.full([BLOCK], tl.sum(total, 0) / (tl.cast(outer, tl.int64) * run).to(ACC), ACC)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (n * outer + i // tail) * features * (run + tail) + features * run + feature * tail + i % tail
+    tl.store(_of(to_ptr, DTYPE) + at, _rounded(value, DTYPE), mask=i < tl.cast(outer, tl.int64) * tail)
+
+
+@triton.jit
+def _slopes(
+    dy_ptr,
+    slope_ptr,
+    groups,
+    outer,
+    features,
+    run,
+    tail,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = slope_ptr.dtype.element_ty
+    slot = tl.program_id(0).to(tl.int64)
+    count = tl.cast(outer, tl.int64) * tail
+    total = tl.zeros([BLOCK], ACC)
+    for first in range(0, SIZE * count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        n = i // count * groups + slot // features
+        row = n * outer + i % count // tail
+        at = row * features * (run + tail) + features * run + slot % features * tail + i % tail
+        total += tl.load(_of(dy_ptr, DTYPE) + at, mask=i < SIZE * count, other=0.0).to(ACC)
+    tl.store(slope_ptr + slot, tl.sum(total, 0) / (tl.cast(outer, tl.int64) * run * SIZE).to(ACC))
+
+
+@triton.jit
+def _backward(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    slope_ptr,
+    groups,
+    outer,
+    features,
+    run,
+    tail,
+    MANY_ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = slope_ptr.dtype.element_ty
+    dy = _of(dy_ptr, DTYPE)
+    x = _of(x_ptr, DTYPE)
+    dx = _of(dx_ptr, DTYPE)
+    narrow, wide, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
+    step = tl.cast(groups, tl.int64) * outer * features * run
+    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    mean, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
+    factor = tl.load(slope_ptr + slot) / tl.sqrt(variance)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        real = (g < SIZE) & inside
+        z = tl.load(x + g * step + narrow, mask=real, other=0.0).to(ACC) - mean
+        result = tl.load(dy + g * wide_step + wide, mask=real, other=0.0).to(ACC) + factor * z
+        tl.store(dx + g * step + narrow, _rounded(result, DTYPE), mask=real)
+
+
+@triton.jit
+def _double_backward(
+    h_ptr,
+    x_ptr,
+    slope_ptr,
+    by_dy_ptr,
+    by_x_ptr,
+    sums_ptr,
+    groups,
+    outer,
+    features,
+    run,
+    tail,
+    MANY_ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = slope_ptr.dtype.element_ty
+    h = _of(h_ptr, DTYPE)
+    x = _of(x_ptr, DTYPE)
+    narrow, wide, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
+    step = tl.cast(groups, tl.int64) * outer * features * run
+    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    mean, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
+    h_mean = _mean(h, narrow, step, inside, SIZE, MEMBERS, ACC)
+    products = tl.zeros([BLOCK], ACC)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        real = (g < SIZE) & inside
+        z = tl.load(x + g * step + narrow, mask=real, other=0.0).to(ACC) - mean
+        grad = tl.load(h + g * step + narrow, mask=real, other=0.0).to(ACC) - h_mean
+        products += tl.sum(tl.where(real, grad * z, 0.0), 0)
+    q = products / SIZE
+    r = 1.0 / tl.sqrt(variance)
+    if by_x_ptr is not None:
+        factor = r * tl.load(slope_ptr + slot)
+        by_x = _of(by_x_ptr, DTYPE)
+        for first in range(0, SIZE, MEMBERS):
+            g = first + tl.arange(0, MEMBERS)[:, None]
+            real = (g < SIZE) & inside
+            z = tl.load(x + g * step + narrow, mask=real, other=0.0).to(ACC) - mean
+            grad = tl.load(h + g * step + narrow, mask=real, other=0.0).to(ACC) - h_mean
+            tl.store(by_x + g * step + narrow, _rounded(factor * (grad - q / variance * z), DTYPE), mask=real)
+    if by_dy_ptr is not None:
+        by_dy = _of(by_dy_ptr, DTYPE)
+        for first in range(0, SIZE, MEMBERS):
+            g = first + tl.arange(0, MEMBERS)[:, None]
+            real = (g < SIZE) & inside
+            tl.store(by_dy + g * wide_step + wide, tl.load(h + g * step + narrow, mask=real), mask=real)
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(inside, r * q, 0.0), 0))
+
+
+def _addresses(*names: str) -> dict[str, str]:
+    sizes = dict.fromkeys(("groups", "outer", "features", "run", "tail"), "i32")
+    return {f"{name}_ptr": "*A" for name in names} | sizes
+
+
+_FOUR = {"MANY_ROWS": False, "EPS": 1e-8, "SIZE": 4, "MEMBERS": 4, "BLOCK": 512}
+# A launch makes constants of sizes that are 1.
+_ONES = {"groups": 1, "outer": 1, "features": 1, "run": 1, "tail": 1}
+_ONE = {**_FOUR, **_ONES}
+_MANY = {"MANY_ROWS": True, "EPS": 1e-8, "SIZE": 33, "MEMBERS": 16, "BLOCK": 128}
+
+# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
+# and the values that its constants take together, without DTYPE, the input's dtype.
+AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
+    (_forward, _addresses("x", "y", "sums"), [_FOUR, _ONE, _MANY]),
+    (_append, _addresses("sums", "to") | {"parts": "i32"}, [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, **_ONES}]),
+    (_slopes, _addresses("dy", "slope"), [{"SIZE": 4, "BLOCK": _BLOCK}, {"SIZE": 4, "BLOCK": _BLOCK, **_ONES}]),
+    (_backward, _addresses("dy", "x", "dx", "slope"), [_FOUR, _ONE, _MANY]),
+    (
+        _double_backward,
+        _addresses("h", "x", "slope", "by_dy", "by_x", "sums"),
+        [_FOUR, _ONE, _MANY, {**_FOUR, "by_x_ptr": None}, {**_FOUR, "by_dy_ptr": None, "sums_ptr": None}],
+    ),
+]
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def forward(x: Tensor, y: Tensor, layout: Layout, eps: float) -> None:
+    grid, constants = _plan(x, layout, eps)
+    sums = x.new_empty(grid, dtype=accumulation_dtype(x.dtype))
+    with _on(x):
+        _forward[grid](x, y, sums, *_sizes(layout), **constants)
+        _append_sums(sums, y, layout, constants["DTYPE"])
+
+
+def backward(dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Layout, eps: float) -> None:
+    grid, constants = _plan(x, layout, eps)
+    with _on(x):
+        of_slope = {"SIZE": layout.size, "BLOCK": _BLOCK, "DTYPE": constants["DTYPE"]}
+        _slopes[(slope.numel(),)](dy, slope, *_sizes(layout), **of_slope)
+        _backward[grid](dy, x, dx, slope, *_sizes(layout), **constants)
+
+
+def double_backward(
+    h: Tensor, x: Tensor, slope: Tensor, by_dy: Tensor | None, by_x: Tensor | None, layout: Layout, eps: float
+) -> None:
+    grid, constants = _plan(x, layout, eps)
+    sums = None if by_dy is None else slope.new_empty(grid)
+    with _on(x):
+        _double_backward[grid](h, x, slope, by_dy, by_x, sums, *_sizes(layout), **constants)
+        if sums is not None and by_dy is not None:
+            _append_sums(sums, by_dy, layout, constants["DTYPE"])
+
+
+def _append_sums(sums: Tensor, to: Tensor, layout: Layout, dtype: Any) -> None:
+    samples, parts = layout.groups * layout.size, sums.numel() // (layout.groups * layout.features)
+    grid = samples * layout.features, triton.cdiv(layout.outer * layout.tail, _BLOCK)
+    _append[grid](sums, to, *_sizes(layout), parts, BLOCK=_BLOCK, DTYPE=dtype)
+
+
+def _plan(x: Tensor, layout: Layout, eps: float) -> tuple[tuple[int], dict[str, Any]]:
+    members = min(_MEMBERS, triton.next_power_of_2(layout.size))
+    block = _TILE // members
+    constants = {"MANY_ROWS": layout.outer > 1, "EPS": eps, "SIZE": layout.size, "MEMBERS": members, "BLOCK": block}
+    parts = triton.cdiv(layout.outer * layout.run, block)
+    return (layout.groups * layout.features * parts,), constants | {"DTYPE": _TYPES[x.dtype]}
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
+    return layout.groups, layout.outer, layout.features, layout.run, layout.tail
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,107 @@
+"""DistributedDataParallel over gloo: two processes, each with half of the batch, give the gradients of one with all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.nn import utils
+
+ROOT = Path(__file__).parents[2]
+RANKS, N, STEPS = 2, 4, 2
+
+
+class Critic(nn.Module):
+    def __init__(self, *norm):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 4, 2, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm, self.head = nn.Sequential(*norm), nn.Linear(96, 1)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.first(x), 0.2)
+        return self.head((h + F.relu(self.norm(self.second(h)))).flatten(1))
+
+
+def spectral():
+    critic = Critic()
+    for layer in (critic.first, critic.second, critic.head):
+        utils.spectral_norm(layer)
+    return utils.fuse_spectral_norm(critic)
+
+
+CRITICS = {"affine": Critic, "group norm": lambda: Critic(nn.GroupNorm(2, 6)), "spectral norm": spectral}
+
+
+def wgan_gp(discriminator, real, fake):
+    penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="r1+r2")
+    return (discriminator(fake) - discriminator(real)).mean() + penalty
+
+
+def one_pass(discriminator, real, fake):
+    (a, r1), (b, r2) = (fastgan.logits_and_penalty(discriminator, x) for x in (real, fake))
+    return F.softplus(b - a).mean() + r1 + r2
+
+
+LOSSES = {"gradient_penalty": wgan_gp, "logits_and_penalty": one_pass}
+CASES = [(critic, loss) for critic in CRITICS for loss in LOSSES]
+
+
+def gradients(critic, loss, wrap, rows):
+    """The parameters' gradients after two steps: what is left of the first could spoil the second."""
+    torch.manual_seed(1)
+    discriminator = CRITICS[critic]().double()
+    wrapped = wrap(discriminator)
+    real, fake = torch.randn(2, RANKS * N, 3, 8, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.01)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        LOSSES[loss](wrapped, real[rows], fake[rows]).backward()
+        optimizer.step()
+    return [p.grad for p in discriminator.parameters()]
+
+
+def work(rank, directory):
+    store = dist.FileStore(str(Path(directory, "store")), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    own = slice(rank * N, (rank + 1) * N)
+    # BatchNorm has none here, and u and v, equal on all, may not be written over between two forwards.
+    wrap = lambda model: nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # noqa: E731
+    assert fastgan.explain_penalty(wrap(Critic()), torch.randn(2, 3, 8, 8)) == "one pass"
+    torch.save([gradients(*case, wrap, own) for case in CASES], Path(directory, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, str(rank), str(directory)], env=environment) for rank in range(RANKS)]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(directory / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_ranks_have_the_gradients_of_one_process_with_all_samples(of_ranks, case):
+    expected = gradients(*case, lambda model: model, slice(None))
+    for found in of_ranks:
+        for actual, wanted in zip(found[CASES.index(case)], expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])

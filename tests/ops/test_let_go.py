@@ -1,0 +1,163 @@
+"""A piecewise affine forward is let go once the gradient of its inputs is taken; no other is."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.bench.memory import peak_bytes, saved_bytes
+from fastgan.ops.gradient_penalty.let_go import may_let_go
+from fastgan.ops.inputs_only import inputs_only
+from tests.harness import assert_close
+from tests.ops.test_gradient_penalty import DISCRIMINATORS, gradients, images
+
+CPU = torch.device("cpu")
+W = torch.randn(6, 3, 3, 3, requires_grad=True)
+M = torch.randn(8, 8, requires_grad=True)
+
+CLEAR = {
+    "conv2d": lambda x: F.conv2d(x, W),
+    "leaky_relu": F.leaky_relu,
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu_(x * 1),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
+    "linear": lambda x: F.linear(x, M, M[0]),
+    "linear of two dimensions": lambda x: F.linear(x.flatten(0, 2), M, M[0]),
+    "matmul": lambda x: x @ M,
+    "bmm": lambda x: torch.bmm(x[:, 0], M.expand(2, 8, 8)),
+    "product with a parameter": lambda x: x * M,
+    "quotient by a parameter": lambda x: x / M,
+    "sums": lambda x: x + M - 2 * x + x.sum(1, keepdim=True) - x.mean((2, 3), keepdim=True) + x.sum() - x.mean(),
+    "shapes": lambda x: x.flatten(1).view(2, 3, 64).transpose(1, 2).permute(0, 2, 1).squeeze()[None],
+    "expanded": lambda x: x[:, :1].expand(2, 3, 8, 8) * 2,
+    "pieces": lambda x: torch.cat([x[:, 1:], *x.split(1, 1), torch.stack(x.unbind(1), 1).flip(1).roll(1, 2)], 1),
+    "split": lambda x: torch.cat(x.split([1, 2], 1), 1).repeat(1, 2, 1, 1).clone(),
+    "padded": lambda x: F.pad(x, (1, 2)),
+    "resampled": lambda x: F.interpolate(x, scale_factor=2) + F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "shuffled": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
+    "cast": lambda x: x.double().float(),
+}  # fmt: skip
+NOT_CLEAR = {
+    "group norm": lambda x: fastgan.ops.group_norm(x, 3),
+    "layer norm": lambda x: F.layer_norm(x, [8, 8]),
+    "smooth": F.silu,
+    "square": lambda x: x * x,
+    "quotient of both": lambda x: x / (1 + x),
+    "quotient by it": lambda x: M / x,
+    "product of both": lambda x: x @ x,
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "weight from the input": lambda x: F.conv2d(x, x.mean(0, keepdim=True)[:, :, :3, :3]),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 3),
+}
+
+
+def taken(function):
+    """The path of a forward, whether it may be let go, and the nodes of the graph of its gradient."""
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with fastgan.twice_differentiable():
+        y = function(x)
+    target = get_gradient_edge(x).node
+    with inputs_only([y], x) as path:
+        (g,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
+    seen, waiting = set(), [g.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return may_let_go(path, target), seen & path
+
+
+@pytest.mark.parametrize("function", CLEAR.values(), ids=CLEAR)
+def test_from_the_gradient_of_a_piecewise_affine_function_no_path_leads_into_its_forward(function):
+    may, shared = taken(function)
+    assert may
+    assert not shared
+
+
+@pytest.mark.parametrize("function", NOT_CLEAR.values(), ids=NOT_CLEAR)
+def test_whatever_else_is_kept(function):
+    assert not taken(function)[0]
+
+
+def critic():
+    layers = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 1))
+
+
+def by_pytorch(discriminator, x):
+    x = x.detach().requires_grad_()
+    logits = discriminator(x)
+    (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return logits, 5 * g.square().sum((1, 2, 3)).mean()
+
+
+PASSES = {
+    "penalty": (
+        lambda d, x: fastgan.gradient_penalty(d, x, kind="r1"),
+        lambda d, x: by_pytorch(d, x)[1],
+    ),
+    "loss and penalty": (
+        lambda d, x: sum(t.mean() for t in fastgan.logits_and_penalty(d, x)),
+        lambda d, x: sum(t.mean() for t in by_pytorch(d, x)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PASSES.values(), ids=PASSES)
+def test_a_pass_keeps_less_than_pytorchs(ours, theirs):
+    discriminator, x = critic(), torch.randn(8, 3, 32, 32)
+    parameters = list(discriminator.parameters())
+
+    def run(penalty):
+        return lambda: torch.autograd.grad(penalty(discriminator, x), parameters, allow_unused=True)
+
+    peaks = [peak_bytes(run(penalty), CPU) for penalty in (ours, theirs)]
+    saved = [saved_bytes(run(penalty), [*parameters, x]) for penalty in (ours, theirs)]
+    assert peaks[0] <= 0.7 * peaks[1]
+    assert saved[0] <= 0.75 * saved[1]
+
+
+def test_a_forward_that_somebody_else_has_may_still_be_differentiated():
+    discriminator, x = critic(), torch.randn(2, 3, 32, 32, requires_grad=True)
+    with fastgan.twice_differentiable():
+        logits = discriminator(x)
+    penalty = fastgan.penalty_from_logits(logits, x)
+    (logits.sum() + penalty).backward()
+    assert all(p.grad is not None for p in discriminator.parameters())
+
+
+def test_a_feature_kept_from_a_forward_that_was_let_go_raises_and_is_never_wrong():
+    class Stashing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 1)
+
+        def forward(self, x):
+            self.features = F.leaky_relu(self.body(x), 0.2)
+            return self.head(self.features.flatten(1))
+
+    discriminator, (real, _) = Stashing(), images()
+    fastgan.gradient_penalty(discriminator, real, kind="r1")
+    with pytest.raises(RuntimeError, match="second time"):
+        discriminator.features.sum().backward()
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_a_penalty_let_go_equals_one_that_was_kept(name):
+    discriminator = DISCRIMINATORS[name]().double().eval()
+    kept, x = copy.deepcopy(discriminator), images()[0].double()
+    actual = gradients(discriminator, fastgan.gradient_penalty(discriminator, x, kind="r1"))
+    x.requires_grad_()
+    with fastgan.twice_differentiable():
+        logits = kept(x)
+    for got, wanted in zip(actual, gradients(kept, fastgan.penalty_from_logits(logits, x)), strict=True):
+        assert_close(got, wanted, order=0)

@@ -1,0 +1,46 @@
+"""Each example, before and after: few lines differ, and the losses are the same."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def double_precision():
+    """Rounding that training amplifies would hide a wrong gradient behind a tolerance."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir()))
+@pytest.mark.usefixtures("double_precision")
+def test_an_example_trains_to_the_same_losses_before_and_after(name):
+    before, after = (
+        torch.tensor(load(EXAMPLES / name / f"{part}.py").train(steps=4, batch=20)) for part in ("before", "after")
+    )
+    assert before.isfinite().all()
+    assert before.unique().numel() == before.numel()
+    torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir()))
+def test_the_change_to_an_example_is_a_few_lines(name):
+    before, after = ((EXAMPLES / name / f"{part}.py").read_text().splitlines() for part in ("before", "after"))
+    added = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line[2:].strip()]
+    assert 1 <= len(added) <= 5, added
