@@ -7,6 +7,7 @@ gathered on the way in: m going forward, the gradients of o (a C-th of m) going 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from fastgan.ops.library import LIBRARY, is_eager, last_order
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
-# h: gradient of o, w: gradient of dm; they, m and segments are everyone's. What is written is of the rows from `first`.
+# h: gradient of o, w: gradient of dm; they, segments and m, which is packed for the backend, are everyone's. What is
+# written is of the rows from `first` on.
 LIBRARY.define(
     "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
     " -> ()"
@@ -31,18 +33,18 @@ LIBRARY.define(
 )
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-backends.register("minibatch_discrimination", dict.fromkeys(("reference", "cpu"), _DTYPES))
+backends.register("minibatch_discrimination", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
 @torch.library.impl(LIBRARY, "minibatch_discrimination_fwd", "CompositeExplicitAutograd")
 def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool, backend: str) -> None:
-    _kernels(backend).forward(m.contiguous(), segments, o, first, exclude_self)
+    _kernels(backend).forward(m, segments, o, first, exclude_self)
 
 
 @torch.library.impl(LIBRARY, "minibatch_discrimination_bwd", "CompositeExplicitAutograd")
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
-    _kernels(backend).backward(h.contiguous(), m.contiguous(), segments, target, first)
+    _kernels(backend).backward(h.contiguous(), m, segments, target, first)
     _copy_back(target, dm)
 
 
@@ -58,7 +60,7 @@ def _double_backward(
     backend: str,
 ) -> None:
     targets = _target(by_h), _target(by_m)
-    _kernels(backend).double_backward(w.contiguous(), h.contiguous(), m.contiguous(), segments, *targets, first)
+    _kernels(backend).double_backward(w.contiguous(), h.contiguous(), m, segments, *targets, first)
     _copy_back(targets[0], by_h)
     _copy_back(targets[1], by_m)
 
@@ -71,8 +73,18 @@ for _order in ("fwd", "bwd", "bwd_bwd"):
     torch.library.register_fake(f"fastgan::minibatch_discrimination_{_order}", _nothing, lib=LIBRARY)
 
 
+@cache
 def _kernels(backend: str) -> Any:
-    return native_kernels
+    if backend == "triton":
+        from fastgan.ops.minibatch_discrimination import triton_kernels  # Triton is optional
+
+        return triton_kernels
+    return native_kernels.Native(backend)
+
+
+def packed(everyone: Tensor, backend: str) -> Tensor:
+    """As the kernels read it: on a GPU a tile of samples must be contiguous, on a CPU a task packs its own."""
+    return everyone.contiguous() if backend == "cpu" else everyone.permute(1, 2, 0).contiguous()  # (B, C, N)
 
 
 def _target(output: Tensor | None) -> Tensor | None:
@@ -92,7 +104,7 @@ class _Discrimination(torch.autograd.Function):
     def forward(
         ctx: Any, m: Tensor, segments: Tensor | None, exclude_self: bool, group: Group | None, backend: str
     ) -> Tensor:
-        everyone = gather(m, group)
+        everyone = packed(gather(m, group), backend)
         o = m.new_empty(m.shape[:2])
         run: Any = _forward if is_eager(m) else torch.ops.fastgan.minibatch_discrimination_fwd
         run(everyone, segments, o, first_row(len(m), group), exclude_self, backend)
