@@ -44,8 +44,8 @@ help:
 	@echo "TORCH_INDEX=URL         a package index with the torch wheels you want (CPU-only ones are 3 GB smaller)"
 
 demo: build data
-	$(VENV)/bin/fastgan verify --dataset fashion-mnist --steps 32 --out runs/demo
-	$(VENV)/bin/fastgan train fashion-mnist --name demo --minutes 4 --overwrite
+	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
+	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite
 
 # A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build

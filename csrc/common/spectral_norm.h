@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastgan {
+#include "common/dtype_tag.h"
 
-enum class Dtype { f32, f64, f16, bf16 };
+namespace fastgan {
 
 // One weight, contiguous, seen as (outer, rows, inner): matrix row r, column outer_index * inner + inner_index.
 // `saved` holds sigma, then u (rows), then v (outer * inner), in the accumulation type.

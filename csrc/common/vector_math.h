@@ -23,13 +23,13 @@ inline std::uint64_t to_bits(double value) {
   return bits;
 }
 
-// c[0] + c[1] x + ...
-template <class A, std::size_t N>
-inline A polynomial(const A (&c)[N], A x) {
-  A value = c[N - 1];
-#pragma GCC unroll 32
-  for (std::size_t i = N - 1; i-- > 0;) value = value * x + c[i];
-  return value;
+// c[0] + c[1] x + ..., without a loop, which would keep the one around it from being vectorised.
+template <std::size_t kFirst = 0, class A, std::size_t kCount>
+inline A polynomial(const A (&c)[kCount], A x) {
+  if constexpr (kFirst + 1 == kCount)
+    return c[kFirst];
+  else
+    return c[kFirst] + x * polynomial<kFirst + 1>(c, x);
 }
 
 template <class A>

@@ -23,6 +23,13 @@ constexpr std::int64_t kTaskLines = 4;  // under which starting a task shows
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
+// Called for every line: inlined, they would take long to compile and run no faster.
+#if defined(__GNUC__)
+#define FASTGAN_ONE_COPY __attribute__((noinline))
+#else
+#define FASTGAN_ONE_COPY
+#endif
+
 struct Line {
   std::int64_t begin, size;
 };
@@ -51,7 +58,7 @@ template <class A>
 struct Operand {
   alignas(64) A buffer[kLine];
 
-  const A* read(const void* tensor, Dtype dtype, const Line& line) {
+  FASTGAN_ONE_COPY const A* read(const void* tensor, Dtype dtype, const Line& line) {
     if (tensor == nullptr) return zeros<A>();
     if constexpr (std::is_same_v<A, float>) {
       if (dtype == Dtype::f16) return converted(static_cast<const Half*>(tensor) + line.begin, line.size, buffer);
@@ -61,7 +68,7 @@ struct Operand {
   }
 
   // A bias, an element of the line each.
-  const A* spread(const void* bias, const BiasActShape& shape, const Line& line) {
+  FASTGAN_ONE_COPY const A* spread(const void* bias, const BiasActShape& shape, const Line& line) {
     if (bias == nullptr) return zeros<A>();
     const A* values = static_cast<const A*>(bias);
     if (shape.inner == 1) {
@@ -88,7 +95,7 @@ struct Operand {
     return static_cast<A*>(tensor) + line.begin;
   }
 
-  void write(void* tensor, Dtype dtype, const Line& line) const {
+  FASTGAN_ONE_COPY void write(void* tensor, Dtype dtype, const Line& line) const {
     if (tensor == nullptr) return;
     if constexpr (std::is_same_v<A, float>) {
       if (dtype == Dtype::f16) put(buffer, line.size, static_cast<Half*>(tensor) + line.begin);
@@ -99,7 +106,7 @@ struct Operand {
 
 // Adds the values of a line to the sums of their channels.
 template <class A>
-void gather(const A* values, const BiasActShape& shape, const Line& line, double* sums) {
+FASTGAN_ONE_COPY void gather(const A* values, const BiasActShape& shape, const Line& line, double* sums) {
   if (sums == nullptr) return;
   if (shape.inner == 1) {
     std::int64_t c = line.begin % shape.channels;

@@ -9,7 +9,7 @@
 //
 // Bytes: forward one read and one write; backward two reads and one write; double backward three reads and two writes.
 // Work: one exponential an element and about thirty multiplications and additions each.
-#include <cmath>
+#include <stdexcept>
 
 #include "cpu/activations.h"
 #include "cpu/bias_act.h"
@@ -37,69 +37,47 @@ struct Scale {
   }
 };
 
+template <class A>
+struct Lines {
+  void (*forward)(const A* x, const A* bias, A* y, std::int64_t size, const Scale<A>&);
+  void (*backward)(const A* dy, const A* x, const A* bias, A* dx, std::int64_t size, const Scale<A>&);
+  void (*double_backward)(const A* h, const A* h_bias, const A* dy, const A* x, const A* bias, A* by_dy, A* by_x,
+                          std::int64_t size, const Scale<A>&);
+};
+
 template <class A, class F>
-void forward(Dtype dtype, const SmoothForward& t, const BiasActShape& shape, const BiasActOptions& o, int threads) {
-  const Scale<A> scale(o);
-  over_lines<A>(shape, nullptr, kSerial, threads, [&](const Line& line, double*) {
-    Operand<A> xs, biases, ys;
-    const A* x = xs.read(t.x, dtype, line);
-    const A* bias = biases.spread(t.bias, shape, line);
-    A* y = ys.target(t.y, dtype, line);
+void forward_line(const A* x, const A* bias, A* y, std::int64_t size, const Scale<A>& scale) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < line.size; ++i) y[i] = scale.value(F::at(x[i] + bias[i]).f);
-    ys.write(t.y, dtype, line);
-  });
+  for (std::int64_t i = 0; i < size; ++i) y[i] = scale.value(F::at(x[i] + bias[i]).f);
 }
 
 template <class A, class F>
-void backward(Dtype dtype, const SmoothBackward& t, const BiasActShape& shape, const BiasActOptions& o, int threads) {
-  const Scale<A> scale(o);
-  over_lines<A>(shape, t.dbias, kSerial, threads, [&](const Line& line, double* sums) {
-    Operand<A> dys, xs, biases, dxs;
-    const A* dy = dys.read(t.dy, dtype, line);
-    const A* x = xs.read(t.x, dtype, line);
-    const A* bias = biases.spread(t.bias, shape, line);
-    A* dx = dxs.target(t.dx, dtype, line);
+void backward_line(const A* dy, const A* x, const A* bias, A* dx, std::int64_t size, const Scale<A>& scale) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < line.size; ++i) {
-      const At<A> at = F::at(x[i] + bias[i]);
-      dx[i] = scale.slope(at.f) * at.first * dy[i];
-    }
-    dxs.write(t.dx, dtype, line);
-    gather(dx, shape, line, sums);
-  });
+  for (std::int64_t i = 0; i < size; ++i) {
+    const At<A> at = F::at(x[i] + bias[i]);
+    dx[i] = scale.slope(at.f) * at.first * dy[i];
+  }
 }
 
 template <class A, class F>
-void double_backward(Dtype dtype, const SmoothDoubleBackward& t, const BiasActShape& shape, const BiasActOptions& o,
-                     int threads) {
-  const Scale<A> scale(o);
-  over_lines<A>(shape, t.by_bias, kSerial, threads, [&](const Line& line, double* sums) {
-    Operand<A> hs, h_biases, dys, xs, biases, by_dys, by_xs;
-    const A* h = hs.read(t.h, dtype, line);
-    const A* h_bias = h_biases.spread(t.h_bias, shape, line);
-    const A* dy = dys.read(t.dy, dtype, line);
-    const A* x = xs.read(t.x, dtype, line);
-    const A* bias = biases.spread(t.bias, shape, line);
-    A* by_dy = by_dys.target(t.by_dy, dtype, line);
-    A* by_x = by_xs.target(t.by_x, dtype, line);
+void double_backward_line(const A* h, const A* h_bias, const A* dy, const A* x, const A* bias, A* by_dy, A* by_x,
+                          std::int64_t size, const Scale<A>& scale) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < line.size; ++i) {
-      const At<A> at = F::at(x[i] + bias[i]);
-      const A given = scale.slope(at.f) * (h[i] + h_bias[i]);
-      by_dy[i] = at.first * given;
-      by_x[i] = at.second * dy[i] * given;
-    }
-    by_dys.write(t.by_dy, dtype, line);
-    by_xs.write(t.by_x, dtype, line);
-    gather(by_x, shape, line, sums);
-  });
+  for (std::int64_t i = 0; i < size; ++i) {
+    const At<A> at = F::at(x[i] + bias[i]);
+    const A given = scale.slope(at.f) * (h[i] + h_bias[i]);
+    by_dy[i] = at.first * given;
+    by_x[i] = at.second * dy[i] * given;
+  }
 }
 
-// Calls run(activation, accumulation type) with values that tell of types.
-template <class Run>
-void with_types(Dtype dtype, Activation activation, const Run& run) {
-  const auto of = [&](auto f) { dtype == Dtype::f64 ? run(f, double{}) : run(f, float{}); };
+template <class A>
+Lines<A> lines_of(Activation activation) {
+  const auto of = [](auto f) {
+    using F = decltype(f);
+    return Lines<A>{forward_line<A, F>, backward_line<A, F>, double_backward_line<A, F>};
+  };
   switch (activation) {
     case Activation::silu:
       return of(Silu{});
@@ -118,8 +96,51 @@ void with_types(Dtype dtype, Activation activation, const Run& run) {
     case Activation::sigmoid_of_y:
       return of(SigmoidOfY{});
     default:
-      return;  // linear in pieces: not of this file
+      throw std::invalid_argument("this activation is linear in pieces");
   }
+}
+
+template <class A>
+void forward(Dtype dtype, const SmoothForward& t, const BiasActShape& shape, const BiasActOptions& o, int threads) {
+  const Scale<A> scale(o);
+  const Lines<A> of = lines_of<A>(o.activation);
+  over_lines<A>(shape, nullptr, kSerial, threads, [&](const Line& line, double*) {
+    Operand<A> x, bias, y;
+    of.forward(x.read(t.x, dtype, line), bias.spread(t.bias, shape, line), y.target(t.y, dtype, line), line.size,
+               scale);
+    y.write(t.y, dtype, line);
+  });
+}
+
+template <class A>
+void backward(Dtype dtype, const SmoothBackward& t, const BiasActShape& shape, const BiasActOptions& o, int threads) {
+  const Scale<A> scale(o);
+  const Lines<A> of = lines_of<A>(o.activation);
+  over_lines<A>(shape, t.dbias, kSerial, threads, [&](const Line& line, double* sums) {
+    Operand<A> dy, x, bias, dx;
+    A* values = dx.target(t.dx, dtype, line);
+    of.backward(dy.read(t.dy, dtype, line), x.read(t.x, dtype, line), bias.spread(t.bias, shape, line), values,
+                line.size, scale);
+    dx.write(t.dx, dtype, line);
+    gather(values, shape, line, sums);
+  });
+}
+
+template <class A>
+void double_backward(Dtype dtype, const SmoothDoubleBackward& t, const BiasActShape& shape, const BiasActOptions& o,
+                     int threads) {
+  const Scale<A> scale(o);
+  const Lines<A> of = lines_of<A>(o.activation);
+  over_lines<A>(shape, t.by_bias, kSerial, threads, [&](const Line& line, double* sums) {
+    Operand<A> h, h_bias, dy, x, bias, by_dy, by_x;
+    A* values = by_x.target(t.by_x, dtype, line);
+    of.double_backward(h.read(t.h, dtype, line), h_bias.spread(t.h_bias, shape, line), dy.read(t.dy, dtype, line),
+                       x.read(t.x, dtype, line), bias.spread(t.bias, shape, line), by_dy.target(t.by_dy, dtype, line),
+                       values, line.size, scale);
+    by_dy.write(t.by_dy, dtype, line);
+    by_x.write(t.by_x, dtype, line);
+    gather(values, shape, line, sums);
+  });
 }
 
 }  // namespace
@@ -127,26 +148,20 @@ void with_types(Dtype dtype, Activation activation, const Run& run) {
 void smooth_forward(Dtype dtype, const SmoothForward& tensors, const BiasActShape& shape, const BiasActOptions& options,
                     int threads) {
   if (tensors.y != tensors.x) ask_for_huge_pages(dtype, tensors.y, shape);
-  with_types(dtype, options.activation, [&](auto f, auto accumulator) {
-    forward<decltype(accumulator), decltype(f)>(dtype, tensors, shape, options, threads);
-  });
+  (dtype == Dtype::f64 ? forward<double> : forward<float>)(dtype, tensors, shape, options, threads);
 }
 
 void smooth_backward(Dtype dtype, const SmoothBackward& tensors, const BiasActShape& shape,
                      const BiasActOptions& options, int threads) {
   ask_for_huge_pages(dtype, tensors.dx, shape);
-  with_types(dtype, options.activation, [&](auto f, auto accumulator) {
-    backward<decltype(accumulator), decltype(f)>(dtype, tensors, shape, options, threads);
-  });
+  (dtype == Dtype::f64 ? backward<double> : backward<float>)(dtype, tensors, shape, options, threads);
 }
 
 void smooth_double_backward(Dtype dtype, const SmoothDoubleBackward& tensors, const BiasActShape& shape,
                             const BiasActOptions& options, int threads) {
   ask_for_huge_pages(dtype, tensors.by_dy, shape);
   ask_for_huge_pages(dtype, tensors.by_x, shape);
-  with_types(dtype, options.activation, [&](auto f, auto accumulator) {
-    double_backward<decltype(accumulator), decltype(f)>(dtype, tensors, shape, options, threads);
-  });
+  (dtype == Dtype::f64 ? double_backward<double> : double_backward<float>)(dtype, tensors, shape, options, threads);
 }
 
 }  // namespace FASTGAN_ISA

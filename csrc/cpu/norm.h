@@ -2,22 +2,32 @@
 
 #include <cstdint>
 
-#include "cpu/spectral_norm.h"
+#include "common/dtype_tag.h"
 
 namespace fastgan {
 
-// x is contiguous, (rows, channels, inner): a mean and a variance a row; channel c of row r has the affine index
-// r % groups * channels + c.  LayerNorm: inner = groups = 1; GroupNorm: rows = batch * groups; InstanceNorm: GroupNorm
-// with channels = 1.
+// x is contiguous, (samples, segments, channels, inner), or (samples, inner, channels) where `channels_last`.  The
+// channels of a sample are in `groups`; a row, which has a mean and a variance, is a group over all segments and inner.
+//     LayerNorm     (N, 1, M, 1), one group: a weight an element of the row
+//     GroupNorm     (N, 1, C, inner)
+//     InstanceNorm  (N, 1, C, inner), C groups
+//     BatchNorm     (1, N, C, inner), C groups
 struct NormShape {
-  std::int64_t rows, channels, inner, groups;
+  std::int64_t samples, segments, channels, inner, groups;
+  bool channels_last;
+
+  std::int64_t rows() const { return samples * groups; }
+  std::int64_t of_row() const { return channels / groups; }
+  std::int64_t positions() const { return segments * inner; }
+  std::int64_t row_size() const { return of_row() * positions(); }
+  std::int64_t size() const { return samples * channels * positions(); }
 };
 
-// x, y and their derivatives are of one dtype; means, weights, biases and their derivatives of its accumulation type.
-// An address that is null: an operand that is absent, or a result that is not wanted.
+// x, y and their derivatives are of one dtype; statistics, weights, biases and their derivatives of its accumulation
+// type.  An address that is null: an operand that is absent, or a result that is not wanted.
 struct NormForward {
   const void *x, *weight, *bias;
-  void *y, *mean, *rstd;
+  void *y, *mean, *rstd, *variance;  // the variance with Bessel's correction, as running statistics keep it
 };
 struct NormBackward {
   const void *dy, *x, *mean, *rstd, *weight;
@@ -29,11 +39,15 @@ struct NormDoubleBackward {
   void *by_dy, *by_x, *by_weight;
 };
 
-#define FASTGAN_DECLARE(isa)                                                                  \
-  namespace isa {                                                                             \
-  void norm_forward(Dtype, const NormForward&, const NormShape&, double eps, int threads);    \
-  void norm_backward(Dtype, const NormBackward&, const NormShape&, int threads);              \
-  void norm_double_backward(Dtype, const NormDoubleBackward&, const NormShape&, int threads); \
+// norm_*: any shape.  channel_norm_*: more than one value a channel and sample; norm_* call them there.
+#define FASTGAN_DECLARE(isa)                                                                          \
+  namespace isa {                                                                                     \
+  void norm_forward(Dtype, const NormForward&, const NormShape&, double eps, int threads);            \
+  void norm_backward(Dtype, const NormBackward&, const NormShape&, int threads);                      \
+  void norm_double_backward(Dtype, const NormDoubleBackward&, const NormShape&, int threads);         \
+  void channel_norm_forward(Dtype, const NormForward&, const NormShape&, double eps, int threads);    \
+  void channel_norm_backward(Dtype, const NormBackward&, const NormShape&, int threads);              \
+  void channel_norm_double_backward(Dtype, const NormDoubleBackward&, const NormShape&, int threads); \
   }
 FASTGAN_DECLARE(baseline)
 FASTGAN_DECLARE(avx2)

@@ -5,7 +5,7 @@ from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_tran
 from fastgan.ops.linear import linear
 from fastgan.ops.minibatch_discrimination import minibatch_discrimination
 from fastgan.ops.minibatch_stddev import minibatch_stddev
-from fastgan.ops.norm import group_norm, instance_norm, layer_norm
+from fastgan.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
 
@@ -13,6 +13,7 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
+    "batch_norm",
     "bias_act",
     "conv1d",
     "conv2d",

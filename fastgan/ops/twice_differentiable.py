@@ -16,8 +16,17 @@ from fastgan.ops import conv, norm, pool
 from fastgan.ops.bias_act import functions as activations
 
 
+def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's own for what is not floating point, which it refuses in its own words."""
+
+    def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (ours if input.is_floating_point() else theirs)(input, *args, **kwargs)
+
+    return route
+
+
 def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast has a precision of its own for norms, which PyTorch's own functions know."""
+    """Autocast has a precision of its own for these, which PyTorch's own functions know."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
@@ -37,6 +46,24 @@ def _in_place(ours: Callable[..., Any]) -> Callable[..., Any]:
     return lambda input: ours(input, inplace=True)
 
 
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    """The order of ``torch.batch_norm``."""
+    result: torch.Tensor = _ROUTES[F.batch_norm](
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return result
+
+
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         function: getattr(conv, f"conv{kind}{n}d")
@@ -49,9 +76,11 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
         for function in functions
     },
-    F.layer_norm: _unless_autocast(norm.layer_norm, F.layer_norm),
-    F.group_norm: _unless_autocast(norm.group_norm, F.group_norm),
-    F.instance_norm: _unless_autocast(norm.instance_norm, F.instance_norm),
+    F.layer_norm: _of_numbers(norm.layer_norm, F.layer_norm),
+    F.group_norm: _of_numbers(norm.group_norm, F.group_norm),
+    F.instance_norm: _of_numbers(norm.instance_norm, F.instance_norm),
+    F.batch_norm: _of_numbers(norm.batch_norm, F.batch_norm),
+    torch.batch_norm: _batch_norm,
     F.leaky_relu: activations.leaky_relu,
     F.leaky_relu_: lambda x, slope=0.01: activations.leaky_relu(x, slope, inplace=True),
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), activations.relu),
@@ -66,13 +95,15 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
 class _Reroute(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         route = _ROUTES.get(func)
-        plain = all(kind in (torch.Tensor, torch.nn.Parameter) for kind in types)
-        if route is None or not plain or not torch.is_grad_enabled() or _checkpointed():
+        if route is None or not torch.is_grad_enabled() or not _PLAIN.issuperset(types) or _checkpointed():
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
 
@@ -116,11 +147,11 @@ _uncompiled = _Uncompiled()
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d and
-    (outside autocast) softplus, layer_norm, group_norm and instance_norm, called as functions, as methods or by
-    modules, in place too. Everything else, tensor subclasses, all calls while gradients are off, and those that
-    torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs uncompiled; inside a
-    function that it traces, this raises. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
+    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
+    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
+    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
+    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)

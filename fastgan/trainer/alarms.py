@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +15,15 @@ Record = dict[str, Any]  # a line of metrics.jsonl with diagnostics
 class Alarm:
     name: str
     sign: Callable[[Record], str | None]  # what is wrong with a record, or None
-    patience: int  # records in a row that must show it: one bad batch is no illness
+    patience: int  # records whose median must show it: one bad batch is no illness
     remedy: str
+    from_step: int = 0  # a generator starts with little variety, and that is no collapse
 
 
 def diverging(record: Record) -> str | None:
     """Weights that leap or losses out of all proportion: a step overshoots whatever it aims at."""
     if record["nonfinite"]:
-        return f"{record['nonfinite']} weights or gradients are infinite or NaN"
+        return f"{record['nonfinite']:.0f} weights or gradients are infinite or NaN"
     for key, player in (("d", "discriminator"), ("g", "generator")):
         if record.get(f"{key}_update_ratio", 0.0) > 0.1:
             return f"a step of the {player} moves its weights by {record[f'{key}_update_ratio']:.0%} of their norm"
@@ -32,7 +35,7 @@ def diverging(record: Record) -> str | None:
 def vanishing(record: Record) -> str | None:
     """The discriminator is right about everything and its slope no longer reaches the generator."""
     won = min(record["d_real_accuracy"], record["d_fake_accuracy"]) >= 0.95
-    if won and record["g_grad_norm"] < 1e-3:
+    if won and record["g_grad_norm"] < 2e-3:
         return (
             f"the discriminator is right about {record['d_fake_accuracy']:.0%} of the fakes, and the generator's "
             f"gradient has norm {record['g_grad_norm']:.1e}"
@@ -42,15 +45,14 @@ def vanishing(record: Record) -> str | None:
 
 def collapsing(record: Record) -> str | None:
     """A batch of fakes holds far fewer different samples than a batch of reals."""
-    if record["diversity"] < 0.25:
+    if record["diversity"] < 0.3:
         return f"a batch of samples is {record['diversity']:.0%} as diverse as one of reals"
     return None
 
 
 def overfitting(record: Record) -> str | None:
     """The discriminator knows its training images by heart: unseen reals look like fakes to it."""
-    confident = record["d_real_accuracy"] >= 0.8 and record["d_fake_accuracy"] >= 0.8
-    if confident and record.get("overfit", 0.0) > 0.5:
+    if record["d_real_accuracy"] >= 0.6 and record.get("overfit", 0.0) > 0.4:
         return (
             f"the discriminator gives its training images {record['d_train']:.2f}, unseen ones "
             f"{record['d_held_out']:.2f} and fakes {record['d_fake']:.2f}"
@@ -59,7 +61,7 @@ def overfitting(record: Record) -> str | None:
 
 
 ALARMS = (
-    Alarm("divergence", diverging, 2, "lower --d-lr and --g-lr, or bound the discriminator: --spectral-norm fused"),
+    Alarm("divergence", diverging, 3, "lower --d-lr and --g-lr, or bound the discriminator: --spectral-norm fused"),
     Alarm(
         "vanishing gradient",
         vanishing,
@@ -71,8 +73,9 @@ ALARMS = (
         collapsing,
         5,
         "--spectral-norm fused, --minibatch discrimination, --pack 2; lower --g-lr or raise --d-steps",
+        from_step=200,
     ),
-    Alarm("overfitting", overfitting, 5, "more images, --augment ada, --penalty r1; a smaller --width"),
+    Alarm("overfitting", overfitting, 5, "more images, --penalty r1, a smaller --width"),
 )
 
 
@@ -81,16 +84,19 @@ class Watch:
 
     def __init__(self, alarms: Iterable[Alarm] = ALARMS) -> None:
         self.alarms = tuple(alarms)
-        self.streaks = dict.fromkeys((alarm.name for alarm in self.alarms), 0)
+        self.recent: deque[Record] = deque(maxlen=max(alarm.patience for alarm in self.alarms))
         self.raised: set[str] = set()
 
     def look(self, record: Record) -> list[Record]:
         """The alarms that this record sets off, as records of their own."""
+        self.recent.append(record)
         found = []
         for alarm in self.alarms:
-            what = alarm.sign(record)
-            self.streaks[alarm.name] = self.streaks[alarm.name] + 1 if what else 0
-            if what and alarm.name not in self.raised and self.streaks[alarm.name] >= alarm.patience:
+            waiting = len(self.recent) < alarm.patience or record["step"] < alarm.from_step
+            if waiting or alarm.name in self.raised:
+                continue
+            what = alarm.sign(median(list(self.recent)[-alarm.patience :]))
+            if what:
                 self.raised.add(alarm.name)
                 found.append({"step": record["step"], "alarm": alarm.name, "what": what, "try": alarm.remedy})
         return found
@@ -100,6 +106,15 @@ class Watch:
         for record in records:
             if "nonfinite" in record:
                 self.look(record)
+
+
+def median(records: list[Record]) -> Record:
+    """The median of each number that all records have."""
+    return {
+        key: statistics.median(record[key] for record in records)
+        for key, value in records[0].items()
+        if isinstance(value, int | float) and all(key in record for record in records)
+    }
 
 
 def describe(alarm: Record) -> str:

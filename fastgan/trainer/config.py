@@ -8,20 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastgan.trainer.augment import AugmentName
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.losses import LossName
 from fastgan.trainer.optimisers import OptimiserName
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
+ExtractorName = Literal["random-conv", "efficientnet-lite0"]
 DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
+Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
-    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every"),
+    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor"),
 }
 
 
@@ -34,6 +37,7 @@ class ModelConfig:
 
     minibatch: MinibatchStatistic = "none"  # over the batch, given to the discriminator
     pack: int = 1  # samples that the discriminator judges together (PacGAN)
+    channels_last: bool = False  # the memory format of images and their networks
     conditional: bool = False  # both players are told the labels, where the data has them
 
     def __post_init__(self) -> None:
@@ -50,8 +54,11 @@ class OptimConfig:
     penalty: PenaltyName = "none"  # on the discriminator's gradient
     penalty_weight: float = 10.0
     penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
+    augment: AugmentName = "none"  # of images, before the discriminator sees them
     kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
-    batch_size: int = 64
+    batch_size: int = 64  # of all ranks together
+    accumulate: int = 1  # parts that a rank's batch is computed in, for less memory; statistics are a part's
+    precision: Precision = "float32"  # autocast, with scaled gradients for float16
     optimiser: OptimiserName = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
@@ -60,10 +67,13 @@ class OptimConfig:
     ema_decay: float = 0.995  # of the averaged generator, which draws the samples
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "d_lr", "g_lr", "d_steps", "penalty_weight", "penalty_every")
+        _require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
+        _require_positive(self, "penalty_weight", "penalty_every")
         for value in (*self.betas, self.ema_decay):
             if not 0 <= value < 1:
                 raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")
+        if self.optimiser == "extra-adam" and self.precision == "float16":
+            raise ValueError("extra-adam looks ahead with unscaled gradients: choose precision bfloat16 or float32")
         if self.optimiser == "extra-adam" and self.d_steps != 1:
             raise ValueError(f"extra-adam moves both players at once: d_steps must be 1, got {self.d_steps}")
 
@@ -84,6 +94,7 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 45 steps
+    extractor: ExtractorName = "random-conv"  # features that images are scored by at the end
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -96,8 +107,9 @@ class TrainConfig:
             raise ValueError(f"image_size must be a power of two from 32 to 1024, got {self.image_size}")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
-        if self.optim.batch_size % self.model.pack:
-            raise ValueError(f"batch_size {self.optim.batch_size} must be a multiple of pack {self.model.pack}")
+        parts = self.model.pack * self.optim.accumulate
+        if self.optim.batch_size % parts:
+            raise ValueError(f"batch_size {self.optim.batch_size} must be a multiple of pack * accumulate, {parts}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 

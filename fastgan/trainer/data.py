@@ -19,6 +19,9 @@ FASHION_MNIST_LABELS = "train-labels-idx1-ubyte.gz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
+ALL = slice(None)
+
+
 class Source(Protocol):
     """An endless stream of real batches."""
 
@@ -35,7 +38,8 @@ class Source(Protocol):
 
     def next(self, batch_size: int) -> Tensor: ...
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]: ...
+    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+        """The `rows` of the next batch and their labels; the stream moves on by the whole batch."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -97,12 +101,12 @@ class Images:
     def next(self, batch_size: int) -> Tensor:
         return self.next_labelled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         if batch_size > self.size:
             raise DataError(f"a batch of {batch_size} needs as many images, the data has {self.size}")
         if self.cursor + batch_size > self.size:
             self._start_epoch()
-        index = self.order[self.cursor : self.cursor + batch_size]
+        index = self.order[self.cursor : self.cursor + batch_size][rows]
         self.cursor += batch_size
         labels = None if self.labels is None else self.labels[index].to(self.device)
         pixels = self.images[index.to(self.images.device)].to(self.device)
@@ -136,7 +140,12 @@ class Drawn:
     def next(self, batch_size: int) -> Tensor:
         return self.next_labelled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+        samples, labels = self.draw(batch_size)
+        return samples[rows].to(self.device), None if labels is None else labels[rows].to(self.device)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Samples and their labels, on the CPU or on the device."""
         raise NotImplementedError
 
     def fork(self, seed: int) -> Source:
@@ -163,10 +172,10 @@ class Mixture(Drawn):
         self.classes = len(modes)
         self.sigma = sigma
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        mode = torch.randint(len(self.modes), (batch_size,), generator=self.generator)
-        offset = torch.randn(batch_size, 2, generator=self.generator)
-        return (self.modes[mode] + self.sigma * offset).to(self.device), mode.to(self.device)
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        mode = torch.randint(len(self.modes), (count,), generator=self.generator)
+        offset = torch.randn(count, 2, generator=self.generator)
+        return self.modes[mode] + self.sigma * offset, mode
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
         """The share of `samples` (N, 2) that lies within `radius` of each mode (K,)."""
@@ -180,11 +189,11 @@ class Discs(Drawn):
     shape: tuple[int, ...] = (1, 32, 32)
     scale = 1.0
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        x, y, radius = torch.rand(3, batch_size, 1, 1, generator=self.generator)
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        x, y, radius = torch.rand(3, count, 1, 1, generator=self.generator)
         axis = torch.arange(32.0)
         distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
-        return torch.tanh(4 + 4 * radius - distance)[:, None].to(self.device), None
+        return torch.tanh(4 + 4 * radius - distance)[:, None], None
 
 
 def ring8(seed: int, device: torch.device) -> Mixture:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,18 @@ from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import some_reals
 
 KERNEL_WIDTH = 0.25  # of the reals' median distance: samples much closer than that count as one
+JUDGED = 256  # reals of each kind whose logits are averaged: means of one small batch are mostly noise
 TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Fixed batches that a run is measured on, each of one batch size."""
-
-    train: Tensor  # reals that the discriminator trains on
-    held_out: Tensor | None  # reals that it never sees; None where there are too few
-    z: Tensor  # latents (N, latent_dim)
-    labels: Tensor | None = None  # (N,) of `train`
-    held_out_labels: Tensor | None = None
-
-    @classmethod
-    def of(cls, source: Source, held_out: Source | None, batch_size: int, latent_dim: int, seed: int) -> Probe:
-        z = torch.randn(batch_size, latent_dim, generator=torch.Generator().manual_seed(seed))
-        train, labels = some_reals(source, batch_size, seed)
-        unseen, unseen_labels = (None, None) if held_out is None else some_reals(held_out, batch_size, seed)
-        return cls(train, unseen, z.to(train.device), labels, unseen_labels)
-
-
 class Diagnostics:
-    """Call `before_step` before the step that is looked at, and `observe` after it."""
+    """Call `before_step` before the step that is looked at, and `observe` after it.
 
-    def __init__(self, gan: GAN, probe: Probe) -> None:
-        self.gan, self.probe = gan, probe
+    `held_out` are reals that the discriminator never trains on, or None; `seed` chooses the batches to measure on.
+    """
+
+    def __init__(self, gan: GAN, held_out: Source | None, seed: int) -> None:
+        self.gan, self.held_out, self.seed = gan, held_out, seed
         self.players: dict[str, nn.Module] = {"g": gan.generator, "d": gan.discriminator}
         self.before: dict[str, list[Tensor]] = {}
 
@@ -56,14 +41,14 @@ class Diagnostics:
         }
 
     @torch.no_grad()
-    def observe(self) -> dict[str, Any]:
-        """The measurements of the step just taken.
+    def observe(self, step: int) -> dict[str, Any]:
+        """The measurements of the step just taken, `step`, on samples that are drawn anew for it.
 
         For each player (`g_`, `d_`):
             grad_norm: norm of the gradient that its last step used.
             update_ratio: norm(weights after - before) / norm(before), about 1e-3 in a healthy run.
 
-        For the discriminator, on `Probe`'s batches:
+        For the discriminator:
             d_real_accuracy, d_fake_accuracy: the share on the right side of the loss's boundary.
             d_real_sign: E[sign D(train)], the r_t of Karras et al. 2020; 1 where it overfits or has won.
             d_train, d_held_out, d_fake: mean logits.
@@ -84,20 +69,25 @@ class Diagnostics:
                 weights = norm(self.before[key], self.gan.device).clamp_min(TINY)
                 record[f"{key}_update_ratio"] = norm(moved, self.gan.device) / weights
         self.before = {}
-        record |= self._judgements()
+        record |= self._judgements(self.seed + 3 * step)
         record["nonfinite"] = self._nonfinite()
         names = list(record)
         values = dict(zip(names, torch.stack([record[name].double() for name in names]).tolist(), strict=True))
         values["nonfinite"] = int(values["nonfinite"])
         return values | {"sigma": sigmas(self.gan.discriminator)}
 
-    def _judgements(self) -> dict[str, Tensor]:
-        probe, gan = self.probe, self.gan
+    def _judgements(self, seed: int) -> dict[str, Tensor]:
+        gan, batch_size = self.gan, self.gan.optim.batch_size
+        z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
+        count = batch_size * max(1, JUDGED // batch_size)
+        real, labels = some_reals(gan.source, count, seed + 1)
         with undisturbed(gan.generator):
-            fake = gan.fakes(probe.z, probe.labels)
+            fake = gan.fakes(z.to(gan.device), None if labels is None else labels[:batch_size])
+        held_out: Tensor | None = None
         with evaluating(gan.discriminator):
-            train, on_fake = (gan.logits(x, probe.labels).float() for x in (probe.train, fake))
-            held_out = None if probe.held_out is None else gan.logits(probe.held_out, probe.held_out_labels).float()
+            train, on_fake = self._logits(real, labels), self._logits(fake, labels)
+            if self.held_out is not None:
+                held_out = self._logits(*some_reals(self.held_out, count, seed + 2))
         boundary = boundary_of(gan, train, on_fake)
         found = {
             "d_real_accuracy": (train > boundary).float().mean(),
@@ -105,7 +95,7 @@ class Diagnostics:
             "d_real_sign": (train - boundary).sign().mean(),
             "d_train": train.mean(),
             "d_fake": on_fake.mean(),
-            "diversity": diversity(fake, probe.train),
+            "diversity": diversity(fake, real[:batch_size]),
         }
         if held_out is not None:
             found["d_held_out"] = held_out.mean()
@@ -113,6 +103,13 @@ class Diagnostics:
                 apart = train.mean() - on_fake.mean()
                 found["overfit"] = (train.mean() - held_out.mean()) / apart.abs().clamp_min(TINY)
         return found
+
+    def _logits(self, samples: Tensor, labels: Tensor | None) -> Tensor:
+        # By batches of the training's size, which minibatch layers depend on.
+        size = self.gan.optim.batch_size
+        parts = [slice(start, start + size) for start in range(0, len(samples), size)]
+        logits = [self.gan.logits(samples[part], None if labels is None else labels[part]) for part in parts]
+        return torch.cat(logits).float()
 
     def _nonfinite(self) -> Tensor:
         total = torch.zeros((), device=self.gan.device)
@@ -132,8 +129,12 @@ def boundary_of(gan: GAN, real: Tensor, fake: Tensor) -> Tensor:
 
 def norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Euclidean norm of all elements together."""
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack([value.float() for value in norms]).norm() if norms else torch.zeros((), device=device)
+    members = list(tensors)
+    if not members:
+        return torch.zeros((), device=device)
+    norms = torch.stack([value.float() for value in torch._foreach_norm(members)])
+    total: Tensor = norms.norm()
+    return total
 
 
 def diversity(fake: Tensor, real: Tensor) -> Tensor:

@@ -2,74 +2,135 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fastgan.nn as fnn
+from fastgan import backends
+from fastgan.trainer.augment import NUMBERS, Augment
 from fastgan.trainer.config import ModelConfig, OptimConfig
 from fastgan.trainer.data import Source
 from fastgan.trainer.ema import EMA
 from fastgan.trainer.losses import LOSSES
 from fastgan.trainer.models import build_models
 from fastgan.trainer.optimisers import ExtraAdam, make_optimiser
+from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.regulariser import Regulariser
+
+STATEFUL = (
+    *("generator", "discriminator", "ema", "g_adam", "d_adam", "g_scaler", "d_scaler"),
+    *("source", "regulariser", "augment"),
+)
 
 
 class Batch(NamedTuple):
+    """What a half-step needs. Tensors of N rows, or of N / pack."""
+
     real: Tensor | None  # (N, *S)
     z: Tensor  # (N, latent_dim)
     labels: Tensor | None  # (N,)
+    alpha: Tensor | None = None  # (N / pack,) in [0, 1), where a penalty is taken between reals and fakes
+    noise: Tensor | None = None  # (N, *S) in [0, 1), for DRAGAN
+    u_real: Tensor | None = None  # (N, 6, 3) in [0, 1), where reals are augmented
+    u_fake: Tensor | None = None  # likewise, for fakes
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        cast = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in self]
+        return Batch(*cast)  # type: ignore[arg-type]
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal parts, one after another."""
+        chunks = [[None] * parts if t is None else t.chunk(parts) for t in self]
+        return [Batch(*part) for part in zip(*chunks, strict=True)]
 
 
 class GAN:
     """Everything that a training step reads or writes, and nothing else.
 
-    `seed` fixes the weights (through PyTorch's global generator) and the latents (drawn on the CPU, so
-    that every device sees the same ones).
+    `seed` fixes the weights (through PyTorch's global generator) and the latents (drawn on the CPU, so that every
+    device and every rank sees the same ones).
     """
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig, source: Source, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        source: Source,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.source = source
         self.optim = optim
         self.loss = LOSSES[optim.loss]
         self.latent_dim = model.latent_dim
         self.device = device
+        self.ranks = ranks or Ranks(device)
+        self.batch_size = rows_a_rank(model, optim, self.ranks)
         torch.manual_seed(seed)
         self.classes = classes_of(source, model)
         self.pack = model.pack
         generator, discriminator = build_models(source.shape, source.scale, model, self.classes)
+        self.channels_last = model.channels_last and len(source.shape) == 3
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
+        if self.channels_last:
+            for network in (self.generator, self.discriminator):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = EMA(self.generator, optim.ema_decay)
+        self.ranks.join(self.generator)
+        self.ranks.join(self.discriminator)
         self.g_adam = make_optimiser(optim.optimiser, self.generator.parameters(), optim.g_lr, optim.betas)
         self.d_adam = make_optimiser(optim.optimiser, self.discriminator.parameters(), optim.d_lr, optim.betas)
+        scaled = optim.precision == "float16"
+        self.g_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.d_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.noise = torch.Generator().manual_seed(seed + 1)
+        if optim.augment != "none" and len(source.shape) != 3:
+            raise ValueError(f"augment {optim.augment} changes images (C, H, W), the samples are {source.shape}")
+        self.augment = Augment(optim.augment, device)
+        together = not mixes_its_batch(discriminator)
         self.regulariser = Regulariser(
-            optim.penalty,
-            optim.penalty_weight,
-            optim.penalty_every,
-            optim.kernels,
-            together=not mixes_its_batch(discriminator),
-            generator=torch.Generator(device).manual_seed(seed + 1),
+            optim.penalty, optim.penalty_weight, optim.penalty_every, optim.kernels, together
         )
 
     def latents(self) -> Tensor:
+        """This rank's rows of the next latents."""
         z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise)
-        return z.to(self.device)
+        return z[self.ranks.rows(len(z))].to(self.device)
 
     def real(self) -> Tensor:
-        return self.source.next(self.optim.batch_size)
+        return self.batch().real  # type: ignore[return-value]
 
     def batch(self) -> Batch:
-        """What a half-step needs: reals, latents, and where there are classes the labels that both share."""
-        real, labels = self.source.next_labelled(self.optim.batch_size)
-        return Batch(real, self.latents(), labels if self.classes else None)
+        """This rank's rows of the next batch; where there are classes, reals and fakes share the labels."""
+        rows = self.ranks.rows(self.optim.batch_size)
+        real, labels = self.source.next_labelled(self.optim.batch_size, rows)
+        alpha = noise = None
+        if self.regulariser.between:
+            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise)
+            alpha = alpha[self.ranks.rows(len(alpha))].to(self.device)
+        if self.optim.penalty == "dragan":
+            noise = self._uniform(*self.source.shape)
+        z, labels = self.latents(), labels if self.classes else None
+        return Batch(self._as_images(real), z, labels, alpha, noise, self._changes(), self._changes())
+
+    def _uniform(self, *shape: int) -> Tensor:
+        """This rank's rows of uniform numbers for the whole batch."""
+        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise)
+        return drawn[self.ranks.rows(len(drawn))].to(self.device)
+
+    def _changes(self) -> Tensor | None:
+        return None if self.optim.augment == "none" else self._uniform(*NUMBERS)
 
     def generator_batch(self) -> Batch:
         """As `batch`; reals are drawn only where the generator's loss or its labels need them."""
         if self.loss.relativistic or self.classes:
             return self.batch()
-        return Batch(None, self.latents(), None)
+        return Batch(None, self.latents(), None, u_fake=self._changes())
 
     def step(self) -> Tensor:
         """One turn of the game; the losses (2,) of the discriminator's last step and of the generator's."""
@@ -89,51 +150,88 @@ class GAN:
 
     def discriminator_step(self, batch: Batch) -> Tensor:
         loss = self.discriminator_gradient(batch)
-        self.d_adam.step()
+        self.d_scaler.step(self.d_adam)
+        self.d_scaler.update()
         return loss
 
     def generator_step(self, batch: Batch) -> Tensor:
         loss = self.generator_gradient(batch)
-        self.g_adam.step()
+        self.g_scaler.step(self.g_adam)
+        self.g_scaler.update()
         return loss
 
     def discriminator_gradient(self, batch: Batch) -> Tensor:
         """Leave the gradient of loss + penalty with the discriminator's parameters, and return that sum."""
-        assert batch.real is not None
-        with torch.no_grad():
-            fake = self.fakes(batch.z, batch.labels)
-        real, fake = packed(batch.real, self.pack), packed(fake, self.pack)
-        judged = self.regulariser(self.discriminator, real, fake, batch.labels)
-        loss = self.loss.discriminator(judged.real, judged.fake)
-        if judged.penalty is not None:
-            loss = loss + judged.penalty
+        parts = batch.split(self.optim.accumulate)
+        total = torch.zeros((), device=self.device)
         self.d_adam.zero_grad()
-        loss.backward()
-        return loss.detach()
+        for number, part in enumerate(parts):
+            assert part.real is not None
+            with self._kernels():
+                with torch.no_grad():
+                    fake = self.augment(self.fakes(part.z, part.labels), part.u_fake)
+                    real = self.augment(part.real, part.u_real)
+                real, fake = packed(real, self.pack), packed(fake, self.pack)
+                noise = None if part.noise is None else packed(part.noise, self.pack)
+                judged = self.regulariser(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
+            loss = self.loss.discriminator(at_least_float(judged.real), at_least_float(judged.fake))
+            if judged.penalty is not None:
+                loss = loss + judged.penalty
+            if self.optim.augment == "ada":
+                signs = (judged.real.detach() - (self.loss.boundary or 0.0)).sign().mean()
+                self.augment.look(self.ranks.mean(signs.float()), self.optim.batch_size // len(parts))
+            loss = loss / len(parts)
+            self.d_scaler.scale(loss).backward()
+            total = total + loss.detach()
+        self.ranks.average(self.discriminator)
+        return self.ranks.mean(total)
 
     def generator_gradient(self, batch: Batch) -> Tensor:
         """Leave the gradient of the loss with the generator's parameters, and return the loss."""
+        parts = batch.split(self.optim.accumulate)
+        total = torch.zeros((), device=self.device)
         self.discriminator.requires_grad_(False)  # its weights' gradients would be thrown away
-        real_logits = None
-        if self.loss.relativistic:
-            assert batch.real is not None
-            real_logits = self.logits(batch.real, batch.labels)
-        loss = self.loss.generator(real_logits, self.logits(self.fakes(batch.z, batch.labels), batch.labels))
         self.g_adam.zero_grad()
-        loss.backward()
+        for part in parts:
+            real_logits = None
+            if self.loss.relativistic:
+                assert part.real is not None
+                real_logits = at_least_float(self.logits(self.augment(part.real, part.u_real), part.labels))
+            fake = self.augment(self.fakes(part.z, part.labels), part.u_fake)
+            fake_logits = at_least_float(self.logits(fake, part.labels))
+            loss = self.loss.generator(real_logits, fake_logits) / len(parts)
+            self.g_scaler.scale(loss).backward()
+            total = total + loss.detach()
         self.discriminator.requires_grad_(True)
-        return loss.detach()
+        self.ranks.average(self.generator)
+        return self.ranks.mean(total)
 
     def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """Samples (N, *S) of the generator; a game without classes is blind to the labels."""
-        samples: Tensor = self.generator(z) if self.classes is None else self.generator(z, labels)
-        return samples
+        with self._kernels():
+            samples: Tensor = self.generator(z) if self.classes is None else self.generator(z, labels)
+        return self._as_images(at_least_float(samples))
 
     def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """The discriminator's logits (N / pack, 1) of samples (N, *S)."""
         x = packed(x, self.pack)
-        logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
+        with self._kernels():
+            logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
         return logits
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Inside, networks compute in the precision and with the kernels that were asked for."""
+        precision = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.optim.precision]
+        with ExitStack() as stack:
+            if self.optim.kernels == "torch":
+                stack.enter_context(backends.use_backend("reference"))
+            if precision is not None:
+                stack.enter_context(torch.autocast(self.device.type, precision))
+            yield
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
         return self.discriminator_gradient(self.batch()), self.generator_gradient(self.generator_batch())
@@ -146,19 +244,10 @@ class GAN:
         return samples.cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "ema": self.ema.state_dict(),
-            "g_adam": self.g_adam.state_dict(),
-            "d_adam": self.d_adam.state_dict(),
-            "noise": self.noise.get_state(),
-            "source": self.source.state_dict(),
-            "regulariser": self.regulariser.state_dict(),
-        }
+        return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"noise": self.noise.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("generator", "discriminator", "ema", "g_adam", "d_adam", "source", "regulariser"):
+        for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         self.noise.set_state(state["noise"])
 
@@ -170,7 +259,8 @@ def packed(x: Tensor, pack: int) -> Tensor:
 
 def mixes_its_batch(discriminator: nn.Module) -> bool:
     """Whether a sample's logit depends on its neighbours, so that reals and fakes may not share a call."""
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in discriminator.modules())
+    kinds = (nn.modules.batchnorm._BatchNorm, fnn.MinibatchStdDev, fnn.MinibatchDiscrimination)
+    return any(isinstance(layer, kinds) for layer in discriminator.modules())
 
 
 def classes_of(source: Source, model: ModelConfig) -> int | None:
@@ -179,3 +269,15 @@ def classes_of(source: Source, model: ModelConfig) -> int | None:
     if source.classes is None:
         raise ValueError("conditional needs labelled data, and this data set has no labels")
     return source.classes
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision as float32, for losses and pixels."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def rows_a_rank(model: ModelConfig, optim: OptimConfig, ranks: Ranks) -> int:
+    parts = ranks.size * optim.accumulate * model.pack
+    if optim.batch_size % parts:
+        raise ValueError(f"batch_size {optim.batch_size} must be a multiple of ranks * accumulate * pack, {parts}")
+    return optim.batch_size // ranks.size

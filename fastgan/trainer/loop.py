@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import alarms, checkpoint, pictures, report
+from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics, Probe
+from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
+from fastgan.trainer.quality import score
+from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
@@ -40,15 +43,15 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config = config
         self.run = RunFolder(config)
-        self.device = choose_device(config.device)
+        self.ranks = Ranks.here(choose_device(config.device))
+        self.device = self.ranks.device
+        self.writes = self.ranks.rank == 0  # every rank computes and measures, one keeps the folder
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
-        self.gan = GAN(config.model, config.optim, source, seed, self.device)
-        batch, latent_dim = config.optim.batch_size, config.model.latent_dim
-        probe = Probe.of(source, self.held_out, batch, latent_dim, seed + MEASURING)
-        self.diagnostics = Diagnostics(self.gan, probe)
+        self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
+        self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
         self.fixed_noise = torch.randn(
@@ -62,8 +65,10 @@ class Trainer:
         self.recorded_at = 0.0
         if config.resume:
             self._resume()
-        self.run.open(config)
-        self.run.append_metrics(report.header(config, self.device, self.step))
+        self.ranks.wait()  # until all have looked at the folder as it was
+        if self.writes:
+            self.run.open(config)
+        self._log(report.header(config, self.device, self.step))
 
     def train(self) -> int | None:
         """Train until a limit or a signal, and leave a checkpoint, pictures and a report.
@@ -79,9 +84,15 @@ class Trainer:
         bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         with (
             received_signals() as signals,
-            tqdm(total=1.0, initial=self.progress(), desc=self.config.name, bar_format=bar_format) as bar,
+            tqdm(
+                total=1.0,
+                initial=self.progress(),
+                desc=self.config.name,
+                bar_format=bar_format,
+                disable=not self.writes,
+            ) as bar,
         ):
-            while self.progress() < 1:
+            while not self.ranks.any(self.progress() >= 1 or bool(signals)):
                 if (self.step + 1) % self.config.log_every == 0:
                     self.diagnostics.before_step()
                 self.pending.append(self.gan.step())
@@ -91,15 +102,15 @@ class Trainer:
                     self._record(bar)
                 if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
                     self._measure_equilibrium()
-                if self.step % self.config.sample_every == 0:
+                if self.writes and self.step % self.config.sample_every == 0:
                     self._draw()
                 if self.step % self.config.checkpoint_every == 0:
                     self._save(bar)
-                if signals:
-                    break
             self._save(bar)
-            self._draw()
-            self._summarise()
+            if self.writes:
+                self._draw()
+                self._summarise()
+            self.ranks.wait()
         return signals[0] if signals else None
 
     def progress(self) -> float:
@@ -131,11 +142,12 @@ class Trainer:
             "images_per_s": round(rate, 1),
             "d_loss": d_loss,
             "g_loss": g_loss,
-        } | self.diagnostics.observe()
-        self.run.append_metrics(record)
+        } | self.diagnostics.observe(self.step)
+        self._log(record)
         for alarm in self.watch.look(record):
-            self.run.append_metrics(alarm)
-            bar.write(alarms.describe(alarm))
+            self._log(alarm)
+            if self.writes:
+                bar.write(alarms.describe(alarm))
         bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
         bar.update(self.progress() - bar.n)
         self.pending.clear()
@@ -144,18 +156,32 @@ class Trainer:
     def _measure_equilibrium(self) -> None:
         if self.held_out is not None:
             seed = 4 * self.config.seed + MEASURING + self.step
-            self.run.append_metrics({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
+            self._log({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
     def _save(self, bar: tqdm[Any]) -> None:
         self._record(bar)  # a checkpoint never holds a state that was not checked
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds}
-        checkpoint.save(self.run.checkpoints, self.step, state)
+        if self.writes:
+            checkpoint.save(self.run.checkpoints, self.step, state)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.writes:
+            self.run.append_metrics(record)
 
     def _resume(self) -> None:
-        state = checkpoint.load(checkpoint.newest(self.run.checkpoints))
+        if not checkpoint.any_in(self.run.checkpoints):
+            print(f"{self.run.path} has no checkpoint yet: starting over")
+            self.run.forget_after(0)
+            return
+        state, damaged = checkpoint.load_newest(self.run.checkpoints)
+        for message in damaged:
+            print(f"{message}; going on from step {state['step']}")
         self.gan.load_state_dict(state["gan"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.run.forget_after(self.step)
+        self.ranks.wait()  # until all have read
+        if self.writes:
+            self.run.forget_after(self.step)
+        self.ranks.wait()
         self.watch.replay(self.run.read_metrics())
 
     def _draw(self) -> None:
@@ -164,8 +190,16 @@ class Trainer:
         pictures.save_samples(samples, self.gan.source, self.run.samples)
 
     def _summarise(self) -> None:
+        seed = 4 * self.config.seed + MEASURING
+        if len(self.gan.source.shape) > 1:
+            rows = gallery.interpolations(self.gan, seed)
+            pictures.save_samples(rows, self.gan.source, self.run.interpolations, gallery.COLUMNS)
+            near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
+            pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
+        quality = score(self.gan, self.held_out, seed, self.config.extractor)
+        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
-        report.write(self.config, self.run, self.gan, self.fixed_noise)
+        report.write(self.config, self.run, self.gan, quality)
 
 
 @contextmanager

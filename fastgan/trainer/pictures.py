@@ -17,16 +17,16 @@ SCALE = 2  # 32 pixels are small on a screen
 MARGIN = 1
 
 
-def save_samples(samples: Tensor, source: Source, path: Path) -> None:
+def save_samples(samples: Tensor, source: Source, path: Path, columns: int | None = None) -> None:
     """Save what samples look like.
 
     Images (N, C, H, W) in [-1, 1] and voxels (N, C, D, H, W), seen through the depth, as a grid; waveforms (N, C, T) as
-    curves; points (N, 2) over the modes they should meet.
+    curves; points (N, 2) over the modes they should meet. A grid is square unless `columns` are given.
     """
     if samples.ndim == 5:
-        save_grid(samples.amax(2), path)
+        save_grid(samples.amax(2), path, columns)
     elif samples.ndim == 4:
-        save_grid(samples, path)
+        save_grid(samples, path, columns)
     elif samples.ndim == 3:
         save_waveforms(samples, path)
     else:
@@ -41,8 +41,8 @@ def save_waveforms(waveforms: Tensor, path: Path, shown: int = 16) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    columns = math.ceil(math.sqrt(len(images)))
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = columns * rows - len(images)
     pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte()

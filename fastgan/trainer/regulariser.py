@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastgan
-from fastgan.ops.gradient_penalty.kinds import penalise, points
+from fastgan.ops.gradient_penalty.kinds import penalise
 
 PenaltyName = Literal["none", "wgan-gp", "wgan-lp", "r1", "r2", "r1+r2", "dragan", "zero-centered", "max-gp"]
 Kernels = Literal["fastgan", "torch"]
@@ -32,39 +32,56 @@ class Judged(NamedTuple):
 
 
 class Regulariser:
-    """Judges a real and a fake batch, and takes the penalty at every ``every``-th call (lazily, times ``every``).
+    """Judges a real and a fake batch, and takes the penalty at every ``every``-th batch (lazily, times ``every``).
 
     Args:
         penalty: a kind of ``fastgan.gradient_penalty``, or "none".
         weight: its factor.
-        every: calls from one penalty to the next, at least 1; the first call takes it.
+        every: batches from one penalty to the next, at least 1; the first batch has it.
         kernels: "fastgan", or "torch" for the same numbers by PyTorch's own double backward.
         together: whether D may be given reals and fakes in one call, which is so unless it mixes its batch.
-        generator: where random points come from.
     """
 
-    def __init__(
-        self,
-        penalty: PenaltyName,
-        weight: float,
-        every: int,
-        kernels: Kernels,
-        together: bool,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, penalty: PenaltyName, weight: float, every: int, kernels: Kernels, together: bool) -> None:
         self.penalty, self.weight, self.every = penalty, weight, every
-        self.kernels, self.together, self.generator = kernels, together, generator
-        self.calls = 0
+        self.kernels, self.together = kernels, together
+        self.batches = 0
+
+    @property
+    def between(self) -> bool:
+        """Whether the penalty is taken at random points (``alpha``)."""
+        return self.penalty in ("wgan-gp", "wgan-lp", "zero-centered", "max-gp", "dragan")
 
     def __call__(
-        self, discriminator: Discriminator, real: Tensor, fake: Tensor, labels: Tensor | None = None
+        self,
+        discriminator: Discriminator,
+        real: Tensor,
+        fake: Tensor,
+        labels: Tensor | None = None,
+        alpha: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        part: int = 0,
     ) -> Judged:
-        due = self.penalty != "none" and self.calls % self.every == 0
-        self.calls += 1
+        """
+        Args:
+            real, fake: (N, *S).
+            labels: (N,), for a discriminator that takes them.
+            alpha: (N,) in [0, 1), where ``between``.
+            noise: (N, *S) in [0, 1), for "dragan".
+            part: a batch that comes in parts counts once, at part 0.
+        """
+        self.batches += part == 0
         args = () if labels is None else (labels,)
-        if not due:
+        if self.penalty == "none" or (self.batches - 1) % self.every:
             return Judged(*self._logits(discriminator, real, fake, *args), None)
-        judged = self._judge(discriminator, real, fake, *args)
+        if self.between:
+            x_hat = self._point(real, fake, alpha, noise)
+            judged = Judged(
+                *self._logits(discriminator, real, fake, *args), self._penalty_at(discriminator, x_hat, *args)
+            )
+        else:
+            judged = self._at_samples(discriminator, real, fake, *args)
         assert judged.penalty is not None
         return judged._replace(penalty=self.every * judged.penalty)
 
@@ -76,7 +93,7 @@ class Regulariser:
         real_logits, fake_logits = logits.chunk(2)
         return real_logits, fake_logits
 
-    def _judge(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> Judged:
+    def _at_samples(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> Judged:
         take = fastgan.logits_and_penalty if self.kernels == "fastgan" else double_backward
         weight = self.weight
         if self.penalty == "r1":
@@ -85,32 +102,37 @@ class Regulariser:
         if self.penalty == "r2":
             fake_logits, penalty = take(discriminator, fake, kind="r2", weight=weight, args=args)
             return Judged(discriminator(real, *args), fake_logits, penalty)
-        if self.penalty == "r1+r2" and self.together:
+        if self.together:
             # The mean over both halves is half the sum of their means.
             twice = [torch.cat([labels, labels]) for labels in args]
             both, penalty = take(discriminator, torch.cat([real, fake]), kind="r1", weight=2 * weight, args=twice)
             real_logits, fake_logits = both.chunk(2)
             return Judged(real_logits, fake_logits, penalty)
-        if self.penalty == "r1+r2":
-            real_logits, on_real = take(discriminator, real, kind="r1", weight=weight, args=args)
-            fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=weight, args=args)
-            return Judged(real_logits, fake_logits, on_real + on_fake)
-        logits = self._logits(discriminator, real, fake, *args)
-        if self.kernels == "fastgan":
-            penalty = fastgan.gradient_penalty(
-                discriminator, real, fake, kind=self.penalty, weight=weight, args=args, generator=self.generator
-            )
-        else:
-            (x_hat,) = points(self.penalty, real, fake, self.generator)
-            _, penalty = double_backward(discriminator, x_hat, kind=self.penalty, weight=weight, args=args)
-        return Judged(*logits, penalty)
+        real_logits, on_real = take(discriminator, real, kind="r1", weight=weight, args=args)
+        fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=weight, args=args)
+        return Judged(real_logits, fake_logits, on_real + on_fake)
+
+    def _point(self, real: Tensor, fake: Tensor, alpha: Tensor | None, noise: Tensor | None) -> Tensor:
+        assert alpha is not None
+        alpha = alpha.view(-1, *[1] * (real.ndim - 1))
+        if self.penalty == "dragan":
+            assert noise is not None
+            return real + alpha * 0.5 * real.std() * noise
+        return torch.lerp(fake, real, alpha)
+
+    def _penalty_at(self, discriminator: Discriminator, x_hat: Tensor, *args: Tensor) -> Tensor:
+        if self.kernels == "torch":
+            return double_backward(discriminator, x_hat, kind=self.penalty, weight=self.weight, args=args)[1]
+        x = x_hat.detach().requires_grad_()
+        with fastgan.twice_differentiable():
+            logits = discriminator(x, *args)
+        return fastgan.penalty_from_logits(logits, x, kind=self.penalty, weight=self.weight)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.calls, "generator": self.generator.get_state()}
+        return {"batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.calls = state["calls"]
-        self.generator.set_state(state["generator"])
+        self.batches = state["batches"]
 
 
 def double_backward(

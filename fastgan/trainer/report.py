@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastgan.trainer import html_report
+from fastgan.trainer.alarms import describe
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data import Mixture
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.run import RunFolder
@@ -20,8 +21,8 @@ def header(config: TrainConfig, device: torch.device, step: int) -> dict[str, An
     return {"started_at_step": step, "config": config.to_json(), **environment(device)}
 
 
-def write(config: TrainConfig, run: RunFolder, gan: GAN, fixed_noise: Tensor) -> None:
-    """Write report.md from the run's own files."""
+def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]) -> None:
+    """Write report.md and report.html from the run's own files and the scores of its generator."""
     records = [record for record in run.read_metrics() if "d_loss" in record]
     last = records[-1]
     where = environment(gan.device)
@@ -50,14 +51,19 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, fixed_noise: Tensor) ->
     ]
     if where["commit"]:
         rows.append(("commit", where["commit"]))
-    if isinstance(gan.source, Mixture):
-        rows.append(("modes", covered(gan, fixed_noise)))
+    if "covered" in quality:
+        rows.append(("modes", covered(quality)))
+    rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
     if run.verify.exists():
         rows.append(("verified", verified(json.loads(run.verify.read_text()))))
+    html_report.write(run, config.name, rows, quality)
+    alarms = [record for record in run.read_metrics() if "alarm" in record]
+    rang = "".join(f"- {describe(alarm)}\n" for alarm in alarms) or "None.\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     run.report.write_text(
         f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n"
         f"Samples of the averaged generator from fixed noise; earlier ones are in `{run.history.name}/`.\n\n"
+        f"The same with diagnostics, on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n"
     )
 
@@ -66,13 +72,10 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def covered(gan: GAN, noise: Tensor) -> str:
-    """How many modes the averaged generator meets, and how many of its samples lie at one."""
-    assert isinstance(gan.source, Mixture)
-    shares = gan.source.shares(gan.samples(noise), radius=3 * gan.source.sigma)
+def covered(quality: dict[str, Any]) -> str:
     return (
-        f"{int((shares > 0).sum())} of {len(shares)} have a sample within 3 sigma; "
-        f"{float(shares.sum()):.0%} of the samples are that near to one"
+        f"{quality['covered']} of {quality['total']} have a sample within 3 sigma; "
+        f"{quality['high_quality']:.0%} of the samples are that near to one"
     )
 
 

@@ -17,16 +17,16 @@ class Waveforms(Drawn):
     scale = 1.0
     classes: int | None = 2
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        octave = torch.randint(2, (batch_size,), generator=self.generator)
-        pitch, phase, share, decay = torch.rand(4, batch_size, 1, generator=self.generator)
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        octave = torch.randint(2, (count,), generator=self.generator)
+        pitch, phase, share, decay = torch.rand(4, count, 1, generator=self.generator)
         t = torch.linspace(0, 1, 256)
         cycles = 4 * 2 ** (octave[:, None] + pitch)  # over the waveform
         angle = 2 * math.pi * (cycles * t + phase)  # (N, 256)
         tone = (1 - share / 2) * angle.sin() + share / 2 * (2 * angle).sin()
         attack = (32 * t).clamp(max=1)
         waveform = attack * torch.exp(-(1 + 4 * decay) * t) * tone
-        return waveform[:, None].to(self.device), octave.to(self.device)
+        return waveform[:, None], octave
 
 
 class Voxels(Drawn):
@@ -36,16 +36,16 @@ class Voxels(Drawn):
     scale = 1.0
     classes: int | None = 2
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        kind = torch.randint(2, (batch_size,), generator=self.generator)
-        centre = 5 + 5 * torch.rand(batch_size, 3, 1, generator=self.generator)
-        radius = 2 + 2.5 * torch.rand(batch_size, 3, 1, generator=self.generator)
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        kind = torch.randint(2, (count,), generator=self.generator)
+        centre = 5 + 5 * torch.rand(count, 3, 1, generator=self.generator)
+        radius = 2 + 2.5 * torch.rand(count, 3, 1, generator=self.generator)
         away = ((torch.arange(16.0) - centre).abs() / radius)[:, :, :, None, None]  # (N, 3, 16, 1, 1)
         x, y, z = away[:, 0], away[:, 1].transpose(1, 2), away[:, 2].transpose(1, 3)
         ball = (x.square() + y.square() + z.square()).sqrt()  # (N, 16, 16, 16)
         box = torch.maximum(torch.maximum(x, y), z)
         solid = torch.where(kind[:, None, None, None] == 0, ball, box)
-        return torch.tanh(4 * (1 - solid))[:, None].to(self.device), kind.to(self.device)
+        return torch.tanh(4 * (1 - solid))[:, None], kind
 
 
 class Stacked(Drawn):
@@ -66,8 +66,8 @@ class Stacked(Drawn):
         self.images, self.labels = images.to(device), labels.to(device)
         self.shape = (3, *images.shape[2:])
 
-    def next_labelled(self, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        index = torch.randint(len(self.images), (batch_size, 3), generator=self.generator).to(self.device)
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        index = torch.randint(len(self.images), (count, 3), generator=self.generator).to(self.device)
         pixels = self.images[:, 0][index]  # (N, 3, S, S)
         a, b, c = self.labels[index].unbind(1)
         return pixels.float().div_(127.5).sub_(1), 100 * a + 10 * b + c

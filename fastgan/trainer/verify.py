@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,21 @@ from typing import Literal
 import torch
 
 from fastgan import backends
-from fastgan.trainer.config import PRESETS, DatasetName, OptimConfig, SpectralNorm
+from fastgan.trainer.config import (
+    PRESETS,
+    Architecture,
+    DatasetName,
+    MinibatchStatistic,
+    ModelConfig,
+    OptimConfig,
+    SpectralNorm,
+)
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.lockstep import TOLERANCES, Step, lockstep
 from fastgan.trainer.losses import LossName
+from fastgan.trainer.matrix import verify_matrix
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
 
@@ -28,12 +38,16 @@ class VerifyConfig:
     data: Path | None = None  # folder of Fashion-MNIST's files, as for fastgan train
     loss: LossName | None = None  # unset: the preset's
     penalty: PenaltyName | None = None  # unset: the preset's
+    minibatch: MinibatchStatistic | None = None  # unset: the preset's
+    architecture: Architecture | None = None  # unset: the preset's
     steps: int = 32
     timed_steps: int = 20  # for each variant, in turns
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None  # CPU threads; unset: PyTorch's choice
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the fused copy
+    matrix: bool = False  # instead: small games of every loss, penalty, minibatch statistic and network
+    quick: bool = False  # of the matrix a third, one step each
     out: Path | None = None  # folder to write verify.json to, such as runs/demo
 
     def __post_init__(self) -> None:
@@ -47,6 +61,17 @@ class VerifyConfig:
         preset = PRESETS[self.dataset][1].optim
         return dataclasses.replace(preset, loss=self.loss or preset.loss, penalty=self.penalty or preset.penalty)
 
+    @property
+    def model(self) -> ModelConfig:
+        preset = PRESETS[self.dataset][1].model
+        architecture = self.architecture or preset.architecture
+        return dataclasses.replace(
+            preset,
+            architecture=architecture,
+            minibatch=self.minibatch or preset.minibatch,
+            spectral_norm="none" if architecture == "residual" else preset.spectral_norm,
+        )
+
 
 def verify(config: VerifyConfig) -> bool:
     """Run the verification, print what was found, and say whether every step kept to the tolerances.
@@ -57,17 +82,21 @@ def verify(config: VerifyConfig) -> bool:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    if config.matrix:
+        with backends.use_backend(config.backend), exact_convolutions():
+            return verify_matrix(device, 1 if config.quick else 4, config.quick)
     backend = backends.select("spectral_norm", device, torch.float32, _forced(config))
     print(
-        f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}: "
-        f"fastgan ({backend}) against PyTorch"
+        f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
+        f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
     )
     # At kinks only a penalty's double backward differs from what float32 shows.
-    dtypes = (torch.float32,) if config.optim.penalty == "none" else (torch.float32, torch.float64)
+    lengths = {torch.float32: config.steps}
+    if config.optim.penalty != "none":
+        lengths[torch.float64] = max(1, config.steps // 4)
     with backends.use_backend(config.backend):
-        # Deterministic float32 convolutions: what is compared is not cuDNN's choices.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            steps = [step for dtype in dtypes for step in compare(config, dtype, device)]
+        with exact_convolutions():
+            steps = [step for dtype, n in lengths.items() for step in compare(config, dtype, device, n)]
         speed = compare_speed(config, device)
     breaches = [f"step {step.number}: {breach}" for step in steps for breach in step.errors.breaches()]
     for breach in breaches:
@@ -84,8 +113,9 @@ def verify(config: VerifyConfig) -> bool:
             "dataset": config.dataset,
             "loss": config.optim.loss,
             "penalty": config.optim.penalty,
+            "minibatch": config.model.minibatch,
             "backend": backend,
-            "tolerances": {str(dtype).removeprefix("torch."): TOLERANCES[dtype] for dtype in dtypes},
+            "tolerances": {str(dtype).removeprefix("torch."): TOLERANCES[dtype] for dtype in lengths},
             "steps": config.steps,
             "speed": speed,
             "environment": environment(device),
@@ -96,18 +126,23 @@ def verify(config: VerifyConfig) -> bool:
     return not breaches
 
 
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Deterministic float32 convolutions: what is compared is not cuDNN's choices."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def _forced(config: VerifyConfig) -> str | None:
     return None if config.backend == "auto" else config.backend
 
 
-def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device) -> list[Step]:
+def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, length: int) -> list[Step]:
     """The steps of both copies, printed as they are taken."""
     reference, fused, free = (build(config, kernels, device) for kernels in ("torch", "fastgan", "fastgan"))
     tolerances = TOLERANCES[dtype]
     print(f"{'tolerance':>22}" + "".join(f"{value:10.0e}" for value in tolerances.values()))
     print(f"{'step':>4} {'D loss':>8} {'G loss':>8}" + "".join(f"{kind:>10}" for kind in tolerances) + "     drift")
     steps = []
-    for step in lockstep(reference, fused, config.steps, dtype, free):
+    for step in lockstep(reference, fused, length, dtype, free):
         steps.append(step)
         worst = step.errors.worst
         columns = "".join(f"{worst[kind][0]:10.1e}" if kind in worst else f"{'-':>10}" for kind in tolerances)
@@ -117,7 +152,7 @@ def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device) -> l
 
 def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
     """The preset's game by fastgan or by PyTorch alone."""
-    model = PRESETS[config.dataset][1].model
+    model = config.model
     if model.spectral_norm != "none":
         spectral_norm: SpectralNorm = "fused" if kernels == "fastgan" else "torch"
         model = dataclasses.replace(model, spectral_norm=spectral_norm)
@@ -127,7 +162,7 @@ def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
 
 def build_plain(config: VerifyConfig, device: torch.device) -> GAN:
     """The preset's game without what fastgan makes fast."""
-    model = dataclasses.replace(PRESETS[config.dataset][1].model, spectral_norm="none")
+    model = dataclasses.replace(config.model, spectral_norm="none", minibatch="none")
     optim = dataclasses.replace(config.optim, penalty="none")
     return GAN(model, optim, load_source(config.dataset, config.seed, device, config.data), config.seed, device)
 

@@ -17,7 +17,8 @@ DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": t
 
 def compile_kernel(kernel, pointers, constants, dtype, target):
     accumulate = "fp64" if dtype == "fp64" else "fp32"
-    constants = {**constants, "DTYPE": DTYPES[dtype]}
+    if "DTYPE" in kernel.arg_names:
+        constants = {**constants, "DTYPE": DTYPES[dtype]}
     pointers = {name: pointer.replace("*A", f"*{accumulate}") for name, pointer in pointers.items()}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     signature = {name: "constexpr" if name in constants else pointers[name] for name in kernel.arg_names}

@@ -127,5 +127,5 @@ def test_settings_that_contradict_each_other_are_refused():
         ModelConfig(conditional=True, pack=2)
     with pytest.raises(ValueError, match="residual starts layers at zero"):
         ModelConfig(architecture="residual")
-    with pytest.raises(ValueError, match="multiple of pack 3"):
+    with pytest.raises(ValueError, match=r"multiple of pack \* accumulate, 3"):
         TrainConfig(model=ModelConfig(pack=3))

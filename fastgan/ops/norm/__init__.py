@@ -1,4 +1,4 @@
-"""Layer, group and instance normalisation, fused up to the second derivative."""
+"""Layer, group, instance and batch normalisation, fused up to the second derivative."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.norm import reference
-from fastgan.ops.norm.autograd import normalise
-from fastgan.ops.norm.layout import Layout
+from fastgan.ops.norm.autograd import normalise, statistics_of
+from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
-__all__ = ["group_norm", "instance_norm", "layer_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -31,8 +31,8 @@ def layer_norm(
     """Normalise over the last dimensions: (x - mean) / sqrt(var + eps) * weight + bias, var without correction.
 
     As ``torch.nn.functional.layer_norm``. Sums are kept in float32 (float64 for float64 input); the same inputs give
-    the same bits. The result has the strides of the input; one that is not contiguous (channels_last) goes through a
-    contiguous copy.
+    the same bits. The result has the strides of the input; one that is neither contiguous nor channels_last goes
+    through a contiguous copy.
 
     Args:
         input: (*, *normalized_shape), float16, bfloat16, float32 or float64.
@@ -60,7 +60,11 @@ def layer_norm(
     if chosen == "reference":
         return reference.layer_norm(input, shape, weight, bias, eps)
     size = prod(shape)
-    return normalise(input, weight, bias, Layout(input.numel() // size, size, 1, 1), eps, chosen)
+    layout = Layout(input.numel() // size, 1, size, 1, 1)
+    if len(shape) == input.ndim - 1 and channels_last(input):  # the order of a row's values is all the same to it
+        input, weight, bias = input.movedim(1, -1), _last(weight), _last(bias)
+        return normalise(input, weight, bias, layout, eps, chosen).movedim(-1, 1)
+    return normalise(input, weight, bias, layout, eps, chosen)
 
 
 def group_norm(
@@ -102,8 +106,7 @@ def group_norm(
     chosen = _select("group_norm", input, backend)
     if chosen == "reference":
         return reference.group_norm(input, num_groups, weight, bias, eps)
-    layout = Layout(batch * num_groups, channels // num_groups, inner, num_groups)
-    return normalise(input, weight, bias, layout, eps, chosen)
+    return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
 def instance_norm(
@@ -142,15 +145,76 @@ def instance_norm(
     Differentiable twice; a third derivative raises. Source: Ulyanov et al., Instance Normalization (2016).
     """
     _check_channels(input, weight, bias)
-    batch, channels = input.shape[:2]
-    inner = prod(input.shape[2:])
-    if use_input_stats and inner == 1:
+    if use_input_stats and prod(input.shape[2:]) == 1:
         raise ValueError(f"input must have more than one value a channel, got {tuple(input.shape)}")
     running = running_mean is not None or running_var is not None or not use_input_stats
     chosen = "reference" if running else _select("instance_norm", input, backend)
     if chosen == "reference":
         return reference.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return normalise(input, weight, bias, Layout(batch * channels, 1, inner, channels), eps, chosen)
+    return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise each channel over all samples: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    As ``torch.nn.functional.batch_norm``, which runs where ``training`` is False: there the running statistics are
+    used, and it is affine. In training these move by ``momentum`` towards the mean and the variance (with Bessel's
+    correction) of the batch. Sums, bits and strides as ``layer_norm``.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64, more than one value a channel in training.
+        running_mean: (C,) or None; updated in place in training.
+        running_var: (C,) or None; likewise.
+        weight: (C,), of the input's dtype, or float32 with an input in half precision.
+        bias: likewise.
+        training: normalise with the statistics of the batch.
+        momentum: the part of the running statistics that is renewed, a number as in ``torch.nn.functional``.
+        eps: added to the variance.
+        backend: run on this backend instead of the fastest.
+
+    Raises:
+        TypeError: something is not a tensor, or a dtype is not as above.
+        ValueError: a shape, device or number is not as above.
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Differentiable twice; a third derivative raises. Source: Ioffe and Szegedy, Batch Normalization (2015).
+    """
+    _check_channels(input, weight, bias)
+    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
+        if values is not None and values.shape != input.shape[1:2]:
+            wanted, came = tuple(input.shape[1:2]), tuple(values.shape)
+            raise ValueError(f"{name} must have shape {wanted}, the channels, or be None, got {came}")
+    if training and input.numel() == input.shape[1]:
+        raise ValueError(f"input must have more than one value a channel, got {tuple(input.shape)}")
+    if training and eps <= 0:
+        raise ValueError(f"eps must be positive in training, got {eps}")
+    chosen = _select("batch_norm", input, backend) if training else "reference"
+    if chosen == "reference":
+        return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    layout = of_batch(input)
+    statistics = statistics_of(input, layout, 2 if running_var is None else 3)
+    result = normalise(input, weight, bias, layout, eps, chosen, statistics)
+    for values, i in ((running_mean, 0), (running_var, 2)):
+        if values is not None:
+            values.lerp_(statistics[i].to(values.dtype), momentum)
+    return result
+
+
+def _last(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.movedim(0, -1)
 
 
 def _select(op: str, input: Tensor, backend: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,90 +11,73 @@ from fastgan import backends
 from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, is_eager, last_order
 from fastgan.ops.norm import native_kernels
-from fastgan.ops.norm.layout import Layout, accumulation_dtype
+from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, accumulation_dtype
 
 # All write into tensors that they are given: an operator cannot return a tensor that may be absent.
 LIBRARY.define(
-    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd,"
+    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
     " int[] layout, float eps, str backend) -> ()"
 )
 LIBRARY.define(
-    "norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
+    "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
     " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
 )
 LIBRARY.define(
-    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor mean, Tensor rstd,"
-    " Tensor? weight, Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
+    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
+    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
 )
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-for _op in ("layer_norm", "group_norm", "instance_norm"):
+for _op in ("layer_norm", "group_norm", "instance_norm", "batch_norm"):
     backends.register(_op, dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
+
+# Tensors of the input's dtype and shape; the others are of the accumulation type.
+_OF_INPUT = {"x", "y", "dy", "dx", "h", "by_dy", "by_x"}
+_WRITTEN = {"y", "statistics", "dx", "dweight", "dbias", "by_dy", "by_x", "by_weight"}
 
 
 @torch.library.impl(LIBRARY, "norm_fwd", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    layout: Sequence[int],
-    eps: float,
-    backend: str,
-) -> None:
-    target = _target(y, x.dtype)
-    assert target is not None
-    affine = _operand(weight, mean.dtype), _operand(bias, mean.dtype)
-    _kernels(backend).forward(x.contiguous(), *affine, target, mean, rstd, Layout(*layout), eps)
-    _copy_back(target, y)
+def _forward(*arguments: Any) -> None:
+    *tensors, layout, eps, backend = arguments
+    _run("forward", Forward(*tensors), layout, backend, eps)
 
 
 @torch.library.impl(LIBRARY, "norm_bwd", "CompositeExplicitAutograd")
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    layout: Sequence[int],
-    backend: str,
-) -> None:
-    acc = mean.dtype
-    targets = _target(dx, x.dtype), _target(dweight, acc), _target(dbias, acc)
-    operands = dy.contiguous(), x.contiguous(), mean, rstd, _operand(weight, acc)
-    _kernels(backend).backward(*operands, *targets, Layout(*layout))
-    for target, output in zip(targets, (dx, dweight, dbias), strict=True):
-        _copy_back(target, output)
+def _backward(*arguments: Any) -> None:
+    *tensors, layout, backend = arguments
+    _run("backward", Backward(*tensors), layout, backend)
 
 
 @torch.library.impl(LIBRARY, "norm_bwd_bwd", "CompositeExplicitAutograd")
-def _double_backward(
-    h: Tensor | None,
-    h_weight: Tensor | None,
-    h_bias: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    by_dy: Tensor | None,
-    by_x: Tensor | None,
-    by_weight: Tensor | None,
-    layout: Sequence[int],
-    backend: str,
-) -> None:
-    acc = mean.dtype
-    targets = _target(by_dy, x.dtype), _target(by_x, x.dtype), _target(by_weight, acc)
-    grads = _operand(h, x.dtype), _operand(h_weight, acc), _operand(h_bias, acc)
-    operands = dy.contiguous(), x.contiguous(), mean, rstd, _operand(weight, acc)
-    _kernels(backend).double_backward(*grads, *operands, *targets, Layout(*layout))
-    for target, output in zip(targets, (by_dy, by_x, by_weight), strict=True):
-        _copy_back(target, output)
+def _double_backward(*arguments: Any) -> None:
+    *tensors, layout, backend = arguments
+    _run("double_backward", DoubleBackward(*tensors), layout, backend)
+
+
+def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> None:
+    """Calls a kernel with the operands, or with copies where their dtype or strides are not what it takes."""
+    dtype = operands.x.dtype
+    acc = accumulation_dtype(dtype)
+    channels_last = layout[-1]
+    taken: list[Tensor | None] = []
+    stand_ins = []
+    for field, tensor in zip(operands._fields, operands, strict=True):
+        if tensor is not None:
+            of_input = field in _OF_INPUT
+            wanted = dtype if of_input else acc
+            if of_input and channels_last:
+                tensor = tensor.movedim(1, -1)
+            if tensor.dtype != wanted or not tensor.is_contiguous():
+                given = tensor
+                if field in _WRITTEN:
+                    tensor = torch.empty_like(given, dtype=wanted, memory_format=torch.contiguous_format)
+                    stand_ins.append((given, tensor))
+                else:
+                    tensor = given.to(wanted).contiguous()
+        taken.append(tensor)
+    getattr(_kernels(backend), name)(operands._make(taken), Layout(*layout), *options)
+    for given, stand_in in stand_ins:
+        given.copy_(stand_in)
 
 
 def _nothing(*arguments: Any) -> None:
@@ -114,22 +96,6 @@ def _kernels(backend: str) -> Any:
     return native_kernels
 
 
-def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _target(output: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What a kernel writes: the output, or a contiguous stand-in of the kernel's dtype."""
-    if output is None or (output.dtype == dtype and output.is_contiguous()):
-        return output
-    return torch.empty_like(output, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _copy_back(target: Tensor | None, output: Tensor | None) -> None:
-    if target is not None and output is not None and target is not output:
-        output.copy_(target)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,16 +103,16 @@ class _Norm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        statistics: Tensor,
         layout: Layout,
         eps: float,
         backend: str,
     ) -> Tensor:
         y = torch.empty_like(x)
-        statistics = [torch.empty(layout.rows, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in range(2)]
         run: Any = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
-        run(x, weight, bias, y, *statistics, layout, eps, backend)
+        run(x, weight, bias, y, statistics, layout, eps, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *statistics, weight)
+        ctx.save_for_backward(x, statistics, weight)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.layout, ctx.backend = layout, backend
         markable(ctx)
@@ -156,18 +122,17 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = needed(ctx)[:3]
         if dy is None or not any(wanted):
-            return (None,) * 6
+            return (None,) * 7
         # Without create_graph nothing will be asked of the backward's own graph.
         run: Any = _NormBackward.apply if torch.is_grad_enabled() else _run_backward
         grads = run(dy, *ctx.saved_tensors, wanted, ctx.bias, ctx.layout, ctx.backend)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _run_backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     needed: tuple[bool, bool, bool],
     bias: tuple[torch.Size, torch.dtype] | None,
@@ -177,8 +142,8 @@ def _run_backward(
     dx = torch.empty_like(x) if needed[0] else None
     dweight = torch.empty_like(weight) if weight is not None and needed[1] else None
     dbias = torch.empty(bias[0], dtype=bias[1], device=x.device) if bias is not None and needed[2] else None
-    run = _backward if is_eager(dy) else torch.ops.fastgan.norm_bwd
-    run(dy, x, mean, rstd, weight, dx, dweight, dbias, layout, backend)
+    run: Any = _backward if is_eager(dy) else torch.ops.fastgan.norm_bwd
+    run(dy, x, statistics, weight, dx, dweight, dbias, layout, backend)
     return dx, dweight, dbias
 
 
@@ -186,13 +151,13 @@ class _NormBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:5])
+        ctx.save_for_backward(*arguments[:4])
         ctx.layout, ctx.backend = arguments[-2:]
         return _run_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, x, mean, rstd, weight = ctx.saved_tensors
+        dy, x, statistics, weight = ctx.saved_tensors
         h, h_weight, _ = grads
         results: list[Tensor | None] = [None, None, None]
         # dbias is a function of dy alone, dweight not of the weight.
@@ -201,19 +166,24 @@ class _NormBackward(torch.autograd.Function):
             h is not None or h_weight is not None,
             h is not None,
         )
-        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         with torch.no_grad():
             for i, like in enumerate((dy, x, weight)):
                 if wanted[i] and needed[i]:
                     results[i] = torch.empty_like(like)
             if any(result is not None for result in results):
                 run: Any = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
-                run(*grads, dy, x, mean, rstd, weight, *results, ctx.layout, ctx.backend)
+                run(*grads, dy, x, statistics, weight, *results, ctx.layout, ctx.backend)
         if torch.is_grad_enabled():
             message = "norm: the third derivative is not supported; use_backend('reference') has every order"
             results = last_order(message, results, [*grads, dy, x, weight])
         by_dy, by_x, by_weight = results
-        return by_dy, by_x, None, None, by_weight, None, None, None, None
+        return by_dy, by_x, None, by_weight, None, None, None, None
+
+
+def statistics_of(x: Tensor, layout: Layout, count: int) -> Tensor:
+    """Where a forward leaves the mean and 1 / sqrt(var + eps) of each row and, third, the variance if it is counted."""
+    return torch.empty(count, layout.rows, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
 def normalise(
@@ -223,7 +193,10 @@ def normalise(
     layout: Layout,
     eps: float,
     backend: str,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """The op without its checks, on the backend chosen."""
-    result: Tensor = _Norm.apply(x, weight, bias, layout, eps, backend)
+    """The op without its checks, on the backend chosen; ``statistics`` as of `statistics_of`, for who wants them."""
+    if statistics is None:
+        statistics = statistics_of(x, layout, 2)
+    result: Tensor = _Norm.apply(x, weight, bias, statistics, layout, eps, backend)
     return result

@@ -1,23 +1,87 @@
-"""How an input is seen by the kernels, and what their sums are kept in."""
+"""How the kernels see an input, what their sums are kept in, and the operands of each."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """A contiguous input as (rows, channels, inner): one mean and one variance a row.
+    """An input as (samples, segments, channels, inner), or as (samples, inner, channels) where channels are last.
 
-    Channel c of row r has the weight and bias of index ``r % groups * channels + c``.
+    A row, which has a mean and a variance, is one of the ``groups`` of channels of a sample, over all segments and
+    inner. LayerNorm is (N, 1, M, 1) and one group: a weight an element of the row. BatchNorm is (1, N, C, inner) and C
+    groups.
     """
 
-    rows: int
+    samples: int
+    segments: int
     channels: int
     inner: int
     groups: int
+    channels_last: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.groups
+
+
+def of_channels(x: Tensor, groups: int) -> Layout:
+    """The rows are groups of channels of each sample of (N, C, *)."""
+    batch, channels, *spatial = x.shape
+    return Layout(batch, 1, channels, prod(spatial), groups, channels_last(x))
+
+
+def of_batch(x: Tensor) -> Layout:
+    """The rows are the channels of (N, C, *), over all samples."""
+    batch, channels, *spatial = x.shape
+    inner = prod(spatial)
+    if inner == 1 or channels_last(x):
+        return Layout(1, 1, channels, batch * inner, channels, True)
+    return Layout(1, batch, channels, inner, channels)
+
+
+def channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Forward(NamedTuple):
+    """Statistics are (2, rows) or (3, rows): mean, 1 / sqrt(var + eps), and the variance with Bessel's correction."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+    statistics: Tensor
+
+
+class Backward(NamedTuple):
+    dy: Tensor
+    x: Tensor
+    statistics: Tensor
+    weight: Tensor | None
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+class DoubleBackward(NamedTuple):
+    """``h``, ``h_weight`` and ``h_bias`` are the gradients of dx, dweight and dbias."""
+
+    h: Tensor | None
+    h_weight: Tensor | None
+    h_bias: Tensor | None
+    dy: Tensor
+    x: Tensor
+    statistics: Tensor
+    weight: Tensor | None
+    by_dy: Tensor | None
+    by_x: Tensor | None
+    by_weight: Tensor | None

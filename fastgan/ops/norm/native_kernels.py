@@ -6,59 +6,36 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.norm.layout import Layout
+from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
+
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    layout: Layout,
-    eps: float,
-) -> None:
-    tensors = _addresses(x, weight, bias, y, mean, rstd)
-    backends.native().norm_forward(_name(x), tensors, layout, eps, torch.get_num_threads())
+def forward(t: Forward, layout: Layout, eps: float) -> None:
+    tensors = [*_addresses(t[:-1]), *_rows(t.statistics, 3)]
+    backends.native().norm_forward(_name(t.x), tensors, layout, eps, torch.get_num_threads())
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    layout: Layout,
-) -> None:
-    tensors = _addresses(dy, x, mean, rstd, weight, dx, dweight, dbias)
-    backends.native().norm_backward(_name(x), tensors, layout, torch.get_num_threads())
+def backward(t: Backward, layout: Layout) -> None:
+    tensors = [*_addresses(t[:2]), *_rows(t.statistics, 2), *_addresses(t[3:])]
+    backends.native().norm_backward(_name(t.x), tensors, layout, torch.get_num_threads())
 
 
-def double_backward(
-    h: Tensor | None,
-    h_weight: Tensor | None,
-    h_bias: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    by_dy: Tensor | None,
-    by_x: Tensor | None,
-    by_weight: Tensor | None,
-    layout: Layout,
-) -> None:
-    tensors = _addresses(h, h_weight, h_bias, dy, x, mean, rstd, weight, by_dy, by_x, by_weight)
-    backends.native().norm_double_backward(_name(x), tensors, layout, torch.get_num_threads())
+def double_backward(t: DoubleBackward, layout: Layout) -> None:
+    tensors = [*_addresses(t[:5]), *_rows(t.statistics, 2), *_addresses(t[6:])]
+    backends.native().norm_double_backward(_name(t.x), tensors, layout, torch.get_num_threads())
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
+def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _rows(statistics: Tensor, count: int) -> list[int]:
+    """Where the first ``count`` statistics are, those that are not kept at 0."""
+    kept, rows = statistics.shape
+    begin, step = statistics.data_ptr(), rows * statistics.itemsize
+    return [begin + i * step if i < kept else 0 for i in range(count)]
+
+
 def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _NAMES.get(x.dtype, "float64")

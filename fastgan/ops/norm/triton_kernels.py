@@ -1,14 +1,4 @@
-"""Normalisation in Triton, a program a row; the formulas and their derivation are in csrc/cpu/norm.cpp.
-
-    _normalise        y, mean, rstd
-    _grad_rows        dx
-    _grad_grad_rows   by_dy, by_x, and the means of H and H xh of each row, from which
-    _affine_sums      dweight and dbias, or by_weight: a program has a tile of channels and a range of samples
-
-Bytes: a row is read once for its sums (twice for its variance, about its own mean) and once for the results, from L2
-while rows in flight fit there; what weight and bias want is one more read of the operands. No atomics, and every sum
-is added in one order: the same bits every time.
-"""
+"""Normalisation in Triton: which kernels a call launches, over which grids. Their code is in the two files beside."""
 
 from __future__ import annotations
 
@@ -20,293 +10,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.backends import TRITON_INTERPRETS
-from fastgan.ops.norm.layout import Layout
+from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
+from fastgan.ops.norm.triton_channels import (
+    channel_moments,
+    channel_products,
+    grad_channels,
+    grad_grad_channels,
+    normalise_channels,
+    row_means,
+    row_statistics,
+)
+from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalise_rows
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 _BLOCK = 1024
-_PROGRAMS = 512  # of _affine_sums that are enough for any GPU
-
-
-@triton.jit
-def _of(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
-    return pointer.to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _normalise(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    size,
-    channels,
-    inner,
-    groups,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    x_row = _of(x_ptr, DTYPE) + row * size
-    y_row = _of(y_ptr, DTYPE) + row * size
-    first = row % groups * channels
-    total = tl.zeros([BLOCK], ACC)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        total += tl.load(x_row + m, mask=m < size, other=0.0).to(ACC)
-    near = tl.sum(total, 0) / size
-    rest = tl.zeros([BLOCK], ACC)
-    squares = tl.zeros([BLOCK], ACC)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        apart = tl.where(m < size, tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - near, 0.0)
-        rest += apart
-        squares += apart * apart
-    off = tl.sum(rest, 0) / size  # what rounding took from `near`
-    mean = near + off
-    rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 0) / size - off * off, 0.0) + EPS)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        y = (tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - mean) * rstd
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + first + m // inner, mask=m < size, other=0.0)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + first + m // inner, mask=m < size, other=0.0)
-        tl.store(y_row + m, _rounded(y, DTYPE), mask=m < size)
-
-
-@triton.jit
-def _grad_rows(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    dx_ptr,
-    size,
-    channels,
-    inner,
-    groups,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    dy_row = _of(dy_ptr, DTYPE) + row * size
-    x_row = _of(x_ptr, DTYPE) + row * size
-    dx_row = _of(dx_ptr, DTYPE) + row * size
-    first = row % groups * channels
-    mean = tl.load(mean_ptr + row)
-    rstd = tl.load(rstd_ptr + row)
-    g_sum = tl.zeros([BLOCK], ACC)
-    gx_sum = tl.zeros([BLOCK], ACC)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        xh = (tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - mean) * rstd
-        g = tl.load(dy_row + m, mask=m < size, other=0.0).to(ACC)
-        if weight_ptr is not None:
-            g *= tl.load(weight_ptr + first + m // inner, mask=m < size, other=0.0)
-        g_sum += g
-        gx_sum += g * xh
-    g_mean = tl.sum(g_sum, 0) / size
-    gx_mean = tl.sum(gx_sum, 0) / size
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        xh = (tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - mean) * rstd
-        g = tl.load(dy_row + m, mask=m < size, other=0.0).to(ACC)
-        if weight_ptr is not None:
-            g *= tl.load(weight_ptr + first + m // inner, mask=m < size, other=0.0)
-        tl.store(dx_row + m, _rounded(rstd * (g - g_mean - xh * gx_mean), DTYPE), mask=m < size)
-
-
-@triton.jit
-def _grad_grad_rows(
-    h_ptr,
-    h_weight_ptr,
-    h_bias_ptr,
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    by_dy_ptr,
-    by_x_ptr,
-    h_means_ptr,
-    size,
-    channels,
-    inner,
-    groups,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    dy_row = _of(dy_ptr, DTYPE) + row * size
-    x_row = _of(x_ptr, DTYPE) + row * size
-    first = row % groups * channels
-    mean = tl.load(mean_ptr + row)
-    r = tl.load(rstd_ptr + row)
-    h_sum = tl.zeros([BLOCK], ACC)
-    hx_sum = tl.zeros([BLOCK], ACC)
-    g_sum = tl.zeros([BLOCK], ACC)
-    gx_sum = tl.zeros([BLOCK], ACC)
-    hg_sum = tl.zeros([BLOCK], ACC)
-    k_sum = tl.zeros([BLOCK], ACC)
-    kx_sum = tl.zeros([BLOCK], ACC)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        xh = (tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - mean) * r
-        dy = tl.load(dy_row + m, mask=m < size, other=0.0).to(ACC)
-        g = dy
-        if weight_ptr is not None:
-            g = dy * tl.load(weight_ptr + first + m // inner, mask=m < size, other=0.0)
-        g_sum += g
-        gx_sum += g * xh
-        if h_ptr is not None:
-            h = tl.load(_of(h_ptr, DTYPE) + row * size + m, mask=m < size, other=0.0).to(ACC)
-            h_sum += h
-            hx_sum += h * xh
-            hg_sum += h * g
-        if h_weight_ptr is not None:
-            k = dy * tl.load(h_weight_ptr + first + m // inner, mask=m < size, other=0.0)
-            k_sum += k
-            kx_sum += k * xh
-    h_mean = tl.sum(h_sum, 0) / size
-    hx_mean = tl.sum(hx_sum, 0) / size
-    g_mean = tl.sum(g_sum, 0) / size
-    gx_mean = tl.sum(gx_sum, 0) / size
-    c = tl.sum(hg_sum, 0) / size - h_mean * g_mean - hx_mean * gx_mean
-    e_mean = tl.sum(k_sum, 0) / size - r * (h_mean * gx_mean + g_mean * hx_mean)
-    ex_mean = tl.sum(kx_sum, 0) / size - 2.0 * r * hx_mean * gx_mean
-    if h_means_ptr is not None:
-        tl.store(h_means_ptr + 2 * row, h_mean)
-        tl.store(h_means_ptr + 2 * row + 1, hx_mean)
-    for m0 in range(0, size, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        xh = (tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - mean) * r
-        dy = tl.load(dy_row + m, mask=m < size, other=0.0).to(ACC)
-        g = dy
-        by_dy = tl.zeros([BLOCK], ACC)
-        e = tl.zeros([BLOCK], ACC)
-        if h_ptr is not None:
-            h = tl.load(_of(h_ptr, DTYPE) + row * size + m, mask=m < size, other=0.0).to(ACC)
-            by_dy = r * (h - h_mean - xh * hx_mean)
-            e = -r * h * gx_mean
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + first + m // inner, mask=m < size, other=0.0)
-            g = dy * w
-            by_dy *= w
-        e -= r * g * hx_mean
-        if h_weight_ptr is not None:
-            hw = tl.load(h_weight_ptr + first + m // inner, mask=m < size, other=0.0)
-            by_dy += hw * xh
-            e += hw * dy
-        if h_bias_ptr is not None:
-            by_dy += tl.load(h_bias_ptr + first + m // inner, mask=m < size, other=0.0)
-        if by_dy_ptr is not None:
-            tl.store(_of(by_dy_ptr, DTYPE) + row * size + m, _rounded(by_dy, DTYPE), mask=m < size)
-        if by_x_ptr is not None:
-            by_x = r * (e - e_mean - xh * ex_mean) - r * r * c * xh
-            tl.store(_of(by_x_ptr, DTYPE) + row * size + m, _rounded(by_x, DTYPE), mask=m < size)
-
-
-@triton.jit
-def _affine_sums(
-    dy_ptr,
-    x_ptr,
-    h_ptr,
-    mean_ptr,
-    rstd_ptr,
-    h_means_ptr,
-    weight_sums_ptr,
-    bias_sums_ptr,
-    samples,
-    channels,
-    inner,
-    of_row,
-    SECOND: tl.constexpr,  # by_weight, otherwise dweight and dbias
-    TILE_C: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Sums over samples and positions for a tile of all ``channels`` of a sample, ``of_row`` of which are a row."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    begin = samples * part // parts
-    end = samples * (part + 1) // parts
-    rows = channels // of_row
-    row = begin.to(tl.int64) * rows + c // of_row
-    column = begin.to(tl.int64) * channels + c
-    weight_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    bias_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    for _ in range(begin, end):
-        mean = tl.load(mean_ptr + row, mask=c < channels, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + row, mask=c < channels, other=0.0)[:, None]
-        if SECOND:
-            h_mean = tl.load(h_means_ptr + 2 * row, mask=c < channels, other=0.0)[:, None]
-            hx_mean = tl.load(h_means_ptr + 2 * row + 1, mask=c < channels, other=0.0)[:, None]
-        for q0 in range(0, inner, TILE_Q):
-            q = q0 + tl.arange(0, TILE_Q)[None, :]
-            at = column[:, None] * inner + q
-            inside = (c < channels)[:, None] & (q < inner)
-            dy = tl.load(_of(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
-            xh = (tl.load(_of(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
-            if SECOND:
-                h = tl.load(_of(h_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
-                weight_sum += dy * rstd * (h - h_mean - xh * hx_mean)
-            else:
-                weight_sum += dy * xh
-                bias_sum += dy
-        row += rows
-        column += channels
-    to = part.to(tl.int64) * channels + c
-    if weight_sums_ptr is not None:
-        tl.store(weight_sums_ptr + to, tl.sum(weight_sum, 1), mask=c < channels)
-    if bias_sums_ptr is not None:
-        tl.store(bias_sums_ptr + to, tl.sum(bias_sum, 1), mask=c < channels)
-
-
-_SIZES = dict.fromkeys(("size", "channels", "inner", "groups"), "i32")
-_AFFINE_SIZES = dict.fromkeys(("samples", "channels", "inner", "of_row"), "i32")
+_PROGRAMS = 512  # of a sum over samples or positions that are enough for any GPU
+_SMALL = 256  # values of a sum over parts
 
 
 def _addresses(*names: str) -> dict[str, str]:
     return {f"{name}_ptr": "*A" for name in names}
 
 
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+_SIZES = _integers("size", "channels", "inner", "groups")
+_STRIDES = _integers("by_sample", "by_channel", "by_segment", "by_position")
+_TILED = _integers("positions", "channels", "inner", "groups") | _STRIDES
+_BY_ROW = _integers("positions", "parts", "channels", "groups")
+_TALL: dict[str, Any] = {"TILE_C": 1, "TILE_Q": 1024}
+_WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
+
 # What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
 # and the values that its constants take together, without DTYPE, the input's dtype.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
-        _normalise,
+        normalise_rows,
         _addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
         [{"EPS": 1e-5, "BLOCK": _BLOCK}, {"EPS": 1e-5, "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None}],
     ),
     (
-        _grad_rows,
+        grad_rows,
         _addresses("dy", "x", "mean", "rstd", "weight", "dx") | _SIZES,
         [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, "weight_ptr": None}],
     ),
     (
-        _grad_grad_rows,
+        grad_grad_rows,
         _addresses("h", "h_weight", "h_bias", "dy", "x", "mean", "rstd", "weight", "by_dy", "by_x", "h_means") | _SIZES,
         [
             {"BLOCK": _BLOCK},
@@ -315,12 +65,51 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         ],
     ),
     (
-        _affine_sums,
-        _addresses("dy", "x", "h", "mean", "rstd", "h_means", "weight_sums", "bias_sums") | _AFFINE_SIZES,
+        affine_sums,
+        _addresses("dy", "x", "h", "mean", "rstd", "h_means", "weight_sums", "bias_sums")
+        | _integers("samples", "channels", "inner", "of_row"),
         [
             {"SECOND": False, "TILE_C": 256, "TILE_Q": 1, "h_ptr": None, "h_means_ptr": None},
             {"SECOND": True, "TILE_C": 2, "TILE_Q": 512, "bias_sums_ptr": None},
         ],
+    ),
+    (
+        channel_moments,
+        _addresses("x", "moments") | _integers("positions", "channels", "inner") | _STRIDES,
+        [_TALL, _WIDE],
+    ),
+    (
+        row_statistics,
+        _addresses("moments", "statistics") | _BY_ROW,
+        [{"EPS": 1e-5, "VARIANCE": variance, "BLOCK": _SMALL} for variance in (False, True)],
+    ),
+    (
+        normalise_channels,
+        _addresses("x", "weight", "bias", "y", "statistics") | _TILED,
+        [_TALL, _WIDE | {"weight_ptr": None, "bias_ptr": None}],
+    ),
+    (
+        channel_products,
+        _addresses("h", "dy", "x", "statistics", "sums") | _TILED,
+        [_TALL, _WIDE, _WIDE | {"h_ptr": None}],
+    ),
+    (
+        row_means,
+        _addresses("sums", "statistics", "weight", "h_weight", "means", "of_weight", "of_bias") | _BY_ROW,
+        [
+            {"SECOND": False, "H": False, "BLOCK_C": 1, "BLOCK_P": _SMALL, "h_weight_ptr": None},
+            {"SECOND": True, "H": True, "BLOCK_C": 16, "BLOCK_P": 16, "of_bias_ptr": None},
+        ],
+    ),
+    (
+        grad_channels,
+        _addresses("dy", "x", "statistics", "weight", "means", "dx") | _TILED,
+        [_TALL, _WIDE | {"weight_ptr": None}],
+    ),
+    (
+        grad_grad_channels,
+        _addresses("h", "h_weight", "h_bias", "dy", "x", "statistics", "weight", "means", "by_dy", "by_x") | _TILED,
+        [_TALL, _WIDE | {"h_weight_ptr": None, "h_bias_ptr": None, "weight_ptr": None}],
     ),
 ]
 
@@ -332,91 +121,151 @@ _TYPES = {
 }
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    layout: Layout,
-    eps: float,
-) -> None:
-    with _on(x):
-        _normalise[(layout.rows,)](x, weight, bias, y, mean, rstd, *_sizes(layout), EPS=eps, **_constants(x))
+def forward(t: Forward, layout: Layout, eps: float) -> None:
+    with _on(t.x):
+        if _in_rows(layout):
+            mean, rstd, *_ = t.statistics
+            constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            normalise_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
+            return
+        tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
+        moments = t.statistics.new_empty(2, layout.samples, tiles[1], layout.channels)
+        sizes = _positions(layout), layout.channels, layout.inner
+        channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **constants)
+        small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
+        row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
+        normalise_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    layout: Layout,
-) -> None:
-    with _on(x):
-        if dx is not None:
-            _grad_rows[(layout.rows,)](dy, x, mean, rstd, weight, dx, *_sizes(layout), **_constants(x))
-        if dweight is not None or dbias is not None:
-            _sum_over_samples(dy, x, None, mean, rstd, None, dweight, dbias, layout)
+def backward(t: Backward, layout: Layout) -> None:
+    with _on(t.x):
+        if _in_rows(layout):
+            mean, rstd, *_ = t.statistics
+            constants = {"BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            if t.dx is not None:
+                operands = t.dy, t.x, mean, rstd, t.weight, t.dx
+                grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
+            if t.dweight is not None or t.dbias is not None:
+                _sum_over_samples(t, None, None, (t.dweight, t.dbias), layout)
+            return
+        means = _means(t, None, None, (t.dweight, t.dbias), layout)
+        if t.dx is not None:
+            operands = t.dy, t.x, t.statistics, t.weight, means, t.dx
+            grid = _tiles(t.x, layout, every=True)
+            grad_channels[grid](*operands, *_tiled(layout), **_tile(t.x, layout))
 
 
-def double_backward(
-    h: Tensor | None,
-    h_weight: Tensor | None,
-    h_bias: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    by_dy: Tensor | None,
-    by_x: Tensor | None,
-    by_weight: Tensor | None,
-    layout: Layout,
-) -> None:
-    h_means = None if by_weight is None else mean.new_empty(layout.rows, 2)
-    operands = h, h_weight, h_bias, dy, x, mean, rstd, weight, by_dy, by_x, h_means
-    with _on(x):
-        _grad_grad_rows[(layout.rows,)](*operands, *_sizes(layout), **_constants(x))
-        if by_weight is not None:
-            _sum_over_samples(dy, x, h, mean, rstd, h_means, by_weight, None, layout)
+def double_backward(t: DoubleBackward, layout: Layout) -> None:
+    with _on(t.x):
+        if _in_rows(layout):
+            mean, rstd, *_ = t.statistics
+            h_means = None if t.by_weight is None else mean.new_empty(layout.rows, 2)
+            operands = *t[:5], mean, rstd, t.weight, t.by_dy, t.by_x, h_means
+            constants = {"BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            grad_grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
+            if t.by_weight is not None:
+                _sum_over_samples(t, t.h, h_means, (t.by_weight, None), layout)
+            return
+        means = _means(t, t.h, t.h_weight, (t.by_weight, None), layout)
+        if t.by_dy is not None or t.by_x is not None:
+            grid = _tiles(t.x, layout, every=True)
+            grad_grad_channels[grid](*t[:7], means, *t[7:9], *_tiled(layout), **_tile(t.x, layout))
+
+
+def _in_rows(layout: Layout) -> bool:
+    return layout.segments == 1 and not layout.channels_last
 
 
 def _sum_over_samples(
-    dy: Tensor,
-    x: Tensor,
+    t: Backward | DoubleBackward,
     h: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
     h_means: Tensor | None,
-    weight_sums: Tensor | None,
-    bias_sums: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None],
     layout: Layout,
 ) -> None:
-    channels, samples = layout.channels * layout.groups, layout.rows // layout.groups
+    """(by weight, by bias), of rows that are contiguous."""
+    mean, rstd, *_ = t.statistics
     tile_q = min(512, triton.next_power_of_2(layout.inner))
     tile_c = max(1, 256 // tile_q)
-    tiles = triton.cdiv(channels, tile_c)
-    parts = min(samples, triton.cdiv(_PROGRAMS, tiles))  # by the shape alone, for the same bits on any GPU
-    sums = [None if s is None else mean.new_empty(parts, channels) for s in (weight_sums, bias_sums)]
-    sizes = samples, channels, layout.inner, layout.channels
-    constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": _TYPES[x.dtype]}
-    _affine_sums[(tiles, parts)](dy, x, h, mean, rstd, h_means, *sums, *sizes, **constants)
-    for partial, result in zip(sums, (weight_sums, bias_sums), strict=True):
-        if partial is not None and result is not None:
-            torch.sum(partial, 0, out=result.view(-1))
+    tiles = triton.cdiv(layout.channels, tile_c)
+    parts = min(layout.samples, triton.cdiv(_PROGRAMS, tiles))  # by the shape alone, for the same bits on any GPU
+    sums = [None if s is None else mean.new_empty(parts, layout.channels) for s in results]
+    sizes = layout.samples, layout.channels, layout.inner, layout.channels // layout.groups
+    constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": _TYPES[t.x.dtype]}
+    affine_sums[(tiles, parts)](t.dy, t.x, h, mean, rstd, h_means, *sums, *sizes, **constants)
+    _add_up(sums, results)
+
+
+def _means(
+    t: Backward | DoubleBackward,
+    h: Tensor | None,
+    h_weight: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None],
+    layout: Layout,
+) -> Tensor:
+    """What the derivatives want of each row of channels; on the way, (by weight, by bias)."""
+    second = isinstance(t, DoubleBackward)
+    tiles = _tiles(t.x, layout)
+    acc = t.statistics
+    sums = acc.new_empty(5 if h is not None else 2, layout.samples, tiles[1], layout.channels)
+    channel_products[tiles](h, t.dy, t.x, acc, sums, *_tiled(layout), **_tile(t.x, layout))
+    means = acc.new_empty(layout.rows, 5)
+    unsummed = [None if s is None else acc.new_empty(layout.samples, layout.channels) for s in results]
+    block_c = min(16, triton.next_power_of_2(layout.channels // layout.groups))
+    small = {"SECOND": second, "H": h is not None, "BLOCK_C": block_c, "BLOCK_P": _SMALL // block_c}
+    operands = sums, acc, t.weight, h_weight, means, *unsummed
+    row_means[(layout.rows,)](*operands, *_by_row(tiles, layout), **small)
+    _add_up(unsummed, results)
+    return means
+
+
+def _add_up(partial: list[Tensor | None], results: tuple[Tensor | None, Tensor | None]) -> None:
+    for sums, result in zip(partial, results, strict=True):
+        if sums is not None and result is not None:
+            torch.sum(sums, 0, out=result.view(-1))
 
 
 def _sizes(layout: Layout) -> tuple[int, int, int, int]:
-    return layout.channels * layout.inner, layout.channels, layout.inner, layout.groups
+    of_row = layout.channels // layout.groups
+    return of_row * layout.inner, of_row, layout.inner, layout.groups
 
 
-def _constants(x: Tensor) -> dict[str, Any]:
-    return {"BLOCK": _BLOCK, "DTYPE": _TYPES[x.dtype]}
+def _positions(layout: Layout) -> int:
+    return layout.segments * layout.inner
+
+
+def _by_row(tiles: tuple[int, int, int], layout: Layout) -> tuple[int, int, int, int]:
+    return _positions(layout), tiles[1], layout.channels, layout.groups
+
+
+def _tiled(layout: Layout) -> tuple[int, ...]:
+    return _positions(layout), layout.channels, layout.inner, layout.groups, *_strides(layout)
+
+
+def _strides(layout: Layout) -> tuple[int, int, int, int]:
+    """By sample, channel, segment and position."""
+    segment = layout.channels * layout.inner
+    if layout.channels_last:
+        return segment, 1, segment, layout.channels
+    return layout.segments * segment, layout.inner, segment, 1
+
+
+def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
+    """Lanes lie side by side in memory: over channels where they are last, otherwise over positions."""
+    of_channels = min(64, triton.next_power_of_2(layout.channels))
+    if not layout.channels_last:
+        of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
+    return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": _TYPES[x.dtype]}
+
+
+def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int, int]:
+    """The grid (tiles of channels, parts of the positions, samples): a few programs whose sums are added up, or every
+    program that finds a tile to map."""
+    tile = _tile(x, layout)
+    of_channels, of_positions = triton.cdiv(layout.channels, tile["TILE_C"]), _positions(layout)
+    parts = triton.cdiv(of_positions, tile["TILE_Q"])
+    enough = triton.cdiv(_PROGRAMS, of_channels * layout.samples)
+    return of_channels, triton.cdiv(parts, 4) if every else min(parts, enough), layout.samples
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

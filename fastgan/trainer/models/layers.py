@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fastgan.nn as fnn
-from fastgan.trainer.config import SpectralNorm
+from fastgan.trainer.config import MinibatchStatistic, SpectralNorm
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
+NUM_KERNELS, KERNEL_DIM = 100, 5  # of minibatch discrimination, as in Salimans et al. 2016
 SMALLEST = 4  # pixels a side, where a generator starts and a discriminator ends
 
 
@@ -76,19 +77,30 @@ class Head(nn.Module):
         classes: with them, the labels' embedding is projected on the features (Miyato & Koyama 2018).
     """
 
-    def __init__(self, shape: tuple[int, ...], minibatch: str, classes: int | None) -> None:
+    def __init__(self, shape: tuple[int, ...], minibatch: MinibatchStatistic, classes: int | None) -> None:
         super().__init__()
-        features = math.prod(shape)
+        self.statistic, features = minibatch_statistic(minibatch, shape)
         self.linear = nn.Linear(features, 1)
         self.embedding = None if classes is None else nn.Embedding(classes, features)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = x.flatten(1)  # (N, F)
+        x = self.statistic(x).flatten(1)  # (N, F)
         logits: Tensor = self.linear(x)
         if self.embedding is not None:
             assert labels is not None
             logits = logits + (self.embedding(labels) * x).sum(1, keepdim=True)
         return logits
+
+
+def minibatch_statistic(kind: MinibatchStatistic, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """A layer on features (N, *shape), and how many features a sample has after it."""
+    if kind == "stddev":
+        return fnn.MinibatchStdDev(remainder="largest-divisor"), math.prod((shape[0] + 1, *shape[1:]))
+    if kind == "discrimination":
+        features = math.prod(shape)
+        layer = fnn.MinibatchDiscrimination(features, NUM_KERNELS, KERNEL_DIM)
+        return nn.Sequential(nn.Flatten(), layer), features + NUM_KERNELS
+    return nn.Identity(), math.prod(shape)
 
 
 class Discriminator(nn.Module):

@@ -11,15 +11,15 @@ from fastgan.trainer.models.layers import SMALLEST, Shape, channels_at
 
 
 class Up(nn.Module):
-    """(N, C, S, ...) -> (N, D, 2S, ...)"""
+    """(N, C, S, ...) -> (N, D, 2S, ...); no biases, for batch norm follows sooner or later."""
 
     def __init__(self, shape: Shape, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.shortcut = nn.Sequential(nn.Upsample(scale_factor=2), shape.conv(inputs, outputs, 1))
+        self.shortcut = nn.Sequential(nn.Upsample(scale_factor=2), shape.conv(inputs, outputs, 1, bias=False))
         self.residual = nn.Sequential(
             *(shape.batch_norm(inputs), nn.ReLU(), nn.Upsample(scale_factor=2)),
             *(shape.conv(inputs, outputs, 3, padding=1, bias=False), shape.batch_norm(outputs), nn.ReLU()),
-            shape.conv(outputs, outputs, 3, padding=1),
+            shape.conv(outputs, outputs, 3, padding=1, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def generator(latent_dim: int, width: int, shape: Shape) -> nn.Sequential:
     channels = [channels_at(size, width) for size in shape.sizes]
     blocks = [Up(shape, inputs, outputs) for inputs, outputs in itertools.pairwise(channels)]
     return nn.Sequential(
-        *(nn.Linear(latent_dim, math.prod(first)), nn.Unflatten(1, first), *blocks),
+        *(nn.Linear(latent_dim, math.prod(first), bias=False), nn.Unflatten(1, first), *blocks),
         *(shape.batch_norm(channels[-1]), nn.ReLU(inplace=True)),
         *(shape.conv(channels[-1], shape.channels, 3, padding=1), nn.Tanh()),
     )

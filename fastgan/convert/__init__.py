@@ -1,0 +1,78 @@
+"""Existing models, made to use fastgan's ops where these compute the same."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastgan.convert import minibatch, spectral_norm, torch_spectral_norm
+from fastgan.convert.replace import is_converted
+from fastgan.convert.report import Difference, Report, Row, Verification
+from fastgan.convert.restore import revert
+
+__all__ = ["Difference", "Report", "Row", "Verification", "convert", "revert"]
+
+_REROUTED = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.ReLU, nn.LeakyReLU, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
+def convert(model: nn.Module) -> Report:
+    """Replace, in place, what fastgan computes faster and equally; the report says what was, and why the rest was not.
+
+    ==================================== ==========================================================================
+    found                                as
+    ==================================== ==========================================================================
+    spectral norm                        PyTorch's parametrization and its older hook; modules with u0, sv0 or
+                                         sn_u, sn_sigma and a method for the weight; wrappers with weight_bar
+    minibatch standard deviation         a layer of such a name
+    minibatch discrimination             a layer with a parameter T (in, B, C)
+    ==================================== ==========================================================================
+
+    What is not PyTorch's own is replaced only if a copy of it and ours give the same values and derivatives up to the
+    second on random inputs; the report then says how far they differ. Convolutions, activations and norms stay modules
+    of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls.
+
+    Parameters and buffers stay the same tensors under the same keys: optimizers go on, checkpoints of the unconverted
+    model load, and hooks, ``copy.deepcopy``, ``pickle`` and wrapping in DistributedDataParallel afterwards work.
+    Converting again converts what has been added. ``revert`` undoes it.
+
+        report = fastgan.convert(discriminator)
+        print(report)
+        print(report.verify(images))
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    by_torch = torch_spectral_norm.convert(model)
+    rows: list[Row] = []
+    for path, module in model.named_modules():
+        if f".{path}".endswith(".parametrizations") or ".parametrizations." in f".{path}":
+            continue
+        name = parametrize.type_before_parametrizations(module).__name__
+        if is_converted(module):
+            outcome: tuple[str | None, str] | None = None, "converted already"
+        else:
+            found = by_torch.get(module) or spectral_norm.convert(module) or minibatch.convert(module)
+            outcome = found or _left_alone(module)
+        if outcome is not None:
+            rows.append(Row(path, name, *outcome))
+    return Report(model, rows)
+
+
+def _left_alone(module: nn.Module) -> tuple[None, str] | None:
+    if isinstance(module, _REROUTED):
+        return None, "PyTorch's; inside penalties its calls are rerouted"
+    if type(module).__module__.startswith("torch.nn."):
+        return None if _is_container(module) else (None, "PyTorch's")
+    if not _is_container(module) or module._parameters or module._buffers:
+        return None, "of no form that fastgan knows"
+    return None
+
+
+def _is_container(module: nn.Module) -> bool:
+    return bool(module._modules)

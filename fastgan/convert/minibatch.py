@@ -1,0 +1,146 @@
+"""Layers of minibatch statistics, as codebases write them themselves.
+
+Found by name, replaced only if the values and the derivatives up to the second are ours, on batches of several sizes:
+other groups, another variance or another eps are another layer, and stay.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan import ops
+from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
+from fastgan.convert.replace import Replacement, become
+from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
+
+Outcome = tuple[str | None, str]
+
+_STDDEV = re.compile(r"mini_?batch_?(std|stat|average)|batch_?std", re.IGNORECASE)
+_GROUP_SIZE = ("group_size", "stddev_group", "mbstd_group_size", "group")
+_NUM_CHANNELS = ("num_channels", "num_new_features", "stddev_feat", "mbstd_num_channels", "num_features")
+_EPS = (1e-8, 1e-6, 1e-10, 1e-7, 1e-5, 1e-12, 1e-4)
+
+
+class _Stddev(Replacement):
+    def replacement(self: Any, x: Tensor) -> Tensor:
+        return ops.minibatch_stddev(x, **self._fastgan)
+
+
+class _Discrimination(Replacement):
+    def replacement(self: Any, x: Tensor) -> Tensor:
+        _, kernels, dim = self.T.shape
+        activations = (x @ self.T.flatten(1)).view(-1, kernels, dim)  # (N, B, C)
+        closeness = ops.minibatch_discrimination(activations, exclude_self=self._fastgan["exclude_self"])
+        if self._fastgan["mean"]:
+            closeness = closeness / (len(x) - 1)
+        return torch.cat([x, closeness], 1)
+
+
+def convert(module: nn.Module) -> Outcome | None:
+    """Replace a layer of minibatch statistics. None: it is none."""
+    if isinstance(module, MinibatchStdDev | MinibatchDiscrimination):
+        return None, "fastgan's already"
+    if _STDDEV.search(type(module).__name__):
+        return _convert_stddev(module)
+    T = module._parameters.get("T")
+    if T is not None and T.ndim == 3:
+        return _convert_discrimination(module, T)
+    return None
+
+
+def _convert_stddev(module: nn.Module) -> Outcome:
+    if any(True for _ in (*module.parameters(), *module.buffers())):
+        return None, "a layer of minibatch statistics with tensors of its own"
+    group_sizes = [n for n in _declared(module, _GROUP_SIZE) if n is None or n > 0] or [4, None]
+    channels = [n for n in _declared(module, _NUM_CHANNELS) if n] or [1]
+    reason = "no settings that are known"
+    for group_size, num_channels in product(group_sizes, channels):
+        eps, failure = outcome(partial(_eps_of, module, group_size, num_channels))
+        if failure:
+            reason = f"could not be tried: {failure}"
+            continue
+        if not eps > 0:
+            reason = "no eps under its root: equal samples have no derivative"
+            continue
+        for remainder in ("error", "largest-divisor"):
+            settings = dict(group_size=group_size, num_channels=num_channels, eps=eps, remainder=remainder)
+            error, failure = outcome(partial(_stddev_difference, module, settings))
+            if failure:
+                reason = f"could not be compared: {failure}"
+            elif error <= TOLERANCE:
+                become(module, _Stddev, "forward", **settings)
+                return "minibatch_stddev", f"equal to {error:.0e}, to the second order: {settings}"
+            else:
+                reason = "another statistic (groups, variance, eps or remainder)"
+    return None, reason
+
+
+def _declared(module: nn.Module, names: tuple[str, ...]) -> list[int | None]:
+    values = [vars(module)[name] for name in names if name in vars(module)]
+    return [value for value in values if value is None or isinstance(value, int)]
+
+
+def _eps_of(module: nn.Module, group_size: int | None, num_channels: int) -> float:
+    """The square of what equal samples give."""
+    channels = 3 * num_channels
+    x = torch.zeros(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64)
+    squared = float(double(module).forward(x)[:, channels:].square().max())
+    return next((eps for eps in _EPS if abs(squared - eps) < 1e-4 * eps), squared)
+
+
+def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
+    theirs, ours = double(module), double(module)
+    become(ours, _Stddev, "forward", **settings)
+    size = settings["group_size"] or 4
+    channels = 3 * settings["num_channels"]
+    batches = [(2 * size, (4, 4)), (2 * size, (3, 5)), (3 * size, (4, 4)), (1, (4, 4))]
+    batches += [(n, (4, 4)) for n in (size - 1, size + 1) if n > 1]
+    errors = []
+    for samples, positions in batches:
+        # As large as usual, and as small as eps.
+        for scale in (1.0, settings["eps"] ** 0.5):
+            x = (scale * randn(samples, channels, *positions)).requires_grad_()
+
+            def results(layer: nn.Module, x: Tensor = x) -> list[Tensor]:
+                y = layer.forward(x)
+                return [y[:, :channels].detach(), *derivatives(lambda x: layer.forward(x)[:, channels:], x)]
+
+            expected, failure = outcome(partial(results, theirs))
+            if failure is None:
+                errors.append(difference(results(ours), expected))
+            elif samples == 2 * size and positions == (4, 4):
+                raise RuntimeError(failure)
+    return max(errors)
+
+
+def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
+    if len(list(module.parameters())) > 1 or any(True for _ in module.buffers()):
+        return None, "minibatch discrimination with other tensors than T"
+    x = randn(7, T.shape[0]) / T.shape[0] ** 0.5 / max(float(T.detach().abs().max()), 1e-6)
+
+    def results(layer: nn.Module) -> list[Tensor]:
+        features = T.shape[0]
+        y = layer.forward(x)
+        operands = x.clone().requires_grad_(), next(layer.parameters())
+        return [y[:, :features].detach(), *derivatives(lambda x, _: layer.forward(x)[:, features:], *operands)]
+
+    expected, failure = outcome(lambda: results(double(module)))
+    if failure:
+        return None, f"could not be tried: {failure}"
+    least = float("inf")
+    for exclude_self, mean in product((True, False), (False, True)):
+        ours = double(module)
+        become(ours, _Discrimination, "forward", exclude_self=exclude_self, mean=mean)
+        error = difference(results(ours), expected)
+        if error <= TOLERANCE:
+            become(module, _Discrimination, "forward", exclude_self=exclude_self, mean=mean)
+            settings = f"exclude_self={exclude_self}" + (", divided by N - 1" if mean else "")
+            return "minibatch_discrimination", f"equal to {error:.0e}, to the second order: {settings}"
+        least = min(least, error)
+    return None, f"another function of T: differs from minibatch_discrimination by {least:.1e}"

@@ -1,0 +1,62 @@
+"""Whether two modules compute the same on random inputs, to the second order: in float64, on copies of them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Of a relative difference: above float64's rounding, and float32's for a module that computes in that whatever it is
+# given; far below what another definition makes.
+TOLERANCE = 1e-5
+
+
+def double(module: nn.Module) -> nn.Module:
+    """A copy in float64, whose state may change."""
+    return copy.deepcopy(module).double()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Drawn aside from the random numbers of the process."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
+    """The result, its gradients, and those of a penalty on them."""
+    with torch.enable_grad():
+        result = function(*operands)
+        scale = randn(*result.shape).to(result)
+        grads = torch.autograd.grad((result * scale).sum(), operands, create_graph=True)
+        weighted = [(g * randn(*g.shape, seed=i).to(g)).square().sum() for i, g in enumerate(grads)]
+        penalty = torch.stack(weighted).sum()
+        second = torch.autograd.grad(penalty, operands, allow_unused=True) if penalty.requires_grad else ()
+    return [result.detach(), *(g.detach() for g in grads), *(g for g in second if g is not None)]
+
+
+def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest error of a tensor, relative to its norm; infinite where shapes differ."""
+    if [a.shape for a in actual] != [e.shape for e in expected]:
+        return float("inf")
+    errors = [_relative(a, e) for a, e in zip(actual, expected, strict=True)]
+    return max(errors, default=0.0)
+
+
+@torch.no_grad()
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    scale = float(expected.double().norm())
+    error = float((actual.double() - expected.double()).norm())
+    return error / scale if scale > 0 else error
+
+
+def outcome(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """The result, or why there is none: whatever a stranger's module may raise on an input that it does not expect."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,199 @@
+"""Spectral normalisation as codebases write it themselves: a method that returns the weight, or a wrapper around it.
+
+    a method     weight, a buffer (1, out) for u and one (1) for sigma: u0 and sv0 with W_() in BigGAN's style, sn_u and
+                 sn_sigma in others. v first, then u; in evaluation an iteration too, which is not stored.
+    a wrapper    around a module whose weight_bar, weight_u and weight_v are parameters; iterates at each forward.
+
+Names only say where to look: a module is replaced if its weight, its buffers and the derivatives up to the second are
+ours on random values, in training and in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastgan import ops
+from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
+from fastgan.convert.replace import Replacement, become
+
+Outcome = tuple[str | None, str]
+
+_BUFFERS = (("u0", "sv0"), ("sn_u", "sn_sigma"))
+_METHODS = re.compile(r"W_|W_bar|sn_weights?|\w*normali[sz]ed?_?weights?|weights?_?(sn|normali[sz]ed)", re.IGNORECASE)
+_ITERATIONS = ("num_itrs", "num_iters", "n_power_iterations", "power_iterations", "n_iter", "Ip")
+_EPS = ("eps", "epsilon")
+_COMMON_EPS = (1e-12, 1e-6, 1e-8)
+
+
+class _Method(Replacement):
+    """The weight of a module that keeps u and sigma, v never."""
+
+    def replacement(self: Any) -> Tensor:
+        settings, weight = self._fastgan, self.weight
+        u = getattr(self, settings["u"])
+        if not self.training:
+            u = u.clone()
+        u = u.view(-1)
+        v = u.new_empty(weight.numel() // len(u))  # renewed before it is read
+        (normalised,) = ops.spectral_norm(
+            [weight],
+            [u],
+            [v],
+            dims=[0],
+            n_power_iterations=settings["n_power_iterations"],
+            eps=settings["eps"],
+            v_first=True,
+        )
+        if self.training:
+            with torch.no_grad():
+                # W v = sigma u: one row tells, that of the largest element.
+                row = u.abs().argmax().view(1)
+                product = weight.flatten(1).index_select(0, row) @ v
+                getattr(self, settings["sigma"]).copy_(product / u.index_select(0, row))
+        return normalised
+
+
+class _Wrapper(Replacement):
+    """A module around another one, whose weight it sets at each forward."""
+
+    def replacement(self: Any) -> None:
+        settings, name = self._fastgan, self.name
+        weight, u, v = (getattr(self.module, name + suffix) for suffix in ("_bar", "_u", "_v"))
+        (normalised,) = ops.spectral_norm(
+            [weight],
+            [u],
+            [v],
+            dims=[0],
+            n_power_iterations=settings["n_power_iterations"],
+            eps=settings["eps"],
+            v_first=True,
+        )
+        setattr(self.module, name, normalised)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # A weight with a graph could be neither copied nor pickled.
+            setattr(self.module, self.name, getattr(self.module, self.name).detach())
+
+
+def convert(module: nn.Module) -> Outcome | None:
+    """Replace a module of either form. None: it is of neither."""
+    buffers = next((pair for pair in _BUFFERS if all(name in module._buffers for name in pair)), None)
+    if buffers is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
+        return _convert_method(module, *buffers)
+    if _is_wrapper(module):
+        return _convert_wrapper(module)
+    return None
+
+
+def _convert_method(module: Any, u: str, sigma: str) -> Outcome:
+    if "u1" in module._buffers and u == "u0":
+        return None, "several singular values"
+    weight, vector = module.weight, getattr(module, u)
+    if weight.ndim < 2 or vector.shape != (1, weight.shape[0]):
+        return None, f"{u} has shape {tuple(vector.shape)}, not (1, {weight.shape[0]})"
+    attribute = _weight_method(type(module))
+    if attribute is None:
+        return None, f"has {u} and {sigma}, but no method that is known to return the weight"
+
+    def results(copied: Any) -> list[Tensor]:
+        def normalised(weight: Tensor) -> Tensor:
+            found = getattr(copied, attribute)
+            return cast(Tensor, found() if callable(found) else found)
+
+        getattr(copied, u).copy_(randn(1, weight.shape[0]))
+        found: list[Tensor] = []
+        for training in (True, True, False):
+            copied.train(training)
+            found += derivatives(normalised, copied.weight)
+            found += [getattr(copied, name).clone() for name in (u, sigma)]
+        return found
+
+    return _replace_if_equal(module, _Method, attribute, results, u=u, sigma=sigma)
+
+
+def _weight_method(cls: type) -> str | None:
+    """The method without arguments, or the property, that returns the normalised weight."""
+    for name in dir(cls):
+        if _METHODS.fullmatch(name) and name not in dir(nn.Module):
+            found = inspect.getattr_static(cls, name)
+            if isinstance(found, property) or (
+                inspect.isfunction(found) and len(inspect.signature(found).parameters) == 1
+            ):
+                return name
+    return None
+
+
+def _is_wrapper(module: Any) -> bool:
+    name, child = getattr(module, "name", None), module._modules.get("module")
+    return (
+        isinstance(name, str)
+        and child is not None
+        and all(isinstance(child._parameters.get(name + suffix), nn.Parameter) for suffix in ("_bar", "_u", "_v"))
+    )
+
+
+def _convert_wrapper(module: Any) -> Outcome:
+    attribute = "_update_u_v"
+    if not inspect.isfunction(getattr(type(module), attribute, None)):
+        return None, f"wraps a module with {module.name}_bar, but has no {attribute}()"
+    weight = getattr(module.module, module.name + "_bar")
+    if weight.ndim < 2:
+        return None, "of a vector"
+    current = getattr(module.module, module.name, None)
+    if isinstance(current, Tensor):  # left by a forward; it is set anew before it is used
+        setattr(module.module, module.name, current.detach())
+
+    def results(copied: Any) -> list[Tensor]:
+        child = copied.module
+        weight, u, v = (getattr(child, copied.name + suffix) for suffix in ("_bar", "_u", "_v"))
+
+        def normalised(weight: Tensor) -> Tensor:
+            getattr(copied, attribute)()
+            return cast(Tensor, getattr(child, copied.name))
+
+        with torch.no_grad():
+            for i, vector in enumerate((u, v)):
+                vector.copy_(nn.functional.normalize(randn(*vector.shape, seed=i), dim=0))
+        found: list[Tensor] = []
+        for training in (True, True, False):
+            copied.train(training)
+            found += derivatives(normalised, weight)
+            found += [u.detach().clone(), v.detach().clone()]
+        return found
+
+    return _replace_if_equal(module, _Wrapper, attribute, results)
+
+
+def _replace_if_equal(
+    module: nn.Module, mixin: type[Replacement], attribute: str, results: Any, **settings: Any
+) -> Outcome:
+    iterations = next((getattr(module, name) for name in _ITERATIONS if hasattr(module, name)), 1)
+    declared = [getattr(module, name) for name in _EPS if hasattr(module, name)]
+    if not isinstance(iterations, int) or iterations < 1:
+        return None, f"iterates {iterations!r} times"
+    expected, failure = outcome(lambda: results(double(module)))
+    if failure:
+        return None, f"could not be tried: {failure}"
+    error = float("inf")
+    for eps in declared or _COMMON_EPS[:1]:
+        settings |= {"n_power_iterations": iterations, "eps": float(eps)}
+        candidate = double(module)
+        become(candidate, mixin, attribute, **copy.copy(settings))
+        actual, failure = outcome(partial(results, candidate))
+        if failure:
+            return None, f"could not be tried: {failure}"
+        error = min(error, difference(actual, expected))
+        if error <= TOLERANCE:
+            become(module, mixin, attribute, **settings)
+            return "fused spectral norm", f"{attribute} equal to {error:.0e}, to the second order"
+    return None, f"its {attribute} is not ours: differs by {error:.1e}"

@@ -1,0 +1,76 @@
+"""PyTorch's own two forms of spectral normalisation: the parametrization, and the older hook."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
+
+from fastgan.nn.utils import fuse_spectral_norm
+from fastgan.nn.utils.fuse_spectral_norm import _Fused, _Hook, _hooks, _parametrizations, _Parametrized
+from fastgan.nn.utils.spectral_norm import SpectralNorm
+
+# Marks in the dictionaries of what was changed: revert changes no more than that, and copies carry them along.
+_CONVERTED, _FUSED = "_fastgan_converted", "_fastgan_fused"
+
+Outcome = tuple[str | None, str]  # replaced by, and why or what to know
+
+
+def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
+    """What became of each module that has a weight normalised by PyTorch."""
+    fused_before = any(_is_fused(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+    ours_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_ours(norm)}
+    outcomes: dict[nn.Module, Outcome] = {}
+    members = 0
+    for module in model.modules():
+        found = [m.norm if isinstance(m, _Parametrized) else m for m in (*_parametrizations(module), *_hooks(module))]
+        members += len(found)
+        for norm in _norms(module):
+            if id(norm) in ours_before:
+                outcomes[module] = None, "fastgan's already"
+            elif any(norm is converted for converted in found):
+                norm.__dict__[_CONVERTED] = True
+                outcomes[module] = "fused spectral norm", "one call a weight"
+            else:
+                outcomes[module] = None, "of a vector, or one of several parametrizations: PyTorch's stays"
+    if members and not fused_before:
+        fuse_spectral_norm(model)
+        model.__dict__[_FUSED] = True
+        note = f"one call a forward for {members} weights; a weight used twice in a forward is iterated once"
+        outcomes = {module: (by, note if by else why) for module, (by, why) in outcomes.items()}
+    return outcomes
+
+
+def restore(model: nn.Module) -> None:
+    for module in model.modules():
+        if module.__dict__.pop(_FUSED, False):
+            hooks: dict[int, Any]
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if _is_fused(hook)]:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        for norm in _norms(module):
+            if norm.__dict__.pop(_CONVERTED, False):
+                norm.__class__ = _SpectralNorm if isinstance(norm, SpectralNorm) else TorchHook
+                norm.__dict__.pop("module", None)
+                norm.__dict__.pop("is_put", None)
+
+
+def _norms(module: nn.Module) -> list[Any]:
+    """The parametrizations and hooks that normalise a weight of this module, PyTorch's or ours."""
+    found: list[Any] = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
+    if parametrize.is_parametrized(module):
+        for tensors in cast(nn.ModuleDict, module.parametrizations).values():
+            found += [norm for norm in cast(nn.ModuleList, tensors) if isinstance(norm, _SpectralNorm)]
+    return found
+
+
+def _is_ours(norm: object) -> bool:
+    return isinstance(norm, SpectralNorm | _Hook)
+
+
+def _is_fused(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), _Fused)

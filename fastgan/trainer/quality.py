@@ -1,0 +1,61 @@
+"""Scores of a generator: what the metrics say, with the N and the floor without which they say nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.trainer.config import ExtractorName
+from fastgan.trainer.data import Mixture, Source
+from fastgan.trainer.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.held_out import some_reals
+from fastgan.trainer.metrics import frechet_distance, kid, modes, neighbours
+
+IMAGES = 1000
+POINTS = 2500
+NAMES = {"random-conv": "RandomConv", "efficientnet-lite0": "EffLite0"}
+
+
+def score(gan: GAN, held_out: Source | None, seed: int, extractor: ExtractorName = "random-conv") -> dict[str, Any]:
+    """The scores of the averaged generator; empty where nothing here measures such data.
+
+    Points of a mixture: modes covered, share of high-quality samples, reverse KL. Images: KID, Frechet distance,
+    density, coverage and recall against held-out reals, and the floor of each from training reals.
+    """
+    if isinstance(gan.source, Mixture):
+        samples = gan.samples(latents(gan, POINTS, seed))
+        return {"n": POINTS, **modes(samples, gan.source)._asdict()}
+    if len(gan.source.shape) != 3 or gan.source.shape[0] not in (1, 3) or held_out is None:
+        return {}
+    n = min(IMAGES, gan.source.size or IMAGES, held_out.size or IMAGES)
+    if n < 10:
+        return {}
+    real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
+    fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
+    return compare(real, other, fake, load_extractor(extractor, gan.device), NAMES[extractor], gan.device)
+
+
+def compare(
+    real: Tensor, other_real: Tensor, fake: Tensor, extractor: Extractor, name: str, device: torch.device
+) -> dict[str, Any]:
+    """Scores of images `fake` against `real`, and their floor: those of `other_real`, all (N, C, H, W) in [-1, 1].
+
+    `extractor` may be any callable from images to features (N, F); `name` says which, in the names of the distances.
+    """
+    features = {
+        key: features_of(images, extractor, device)
+        for key, images in (("real", real), ("fake", fake), ("floor", other_real))
+    }
+
+    def against_real(key: str) -> dict[str, float]:
+        pair = features["real"], features[key]
+        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbours(*pair)._asdict()}
+
+    return {"extractor": name, "n": len(fake), **against_real("fake"), "floor": against_real("floor")}
+
+
+def latents(gan: GAN, count: int, seed: int) -> Tensor:
+    return torch.randn(count, gan.latent_dim, generator=torch.Generator().manual_seed(seed))

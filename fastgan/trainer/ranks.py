@@ -1,0 +1,142 @@
+"""Several processes, one game: torchrun starts them, each takes its rows of every batch.
+
+A batch is that of all ranks together. Every rank draws the whole of it from the same streams and computes its own rows,
+gradients are averaged, and statistics over the batch (minibatch statistics, batch norm) are over all ranks: n ranks
+compute what one would, up to rounding. Gradients are averaged once a step, after the backward, and not by
+DistributedDataParallel during it: a penalty's graph runs several times, and a game needs no other hooks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fastgan.nn as fnn
+
+
+class Ranks:
+    """This process's place among the processes of a run; alone where torchrun did not start it."""
+
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self.device, self.group = device, group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def here(cls, device: torch.device) -> Ranks:
+        """The ranks that torchrun's variables tell of: gloo between CPUs, NCCL between GPUs."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(device, dist.group.WORLD)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        memo[id(self.group)] = self.group  # layers know it too; a process group is no value
+        return self
+
+    def rows(self, batch_size: int) -> slice:
+        """This rank's part of a batch."""
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    @torch.no_grad()
+    def average(self, model: nn.Module) -> None:
+        """Average the gradients of a model over the ranks, in one exchange."""
+        if self.group is None:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        flat /= self.size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, on all of them."""
+        if self.group is not None:
+            values = values.clone()
+            dist.all_reduce(values, group=self.group)
+            values /= self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank, so that all of them stop at the same step."""
+        if self.group is None:
+            return flag
+        found = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
+    def wait(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def join(self, model: nn.Module) -> None:
+        """Let the layers of a model take their statistics over the batches of all ranks, in place."""
+        if self.group is None:
+            return
+        for layer in model.modules():
+            if isinstance(layer, fnn.MinibatchStdDev | fnn.MinibatchDiscrimination):
+                layer.process_group = self.group
+            elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.__class__ = RankBatchNorm
+                layer.process_group = self.group
+
+
+class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all ranks, each of as many samples; a generator's, differentiable once.
+
+    PyTorch's SyncBatchNorm has no CPU form.
+    """
+
+    process_group: Any
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            evaluated: Tensor = super().forward(input)
+            return evaluated
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        x = input.float() if input.dtype != torch.float64 else input
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        ranks = dist.get_world_size(self.process_group)
+        mean = _Sum.apply(x.mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
+        centred = x - mean.view(shape)
+        variance = _Sum.apply(centred.square().mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
+        count = ranks * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        y: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
+        return (y * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks; its own adjoint, for the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad.contiguous(), ctx.group), None  # type: ignore[no-untyped-call]
