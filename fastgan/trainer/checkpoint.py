@@ -37,12 +37,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         kept = [found.name for found in _checkpoints(folder)]
         advice = f"{kept[-1]} is whole: make room, and go on from it with --resume" if kept else "it was the first"
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); "
-            + (
-                f"{kept[-1]} is whole: make room, and go on from it with --resume"
-                if kept
-                else "none was written before"
-            )
+            f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); {advice}"
         ) from error
     for old in _checkpoints(folder)[:-KEEP]:
         old.unlink()

@@ -52,10 +52,9 @@ def test_fastgans_step_gives_the_gradients_of_pytorchs(name, objective):
 def test_a_piecewise_affine_discriminator_takes_less_work_and_one_pass(name):
     make, shape = SMALL[name]
     assert fastgan.explain_penalty(make(), torch.randn(shape)) == "one pass"
-    for objective in OBJECTIVES:
-        runs, *_ = variants(name, objective)
-        ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
-        assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
+    runs, *_ = variants(name, "loss+r1")
+    ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
+    assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
 
 
 def test_flops_are_those_of_the_convolutions_and_products():
@@ -63,6 +62,14 @@ def test_flops_are_those_of_the_convolutions_and_products():
     forward = 2 * (2 * 4 * 6 * 6) * (3 * 9)
     assert count_flops(lambda: layer(x)) == forward
     assert count_flops(lambda: layer(x).sum().backward()) == 2 * forward  # none by x, which needs no gradient
+    grouped, transposed = nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 2, 3, stride=2)
+    y = torch.randn(2, 4, 8, 8, requires_grad=True)
+    forward = 2 * (2 * 8 * 6 * 6) * (2 * 9)
+    assert [count_flops(call) for call in (lambda: grouped(y), lambda: grouped(y).sum().backward())] == [
+        forward,
+        3 * forward,
+    ]
+    assert count_flops(lambda: transposed(y).sum().backward()) == 3 * 2 * (2 * 4 * 8 * 8) * (2 * 9)
     assert count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
 
 
