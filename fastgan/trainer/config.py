@@ -34,14 +34,14 @@ class ModelConfig:
     width: int = 32  # channels at 16x16, doubled at each halving (images), or hidden units (points)
     latent_dim: int = 64  # length of the generator's input
     spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch is torch.nn.utils.parametrizations
-
+    n_power_iterations: int = 1  # of spectral norm, at each forward
     minibatch: MinibatchStatistic = "none"  # over the batch, given to the discriminator
     pack: int = 1  # samples that the discriminator judges together (PacGAN)
     channels_last: bool = False  # the memory format of images and their networks
     conditional: bool = False  # both players are told the labels, where the data has them
 
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "latent_dim", "pack")
+        _require_positive(self, "width", "latent_dim", "n_power_iterations", "pack")
         if self.conditional and self.pack > 1:
             raise ValueError("conditional and pack exclude each other: a pack has no one label")
         if self.architecture == "residual" and self.spectral_norm != "none":
@@ -143,7 +143,7 @@ class TrainConfig:
         except FileNotFoundError:
             raise RunFolderError(f"{path.parent} holds no run to resume") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{path} is not a run's configuration: {error}") from error
+            raise RunFolderError(f"{path} is not a configuration: {error}") from error
 
 
 def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:

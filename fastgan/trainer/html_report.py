@@ -36,7 +36,7 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--faint); font-size: 11px; } svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.key { margin-left: .6rem; font-size: .8rem; white-space: nowrap; }
+.key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
 img { max-width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; }
 .hero { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; align-items: start; }
 .stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: .7rem; }

@@ -169,7 +169,13 @@ class Trainer:
             self.run.append_metrics(record)
 
     def _resume(self) -> None:
-        state = checkpoint.load(checkpoint.newest(self.run.checkpoints))
+        if not checkpoint.any_in(self.run.checkpoints):
+            print(f"{self.run.path} has no checkpoint yet: starting over")
+            self.run.forget_after(0)
+            return
+        state, damaged = checkpoint.load_newest(self.run.checkpoints)
+        for message in damaged:
+            print(f"{message}; going on from step {state['step']}")
         self.gan.load_state_dict(state["gan"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.ranks.wait()  # until all have read

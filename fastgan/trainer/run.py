@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
 
-        in_use = self.path.exists() and any(entry != self.verify for entry in self.path.iterdir())
+        try:
+            in_use = self.path.exists() and any(entry != self.verify for entry in self.path.iterdir())
+        except PermissionError as error:
+            raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
         if config.resume:
             refuse_changes(TrainConfig.load(self.config), config)
         elif in_use and not config.overwrite:
@@ -42,8 +46,9 @@ class RunFolder:
     def open(self, config: TrainConfig) -> None:
         if config.overwrite:
             self._clear()
-        self.history.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.config, json.dumps(config.to_json(), indent=2) + "\n")
+        self.history.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
         """Delete what a run writes and nothing else that a folder of this name may hold."""
@@ -70,4 +75,18 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run takes again."""
         records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all: a full disk or a kill leaves what was there."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -38,7 +38,7 @@ def build_models(
     if classes is not None:
         generator = Labelled(generator, classes, config.latent_dim)
     head = Head(feature_shape, config.minibatch, classes)
-    return generator, normalise(Discriminator(features, head), config.spectral_norm)
+    return generator, normalise(Discriminator(features, head), config.spectral_norm, config.n_power_iterations)
 
 
 Built = tuple[nn.Module, nn.Module, tuple[int, ...]]  # generator, discriminator's features, their shape

@@ -140,14 +140,14 @@ class Scale(nn.Module):
         return f"{self.factor:g}"
 
 
-def normalise(model: nn.Module, kind: SpectralNorm) -> nn.Module:
+def normalise(model: nn.Module, kind: SpectralNorm, n_power_iterations: int = 1) -> nn.Module:
     """Spectral norm on every convolution, linear layer and embedding of `model`, in place."""
     if kind == "none":
         return model
     for layer in list(model.modules()):
         if isinstance(layer, Conv | nn.Linear | nn.Embedding):
             if kind == "torch":
-                nn.utils.parametrizations.spectral_norm(layer)
+                nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=n_power_iterations)
             else:
-                fnn.utils.spectral_norm(layer)
+                fnn.utils.spectral_norm(layer, n_power_iterations=n_power_iterations)
     return fnn.utils.fuse_spectral_norm(model) if kind == "fused" else model

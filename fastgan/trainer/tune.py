@@ -1,0 +1,264 @@
+"""Bayesian optimisation of a preset's settings, judged by what the generator makes and never by a loss.
+
+Workers are processes that share one journal file. A worker that dies costs the trial that it was in, which is queued
+again; a study that was stopped goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+import tyro
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fastgan.trainer import tune_report
+from fastgan.trainer.config import PRESETS, ExtractorName, TrainConfig
+from fastgan.trainer.data import load_source
+from fastgan.trainer.device import choose_device
+from fastgan.trainer.errors import TrainerError
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.held_out import hold_out
+from fastgan.trainer.quality import score
+
+RUNGS = 4  # times that a training is judged, the last at its end; tpe stops the unpromising earlier
+CHECK_EVERY = 50  # steps between looks for a loss that is not finite
+DIVERGED = 10.0  # far above the cost of any training that ends, and finite: the optimiser learns from it too
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    preset: tyro.conf.Positional[str] = "ring8"  # whose settings are tuned
+    trials: int = 12  # in all; those that an earlier call finished count
+    workers: int = 1  # processes
+    steps: int | None = None  # generator steps of each training; unset: the preset's
+    seeds: int = 2  # trainings of each trial, whose costs are averaged
+    sampler: Literal["gp", "tpe"] = "gp"  # gp: few trials; tpe: many, with the unpromising stopped by Hyperband
+    extractor: ExtractorName = "random-conv"  # features of the KID
+    data: Path | None = None  # as for fastgan train
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    out: Path = Path("runs/tune")  # folder of the journal, the table, the plot and the best settings
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in ("trials", "workers", "steps", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def start(self) -> TrainConfig:
+        """The settings to improve on."""
+        preset = PRESETS[self.preset][1]
+        steps = self.steps or preset.steps
+        return dataclasses.replace(preset, name=f"{preset.name}-tuned", steps=steps, data=self.data, device=self.device)
+
+
+def tune(config: TuneConfig) -> TrainConfig:
+    """Run the study, and leave best.json, trials.md and trials.png in its folder.
+
+    Raises:
+        TrainerError: all workers died, or the folder holds the study of something else.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    study = open_study(config)
+    requeue_orphans(study)
+    if not study.trials:
+        study.enqueue_trial(values_of(config.start))  # the best found is then no worse than the preset
+    if config.workers == 1:
+        work(config, 0)
+    else:
+        share(config)
+    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
+        raise TrainerError(f"no trial of {config.out} finished")
+    best = settings(config.start, study.best_params)
+    (config.out / "best.json").write_text(json.dumps(best.to_json(), indent=2) + "\n")
+    tune_report.write(study, config.out)
+    return best
+
+
+def share(config: TuneConfig) -> None:
+    """Run the workers and wait for them; put the trial of one that dies back into the queue."""
+    context = multiprocessing.get_context("spawn")  # a forked process has no CUDA and may have no OpenMP
+    workers = [context.Process(target=work, args=(config, index)) for index in range(config.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again")
+            requeue_orphans(open_study(config), {worker.pid})
+    missing = config.trials - finished(open_study(config))
+    if missing > 0:
+        work(config, config.workers)  # what the dead left over
+
+
+def open_study(config: TuneConfig) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
+    study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
+    known = study.user_attrs.get("about", about)
+    if known != about:
+        raise TrainerError(f"{config.out} holds a study of {known}, not of {about}: choose another --out")
+    if "about" not in study.user_attrs:
+        study.set_user_attr("about", about)
+    return study
+
+
+def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None) -> None:
+    """Fail the running trials of `workers` (None: of processes that are gone), and queue their settings again."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker in workers if workers is not None else not alive(worker):
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+
+
+def alive(process: int | None) -> bool:
+    try:
+        os.kill(process or 0, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return process is not None
+
+
+def finished(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def work(config: TuneConfig, index: int) -> None:
+    """Take trials until the study has enough."""
+    if config.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+    study = open_study(config)
+    study.sampler, study.pruner = strategy(config, index)
+
+    def enough(study: optuna.Study, trial: FrozenTrial) -> None:
+        print(tune_report.line(trial), flush=True)
+        if finished(study) >= config.trials:
+            study.stop()
+
+    if finished(study) < config.trials:
+        study.optimize(lambda trial: cost_of(config, trial), callbacks=[enough])
+
+
+def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
+    seed = 1000 * config.seed + index  # workers of one seed would try the same settings
+    if config.sampler == "tpe":
+        pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=RUNGS, reduction_factor=2)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True), pruner
+    startup = max(4, config.trials // 3)
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup), optuna.pruners.NopPruner()
+
+
+def values_of(config: TrainConfig) -> dict[str, Any]:
+    """The point of the search space where `config` stands."""
+    model, optim = config.model, config.optim
+    values = {
+        "d_lr": optim.d_lr,
+        "g_lr": optim.g_lr,
+        "beta1": optim.betas[0],
+        "beta2": optim.betas[1],
+        "batch_size": optim.batch_size,
+        "width": model.width,
+    }
+    if optim.penalty != "none":
+        values["penalty_weight"] = optim.penalty_weight
+    if model.spectral_norm != "none":
+        values["n_power_iterations"] = model.n_power_iterations
+    return values
+
+
+def suggest(trial: Trial, start: TrainConfig) -> dict[str, Any]:
+    """A point of the search space: a decade to each side of `start` for rates and weights, a factor of 2 for sizes."""
+    centre = values_of(start)
+    values: dict[str, Any] = {}
+    for name, value in centre.items():
+        if name in ("d_lr", "g_lr", "penalty_weight"):
+            values[name] = trial.suggest_float(name, value / 10, value * 10, log=True)
+        elif name == "beta1":
+            values[name] = trial.suggest_float(name, 0.0, 0.9)
+        elif name == "beta2":
+            values[name] = trial.suggest_float(name, 0.9, 0.9999)
+        elif name == "n_power_iterations":
+            values[name] = trial.suggest_int(name, 1, 3)
+        else:
+            values[name] = trial.suggest_categorical(name, [value // 2, value, value * 2])
+    return values
+
+
+def settings(start: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """`start` at another point of the search space."""
+    values = dict(values)
+    betas = values.pop("beta1"), values.pop("beta2")
+    of_model = {name: values.pop(name) for name in ("width", "n_power_iterations") if name in values}
+    model = dataclasses.replace(start.model, **of_model)
+    return dataclasses.replace(start, model=model, optim=dataclasses.replace(start.optim, betas=betas, **values))
+
+
+def cost_of(config: TuneConfig, trial: Trial) -> float:
+    """The mean cost of the trial's settings over the seeds, after training each to the end."""
+    trial.set_user_attr("worker", os.getpid())
+    start = config.start
+    chosen = settings(start, suggest(trial, start))
+    games = [Game(chosen, seed, config.extractor) for seed in range(config.seeds)]
+    for rung in range(1, RUNGS + 1):
+        costs = [game.play_to(rung * chosen.steps // RUNGS) for game in games]
+        cost = sum(costs) / len(costs)
+        trial.report(cost, rung)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    trial.set_user_attr("scores", [game.scores for game in games])
+    return cost
+
+
+class Game:
+    """One training of a trial, without a folder."""
+
+    def __init__(self, config: TrainConfig, seed: int, extractor: ExtractorName) -> None:
+        device = choose_device(config.device)
+        self.config, self.extractor, self.seed = config, extractor, seed
+        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size)
+        self.held_out = hold_out(source, config.optim.batch_size, seed)
+        self.gan = GAN(config.model, config.optim, source, 4 * seed, device)
+        self.step, self.diverged = 0, False
+        self.scores: dict[str, Any] = {}
+
+    def play_to(self, step: int) -> float:
+        """The cost after `step` steps; a game that has diverged is not played on."""
+        while self.step < step and not self.diverged:
+            losses = self.gan.step()
+            self.step += 1
+            if self.step % CHECK_EVERY == 0 or self.step == step:
+                self.diverged = not bool(losses.isfinite().all())
+        if self.diverged:
+            return DIVERGED
+        self.scores = score(self.gan, self.held_out, self.seed, self.extractor)
+        return cost(self.scores)
+
+
+def cost(scores: dict[str, Any]) -> float:
+    """Of points: the share of modes missed, plus a tenth of the share of poor samples. Of images: the KID.
+
+    Raises:
+        TrainerError: nothing here scores such data.
+    """
+    if "covered" in scores:
+        return float(1 - scores["covered"] / scores["total"] + 0.1 * (1 - scores["high_quality"]))
+    for key, value in scores.items():
+        if key.startswith("KID"):
+            return min(float(value), DIVERGED) if math.isfinite(value) else DIVERGED
+    raise TrainerError("this preset has no score to tune by: wanted points of a mixture or images")

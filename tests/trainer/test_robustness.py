@@ -1,0 +1,228 @@
+"""What a run survives: kill -9 anywhere, damaged checkpoints, full disks, folders that cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import sys
+
+import pytest
+import torch
+
+from fastgan.trainer import checkpoint
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.errors import CheckpointError, RunFolderError
+from fastgan.trainer.loop import Trainer
+from fastgan.trainer.run import replace_text
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    """The loop without the pictures and scores of its end."""
+    monkeypatch.setattr(Trainer, "_summarise", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
+
+
+@pytest.fixture
+def toy(ring8_config) -> TrainConfig:
+    optim = dataclasses.replace(ring8_config.optim, batch_size=8)
+    return dataclasses.replace(
+        ring8_config, steps=12, checkpoint_every=3, log_every=2, equilibrium_every=None, optim=optim
+    )
+
+
+def train(config: TrainConfig, **changes: object) -> Trainer:
+    trainer = Trainer(dataclasses.replace(config, **changes))
+    trainer.train()
+    return trainer
+
+
+def go_on(config: TrainConfig) -> Trainer:
+    """What a user would type after a crash."""
+    started = (config.folder / "config.json").exists()
+    return train(config, resume=started, overwrite=not started)
+
+
+def killed_at(config: TrainConfig, call: int) -> None:
+    """Go on with the run, and die by SIGKILL at the `call`-th function call, Python's or C's."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    go_on(config)
+
+
+def calls_of(config: TrainConfig) -> int:
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        train(config)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def bits(config: TrainConfig) -> list[torch.Tensor]:
+    state, damaged = checkpoint.load_newest(config.folder / "checkpoints")
+    assert damaged == []
+    assert state["step"] == config.steps
+    return [*flat(state["gan"]), torch.get_rng_state()]
+
+
+def flat(state: object) -> list[torch.Tensor]:
+    if isinstance(state, dict):
+        return [tensor for key in sorted(state, key=str) for tensor in flat(state[key])]
+    if isinstance(state, list | tuple):
+        return [tensor for item in state for tensor in flat(item)]
+    return [torch.as_tensor(state)] if isinstance(state, torch.Tensor | int | float) else []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_that_is_killed_again_and_again_reaches_the_same_bits(toy, seed):
+    whole = dataclasses.replace(toy, name="whole")
+    calls = calls_of(whole)
+    wanted = bits(whole)
+    parts = dataclasses.replace(toy, name="parts")
+    draw = random.Random(seed)
+    for _ in range(4):
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(parts, draw.randrange(1, calls)))
+        child.start()
+        child.join()
+        assert child.exitcode in (-signal.SIGKILL, 0)  # 0: fewer calls were left than the one that was drawn
+    torch.manual_seed(999)
+    go_on(parts)
+    got = bits(parts)
+    assert len(got) == len(wanted) > 50
+    assert all(map(torch.equal, got, wanted))
+    assert recorded(parts) == recorded(whole)
+
+
+def recorded(config: TrainConfig) -> list[tuple[int, float, float]]:
+    records = Trainer(dataclasses.replace(config, resume=True)).run.read_metrics()
+    return [(record["step"], record["d_loss"], record["diversity"]) for record in records if "d_loss" in record]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "overwritten"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(toy, capsys, damage):
+    whole = train(toy, name="whole")
+    train(toy, steps=6)
+    path = toy.folder / "checkpoints" / "step-00000006.pt"
+    content = path.read_bytes()
+    path.write_bytes({"cut short": content[: len(content) // 2], "emptied": b"", "overwritten": b"x" * 999}[damage])
+    resumed = train(toy, resume=True)
+    assert "step-00000006.pt is damaged" in capsys.readouterr().out
+    assert all(map(torch.equal, flat(resumed.gan.state_dict()), flat(whole.gan.state_dict())))
+
+
+def test_all_checkpoints_damaged_is_an_error_that_names_them(toy):
+    train(toy, steps=6)
+    for path in (toy.folder / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step-00000006\.pt is damaged .*; .*step-00000003\.pt is damaged"):
+        Trainer(dataclasses.replace(toy, resume=True))
+
+
+class FullDisk:
+    """A file on a disk with room for `room` bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
+def test_a_full_disk_loses_nothing_and_says_how_to_go_on(toy, monkeypatch, room):
+    trainer = train(toy, steps=6)
+    before = sorted((path.name, path.read_bytes()) for path in trainer.run.checkpoints.iterdir())
+    monkeypatch.setattr("builtins.open", lambda *arguments, open=open: FullDisk(open(*arguments), room))
+    with pytest.raises(CheckpointError, match=r"No space left on device\); step-00000006\.pt is whole.*--resume"):
+        checkpoint.save(trainer.run.checkpoints, 7, {"gan": trainer.gan.state_dict()})
+    monkeypatch.undo()
+    assert sorted((path.name, path.read_bytes()) for path in trainer.run.checkpoints.iterdir()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_write_past_the_systems_limit_leaves_the_last_checkpoint(toy):
+    train(toy, steps=6)
+    child = multiprocessing.get_context("fork").Process(target=resume_with_small_files, args=(toy,))
+    child.start()
+    child.join()
+    assert child.exitcode == 3
+    assert checkpoint.load_newest(toy.folder / "checkpoints")[0]["step"] == 6
+
+
+def resume_with_small_files(config: TrainConfig) -> None:
+    import resource
+
+    trainer = Trainer(dataclasses.replace(config, resume=True))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, instead of killing
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    try:
+        trainer.train()
+    except (CheckpointError, OSError):
+        os._exit(3)
+
+
+def test_a_failed_rewrite_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    replace_text(path, "old")
+    monkeypatch.setattr("builtins.open", lambda *arguments, open=open: FullDisk(open(*arguments), 2))
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(path, "newer")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_unreadable_run_folder_is_named(toy, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    toy.folder.mkdir(parents=True)
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)  # root may read everything
+    with pytest.raises(RunFolderError, match=r"ring8 cannot be read: Permission denied"):
+        Trainer(toy)
+
+
+def test_export_writes_the_averaged_generator(toy):
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    from safetensors import safe_open
+
+    from fastgan.trainer.export import ExportConfig, export
+
+    trainer = train(toy)
+    with safe_open(export(ExportConfig(toy.folder)), "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        assert file.metadata()["step"] == "12"
+    wanted = trainer.gan.ema.module.state_dict()
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+optuna = pytest.importorskip("optuna", reason="needs fastgan[tune]")
+pytest.importorskip("scipy", reason="needs fastgan[tune]")
+
+from optuna.trial import TrialState  # noqa: E402
+
+from fastgan import cli  # noqa: E402
+from fastgan.trainer import tune as tuning  # noqa: E402
+from fastgan.trainer.config import PRESETS, TrainConfig  # noqa: E402
+from fastgan.trainer.errors import TrainerError  # noqa: E402
+from fastgan.trainer.gan import GAN  # noqa: E402
+from fastgan.trainer.tune import DIVERGED, Game, TuneConfig, cost, open_study, settings, tune, values_of  # noqa: E402
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> TuneConfig:
+    """A study of a ring8 so small that a trial takes a fraction of a second."""
+    name, preset = PRESETS["ring8"]
+    small = dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, width=8),
+        optim=dataclasses.replace(preset.optim, batch_size=8),
+    )
+    monkeypatch.setitem(PRESETS, "ring8", (name, small))
+    return TuneConfig("ring8", trials=4, steps=4, seeds=1, device="cpu", out=tmp_path / "tune")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that start at once, and know what a test has replaced."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
+def states(config: TuneConfig) -> list[str]:
+    return sorted(trial.state.name for trial in open_study(config).trials)
+
+
+def test_a_worker_that_is_killed_costs_its_trial_only_and_that_is_queued_again(toy, forked, monkeypatch, capfd):
+    play_to = Game.play_to
+
+    def killed_once(game: Game, step: int) -> float:
+        try:
+            os.close(os.open(toy.out / "killed", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return play_to(game, step)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    monkeypatch.setattr(Game, "play_to", killed_once)
+    config = dataclasses.replace(toy, workers=2)
+    best = tune(config)
+    study = open_study(config)
+    assert states(config).count("COMPLETE") >= 4
+    assert states(config).count("FAIL") == 1
+    assert "RUNNING" not in states(config)
+    lost = next(trial for trial in study.trials if trial.state == TrialState.FAIL)
+    assert [trial.params for trial in study.trials].count(lost.params) <= 2
+    assert any(t.system_attrs.get("fixed_params") == lost.params for t in study.trials if t.number > lost.number)
+    assert "its trial is queued again" in capfd.readouterr().out
+    workers = {trial.user_attrs["worker"] for trial in study.trials if "worker" in trial.user_attrs}
+    assert len(workers) >= 2
+    assert best == TrainConfig.load(config.out / "best.json")
+
+
+def test_the_best_is_no_worse_than_the_preset_and_trains(toy, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    best = tune(toy)
+    study = open_study(toy)
+    assert study.trials[0].params == values_of(toy.start)  # the preset is the first trial
+    assert study.best_value <= study.trials[0].value
+    assert values_of(best) == study.best_params
+    table = (toy.out / "trials.md").read_text().splitlines()
+    assert len(table) >= 2 + 4
+    assert (toy.out / "trials.png").stat().st_size > 1000
+    config = cli.parse_train(["--config", str(toy.out / "best.json"), "--steps", "2"])
+    assert values_of(config) == values_of(best)
+    assert config.steps == 2
+
+
+def test_a_study_goes_on_where_it_was_stopped(toy):
+    tune(dataclasses.replace(toy, trials=2))
+    tune(dataclasses.replace(toy, trials=3))
+    assert states(toy) == ["COMPLETE"] * 3
+    with pytest.raises(TrainerError, match="choose another --out"):
+        tune(dataclasses.replace(toy, steps=5))
+
+
+def test_a_trial_left_running_by_a_dead_process_is_taken_up(toy):
+    toy.out.mkdir()
+    study = open_study(toy)
+    study.enqueue_trial(values_of(toy.start))
+    trial = study.ask()
+    tuning.suggest(trial, toy.start)
+    trial.set_user_attr("worker", 2**22 + 1)  # above Linux's largest process id
+    tune(dataclasses.replace(toy, trials=1))
+    assert states(toy) == ["COMPLETE", "FAIL"]
+    assert open_study(toy).best_params == values_of(toy.start)
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_the_samplers_close_in_on_the_best_learning_rate(toy, monkeypatch, sampler):
+    def distance(config: TuneConfig, trial: optuna.Trial) -> float:
+        return abs(math.log10(tuning.suggest(trial, config.start)["d_lr"] / 8e-3))
+
+    monkeypatch.setattr(tuning, "cost_of", distance)
+    tune(dataclasses.replace(toy, trials=12, sampler=sampler))
+    costs = [trial.value for trial in open_study(toy).trials]
+    assert len(costs) == 12
+    assert min(costs) < 0.5 * costs[0]
+
+
+def test_divergence_has_a_large_finite_cost(toy, monkeypatch):
+    monkeypatch.setattr(GAN, "step", lambda gan: torch.tensor([math.nan, 1.0]))
+    game = Game(toy.start, 0, "random-conv")
+    assert game.play_to(4) == DIVERGED
+    assert math.isfinite(DIVERGED)
+    assert cost({"covered": 0, "total": 8, "high_quality": 0.0}) < DIVERGED
+    assert game.play_to(8) == DIVERGED
+    assert game.step == 4
+
+
+def test_the_cost_is_modes_missed_then_quality_or_the_kid():
+    assert cost({"covered": 6, "total": 8, "high_quality": 0.5}) == pytest.approx(0.25 + 0.05)
+    assert cost({"n": 10, "KID-RandomConv": 0.3, "FD-RandomConv": 9.0}) == 0.3
+    assert cost({"KID-RandomConv": math.nan}) == DIVERGED
+    with pytest.raises(TrainerError, match="no score"):
+        cost({})
+
+
+def test_the_search_covers_what_the_preset_uses_and_every_point_is_a_valid_configuration():
+    start = PRESETS["ring8"][1]
+    assert "penalty_weight" not in values_of(start)
+    with_penalty = dataclasses.replace(
+        start,
+        optim=dataclasses.replace(start.optim, penalty="r1"),
+        model=dataclasses.replace(start.model, spectral_norm="none"),
+    )
+    assert "penalty_weight" in values_of(with_penalty)
+    assert "n_power_iterations" not in values_of(with_penalty)
+    for config in (start, with_penalty):
+        assert settings(config, values_of(config)) == config
+
+
+@pytest.mark.parametrize("field", [{"preset": "nothing"}, {"trials": 0}, {"workers": 0}, {"seeds": 0}])
+def test_values_that_make_no_sense_are_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        TuneConfig(**field)
+
+
+class TestConfigFlag:
+    def test_flags_win_over_the_file(self, tmp_path):
+        preset = dataclasses.replace(PRESETS["grid25"][1], seed=5, steps=77)
+        path = tmp_path / "best.json"
+        path.write_text(json.dumps(preset.to_json()))
+        assert cli.parse_train([f"--config={path}"]) == preset
+        assert cli.parse_train(["grid25", "--seed", "6", "--config", str(path)]).seed == 6
+
+    @pytest.mark.parametrize("arguments", [["--config", "nowhere.json"], ["--config"]])
+    def test_a_missing_file_is_named(self, arguments, capsys):
+        assert cli.main(["train", *arguments]) == 2
+        assert "--config wants a file of settings" in capsys.readouterr().err
