@@ -16,7 +16,11 @@ TABLE = [
     for device_type in DEVICES
     for name, case in CASES.items()
     if device_type in case.device_types
-    for variant in (BASELINE, "reference", "fastgan", *(BY_NAME if device_type == "cuda" else ()))
+    for variant in (
+        (BASELINE, "fastgan")
+        if case.counted
+        else (BASELINE, "reference", "fastgan", *(BY_NAME if device_type == "cuda" else ()))
+    )
 ]
 
 

@@ -451,6 +451,27 @@ def test_another_minibatch_statistic_is_left_alone(kind):
     assert type(layer) is kind
 
 
+class MinibatchStdWithNaN(StridedStd):
+    def forward(self, x):
+        return super().forward(x) * (float("nan") if len(x) == 1 else 1.0)
+
+
+def test_what_is_not_finite_is_equal_to_nothing():
+    assert fastgan.convert(MinibatchStdWithNaN(4)).rows[0].replaced_by is None
+
+
+def test_converting_draws_no_random_numbers_and_asks_no_hooks():
+    model = nn.Sequential(*STYLES["sn_u, sn_sigma"](), MinibatchStdLayer(4), Discrimination(4, 3, 2))
+    called = []
+    for module in model:
+        module.register_forward_pre_hook(lambda *_: called.append(1))
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert len(fastgan.convert(model).replaced) == 5
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert not called
+
+
 def test_a_name_alone_replaces_nothing():
     class MinibatchStdOfNothing(nn.Module):
         def forward(self, x):

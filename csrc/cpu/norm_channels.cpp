@@ -40,10 +40,12 @@ struct Number {
 template <class A>
 struct Operator : Lines<A> {
   using Accumulator = A;
-  const Walk walk;
+  const Walk walk, summed;     // the tiles that are mapped, and those of the sums
   double* unsummed = nullptr;  // (results, samples, channels): what weight and bias get of a channel of each sample
 
-  Operator(Dtype dtype, const NormShape& shape) : Lines<A>{dtype}, walk(shape) {}
+  Operator(Dtype dtype, const NormShape& shape) : Operator(dtype, shape, shape) {}
+  Operator(Dtype dtype, const NormShape& shape, const NormShape& of_sums)
+      : Lines<A>{dtype}, walk(shape), summed(of_sums) {}
 
   // body(row, first channel in the block, first channel of weight and bias) for each row of a block.
   template <class Body>
@@ -98,7 +100,13 @@ struct Forward : Operator<A> {
   static constexpr int kSums = 3, kNumbers = 3;  // count, mean, squares; mean, scale, bias
 
   Forward(Dtype dtype, const NormShape& shape, const NormForward& tensors, double e)
-      : Operator<A>(dtype, shape), t(tensors), eps(e) {}
+      : Operator<A>(dtype, shape, rows_of(shape)), t(tensors), eps(e) {}
+
+  // Its moments are of a row: where that is contiguous, channels need not be told apart.
+  static NormShape rows_of(NormShape shape) {
+    if (shape.channels_last || shape.segments > 1) return shape;
+    return {shape.samples, 1, shape.groups, shape.inner * shape.of_row(), shape.groups, false};
+  }
 
   using Of = OfChannels<Forward>;
 
@@ -153,7 +161,7 @@ struct Forward : Operator<A> {
     this->each_row(block, [&](std::int64_t row, std::int64_t first, std::int64_t affine) {
       const std::int64_t channels = this->walk.shape.of_row();
       Moments of_row;
-      for (std::int64_t c = 0; c < channels; ++c) of_row.add(moments(of, first + c));
+      for (std::int64_t c = 0; c < this->summed.shape.of_row(); ++c) of_row.add(moments(of, first + c));
       const MeanAndRstd<A> s = statistics<A>(t, row, of_row, eps);
       for (std::int64_t c = 0; c < channels; ++c) {
         of.number(0)[first + c] = s.mean;

@@ -108,7 +108,7 @@ void run_by_blocks(const Op& op, int threads) {
     for (std::int64_t block = w.blocks * task / tasks; block < w.blocks * (task + 1) / tasks; ++block) {
       of.clear();
       op.start(block, of);
-      for (std::int64_t i = 0; i < w.tiles; ++i) op.sum(w.tile(block, i), of, scratch);
+      for (std::int64_t i = 0; i < op.summed.tiles; ++i) op.sum(op.summed.tile(block, i), of, scratch);
       op.finish(block, of);
       for (std::int64_t i = 0; i < w.tiles; ++i) op.apply(w.tile(block, i), of, scratch);
     }
@@ -120,26 +120,25 @@ void run_by_tiles(const Op& op, int threads) {
   const Walk& w = op.walk;
   const std::int64_t ranges = smaller(w.tiles, ceil_div(kRangesEach, w.blocks));
   Storage<Op> storage(w.channels, w.blocks * ranges, w.blocks);
-  const auto each_tile = [&](const auto& body) {
+  const auto each_tile = [&](const Walk& walk, const auto& body) {
     parallel_for(w.blocks * ranges, threads, [&](std::int64_t task) {
       const std::int64_t block = task / ranges, range = task % ranges;
+      const OfChannels<Op> of = storage.at(task, block);
       Scratch<typename Op::Accumulator> scratch;
-      for (std::int64_t i = w.tiles * range / ranges; i < w.tiles * (range + 1) / ranges; ++i)
-        body(w.tile(block, i), block, storage.at(task, block), scratch);
+      for (std::int64_t i = walk.tiles * range / ranges; i < walk.tiles * (range + 1) / ranges; ++i)
+        body(walk.tile(block, i), of, scratch);
     });
   };
 
   for (std::int64_t task = 0; task < w.blocks * ranges; ++task) storage.at(task, 0).clear();
   for (std::int64_t block = 0; block < w.blocks; ++block) op.start(block, storage.at(block * ranges, block));
-  each_tile(
-      [&](const Tile& tile, std::int64_t, const OfChannels<Op>& of, auto& scratch) { op.sum(tile, of, scratch); });
+  each_tile(op.summed, [&](const Tile& tile, const auto& of, auto& scratch) { op.sum(tile, of, scratch); });
   for (std::int64_t block = 0; block < w.blocks; ++block) {
     const OfChannels<Op> all = storage.at(block * ranges, block);
     for (std::int64_t range = 1; range < ranges; ++range) op.merge(all, storage.at(block * ranges + range, block));
     op.finish(block, all);
   }
-  each_tile(
-      [&](const Tile& tile, std::int64_t, const OfChannels<Op>& of, auto& scratch) { op.apply(tile, of, scratch); });
+  each_tile(w, [&](const Tile& tile, const auto& of, auto& scratch) { op.apply(tile, of, scratch); });
 }
 
 template <class Op>

@@ -32,10 +32,11 @@ class Case:
     op: str | None  # as registered with backends; None for a computation of several ops
     dtype: torch.dtype
     device_types: tuple[str, ...]
-    bytes: int
-    operations: int
+    bytes: int | None
+    operations: int | None
     tolerance: float  # of a variant's error relative to BASELINE's result: twice what the tests allow either
     setup: Callable[[torch.device, torch.dtype], dict[str, Make]]
+    counted: bool = False
 
 
 def on_backend(backend: str, run: Run) -> Run:

@@ -20,17 +20,24 @@ def table(results: dict[str, Any]) -> str:
     about = results["provenance"]
     graphs = any("graph" in result for case in results["cases"] for result in case["variants"].values())
     columns = ["case", "variant", "ms (20 to 80 %)", f"times {BASELINE}'s speed (20 to 80 %)", "of the floor"]
+    counted = any("flops" in result for case in results["cases"] for result in case["variants"].values())
+    columns += ["GFLOP", "peak MB", "saved MB"] if counted else []
     columns += ["CUDA graph, cold L2: ms", f"times {BASELINE}'s", "of the floor"] if graphs else []
     lines = [_source(about, results), "", _row(columns), _row(["---"] * 2 + ["---:"] * (len(columns) - 2))]
     for case in results["cases"]:
         for name, result in case["variants"].items():
-            label = f"fastgan ({case['backend']})" if name == "fastgan" else name
+            label = f"fastgan ({case['backend']})" if name == "fastgan" and case["backend"] else name
             cells = [case["name"], label, _spread(result["seconds"], 1e3)]
-            cells += [_spread(result["ratio"]), f"{result['floor_fraction']:.1%}"]
+            cells += [_spread(result["ratio"]), _percent(result)]
+            if counted:
+                cells += [
+                    _scaled(result, "flops", 1e9),
+                    *(_scaled(result, f"{of}_bytes", 1e6) for of in ("peak", "saved")),
+                ]
             graph = result.get("graph", {})
             if graphs and "seconds" in graph:
                 cells += [_spread(graph["seconds"], 1e3), _spread(graph["ratio"]) if "ratio" in graph else ""]
-                cells += [f"{graph['floor_fraction']:.1%}"]
+                cells += [_percent(graph)]
             elif graphs:
                 cells += [graph.get("reason", ""), "", ""]
             lines.append(_row(cells))
@@ -60,6 +67,14 @@ def _row(cells: list[str]) -> str:
 def _spread(quantiles: dict[str, float], factor: float = 1.0) -> str:
     low, median, high = (_number(quantiles[key] * factor) for key in ("low", "median", "high"))
     return f"{median} ({low} to {high})"
+
+
+def _percent(result: dict[str, Any]) -> str:
+    return f"{result['floor_fraction']:.1%}" if "floor_fraction" in result else ""
+
+
+def _scaled(result: dict[str, Any], key: str, unit: float) -> str:
+    return _number(result[key] / unit) if key in result else ""
 
 
 def _number(value: float) -> str:

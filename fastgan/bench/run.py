@@ -17,6 +17,8 @@ from fastgan import backends
 from fastgan.bench import report, timing
 from fastgan.bench.case import BASELINE, Case, Run, prepare
 from fastgan.bench.cases import CASES, SUITES
+from fastgan.bench.flops import count_flops
+from fastgan.bench.memory import peak_bytes, saved_bytes
 from fastgan.bench.provenance import ROOT, commit_of, provenance, slug
 
 SCHEMA = 1
@@ -147,13 +149,16 @@ def measure(
     variants, errors, left_out = prepare(case, device, optional=optional)
     seconds = SAMPLE_SECONDS[device.type]
     measured = timing.compare(timing.in_turns(variants, timer, rounds, seconds), BASELINE)
-    floor = case.bytes / bandwidth
+    floor = case.bytes / bandwidth if case.bytes is not None else None
     for name, result in measured.items():
-        result["floor_fraction"] = floor / result["seconds"]["median"]
         result["error"] = errors[name]
+        if floor is not None:
+            result["floor_fraction"] = floor / result["seconds"]["median"]
+        if case.counted:
+            result |= _counts(name, variants[name], device)
     if device.type == "cuda":
         for name, result in _graphs(variants, device, rounds, seconds / 10).items():
-            if "seconds" in result:
+            if "seconds" in result and floor is not None:
                 result["floor_fraction"] = floor / result["seconds"]["median"]
             measured[name]["graph"] = result
     return {
@@ -168,6 +173,13 @@ def measure(
         "variants": measured,
         "left_out": left_out,
     }
+
+
+def _counts(name: str, run_variant: Run, device: torch.device) -> dict[str, int]:
+    """What one call computes, holds and saves. Compiled graphs save by themselves, and on a CPU allocate unseen."""
+    compiled = name == "torch.compile"
+    counts = {} if compiled else {"flops": count_flops(run_variant), "saved_bytes": saved_bytes(run_variant)}
+    return counts if compiled and device.type == "cpu" else counts | {"peak_bytes": peak_bytes(run_variant, device)}
 
 
 def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:

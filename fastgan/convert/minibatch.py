@@ -6,6 +6,7 @@ other groups, another variance or another eps are another layer, and stay.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from itertools import product
@@ -89,7 +90,7 @@ def _declared(module: nn.Module, names: tuple[str, ...]) -> list[int | None]:
 def _eps_of(module: nn.Module, group_size: int | None, num_channels: int) -> float:
     """The square of what equal samples give."""
     channels = 3 * num_channels
-    x = torch.zeros(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64)
+    x = torch.zeros(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64, device="cpu")
     squared = float(double(module).forward(x)[:, channels:].square().max())
     return next((eps for eps in _EPS if abs(squared - eps) < 1e-4 * eps), squared)
 
@@ -133,7 +134,7 @@ def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
     expected, failure = outcome(lambda: results(double(module)))
     if failure:
         return None, f"could not be tried: {failure}"
-    least = float("inf")
+    least = math.inf
     for exclude_self, mean in product((True, False), (False, True)):
         ours = double(module)
         become(ours, _Discrimination, "forward", exclude_self=exclude_self, mean=mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +17,13 @@ TOLERANCE = 1e-5
 
 
 def double(module: nn.Module) -> nn.Module:
-    """A copy in float64, whose state may change."""
-    return copy.deepcopy(module).double()
+    """A copy in float64 on the CPU, whose state may change."""
+    return copy.deepcopy(module).cpu().double()
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Drawn aside from the random numbers of the process."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
@@ -38,9 +39,9 @@ def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tens
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of a tensor, relative to its norm; infinite where shapes differ."""
+    """The largest error of a tensor, relative to its norm; infinite where shapes differ or something is not finite."""
     if [a.shape for a in actual] != [e.shape for e in expected]:
-        return float("inf")
+        return math.inf
     errors = [_relative(a, e) for a, e in zip(actual, expected, strict=True)]
     return max(errors, default=0.0)
 
@@ -49,6 +50,8 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def _relative(actual: Tensor, expected: Tensor) -> float:
     scale = float(expected.double().norm())
     error = float((actual.double() - expected.double()).norm())
+    if not math.isfinite(scale + error):
+        return math.inf
     return error / scale if scale > 0 else error
 
 

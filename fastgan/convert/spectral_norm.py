@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from functools import partial
 from typing import Any, cast
@@ -184,7 +185,7 @@ def _replace_if_equal(
     expected, failure = outcome(lambda: results(double(module)))
     if failure:
         return None, f"could not be tried: {failure}"
-    error = float("inf")
+    error = math.inf
     for eps in declared or _COMMON_EPS[:1]:
         settings |= {"n_power_iterations": iterations, "eps": float(eps)}
         candidate = double(module)

@@ -95,13 +95,15 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
 class _Reroute(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         route = _ROUTES.get(func)
-        plain = all(kind in (torch.Tensor, torch.nn.Parameter) for kind in types)
-        if route is None or not plain or not torch.is_grad_enabled() or _checkpointed():
+        if route is None or not torch.is_grad_enabled() or not _PLAIN.issuperset(types) or _checkpointed():
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
 

@@ -89,5 +89,5 @@ def make_optimiser(
     name: OptimiserName, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
     if name == "adam":
-        return torch.optim.Adam(params, lr, betas)
+        return torch.optim.Adam(params, lr, betas, fused=True)
     return {"optimistic-adam": OptimisticAdam, "extra-adam": ExtraAdam}[name](params, lr, betas)

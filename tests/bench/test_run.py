@@ -90,7 +90,7 @@ def test_what_was_measured_is_on_disk_before_the_next_case_fails(tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "steps"], "suite must be one of ops, got 'steps'"),
+        (["--suite", "stairs"], "suite must be one of ops, steps, got 'stairs'"),
         (["--case", "spectral_norm/medium", "--device", "cpu"], "matches 'spectral_norm/medium': choose from spectral"),
         (["--case", "*/large/*", "--device", "cpu"], "no case of ops for cpu matches '*/large/*'"),
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),

@@ -91,7 +91,8 @@ if MODULE not in os.environ:
 
         def values(reversed_order):
             order = {"FASTGAN_EMULATION_REVERSED": reversed_order}
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+            files = [__file__, str(Path(__file__).with_name("test_emulated_minibatch_discrimination.py"))]
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
             return run(command, env=environment | order, cwd=ROOT)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

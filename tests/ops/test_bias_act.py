@@ -279,11 +279,11 @@ def test_opcheck_accepts_the_operators(backend, monkeypatch):
     rest = [2, 3, 20], "relu", 0.0, 1.5, 0.75, backend
     smooth = [2, 3, 20], "gelu", 0.0, 1.5, 0.75, backend
     for name, arguments in {
-        "piecewise_fwd": (x, bias, out, *bits, *rest),
-        "piecewise_apply": (dy, bias, *bits, out, sums, torch.float32, *rest),
-        "smooth_fwd": (x, bias, out, *smooth),
-        "smooth_bwd": (dy, x, bias, out, None, *smooth),
-        "smooth_bwd_bwd": (dy, bias, dy, x, bias, out, None, sums, *smooth),
+        "piecewise_forward": (x, bias, out, *bits, *rest),
+        "piecewise_apply": (dy, bias, *bits, out, sums, *rest),
+        "smooth_forward": (x, bias, out, *smooth),
+        "smooth_backward": (dy, x, bias, out, None, *smooth),
+        "smooth_double_backward": (dy, bias, dy, x, bias, out, None, sums, *smooth),
     }.items():
         torch.library.opcheck(getattr(torch.ops.fastgan, f"bias_act_{name}"), arguments)
 

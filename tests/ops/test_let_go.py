@@ -87,6 +87,7 @@ def test_whatever_else_is_kept(function):
 
 
 def critic():
+    """The activations of the first layers are most of what there is, as in any network that halves the image."""
     layers = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -122,8 +123,8 @@ def test_a_pass_keeps_less_than_pytorchs(ours, theirs):
 
     peaks = [peak_bytes(run(penalty), CPU) for penalty in (ours, theirs)]
     saved = [saved_bytes(run(penalty), [*parameters, x]) for penalty in (ours, theirs)]
-    assert peaks[0] <= 0.7 * peaks[1]
-    assert saved[0] <= 0.75 * saved[1]
+    assert peaks[0] <= 0.5 * peaks[1]
+    assert saved[0] <= 0.5 * saved[1]
 
 
 def test_a_forward_that_somebody_else_has_may_still_be_differentiated():

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from fastgan.bench.case import Case
-from fastgan.bench.cases import minibatch_discrimination, spectral_norm
+from fastgan.bench.cases import (
+    bias_act,
+    gradient_penalty,
+    minibatch_discrimination,
+    minibatch_stddev,
+    norm,
+    spectral_norm,
+)
 
-_FILES = (minibatch_discrimination, spectral_norm)
+_FILES = (bias_act, gradient_penalty, minibatch_discrimination, minibatch_stddev, norm, spectral_norm)
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
-SUITES: dict[str, tuple[str, ...]] = {"ops": tuple(CASES)}
+SUITES: dict[str, tuple[str, ...]] = {
+    "ops": tuple(name for name, case in CASES.items() if not case.counted),
+    "steps": tuple(name for name, case in CASES.items() if case.counted),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -24,22 +25,17 @@ from fastgan.ops.bias_act.layout import (
 from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, is_eager, last_order
 
-_OPTIONS = "int[] layout, str activation, float negative_slope, float gain, float clamp, str backend) -> ()"
-
-# All write into tensors that they are given, which lie in memory in one order: that of the input.
-LIBRARY.define(
-    "bias_act_piecewise_fwd(Tensor x, Tensor? bias, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside, " + _OPTIONS
-)
-LIBRARY.define(
-    "bias_act_piecewise_apply(Tensor? g, Tensor? bias, Tensor? signs, Tensor? inside, Tensor(a!)? out,"
-    " Tensor(b!)? sums, ScalarType dtype, " + _OPTIONS
-)
-LIBRARY.define("bias_act_smooth_fwd(Tensor x, Tensor? bias, Tensor(a!) y, " + _OPTIONS)
-LIBRARY.define("bias_act_smooth_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? dx, Tensor(b!)? dbias, " + _OPTIONS)
-LIBRARY.define(
-    "bias_act_smooth_bwd_bwd(Tensor? h, Tensor? h_bias, Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? by_dy,"
-    " Tensor(b!)? by_x, Tensor(c!)? by_bias, " + _OPTIONS
-)
+# The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
+# given, which lie in memory in one order: that of the input.
+_OPERATORS = {
+    "piecewise_forward": "Tensor x, Tensor? bias, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside",
+    "piecewise_apply": "Tensor? g, Tensor? bias, Tensor? signs, Tensor? inside, Tensor(a!)? out, Tensor(b!)? sums",
+    "smooth_forward": "Tensor x, Tensor? bias, Tensor(a!) y",
+    "smooth_backward": "Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? dx, Tensor(b!)? dbias",
+    "smooth_double_backward": "Tensor? h, Tensor? h_bias, Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? by_dy,"
+    " Tensor(b!)? by_x, Tensor(c!)? by_bias",
+}
+_OPTIONS = "int[] layout, str activation, float negative_slope, float gain, float clamp, str backend"
 
 backends.register("bias_act", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
 
@@ -52,83 +48,20 @@ def _kernels(backend: str) -> Any:
     return native_kernels
 
 
-@torch.library.impl(LIBRARY, "bias_act_piecewise_fwd", "CompositeExplicitAutograd")
-def _piecewise_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    signs: Tensor | None,
-    inside: Tensor | None,
-    layout: Sequence[int],
-    *options: Any,
-) -> None:
-    bias = _operand(bias, x.dtype)
-    _kernels(options[-1]).piecewise_forward(x, bias, y, signs, inside, Layout(*layout), Options(*options[:-1]))
-
-
-@torch.library.impl(LIBRARY, "bias_act_piecewise_apply", "CompositeExplicitAutograd")
-def _piecewise_apply(
-    g: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-    inside: Tensor | None,
-    out: Tensor | None,
-    sums: Tensor | None,
-    dtype: torch.dtype,
-    layout: Sequence[int],
-    *options: Any,
-) -> None:
-    operands = g, _operand(bias, dtype), signs, inside, out, sums
-    _kernels(options[-1]).piecewise_apply(*operands, Layout(*layout), Options(*options[:-1]), dtype)
-
-
-@torch.library.impl(LIBRARY, "bias_act_smooth_fwd", "CompositeExplicitAutograd")
-def _smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Sequence[int], *options: Any) -> None:
-    bias = _operand(bias, x.dtype)
-    _kernels(options[-1]).smooth_forward(x, bias, y, Layout(*layout), Options(*options[:-1]))
-
-
-@torch.library.impl(LIBRARY, "bias_act_smooth_bwd", "CompositeExplicitAutograd")
-def _smooth_backward(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    dx: Tensor | None,
-    dbias: Tensor | None,
-    layout: Sequence[int],
-    *options: Any,
-) -> None:
-    operands = dy, x, _operand(bias, x.dtype), dx, dbias
-    _kernels(options[-1]).smooth_backward(*operands, Layout(*layout), Options(*options[:-1]))
-
-
-@torch.library.impl(LIBRARY, "bias_act_smooth_bwd_bwd", "CompositeExplicitAutograd")
-def _smooth_double_backward(
-    h: Tensor | None,
-    h_bias: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    by_dy: Tensor | None,
-    by_x: Tensor | None,
-    by_bias: Tensor | None,
-    layout: Sequence[int],
-    *options: Any,
-) -> None:
-    operands = h, _operand(h_bias, x.dtype), dy, x, _operand(bias, x.dtype), by_dy, by_x, by_bias
-    _kernels(options[-1]).smooth_double_backward(*operands, Layout(*layout), Options(*options[:-1]))
+def _implementation(name: str, *arguments: Any) -> None:
+    *tensors, layout, activation, negative_slope, gain, clamp, backend = arguments
+    options = Options(activation, negative_slope, gain, clamp)
+    getattr(_kernels(backend), name)(*tensors, Layout(*layout), options)
 
 
 def _nothing(*arguments: Any) -> None:
     return None
 
 
-for _operator in ("piecewise_fwd", "piecewise_apply", "smooth_fwd", "smooth_bwd", "smooth_bwd_bwd"):
-    torch.library.register_fake(f"fastgan::bias_act_{_operator}", _nothing, lib=LIBRARY)
-
-
-def _operand(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(accumulation_dtype(dtype)).contiguous()
+for _name, _tensors in _OPERATORS.items():
+    LIBRARY.define(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")
+    LIBRARY.impl(f"bias_act_{_name}", partial(_implementation, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgan::bias_act_{_name}", _nothing, lib=LIBRARY)
 
 
 class _Call(NamedTuple):
@@ -141,6 +74,15 @@ class _Call(NamedTuple):
     layout: Layout
     options: Options
     backend: str
+
+    def run(self, name: str, eager: bool, *tensors: Tensor | None) -> None:
+        if eager:
+            getattr(_kernels(self.backend), name)(*tensors, self.layout, self.options)
+        else:
+            getattr(torch.ops.fastgan, f"bias_act_{name}")(*tensors, self.layout, *self.options, self.backend)
+
+    def operand(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias.to(accumulation_dtype(self.dtype)).contiguous()
 
     def in_order(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor, or a copy that lies in memory as the kernels expect."""
@@ -191,11 +133,9 @@ def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: 
     source = x if dense else call.empty(x.device).copy_(x)
     y = source if inplace and eager else torch.empty_like(source)
     if call.options.activation in PIECEWISE:
-        run: Any = _piecewise_forward if eager else torch.ops.fastgan.bias_act_piecewise_fwd
-        run(source, bias, y, *(bits or (None, None)), call.layout, *call.options, call.backend)
+        call.run("piecewise_forward", eager, source, call.operand(bias), y, *(bits or (None, None)))
     else:
-        run = _smooth_forward if eager else torch.ops.fastgan.bias_act_smooth_fwd
-        run(source, bias, y, call.layout, *call.options, call.backend)
+        call.run("smooth_forward", eager, source, call.operand(bias), y)
     return x.copy_(y) if inplace and y is not x else y
 
 
@@ -239,8 +179,7 @@ def _times_slopes(
     assert given is not None
     out = call.empty(given.device) if wanted[0] else None
     sums = call.empty_sums(given.device) if wanted[1] else None
-    run: Any = _piecewise_apply if is_eager(given) else torch.ops.fastgan.bias_act_piecewise_apply
-    run(call.in_order(g), k, signs, inside, out, sums, call.dtype, call.layout, *call.options, call.backend)
+    call.run("piecewise_apply", is_eager(given), call.in_order(g), call.operand(k), signs, inside, out, sums)
     return out, call.as_bias(sums)
 
 
@@ -306,8 +245,8 @@ def _run_smooth_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     dx = call.empty(dy.device) if wanted[0] else None
     dbias = call.empty_sums(dy.device) if wanted[1] else None
-    run: Any = _smooth_backward if is_eager(dy) else torch.ops.fastgan.bias_act_smooth_bwd
-    run(call.in_order(dy), call.in_order(x), bias, dx, dbias, call.layout, *call.options, call.backend)
+    operands = call.in_order(dy), call.in_order(x), call.operand(bias)
+    call.run("smooth_backward", is_eager(dy), *operands, dx, dbias)
     return dx, call.as_bias(dbias)
 
 
@@ -349,7 +288,7 @@ def _run_smooth_double_backward(
     by_dy, by_x = (call.empty(dy.device) if want else None for want in wanted[:2])
     by_bias = call.empty_sums(dy.device) if wanted[2] else None
     if any(wanted):
-        run: Any = _smooth_double_backward if is_eager(dy) else torch.ops.fastgan.bias_act_smooth_bwd_bwd
-        operands = call.in_order(h), h_bias, call.in_order(dy), call.in_order(x), bias
-        run(*operands, by_dy, by_x, by_bias, call.layout, *call.options, call.backend)
+        grads = call.in_order(h), call.operand(h_bias)
+        operands = call.in_order(dy), call.in_order(x), call.operand(bias)
+        call.run("smooth_double_backward", is_eager(dy), *grads, *operands, by_dy, by_x, by_bias)
     return [by_dy, by_x, call.as_bias(by_bias)]

@@ -31,10 +31,10 @@ def piecewise_apply(
     sums: Tensor | None,
     layout: Layout,
     options: Options,
-    dtype: torch.dtype,
 ) -> None:
+    typed = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
     tensors = _addresses(g, bias, signs, inside, out, sums)
-    backends.native().piecewise_apply(_NAMES[dtype], tensors, layout, options, torch.get_num_threads())
+    backends.native().piecewise_apply(_NAMES[typed.dtype], tensors, layout, options, torch.get_num_threads())
 
 
 def smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Layout, options: Options) -> None:

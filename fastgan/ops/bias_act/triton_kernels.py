@@ -370,11 +370,11 @@ def piecewise_apply(
     sums: Tensor | None,
     layout: Layout,
     options: Options,
-    dtype: torch.dtype,
 ) -> None:
-    grid, parts, sizes, tile = _tiles(layout, sums, dtype)
-    constants = _constants(dtype, layout, options)
-    with _on(out if out is not None else sums):
+    typed = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
+    grid, parts, sizes, tile = _tiles(layout, sums, typed.dtype)
+    constants = _constants(typed.dtype, layout, options)
+    with _on(typed):
         _backward[grid](g, bias, None, None, signs, inside, out, parts, *sizes, **constants, **tile)
         _add_up(parts, sums)
 
@@ -450,5 +450,5 @@ def _constants(dtype: torch.dtype, layout: Layout, options: Options) -> dict[str
     }
 
 
-def _on(tensor: Tensor | None) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor is not None and tensor.is_cuda else nullcontext()
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -51,7 +51,8 @@ def gradient_penalty(
 
     alpha ~ U(0, 1) per sample. Norms are over all dimensions of a sample and are computed in float32; the gradient of
     a norm of zero is zero. Convolutions, ReLUs and poolings inside D take four forwards' work for the penalty and its
-    gradient where PyTorch takes six (see ``twice_differentiable``); everything else is PyTorch's.
+    gradient where PyTorch takes six (see ``twice_differentiable``); everything else is PyTorch's. Where D is piecewise
+    affine, what its forward kept is freed at once: a feature that D stashed there cannot be differentiated afterwards.
 
     Args:
         discriminator: called as ``discriminator(x, *args, **kwargs)``; returns logits of any shape, or a sequence of
@@ -141,7 +142,8 @@ def logits_and_penalty(
 
     Where the discriminator is made of convolutions, linear layers, ReLUs, average poolings, sums and reshapes, with one
     logit a sample, loss and penalty together take four forwards' work instead of six; ``explain_penalty`` says whether.
-    Elsewhere it is ``penalty_from_logits``. The numbers are the same.
+    Elsewhere it is ``penalty_from_logits``. The numbers are the same. In one pass, what the forward kept is freed at
+    once, as by ``gradient_penalty``.
 
         logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
         (softplus(-logits).mean() + penalty).backward()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine
 
@@ -33,29 +33,34 @@ class Tracer(TorchFunctionMode):
         # Where a bias was added (before an activation in place), the bias, and the dimension that it runs along.
         self.biases: list[tuple[GradientEdge, Tensor, int]] = []
         self._inputs, self._parameters = inputs, list[Tensor]()
-        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary({inputs: True})
+        self._made = {id(inputs): ref(inputs)}  # weakly: an activation lives no longer than without us
 
     def __contains__(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor in self._made
+        made = self._made.get(id(tensor))
+        return made is not None and made() is tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        touched = self.reason is None and any(t in self for t in _tensors((args, kwargs)))
-        sizes = [len(t) for t in _tensors(args) if touched and t in self]
+        if self.reason is not None or func in _LOOKS:
+            return func(*args, **kwargs)
+        touching = [t for t in _tensors((args, kwargs)) if t in self]
+        if not touching:
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # the sizes are nobody's business
+            sizes = [len(t) for t in _tensors(args) if t in self]
+            rule = _RULES.get(func)
         result = func(*args, **kwargs)
-        if not touched or func in _LOOKS:
-            return result
-        rule = _RULES.get(func)
-        if rule is None or not rule(self, *args, **kwargs) or any(size != self.samples for size in sizes):
-            self.reason = f"{resolve_name(func) or func}, as it was called here"
-        elif not isinstance(result, Tensor) or result.ndim == 0 or len(result) != self.samples:
-            self.reason = f"{resolve_name(func) or func} does not keep the samples apart"
-        else:
-            self._made[result] = True
-            if func in _LAYERS:
-                self._note_layer(result, -1 if func is F.linear else 1, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            if rule is None or not rule(self, *args, **kwargs) or any(size != self.samples for size in sizes):
+                self.reason = f"{resolve_name(func) or func}, as it was called here"
+            elif not isinstance(result, Tensor) or result.ndim == 0 or len(result) != self.samples:
+                self.reason = f"{resolve_name(func) or func} does not keep the samples apart"
+            else:
+                self._made[id(result)] = ref(result)
+                if func in _LAYERS:
+                    self._note_layer(result, -1 if func is F.linear else 1, *args, **kwargs)
         return result
 
     def _note_layer(
@@ -80,7 +85,8 @@ class Tracer(TorchFunctionMode):
             return "the output is not one tensor made by torch functions from the input"
         if logits.numel() != self.samples:
             return f"the output has {logits.numel() // self.samples} logits a sample"
-        if any(leaf is self._inputs for parameter in self._parameters for leaf in leaves(parameter)):
+        made = (p for p in self._parameters if p.grad_fn is not None)
+        if any(leaf is self._inputs for parameter in made for leaf in leaves(parameter)):
             return "a weight is made from the input"
         strange = {
             name

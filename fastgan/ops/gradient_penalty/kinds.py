@@ -17,7 +17,7 @@ def _one_sided(grad: Tensor) -> Tensor:
 
 
 def _squared(grad: Tensor) -> Tensor:
-    return grad.square().sum(1).mean()
+    return _norm(grad).square().mean()
 
 
 def _half_squared(grad: Tensor) -> Tensor:
@@ -25,11 +25,12 @@ def _half_squared(grad: Tensor) -> Tensor:
 
 
 def _largest(grad: Tensor) -> Tensor:
-    return grad.square().sum(1).max()
+    return _norm(grad).square().max()
 
 
 def _norm(grad: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(grad, dim=1)  # its gradient at zero is zero
+    """(N,): reads the gradient once and makes no squares of it; so does its derivative, which is zero at zero."""
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))
     return norm
 
 
@@ -54,7 +55,7 @@ def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
     """weight * penalty of the gradients (N, *S), in float32 or better: a half-precision square would overflow."""
     with torch.autocast(grad.device.type, enabled=False):
         flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]  # (N, prod S)
-        return weight * KINDS[kind](flat if flat.dtype == torch.float64 else flat.float())
+        return weight * KINDS[kind](flat)
 
 
 def points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ gathered on the way in: m going forward, the gradients of o (a C-th of m) going 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ LIBRARY.define(
 )
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-backends.register("minibatch_discrimination", dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
+backends.register("minibatch_discrimination", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
 @torch.library.impl(LIBRARY, "minibatch_discrimination_fwd", "CompositeExplicitAutograd")
@@ -72,12 +73,13 @@ for _order in ("fwd", "bwd", "bwd_bwd"):
     torch.library.register_fake(f"fastgan::minibatch_discrimination_{_order}", _nothing, lib=LIBRARY)
 
 
+@cache
 def _kernels(backend: str) -> Any:
     if backend == "triton":
         from fastgan.ops.minibatch_discrimination import triton_kernels  # Triton is optional
 
         return triton_kernels
-    return native_kernels
+    return native_kernels.Native(backend)
 
 
 def packed(everyone: Tensor, backend: str) -> Tensor:

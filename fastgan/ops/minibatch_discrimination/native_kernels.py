@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken. None is the address 0."""
+"""Calls into fastgan._native and fastgan._native_cuda: the only place of this op where addresses are taken."""
 
 from __future__ import annotations
 
@@ -8,27 +8,61 @@ from torch import Tensor
 from fastgan import backends
 
 
-def forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool) -> None:
-    order, ends = _by_segment(segments)
-    tensors, sizes = _addresses(order, ends, m, o), _sizes(m, ends, first, o)
-    backends.native().minibatch_discrimination_forward(_name(m), tensors, sizes, exclude_self, torch.get_num_threads())
+class Native:
+    """One of the two modules, as kernels that write into contiguous tensors. None is the address 0."""
 
+    def __init__(self, backend: str) -> None:
+        self.on_cpu = backend == "cpu"
 
-def backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int) -> None:
-    order, ends = _by_segment(segments)
-    tensors, sizes = _addresses(order, ends, h, m, dm), _sizes(m, ends, first, dm)
-    backends.native().minibatch_discrimination_backward(_name(m), tensors, sizes, torch.get_num_threads())
+    def forward(self, m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool) -> None:
+        self._run("forward", segments, [m, o], m, (first, len(o)), exclude_self)
 
+    def backward(self, h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int) -> None:
+        self._run("backward", segments, [self._packed(h), m, dm], m, (first, len(dm)))
 
-def double_backward(
-    w: Tensor, h: Tensor, m: Tensor, segments: Tensor | None, by_h: Tensor | None, by_m: Tensor | None, first: int
-) -> None:
-    order, ends = _by_segment(segments)
-    written = by_m if by_h is None else by_h
-    if written is None:
-        return
-    tensors, sizes = _addresses(order, ends, w, h, m, by_h, by_m), _sizes(m, ends, first, written)
-    backends.native().minibatch_discrimination_double_backward(_name(m), tensors, sizes, torch.get_num_threads())
+    def double_backward(
+        self,
+        w: Tensor,
+        h: Tensor,
+        m: Tensor,
+        segments: Tensor | None,
+        by_h: Tensor | None,
+        by_m: Tensor | None,
+        first: int,
+    ) -> None:
+        written = by_m if by_h is None else by_h
+        if written is not None:
+            tensors = [self._packed(w), self._packed(h), m, by_h, by_m]
+            self._run("double_backward", segments, tensors, m, (first, len(written)))
+
+    def _packed(self, operand: Tensor) -> Tensor:
+        return operand if self.on_cpu else operand.movedim(0, -1).contiguous()  # (B, C, N) or (B, N)
+
+    def _run(
+        self,
+        order: str,
+        segments: Tensor | None,
+        tensors: list[Tensor | None],
+        m: Tensor,
+        rows: tuple[int, int],
+        *options: bool,
+    ) -> None:
+        if self.on_cpu:
+            places, ends = _by_segment(segments)
+            tensors = [places, ends, *tensors]
+            sizes = (*m.shape, *rows, 1 if ends is None else len(ends))
+        else:
+            tensors = [segments, *tensors]
+            kernels, dims, samples = m.shape
+            sizes = (samples, kernels, dims, *rows)
+        module = backends.native() if self.on_cpu else backends.native_cuda()
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        name = str(m.dtype).removeprefix("torch.")
+        getattr(module, f"minibatch_discrimination_{order}")(name, addresses, sizes, *options, self._where(m))
+
+    def _where(self, m: Tensor) -> int:
+        """A number of threads, or a CUDA stream."""
+        return torch.get_num_threads() if self.on_cpu else torch.cuda.current_stream(m.device).cuda_stream
 
 
 def _by_segment(segments: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -37,15 +71,3 @@ def _by_segment(segments: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     ordered, order = segments.sort(stable=True)
     return order, ordered.unique_consecutive(return_counts=True)[1].cumsum(0)
-
-
-def _sizes(m: Tensor, ends: Tensor | None, first: int, written: Tensor) -> tuple[int, ...]:
-    return (*m.shape, first, len(written), 1 if ends is None else len(ends))
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _name(m: Tensor) -> str:
-    return str(m.dtype).removeprefix("torch.")

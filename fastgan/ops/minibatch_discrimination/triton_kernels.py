@@ -189,7 +189,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         _addresses("w", "h", "m", "by_h", "by_m") | {"segments_ptr": "*i64"} | _SIZES,
         [
             {"BLOCK": 64, "DIMS": 16, "w_ptr": None, "by_h_ptr": None, "segments_ptr": None},
-            {"BLOCK": 64, "DIMS": _DIMS},
+            {"BLOCK": 32, "DIMS": _DIMS},
             {"BLOCK": 32, "DIMS": 1, "by_m_ptr": None},
         ],
     ),
@@ -205,11 +205,11 @@ _TYPES = {
 
 def forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool) -> None:
     kernels, dims, samples = m.shape
-    rows, block = len(o), _block(m)
+    rows, (block, warps) = len(o), _tile(m, 64)
     sizes = samples, kernels, dims, first, rows
     constants = {"EXCLUDE_SELF": exclude_self, "BLOCK": block, "DTYPE": _TYPES[m.dtype]}
     with _on(m):
-        _similarities[(triton.cdiv(rows, block) * kernels,)](m, segments, o, *sizes, **constants)
+        _similarities[(triton.cdiv(rows, block) * kernels,)](m, segments, o, *sizes, **constants, num_warps=warps)
 
 
 def backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int) -> None:
@@ -235,18 +235,20 @@ def _launch_gradients(
     rows: int,
 ) -> None:
     kernels, dims, samples = m.shape
-    block, of_program = _block(m), 1 if by_m is None else min(_DIMS, triton.next_power_of_2(dims))
+    block, warps = _tile(m, 64 if w is None else 32)
+    of_program = 1 if by_m is None else min(_DIMS, triton.next_power_of_2(dims))
     grid = triton.cdiv(rows, block) * kernels, 1 if by_m is None else triton.cdiv(dims, of_program)
     operands = w, h.t().contiguous(), m, segments, by_h, by_m
     constants = {"BLOCK": block, "DIMS": of_program, "DTYPE": _TYPES[m.dtype]}
     with _on(m):
-        _gradients[grid](*operands, samples, kernels, dims, first, rows, **constants)
+        _gradients[grid](*operands, samples, kernels, dims, first, rows, **constants, num_warps=warps)
 
 
-def _block(m: Tensor) -> int:
-    """Samples a tile, by the number of samples and what the registers hold."""
-    most = 32 if m.dtype == torch.float64 else 64
-    return max(16, min(most, int(triton.next_power_of_2(m.shape[2]))))
+def _tile(m: Tensor, most: int) -> tuple[int, int]:
+    """Samples a tile and warps a program, by the number of samples and by what the registers hold."""
+    most = 32 if m.dtype == torch.float64 else most
+    block = max(16, min(most, int(triton.next_power_of_2(m.shape[2]))))
+    return block, 8 if block == 64 else 4
 
 
 def _on(m: Tensor) -> AbstractContextManager[Any]:

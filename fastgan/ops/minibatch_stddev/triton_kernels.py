@@ -278,11 +278,11 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (_forward, _addresses("x", "y", "sums"), [_FOUR, _ONE, _MANY]),
     (_append, _addresses("sums", "to") | {"parts": "i32"}, [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, **_ONES}]),
     (_slopes, _addresses("dy", "slope"), [{"SIZE": 4, "BLOCK": _BLOCK}, {"SIZE": 4, "BLOCK": _BLOCK, **_ONES}]),
-    (_backward, _addresses("dy", "x", "dx", "slope"), [_FOUR, _ONE, _MANY]),
+    (_backward, _addresses("dy", "x", "dx", "slope"), [_FOUR, _MANY]),
     (
         _double_backward,
         _addresses("h", "x", "slope", "by_dy", "by_x", "sums"),
-        [_FOUR, _ONE, _MANY, {**_FOUR, "by_x_ptr": None}, {**_FOUR, "by_dy_ptr": None, "sums_ptr": None}],
+        [_FOUR, {**_MANY, "by_dy_ptr": None, "sums_ptr": None}, {**_ONE, "by_x_ptr": None}],
     ),
 ]
 

@@ -15,6 +15,7 @@ from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
+_LEAST = 4096  # elements on a CPU, under which calling a kernel costs more than it brings
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
@@ -219,7 +220,8 @@ def _last(values: Tensor | None) -> Tensor | None:
 
 def _select(op: str, input: Tensor, backend: str | None) -> str:
     chosen = backends.select(op, input.device, input.dtype, backend)
-    return chosen if input.numel() else "reference"  # nothing to compute
+    tiny = input.numel() < _LEAST and chosen == "cpu" and not backends.is_forced(backend)
+    return "reference" if tiny or not input.numel() else chosen
 
 
 def _autocast(input: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -56,16 +56,16 @@ def _double_backward(*arguments: Any) -> None:
 
 def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> None:
     """Calls a kernel with the operands, or with copies where their dtype or strides are not what it takes."""
-    layout = Layout(*layout)
     dtype = operands.x.dtype
     acc = accumulation_dtype(dtype)
+    channels_last = layout[-1]
     taken: list[Tensor | None] = []
     stand_ins = []
     for field, tensor in zip(operands._fields, operands, strict=True):
-        of_input = field in _OF_INPUT
-        wanted = dtype if of_input else acc
         if tensor is not None:
-            if of_input and layout.channels_last:
+            of_input = field in _OF_INPUT
+            wanted = dtype if of_input else acc
+            if of_input and channels_last:
                 tensor = tensor.movedim(1, -1)
             if tensor.dtype != wanted or not tensor.is_contiguous():
                 given = tensor
@@ -75,7 +75,7 @@ def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> 
                 else:
                     tensor = given.to(wanted).contiguous()
         taken.append(tensor)
-    getattr(_kernels(backend), name)(type(operands)(*taken), layout, *options)
+    getattr(_kernels(backend), name)(operands._make(taken), Layout(*layout), *options)
     for given, stand_in in stand_ins:
         given.copy_(stand_in)
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "grid.h"
 
@@ -89,5 +90,18 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameter), dim3 blocks, 
   if (shared_bytes > static_cast<std::size_t>(emulation::allowed_shared_bytes)) return cudaErrorInvalidValue;
   const auto& argument = *static_cast<const Parameter*>(arguments[0]);
   emulation::Grid(blocks.x, threads.x, shared_bytes, [&] { kernel(argument); }).run();
+  return cudaSuccess;
+}
+
+// Blocks of a launch that is not cooperative know nothing of each other: one after another, in the order of the fibres.
+template <class Parameter>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameter), dim3 blocks, dim3 threads, void** arguments,
+                             std::size_t shared_bytes, cudaStream_t) {
+  if (shared_bytes > std::size_t{48} << 10) return cudaErrorInvalidValue;
+  const auto& argument = *static_cast<const std::remove_const_t<Parameter>*>(arguments[0]);
+  for (unsigned i = 0; i < blocks.x; ++i) {
+    const unsigned block = emulation::reversed() ? blocks.x - 1 - i : i;
+    emulation::Grid(1, threads.x, shared_bytes, [&] { kernel(argument); }, block, blocks.x).run();
+  }
   return cudaSuccess;
 }

@@ -67,12 +67,19 @@ struct Fibre {
   std::deque<std::vector<Copy>> groups;  // committed; made only when waited for, as late as hardware may
 };
 
+inline bool reversed() {
+  const char* order = std::getenv("FASTGAN_EMULATION_REVERSED");
+  return order != nullptr && order[0] == '1';
+}
+
 class Grid {
  public:
-  Grid(unsigned blocks, unsigned threads, std::size_t shared_bytes, std::function<void()> kernel)
-      : kernel_(std::move(kernel)), blocks_(blocks), fibres_(std::size_t{blocks} * threads) {
+  // All blocks of a grid, or `blocks` of its `all` from `first` on.
+  Grid(unsigned blocks, unsigned threads, std::size_t shared_bytes, std::function<void()> kernel, unsigned first = 0,
+       unsigned all = 0)
+      : kernel_(std::move(kernel)), first_(first), blocks_(blocks), fibres_(std::size_t{blocks} * threads) {
     barrier.expected = blocks * threads;
-    gridDim = {blocks, 1, 1}, blockDim = {threads, 1, 1};
+    gridDim = {all == 0 ? blocks : all, 1, 1}, blockDim = {threads, 1, 1};
     for (Block& b : blocks_) {
       b.barrier.expected = threads;
       b.warps.resize(threads / 32);
@@ -82,14 +89,13 @@ class Grid {
       std::memset(b.shared.get(), kPoison, shared_bytes);
     }
     for (unsigned i = 0; i < fibres_.size(); ++i) {
-      fibres_[i].block = {i / threads, 0, 0};
+      fibres_[i].block = {first + i / threads, 0, 0};
       fibres_[i].thread = {i % threads, 0, 0};
     }
   }
 
   void run() {
-    const char* order = std::getenv("FASTGAN_EMULATION_REVERSED");
-    const bool reversed = order != nullptr && order[0] == '1';
+    const bool reversed = emulation::reversed();
     current = this;
     for (Fibre& f : fibres_) {
       f.stack.reset(new unsigned char[kStack]);
@@ -122,7 +128,7 @@ class Grid {
     while (at.generation == generation) leave(false);
   }
 
-  Block& block() { return blocks_[blockIdx.x]; }
+  Block& block() { return blocks_[blockIdx.x - first_]; }
   Fibre& fibre() { return *running_; }
 
   Barrier barrier;
@@ -173,6 +179,7 @@ class Grid {
   }
 
   std::function<void()> kernel_;
+  unsigned first_;
   std::vector<Block> blocks_;
   std::vector<Fibre> fibres_;
   Fibre* running_ = nullptr;

@@ -1,0 +1,84 @@
+"""A bias and an activation as a gradient penalty meets them: forward, backward and double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod, sqrt
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan import backends, ops
+from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+
+SHAPE = (32, 64, 32, 32)  # a layer of a discriminator of 64 px
+GAIN = sqrt(2)
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+def _penalised(function: Function, smooth: bool, device: torch.device, dtype: torch.dtype) -> Run:
+    torch.manual_seed(0)  # the same operands for each
+    x, dy, h = (torch.randn(SHAPE, dtype=dtype, device=device) for _ in range(3))
+    bias = torch.randn(SHAPE[1], dtype=dtype, device=device)
+    for leaf in (x, dy, bias):
+        leaf.requires_grad_()
+    # What a penalty asks for: of what is linear in pieces, nothing flows to the input.
+    by = (dy, x, bias) if smooth else (dy,)
+
+    def run() -> Sequence[Tensor]:
+        y = function(x, bias)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        return [y.detach(), dx.detach(), *torch.autograd.grad(dx, by, h)]
+
+    return run
+
+
+def _setup(plain: Function, activation: str, gain: float, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+    smooth = activation == "silu"
+    ours = partial(ops.bias_act, activation=activation, gain=gain)
+
+    def variant(backend: str) -> Run:
+        return on_backend(backend, _penalised(ours, smooth, device, dtype))
+
+    compiled: Make = lambda: _penalised(torch.compile(plain), smooth, device, dtype)  # noqa: E731
+    variants: dict[str, Make] = {
+        BASELINE: partial(_penalised, plain, smooth, device, dtype),
+        "torch.compile": compiled,
+        "reference": partial(variant, "reference"),
+        "fastgan": partial(_penalised, ours, smooth, device, dtype),
+    }
+    if device.type == "cuda":
+        for backend in BY_NAME:
+            if backends.why_not("bias_act", backend, device.type, dtype) is None:
+                variants[backend] = partial(variant, backend)
+    return variants
+
+
+def _case(activation: str, plain: Function, gain: float, moved: int, operations: int) -> Case:
+    """Bytes and operations an element."""
+    size, dtype = prod(SHAPE), torch.float32
+    return Case(
+        name=f"bias_act/{activation}/double_backward",
+        op="bias_act",
+        dtype=dtype,
+        device_types=("cpu", "cuda"),
+        bytes=moved * size // 8,
+        operations=operations * size,
+        tolerance=2e-3,
+        setup=lambda device, dtype: _setup(plain, activation, gain, device, dtype),
+    )
+
+
+def _per_channel(bias: Tensor) -> Tensor:
+    return bias[:, None, None]
+
+
+CASES = [
+    # Bits: each of the three reads and writes a tensor, and a bit an element.
+    _case("leaky_relu", lambda x, b: F.leaky_relu(x + _per_channel(b), 0.2) * GAIN, GAIN, 3 * (2 * 32 + 1), 8),
+    # Forward reads x, backward dy and x, double backward h, dy and x; one result, one, and two. An exponential each.
+    _case("silu", lambda x, b: F.silu(x + _per_channel(b)), 1.0, (2 + 3 + 5) * 32, 85),
+]

@@ -1,0 +1,89 @@
+"""The training steps that are timed: both variants give the same, in the work and memory that their table tells."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import fastgan
+from fastgan.bench import discriminators, report, run, timing
+from fastgan.bench.case import BASELINE, prepare
+from fastgan.bench.cases import CASES, SUITES
+from fastgan.bench.cases.gradient_penalty import OBJECTIVES, step
+from fastgan.bench.flops import count_flops
+
+CPU = torch.device("cpu")
+SMALL = {
+    "critic": (partial(discriminators.critic, (3, 8, 8), 16), (4, 3, 16, 16)),
+    "layer norm": (partial(discriminators.layer_norm_critic, 4, 32), (2, 3, 32, 32)),
+    "mlp": (partial(discriminators.mlp, 16), (8, 2)),
+    "sngan": (partial(discriminators.SNGANResNet, 2), (2, 3, 32, 32)),
+    "stylegan2": (partial(discriminators.StyleGAN2, 16, 4), (4, 3, 16, 16)),
+    "stylegan2 without stddev": (partial(discriminators.StyleGAN2, 16, 4, stddev=False), (4, 3, 16, 16)),
+    "r3gan": (partial(discriminators.R3GAN, 16, 8), (2, 3, 16, 16)),
+}
+AFFINE = ["critic", "mlp", "sngan", "stylegan2 without stddev", "r3gan"]
+
+
+def variants(name, objective):
+    make, shape = SMALL[name]
+    case = dataclasses.replace(
+        CASES["wgan-gp/critic64-batch4"],
+        name=name,
+        setup=lambda device, dtype: step(make, shape, objective, device, dtype),
+    )
+    return prepare(case, CPU)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", SMALL)
+def test_fastgans_step_gives_the_gradients_of_pytorchs(name, objective):
+    runs, errors, _ = variants(name, objective)
+    assert list(runs) == [BASELINE, "fastgan"]
+    assert errors["fastgan"] <= 1e-4
+    assert all(t.isfinite().all() for t in runs["fastgan"]())
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_a_piecewise_affine_discriminator_takes_less_work_and_one_pass(name):
+    make, shape = SMALL[name]
+    assert fastgan.explain_penalty(make(), torch.randn(shape)) == "one pass"
+    runs, *_ = variants(name, "loss+r1")
+    ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
+    assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
+
+
+def test_flops_are_those_of_the_convolutions_and_products():
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    forward = 2 * (2 * 4 * 6 * 6) * (3 * 9)
+    assert count_flops(lambda: layer(x)) == forward
+    assert count_flops(lambda: layer(x).sum().backward()) == 2 * forward  # none by x, which needs no gradient
+    grouped, transposed = nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 2, 3, stride=2)
+    y = torch.randn(2, 4, 8, 8, requires_grad=True)
+    forward = 2 * (2 * 8 * 6 * 6) * (2 * 9)
+    assert [count_flops(call) for call in (lambda: grouped(y), lambda: grouped(y).sum().backward())] == [
+        forward,
+        3 * forward,
+    ]
+    assert count_flops(lambda: transposed(y).sum().backward()) == 3 * 2 * (2 * 4 * 8 * 8) * (2 * 9)
+    assert count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+
+
+def test_a_step_is_reported_with_its_work_and_memory():
+    case = CASES["wgan-gp/mlp512-batch256"]
+    assert case.name in SUITES["steps"]
+    measured = run.measure(case, CPU, 1, 1e9, lambda call, repeats: timing.wall_clock(call, 1), False)
+    ours, theirs = (measured["variants"][name] for name in ("fastgan", BASELINE))
+    assert 0 < ours["flops"] < theirs["flops"]
+    assert 0 < ours["peak_bytes"] < theirs["peak_bytes"]
+    assert 0 < ours["saved_bytes"] < theirs["saved_bytes"]
+    about = dict.fromkeys(("device", "driver", "commit", "dirty", "torch", "fastgan", "date", "command"), "x")
+    results = {"provenance": about | {"device_type": "cpu", "threads": 1}, "copy_bandwidth": 1e9, "cases": [measured]}
+    header, _, *rows = [line for line in report.table(results).splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in header.split("|")].index("peak MB")
+    for row, result in zip(rows, (theirs, ours), strict=True):
+        assert float(row.split("|")[column]) == pytest.approx(result["peak_bytes"] / 1e6, rel=0.01)
