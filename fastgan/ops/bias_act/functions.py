@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan import backends
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.layout import DTYPES, Options
 
@@ -40,6 +41,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return activate(input, None, 0, Options("relu"), inplace)
 
 
+# Elements from which on, on a CPU, three orders in one pass each are faster than PyTorch's chains.
+_LEAST = {"silu": 2**14, "gelu": 2**14, "softplus": 2**17, "tanh": 2**20, "sigmoid": 2**20}
+
+
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.silu``, x sigmoid(x), differentiable twice."""
     return _smooth(F.silu, "silu", input, inplace)
@@ -47,7 +52,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """``torch.nn.functional.gelu``, x times the normal distribution at x, differentiable twice."""
-    if input.dtype not in DTYPES or approximate not in ("none", "tanh"):
+    if not _pays("gelu", input) or approximate not in ("none", "tanh"):
         return F.gelu(input, approximate=approximate)
     return activate(input, None, 0, Options("gelu" if approximate == "none" else "gelu_tanh"))
 
@@ -64,13 +69,18 @@ def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """``torch.nn.functional.softplus``, log(1 + exp(x)), differentiable twice; PyTorch's own for another beta."""
-    if input.dtype not in DTYPES or beta != 1 or threshold != 20:
+    if not _pays("softplus", input) or beta != 1 or threshold != 20:
         return F.softplus(input, beta, threshold)
     return activate(input, None, 0, Options("softplus"))
 
 
 def _smooth(plain: Callable[..., Any], activation: str, input: Tensor, inplace: bool) -> Tensor:
-    if input.dtype not in DTYPES:
+    if not _pays(activation, input):
         result: Tensor = plain(input, inplace)
         return result
     return activate(input, None, 0, Options(activation), inplace)
+
+
+def _pays(activation: str, input: Tensor) -> bool:
+    on_cpu = input.device.type == "cpu" and not backends.is_forced()
+    return input.dtype in DTYPES and not (on_cpu and input.numel() < _LEAST[activation])
