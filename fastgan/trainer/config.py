@@ -93,7 +93,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
-    equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 45 steps
+    equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
     extractor: ExtractorName = "random-conv"  # features that images are scored by at the end
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name

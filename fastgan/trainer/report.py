@@ -73,6 +73,8 @@ def parameters(model: nn.Module) -> int:
 
 
 def covered(quality: dict[str, Any]) -> str:
+    if quality["total"] == 1000:
+        return f"{quality['covered']} of 1000 met by {quality['n']:,} samples, reverse KL {quality['reverse_kl']:.3f}"
     return (
         f"{quality['covered']} of {quality['total']} have a sample within 3 sigma; "
         f"{quality['high_quality']:.0%} of the samples are that near to one"

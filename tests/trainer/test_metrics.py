@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from fastgan.trainer.classifier import stacked_modes
 from fastgan.trainer.data import Images, load_source
 from fastgan.trainer.extractors import RandomConv, as_rgb, features_of, load_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
 from fastgan.trainer.metrics import count_modes, frechet_distance, kid, modes, neighbours
 from fastgan.trainer.quality import compare, score
+from fastgan.trainer.toys import Stacked
 
 CPU = torch.device("cpu")
 
@@ -147,6 +149,33 @@ class TestExtractors:
     def test_what_is_no_image_is_refused(self):
         with pytest.raises(ValueError, match=r"\(N, 1 or 3, H, W\), got \(2, 4, 8, 8\)"):
             as_rgb(torch.zeros(2, 4, 8, 8))
+
+
+class TestStackedModes:
+    @pytest.fixture
+    def source(self) -> Stacked:
+        """Ten classes that differ in where a bar stands, with noise."""
+        labels = torch.arange(600) % 10
+        images = torch.randint(0, 60, (600, 1, 32, 32), dtype=torch.uint8)
+        for label in range(10):
+            images[labels == label, :, :, 3 * label : 3 * label + 3] += 150
+        return Stacked(images, labels, 0, CPU)
+
+    def test_every_draw_is_counted_in_its_own_mode_and_the_classifier_is_kept(self, source, tmp_path, monkeypatch):
+        monkeypatch.setattr("fastgan.trainer.classifier.STEPS", 60)
+        real, labels = source.next_labelled(300)
+        counts = stacked_modes(real, source, tmp_path)
+        assert float((counts - torch.bincount(labels, minlength=1000)).abs().sum()) <= 0.1 * 300
+        (kept,) = tmp_path.iterdir()
+        monkeypatch.setattr("fastgan.trainer.classifier.fit", None)  # a second training would fail
+        assert torch.equal(stacked_modes(real, source, tmp_path), counts)
+        assert kept.name.startswith("classifier-")
+
+    def test_one_image_over_and_over_is_one_mode(self, source, tmp_path, monkeypatch):
+        monkeypatch.setattr("fastgan.trainer.classifier.STEPS", 60)
+        found = count_modes(stacked_modes(source.next(1).repeat(50, 1, 1, 1), source, tmp_path), 50)
+        assert (found.covered, found.total) == (1, 1000)
+        assert found.reverse_kl == pytest.approx(math.log(1000))
 
 
 class TestScore:
