@@ -39,12 +39,13 @@ sys.exit(not verify(VerifyConfig(device="cuda", out=Path(sys.argv[1]))))
 '
 compiled='spectral_norm/sngan128/forward_backward'
 
-stage build 140 "$python" setup.py --quiet build_native --inplace
-stage info 20 "$python" -c 'import fastgan; print(fastgan.info())'
-stage test 125 "$python" -m pytest -m gpu tests
+stage build 110 "$python" setup.py --quiet build_native --inplace
+stage info 15 "$python" -c 'import fastgan; print(fastgan.info())'
+stage test 100 "$python" -m pytest -m gpu tests
 stage verify 40 "$python" -c "$verify" "$out"
-stage bench 85 "$python" -m fastgan.bench.run --device cuda --output "$out/ops.json"
-stage bench-compiled 60 "$python" -m fastgan.bench.run --device cuda --case "$compiled" --compile \
+stage bench 90 "$python" -m fastgan.bench.run --device cuda --rounds 10 --output "$out/ops.json"
+stage bench-steps 90 "$python" -m fastgan.bench.run --device cuda --suite steps --rounds 10 --output "$out/steps.json"
+stage bench-compiled 35 "$python" -m fastgan.bench.run --device cuda --case "$compiled" --compile \
     --output "$out/ops-compiled.json"
 
 if [ -n "$failed" ]; then

@@ -1,0 +1,7 @@
+"""``python -m fastgan``, as torchrun starts it: the command line."""
+
+import sys
+
+from fastgan.cli import main
+
+sys.exit(main())
