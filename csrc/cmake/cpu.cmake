@@ -32,9 +32,10 @@ else()
   set(openmp OFF)
 endif()
 
+# For the kernels alone: the bindings are templates of others, and slow to compile so.
 if(FASTGAN_SANITIZE)
   set(sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all)
-  target_compile_options(cpu_flags INTERFACE ${sanitizers} -fno-omit-frame-pointer -g1)
+  set(sanitized ${sanitizers} -fno-omit-frame-pointer -g1)
   target_link_options(cpu_flags INTERFACE ${sanitizers})
 endif()
 
@@ -45,7 +46,7 @@ foreach(isa ${isas})
   add_library(cpu_${isa} OBJECT ${ops})
   target_link_libraries(cpu_${isa} PRIVATE cpu_flags)
   target_compile_definitions(cpu_${isa} PRIVATE FASTGAN_ISA=${isa})
-  target_compile_options(cpu_${isa} PRIVATE ${flags_${isa}})
+  target_compile_options(cpu_${isa} PRIVATE ${flags_${isa}} ${sanitized})
   list(APPEND objects $<TARGET_OBJECTS:cpu_${isa}>)
 endforeach()
 

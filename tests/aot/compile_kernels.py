@@ -1,4 +1,4 @@
-"""Compile what a module of Triton kernels declares in AOT: compile_kernels.py MODULE TARGET DTYPE..."""
+"""Compile what a module of Triton kernels declares in AOT: compile_kernels.py MODULE TARGET=DTYPE,DTYPE..."""
 
 import importlib
 import sys
@@ -29,12 +29,14 @@ def compile_kernel(kernel, pointers, constants, dtype, target):
     return len(binary)
 
 
-def main(module, target, *dtypes):
-    for kernel, pointers, variants in importlib.import_module(module).AOT:
-        for constants in variants:
-            for dtype in dtypes:
-                size = compile_kernel(kernel, pointers, constants, dtype, target)
-                print(kernel.__name__, dtype, constants, f"{size} bytes")
+def main(module, *wanted):
+    """Print a line for each that compiled; the first that does not ends it."""
+    for target, dtypes in (each.split("=") for each in wanted):
+        for kernel, pointers, variants in importlib.import_module(module).AOT:
+            for constants in variants:
+                for dtype in dtypes.split(","):
+                    size = compile_kernel(kernel, pointers, constants, dtype, target)
+                    print(target, kernel.__name__, dtype, constants, f"{size} bytes", flush=True)
 
 
 if __name__ == "__main__":
