@@ -7,10 +7,16 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import ops
+from fastgan.ops import norm as norms
 from fastgan.ops.norm import native_kernels
 from tests.harness import BACKENDS, assert_close, device_of
 
 CHANNELS = 6
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_any_size(monkeypatch):
+    monkeypatch.setattr(norms, "_LEAST", 0)
 
 
 def images(dtype=torch.float32, device="cpu"):
@@ -31,6 +37,15 @@ def test_running_statistics_move_as_pytorch_moves_them(backend, momentum, dtype)
         F.batch_norm(x, *theirs, weight, training=True, momentum=momentum)
     for actual, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_a_tiny_input_is_pytorchs_unless_a_backend_is_forced(monkeypatch):
+    monkeypatch.undo()
+    x = images().requires_grad_()
+    kernels = "_NormBackward"
+    assert type(ops.group_norm(x, 2).grad_fn).__name__ != kernels
+    assert type(ops.group_norm(x, 2, backend="cpu").grad_fn).__name__ == kernels
+    assert type(ops.group_norm(torch.cat([x] * 20), 2).grad_fn).__name__ == kernels
 
 
 @pytest.mark.parametrize("one", [0, 1])

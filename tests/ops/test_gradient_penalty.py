@@ -276,7 +276,7 @@ def test_twice_differentiable_leaves_nothing_behind_after_an_error():
 
 
 def test_twice_differentiable_reroutes_functions_modules_and_methods():
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
     w = torch.randn(4, 3, 3, 3)
     calls = {
         "F.conv2d": lambda: F.conv2d(x, w),
@@ -293,7 +293,7 @@ def test_twice_differentiable_reroutes_functions_modules_and_methods():
         "LeakyReLU": lambda: nn.LeakyReLU(0.1)(x),
         "F.leaky_relu_": lambda: F.leaky_relu_(x * 1),
         "AvgPool2d": lambda: nn.AvgPool2d(2)(x),
-        "LayerNorm": lambda: nn.LayerNorm([3, 8, 8])(x),
+        "LayerNorm": lambda: nn.LayerNorm([3, 32, 32])(x),
         "GroupNorm": lambda: nn.GroupNorm(3, 3)(x),
         "InstanceNorm2d": lambda: nn.InstanceNorm2d(3, affine=True)(x),
         "F.avg_pool2d": lambda: F.avg_pool2d(x, kernel_size=3, stride=1),

@@ -202,7 +202,8 @@ def batch_norm(
         raise ValueError(f"input must have more than one value a channel, got {tuple(input.shape)}")
     if training and eps <= 0:
         raise ValueError(f"eps must be positive in training, got {eps}")
-    chosen = _select("batch_norm", input, backend) if training else "reference"
+    one_alone = (running_mean is None) != (running_var is None)  # which PyTorch's own refuses
+    chosen = _select("batch_norm", input, backend, tiny_too=one_alone) if training else "reference"
     if chosen == "reference":
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layout = of_batch(input)
@@ -218,9 +219,9 @@ def _last(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.movedim(0, -1)
 
 
-def _select(op: str, input: Tensor, backend: str | None) -> str:
+def _select(op: str, input: Tensor, backend: str | None, *, tiny_too: bool = False) -> str:
     chosen = backends.select(op, input.device, input.dtype, backend)
-    tiny = input.numel() < _LEAST and chosen == "cpu" and not backends.is_forced(backend)
+    tiny = input.numel() < _LEAST and chosen == "cpu" and not (tiny_too or backends.is_forced(backend))
     return "reference" if tiny or not input.numel() else chosen
 
 
