@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan.bench import discriminators
-from fastgan.bench.case import BASELINE, Case, Make, Run
+from fastgan.bench.case import BASELINE, Case, Make, Run, on_backend
 
 _ANYWHERE, _ON_GPU = ("cpu", "cuda"), ("cuda",)
 _PRECISIONS = {"float32": 2e-3, "tf32": 2e-2, "bf16": 2e-1}  # and the tolerance of each
@@ -100,7 +100,10 @@ def step(
     dtype: torch.dtype,
     precision: str = "float32",
 ) -> dict[str, Make]:
-    """The variants of a step of the discriminator that ``make`` makes, on batches of ``shape``."""
+    """The variants of a step of the discriminator that ``make`` makes, on batches of ``shape``.
+
+    But for ours, what it has of fastgan's layers runs in PyTorch.
+    """
     plain, fast = OBJECTIVES[objective]
     real, fake = (torch.randn(*shape, dtype=dtype, device=device) for _ in range(2))
     size = len(real), *[1] * (real.ndim - 1)
@@ -132,7 +135,7 @@ def step(
 
     def eager() -> Run:
         net = model()
-        return run_of(net, lambda: plain(net, real, fake, draw(), _by_autograd))
+        return on_backend("reference", run_of(net, lambda: plain(net, real, fake, draw(), _by_autograd)))
 
     def fastgans() -> Run:
         net = model()
@@ -153,7 +156,7 @@ def step(
                 found, loss = gradients(parameters, real, fake, draw())
             return [loss, *(found[name] for name in kept)]
 
-        return run
+        return on_backend("reference", run)
 
     return {BASELINE: eager, "torch.compile": compiled, "fastgan": fastgans}
 
