@@ -40,10 +40,8 @@ def read_folder(folder: Path, size: int) -> tuple[Tensor, Tensor | None]:
         DataError: the folder cannot be read, or fewer than two pictures are left.
     """
     try:
+        os.listdir(folder)  # rglob takes a folder that is not there, or may not be read, for an empty one
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        if not folder.is_dir():
-            raise NotADirectoryError(f"[Errno 20] Not a directory: {str(folder)!r}")
-        os.listdir(folder)  # rglob takes a folder that may not be read for an empty one
         stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
