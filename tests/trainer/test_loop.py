@@ -230,5 +230,9 @@ def test_a_second_signal_is_not_held_back(config, monkeypatch):
         raise AssertionError("the second signal should have ended this step")
 
     monkeypatch.setattr(GAN, "step", twice)
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(config).train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
