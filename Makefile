@@ -50,7 +50,7 @@ demo: build data
 
 # A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build
-	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile tests
+	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --durations 12 tests
 
 lint: $(VENV)/.deps-$(MODE)
 	$(VENV)/bin/ruff check .
