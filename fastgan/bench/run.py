@@ -57,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: fastgan bench --resume {path}", file=sys.stderr)
         return INTERRUPTED
+    except ArithmeticError as error:
+        if not options.model:
+            raise
+        raise ValueError(f"{error}; a model that draws random numbers cannot be compared") from None
     print(report.table(results))
     print(f"\n{path}")
     if options.report is not None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 import fastgan
-from fastgan.bench.case import COUNTS, Case
+from fastgan.bench.case import COUNTS, Case, Make
 from fastgan.bench.steps import OBJECTIVES, d_step
 
 BATCH = 16
@@ -38,7 +39,7 @@ class _Conditioned(nn.Module):
 
 
 def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """The discriminator of "module:function", called with one tensor, and a batch of that.
+    """The discriminator of "module:function", called with one tensor, and a batch of that; dropout is off.
 
     Raises:
         ValueError: no such module or function; it returns something else than a module, or a module and its inputs;
@@ -56,6 +57,9 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
     if inputs and not isinstance(inputs[0], Tensor):
         raise ValueError(f"the example input of {spec} must begin with a tensor, got {type(inputs[0]).__name__}")
     model = model.to(device).train().requires_grad_()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()  # two runs that draw differently cannot be compared
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is None:
         raise ValueError(f"{spec} returns a model without parameters: there is nothing to train")
@@ -101,13 +105,13 @@ def _try(spec: str, model: nn.Module, x: Tensor) -> None:
 
 def cases(model: nn.Module, real: Tensor) -> list[Case]:
     """A discriminator's step without a penalty, with R1 and with WGAN-GP, on ``real`` and on noise of its spread."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.eval()  # two runs that draw differently cannot be compared
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1)).to(real)
     fake = noise * real.std() + real.mean()
     shape = "x".join(map(str, real.shape))
+
+    def setup(objective: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+        return d_step(lambda: copy.deepcopy(model), real, fake, OBJECTIVES[objective])
+
     return [
         Case(
             name=f"{title}, {shape}",
@@ -117,15 +121,13 @@ def cases(model: nn.Module, real: Tensor) -> list[Case]:
             bytes=None,
             operations=None,
             tolerance=TOLERANCE,
-            setup=lambda device, dtype, name=name: d_step(  # type: ignore[misc]
-                lambda: copy.deepcopy(model), real, fake, OBJECTIVES[name]
-            ),
+            setup=partial(setup, objective),
             suite="model",
             counted=COUNTS,
             family=title,
             sizes={"batch": len(real)},
         )
-        for title, name in STEPS.items()
+        for title, objective in STEPS.items()
     ]
 
 

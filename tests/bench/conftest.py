@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan.bench import run, timing
+from fastgan.bench import measure, run, timing
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -26,6 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "copy_bandwidth", partial(timing.copy_bandwidth, size=2**22))
         patch.setattr(timing, "matmul_rate", partial(timing.matmul_rate, side=256))
+        patch.setitem(measure.SAMPLE_SECONDS, "cpu", 1e-3)
         arguments = ["--case", "*/small/*", "--device", "cpu", "--rounds", "2", "--output", str(path), "--report"]
         assert run.main(arguments) == 0
     return path

@@ -44,7 +44,7 @@ def setup(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) ->
     ours = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
     variants: dict[str, Make] = {
         BASELINE: partial(variant, chain),
-        "torch.compile": partial(variant, torch.compile(chain)),
+        "torch.compile": lambda: variant(torch.compile(chain)),
         "reference": partial(variant, ours, "reference"),
         "fastgan": partial(variant, ours),
     }
