@@ -111,7 +111,7 @@ def prepare(
                     f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
                 )
     for backend in BY_NAME:
-        if case.op and device.type == "cuda" and backend not in variants:
+        if case.suite == "ops" and case.op and device.type == "cuda" and backend not in variants:
             left_out.setdefault(backend, backends.why_not(case.op, backend, device.type, case.dtype) or "not declared")
     return variants, errors, left_out
 

@@ -110,16 +110,22 @@ def roofline(results: Results) -> Plot | None:
     ridge = rate / bandwidth
     low, high = min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 2
     axes.plot([low, ridge, high], [low * bandwidth / 1e9, rate / 1e9, rate / 1e9], color="black", linewidth=1)
+    ops = list(dict.fromkeys(case["op"] for case in cases))
     for name, marker in ((BASELINE, "x"), ("fastgan", "o")):
-        points = [
-            (intensity, case["operations"] / case["variants"][name]["seconds"]["median"] / 1e9)
-            for case, intensity in zip(cases, intensities, strict=True)
-            if name in case["variants"]
-        ]
-        axes.plot(*zip(*points, strict=True), marker, color=COLOURS[name], markersize=5, label=name)
+        for number, op in enumerate(ops):
+            points = [
+                (intensity, case["operations"] / case["variants"][name]["seconds"]["median"] / 1e9)
+                for case, intensity in zip(cases, intensities, strict=True)
+                if case["op"] == op and name in case["variants"]
+            ]
+            label = op if marker == "o" else None
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=f"C{number}", markersize=5, label=label)
+    axes.plot([], [], "x", color="black", label=BASELINE)
+    axes.plot([], [], "o", color="black", label="fastgan")
     axes.set(xscale="log", yscale="log", title=_where(results))
     axes.set(xlabel="operations a byte that has to be moved", ylabel="G operations a second")
-    axes.legend()
+    axes.legend(fontsize=8)
     return Plot(
         figure,
         f"Roofline: left of the ridge the bandwidth of a large copy ({bandwidth / 1e9:.1f} GB/s), right of it the "
@@ -216,7 +222,7 @@ def _logarithmic(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=7)
     axes.legend(fontsize=7)
 
 

@@ -87,11 +87,12 @@ def source(results: Results) -> str:
     )
     commit = f"commit {about['commit'] or 'unknown'}{' with changes' if about['dirty'] else ''}"
     versions = f"torch {about['torch']}, fastgan {about['fastgan']}, {commit}, {date(about)}"
-    return (
-        f"{about['device']}{threads}; {versions}. "
+    floor = (
         f"The floor is the bytes over the copy bandwidth of the same run, {results['copy_bandwidth'] / 1e9:.1f} GB/s; "
-        f"what stays in a cache can beat it. `{about['command']}`"
+        "what stays in a cache can beat it. "
     )
+    floors = any(case["floor_seconds"] is not None for case in results["cases"])
+    return f"{about['device']}{threads}; {versions}. {floor if floors else ''}`{about['command']}`"
 
 
 def provenance_rows(results: Results) -> list[Cells]:

@@ -16,7 +16,7 @@ from fastgan.bench.cases import CASES, SUITES
 from fastgan.bench.provenance import ROOT, commit_of, slug
 from fastgan.bench.record import Results
 
-ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 5, "model": 7}
+ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "model": 7}
 INTERRUPTED = 130
 
 EPILOG = """\

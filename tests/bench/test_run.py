@@ -48,7 +48,7 @@ def measured(monkeypatch):
             raise Broken(case.name)
         quantiles = {"low": 1.0, "median": 1.0, "high": 1.0}
         variants = {name: {"seconds": quantiles, "ratio": quantiles} for name in ("torch", "fastgan")}
-        empty = dict.fromkeys(("op", "dtype", "backend", "bytes", "operations", "growth"))
+        empty = dict.fromkeys(("op", "dtype", "backend", "bytes", "operations", "growth", "floor_seconds"))
         return {"name": case.name, "family": "", "sizes": {}, "variants": variants, "left_out": {}} | empty
 
     monkeypatch.setattr(measure, "measure", instead)
