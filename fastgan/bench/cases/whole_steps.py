@@ -50,6 +50,14 @@ def _g_step_case(
 
 def _cases() -> Iterator[Case]:
     images = (3, 64, 64)
+    yield step_case("sngan-resnet", discriminators.SNGANResNet, (64, *images), "d-step/hinge", _ON_GPU)
+    for precision in ("tf32", "bf16"):
+        for pixels, width, batch in ((256, 64, 16), (512, 32, 8), (1024, 16, 4)):
+            shape = (batch, 3, pixels, pixels)
+            r3gan = partial(discriminators.R3GAN, pixels, width, 512)
+            yield step_case("r3gan", r3gan, shape, R1_R2, _ON_GPU, precision)
+            style = partial(discriminators.StyleGAN2, pixels, width)
+            yield step_case("stylegan2-", style, shape, R1, _ON_GPU, precision)
     dcgan = partial(discriminators.critic, (3, 64, 128, 256, 512))
     # What the papers train, in batches that a CPU ends in seconds.
     yield step_case("sngan-resnet", discriminators.SNGANResNet, (16, *images), "d-step/hinge", _ANYWHERE)
@@ -66,14 +74,6 @@ def _cases() -> Iterator[Case]:
     yield _g_step_case("dcgan", generators.dcgan, dcgan, 64, 16)
     small = partial(generators.resnet, (128, 64, 32, 16), 32)
     yield _g_step_case("stylegan2-", small, partial(discriminators.StyleGAN2, 32, 16, 256), 32, 8)
-    yield step_case("sngan-resnet", discriminators.SNGANResNet, (64, *images), "d-step/hinge", _ON_GPU)
-    for precision in ("tf32", "bf16"):
-        for pixels, width, batch in ((256, 64, 16), (512, 32, 8), (1024, 16, 4)):
-            shape = (batch, 3, pixels, pixels)
-            r3gan = partial(discriminators.R3GAN, pixels, width, 512)
-            yield step_case("r3gan", r3gan, shape, R1_R2, _ON_GPU, precision)
-            style = partial(discriminators.StyleGAN2, pixels, width)
-            yield step_case("stylegan2-", style, shape, R1, _ON_GPU, precision)
 
 
 CASES = list(_cases())
