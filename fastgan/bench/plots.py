@@ -62,8 +62,9 @@ def speed_up(results: Results) -> Plot | None:
         axes.annotate(text, (max(ratio["high"], 1), position), (5, 0), textcoords="offset points", va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [case if name == "fastgan" else f"{case}, {name}" for case, name, _ in bars])
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
+    if max(ratio["high"] for *_, ratio in bars) > 4:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12)
     axes.set(xlabel=f"times the speed of {BASELINE}, in the same run", title=_where(results))
     return Plot(figure, "How many times as fast as PyTorch's each case is; whiskers from 20 to 80 % of the rounds.")
