@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.table(results))
     print(f"\n{path}")
     if options.report is not None:
-        folder = path.parent if options.report == _BESIDE else options.report
+        folder = path.parent if options.report is _BESIDE else options.report
         print("\n".join(map(str, report.write(results, folder, path.stem))))
     if old is None:
         return 0
