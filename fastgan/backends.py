@@ -81,6 +81,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     return _choose(op, device.type, dtype, backend or _forced.get())
 
 
+def forced() -> str:
+    """The backend that ``use_backend`` names, or "auto"."""
+    return _forced.get()
+
+
 def is_forced(backend: str | None = None) -> bool:
     """Whether a backend is asked for by name, as an argument or by ``use_backend``."""
     return (backend or _forced.get()) != "auto"
