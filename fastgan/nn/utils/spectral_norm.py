@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +42,11 @@ class SpectralNorm(_SpectralNorm):
 def is_recomputing() -> bool:
     """Whether backward is recomputing a forward (activation checkpointing): then u and v stay those of that forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this is a rank's part of a weight (a DTensor)."""
+    return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
 def spectral_norm(
@@ -107,7 +111,6 @@ def take(module: nn.Module, name: str) -> None:
     module.__dict__.pop(_key(name), None)
 
 
-@cache
 def _key(name: str) -> str:
     return f"_normalised_{name}"
 
