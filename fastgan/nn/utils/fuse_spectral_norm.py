@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
-from fastgan import ops
+from fastgan import backends, ops
 from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, is_recomputing, is_sharded, put, take
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,7 +79,9 @@ class _Hook(TorchHook):
     is_put = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if not self.is_put:
+        if backends.in_transform():
+            super().__call__(module, inputs)
+        elif not self.is_put:
             weight, u, v, dim = self.operands()
             n_power_iterations, eps, training, v_first = self.settings()
             self._set(
@@ -130,6 +132,8 @@ class _Fused:
         self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
+        if backends.in_transform():
+            return  # each module normalises its own
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
         recomputing = is_recomputing()

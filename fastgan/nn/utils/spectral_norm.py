@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from fastgan import ops
+from fastgan import backends, ops
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,7 +22,7 @@ class SpectralNorm(_SpectralNorm):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.ndim == 1:
+        if weight.ndim == 1 or backends.in_transform():  # PyTorch's own renews u and v inside torch.func.grad
             return super().forward(weight)
         return ops.spectral_norm(
             [weight],
