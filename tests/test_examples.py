@@ -36,7 +36,7 @@ def double_precision():
 @pytest.mark.usefixtures("double_precision")
 def test_an_example_trains_to_the_same_losses_before_and_after(name):
     if name in FRAMEWORKS:
-        pytest.importorskip(name, reason=f"pip install {name}")
+        pytest.importorskip(name, reason=f"{name} is not installed: make examples")
     before, after = (
         torch.tensor(load(EXAMPLES / name / f"{part}.py").train(steps=4, batch=20)) for part in ("before", "after")
     )

@@ -63,9 +63,8 @@ def train(steps: int, batch: int = 64, seed: int = 0) -> list[float]:
     """The discriminator's losses."""
     torch.manual_seed(seed)
     gan = GAN()
-    trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(max_epochs=1, **quiet)
     trainer.fit(gan, DataLoader(ring(steps * batch), batch))
     return gan.losses
 
