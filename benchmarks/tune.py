@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     device = choose_device("cpu")
+    where = environment(device)
     config = TuneConfig(
         options.preset, trials=options.trials, workers=2, steps=options.steps, device="cpu", out=options.study
     )
@@ -88,7 +89,7 @@ def main() -> None:
         for trial in study.trials
     ]
     result = {
-        "environment": environment(device),
+        "environment": where,
         "command": " ".join(["python", "benchmarks/tune.py", *sys.argv[1:]]),
         "steps": options.steps,
         "seconds_of_the_sweep": seconds,
