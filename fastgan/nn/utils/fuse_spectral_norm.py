@@ -25,7 +25,8 @@ def fuse_spectral_norm(model: M) -> M:
     and the results stay as they were, but for this: within one forward, a weight that is used several times is
     iterated once. A sub-module that is called by itself still normalises its own weights.
 
-    Call it again after adding layers. Wrap in DistributedDataParallel or torch.compile afterwards.
+    Call it again after adding layers. Wrap in DistributedDataParallel or torch.compile afterwards. Under FSDP2 the
+    model is one shard: ``fully_shard(model)``, before or after, and not its layers.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -130,6 +131,11 @@ class _Fused:
         recomputing = is_recomputing()
         for member in self.members:
             operands = member.operands()
+            if hasattr(operands[0], "placements"):
+                raise TypeError(
+                    "fuse_spectral_norm needs the model's weights whole when its forward begins, and got DTensors: "
+                    "call fully_shard on the model alone, not on its layers"
+                )
             key = *member.settings(), operands[0].dtype, operands[0].device
             groups.setdefault(key, []).append((member, operands))
         for (n_power_iterations, eps, training, v_first, _, _), group in groups.items():
