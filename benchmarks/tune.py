@@ -33,7 +33,8 @@ FIRST_FRESH_SEED = 1000
 
 def kill_one(config: TuneConfig, after: int, killed: list[int]) -> None:
     """Kill one of the workers, as a full memory would, once `after` trials are finished."""
-    while len(open_study(config).get_trials(deepcopy=False, states=FINISHED)) < after:
+    study = open_study(config)
+    while len(study.get_trials(deepcopy=False, states=FINISHED)) < after:
         time.sleep(1)
     worker = multiprocessing.active_children()[0]
     assert worker.pid is not None
