@@ -82,6 +82,7 @@ def charts(records: list[Record]) -> list[str]:
             label.replace("_", " "): [(r["step"], r[key]) for r in records if key in r] for label, key in names.items()
         }
 
+    augments = any("augment_p" in record for record in records)
     layers = {name for record in records for name in record.get("sigma", {})}
     sigma: dict[str, Series] = {
         name: [(r["step"], r["sigma"][name]) for r in records if name in r.get("sigma", {})] for name in sorted(layers)
@@ -102,6 +103,11 @@ def charts(records: list[Record]) -> list[str]:
             "Diversity",
             series(samples="diversity"),
             note="Different samples in a batch, over those of a batch of reals. A fall to 0 is mode collapse.",
+        ),
+        line_chart(
+            "ADA",
+            series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
+            note="It augments more while the discriminator's sign on training images is above the target.",
         ),
         line_chart("Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True),
         line_chart(

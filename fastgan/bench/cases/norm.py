@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from fastgan import backends, ops
 from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+from fastgan.ops.gradient_penalty.kinds import penalise
 
 SHAPE: tuple[int, ...] = (32, 128, 32, 32)
 _Norm = Callable[..., Tensor]
+_Penalty = Callable[[Tensor], Tensor]
 
 
 def _batch_norm(batch_norm: _Norm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,6 +44,14 @@ NORMS: dict[str, tuple[_Norm, _Norm, slice]] = {
 }
 
 
+def _squares(grad: Tensor) -> Tensor:
+    return grad.square().sum()
+
+
+def _fast_squares(grad: Tensor) -> Tensor:
+    return penalise("r1", grad, weight=2.0 * len(grad))
+
+
 def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
     theirs, ours, of_affine = NORMS[name]
     x = torch.randn(shape, dtype=dtype, device=device)
@@ -49,20 +59,23 @@ def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ..
     sizes = [shape[of_affine]] * 2 if shape[of_affine] else []
     affine = [1 + torch.randn(size, dtype=dtype, device=device) / 4 for size in sizes]
 
-    def variant(norm: _Norm, backend: str | None = None) -> Run:
+    def variant(norm: _Norm, penalty: _Penalty, backend: str | None = None) -> Run:
         inputs = [t.clone().requires_grad_() for t in (x, *affine)]
 
         def run() -> Sequence[Tensor]:
             (grad,) = torch.autograd.grad(norm(*inputs), inputs[:1], by_logits, create_graph=True)
-            return torch.autograd.grad(grad.square().sum(), inputs[:2])  # no penalty depends on the bias
+            return torch.autograd.grad(penalty(grad), inputs[:2])  # no penalty depends on the bias
 
         return run if backend is None else on_backend(backend, run)
 
-    variants: dict[str, Make] = {BASELINE: partial(variant, theirs), "fastgan": partial(variant, ours)}
+    variants: dict[str, Make] = {
+        BASELINE: partial(variant, theirs, _squares),
+        "fastgan": partial(variant, ours, _fast_squares),
+    }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not(name, backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, backend)
+                variants[backend] = partial(variant, ours, _fast_squares, backend)
     return variants
 
 
