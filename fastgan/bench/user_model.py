@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import fastgan
 from fastgan.bench.case import COUNTS, Case, Make
-from fastgan.bench.steps import OBJECTIVES, d_step
+from fastgan.bench.steps import OBJECTIVES, PRECISIONS, d_step
 
 BATCH = 16
 STEPS = {  # name -> objective
@@ -24,7 +24,6 @@ STEPS = {  # name -> objective
     "R1": "d-step/r1",
     "WGAN-GP": "d-step/wgan-gp",
 }
-TOLERANCE = 2e-2  # rounding at a kink turns one slope into another; a wrong gradient is far off
 
 
 class _Conditioned(nn.Module):
@@ -120,7 +119,7 @@ def cases(model: nn.Module, real: Tensor) -> list[Case]:
             device_types=(real.device.type,),
             bytes=None,
             operations=None,
-            tolerance=TOLERANCE,
+            tolerance=PRECISIONS["float32"],
             setup=partial(setup, objective),
             suite="model",
             counted=COUNTS,
