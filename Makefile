@@ -25,12 +25,13 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test lint bench gpu data build dist docs clean
+.PHONY: help demo test examples lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
 	@echo "make test    install, run the tests"
+	@echo "make examples install accelerate and Lightning too, run the tests of every example"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
 	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
@@ -52,6 +53,10 @@ demo: build data
 # A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --durations 12 tests
+
+examples: build
+	$(PIP) -c constraints.txt accelerate lightning
+	$(PY) -m pytest tests/test_examples.py
 
 lint: $(VENV)/.deps-$(MODE)
 	$(VENV)/bin/ruff check .

@@ -74,16 +74,38 @@ def use_backend(name: str) -> Iterator[None]:
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """Name the backend that runs ``op`` on tensors of this device and dtype.
 
-    ``backend`` overrides ``use_backend``. Raises BackendUnavailable if a named backend cannot run it.
+    ``backend`` overrides ``use_backend``. Raises BackendUnavailable if a named backend cannot run it. Inside a
+    transform of torch.func, which sees through PyTorch's own operations alone, it is the reference.
     """
     if backend is not None:
         _check_name(backend)
-    return _choose(op, device.type, dtype, backend or _forced.get())
+    wanted = backend or _forced.get()
+    if in_transform():
+        if wanted not in ("auto", "reference"):
+            raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a transform of torch.func")
+        return "reference"
+    return _choose(op, device.type, dtype, wanted)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def forced() -> str:
+    """The backend that ``use_backend`` names, or "auto"."""
+    return _forced.get()
 
 
 def is_forced(backend: str | None = None) -> bool:
     """Whether a backend is asked for by name, as an argument or by ``use_backend``."""
     return (backend or _forced.get()) != "auto"
+
+
+# torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
+# torch.compiler.assume_constant_result does, which imports the compiler.
+for _answer in (select, is_forced, in_transform):
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_name(name: str) -> None:

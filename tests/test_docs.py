@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import with_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
@@ -22,10 +24,34 @@ def test_the_python_of_a_page_runs(page):
     exec(compile("\n".join(blocks), name(page), "exec"), {})
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links, as GitHub and mkdocs make it."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_the_links_and_pictures_of_a_page_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+def test_the_links_and_pictures_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)", page.read_text())
+    links += re.findall(r'(?:src|href)="([^"]+)"', page.read_text())
+    for link in links:
+        if not link.startswith(("http", "mailto:")):
+            target, _, anchor = link.partition("#")
+            leads_to = page.parent / target if target else page
+            assert leads_to.exists(), link
+            assert not anchor or anchor in anchors(leads_to), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_files_that_a_page_names_exist(page):
+    for path in re.findall(r"`((?:docs|examples|benchmarks|tests|tools|fastgan|csrc)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_site_links_to_no_page_outside_of_it():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.search(r"\]\(\.\./", page.read_text()), f"{page.name}: mkdocs has only docs/"
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -47,3 +73,8 @@ def test_the_error_messages_of_the_troubleshooting_page_are_ones_that_are_raised
         ]
         longest = max(parts, key=len).strip(" ,:()")
         assert longest in source, longest
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- measured" in page.read_text()], ids=name)
+def test_the_tables_of_a_page_are_those_of_the_records(page):
+    assert with_tables(page.read_text()) == page.read_text(), "python benchmarks/tables.py"

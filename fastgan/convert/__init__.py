@@ -37,6 +37,9 @@ def convert(model: nn.Module) -> Report:
     second on random inputs; the report then says how far they differ. Convolutions, activations and norms stay modules
     of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls.
 
+    One thing is made right on the way, and the report says where: a wrapper with weight_bar overwrites u and v in each
+    forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
+
     Parameters and buffers stay the same tensors under the same keys: optimizers go on, checkpoints of the unconverted
     model load, and hooks, ``copy.deepcopy``, ``pickle`` and wrapping in DistributedDataParallel afterwards work.
     Converting again converts what has been added. ``revert`` undoes it.

@@ -31,6 +31,8 @@ _METHODS = re.compile(r"W_|W_bar|sn_weights?|\w*normali[sz]ed?_?weights?|weights
 _ITERATIONS = ("num_itrs", "num_iters", "n_power_iterations", "power_iterations", "n_iter", "Ip")
 _EPS = ("eps", "epsilon")
 _COMMON_EPS = (1e-12, 1e-6, 1e-8)
+# The wrapper writes the next forward's u and v over those that the last one's backward still has to read.
+_MENDED = "mends its gradients, which were wrong after two forwards before one backward"
 
 
 class _Method(Replacement):
@@ -172,7 +174,8 @@ def _convert_wrapper(module: Any) -> Outcome:
             found += [u.detach().clone(), v.detach().clone()]
         return found
 
-    return _replace_if_equal(module, _Wrapper, attribute, results)
+    replaced_by, reason = _replace_if_equal(module, _Wrapper, attribute, results)
+    return replaced_by, f"{reason}; {_MENDED}" if replaced_by else reason
 
 
 def _replace_if_equal(

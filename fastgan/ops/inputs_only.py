@@ -13,8 +13,6 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-SHARDED = "RegisterPostBackwardFunctionBackward"  # the node that FSDP2 puts before a sharded module
-
 
 def markable(ctx: Any) -> None:
     """In the forward of a Function: its node may be told to leave out all gradients but its first input's.
@@ -38,11 +36,6 @@ def inputs_only(outputs: Iterable[Tensor], inputs: Tensor) -> Iterator[set[Node]
     Gives the nodes that the backward goes through: those that lead from the outputs to ``inputs``, its own included.
     """
     nodes, path = _paths(outputs, get_gradient_edge(inputs).node)
-    if any(type(node).__name__ == SHARDED for node in path):
-        raise RuntimeError(
-            "the discriminator is sharded by fully_shard, which takes a penalty's first backward for the end of the "
-            "step, and frees or leaves out weights that the second needs: use DistributedDataParallel"
-        )
     # Markable, and only the first input leads to the inputs.
     marked: list[Any] = [
         node

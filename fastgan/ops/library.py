@@ -30,6 +30,27 @@ def is_eager(tensor: Tensor) -> bool:
     )
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over elements of this dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def returns_nothing(*operators: str) -> None:
+    """Tell a trace that these operators write into what they are given: there is nothing for it to make."""
+    for operator in operators:
+        torch.library.register_fake(f"fastgan::{operator}", _nothing, lib=LIBRARY)
+
+
+def _nothing(*arguments: Any) -> None:
+    return None
+
+
+def copy_back(target: Tensor | None, output: Tensor | None) -> None:
+    """Bring into an output what was written into its stand-in, where it has one."""
+    if target is not None and output is not None and target is not output:
+        output.copy_(target)
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
     apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called

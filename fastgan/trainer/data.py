@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,7 +126,7 @@ def fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.numel() <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-class Drawn:
+class Drawn(ABC):
     """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
 
     shape: tuple[int, ...]
@@ -144,9 +145,9 @@ class Drawn:
         samples, labels = self.draw(batch_size)
         return samples[rows].to(self.device), None if labels is None else labels[rows].to(self.device)
 
+    @abstractmethod
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Samples and their labels, on the CPU or on the device."""
-        raise NotImplementedError
 
     def fork(self, seed: int) -> Source:
         other = copy.copy(self)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 import fastgan
 from fastgan.nn import utils
+from tests.distributed.processes import RANKS, as_rank, found_by_ranks, needs_gloo
 
-ROOT = Path(__file__).parents[2]
-RANKS, N, STEPS = 2, 4, 2
+N, STEPS = 4, 2
 
 
 class Critic(nn.Module):
@@ -69,32 +63,20 @@ def gradients(critic, loss, wrap, rows):
     return [p.grad for p in discriminator.parameters()]
 
 
-def work(rank, directory):
-    store = dist.FileStore(str(Path(directory, "store")), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+def work(rank):
     own = slice(rank * N, (rank + 1) * N)
     # BatchNorm has none here, and u and v, equal on all, may not be written over between two forwards.
     wrap = lambda model: nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # noqa: E731
     assert fastgan.explain_penalty(wrap(Critic()), torch.randn(2, 3, 8, 8)) == "one pass"
-    torch.save([gradients(*case, wrap, own) for case in CASES], Path(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return [gradients(*case, wrap, own) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(directory)], env=environment) for rank in range(RANKS)]
-    try:
-        assert [process.wait(120) for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(directory / f"{rank}.pt") for rank in range(RANKS)]
+    return found_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_two_ranks_have_the_gradients_of_one_process_with_all_samples(of_ranks, case):
     expected = gradients(*case, lambda model: model, slice(None))
@@ -104,4 +86,4 @@ def test_two_ranks_have_the_gradients_of_one_process_with_all_samples(of_ranks, 
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    as_rank(work)

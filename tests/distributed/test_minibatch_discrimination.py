@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import distributed as dist
 
 from fastgan import ops
+from tests.distributed.processes import RANKS, as_rank, found_by_ranks, needs_gloo
 
-ROOT = Path(__file__).parents[2]
-RANKS, N, B, C = 2, 13, 9, 4
+N, B, C = 13, 9, 4
 OPTIONS = {"others": (True, False), "oneself too": (False, False), "segments": (True, True)}
 DTYPES = {"float64": (torch.float64, 1e-11), "float32": (torch.float32, 1e-4), "bfloat16": (torch.bfloat16, 3e-2)}
 
@@ -43,34 +38,22 @@ def each_case():
             yield backend, option, dtype
 
 
-def work(rank, directory):
-    store = dist.FileStore(str(Path(directory, "store")), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+def work(rank):
     own, found = slice(rank * N, (rank + 1) * N), {}
     for case in each_case():
         backend, option, dtype = case
         exclude_self, with_segments = OPTIONS[option]
         m, scale, segments = (t[own].clone() for t in everyones(DTYPES[dtype][0]))
         found[case] = results(m, scale, segments if with_segments else None, exclude_self, backend, dist.group.WORLD)
-    torch.save(found, Path(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(directory)], env=environment) for rank in range(RANKS)]
-    try:
-        assert [process.wait(120) for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(directory / f"{rank}.pt") for rank in range(RANKS)]
+    return found_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("case", list(each_case()), ids="-".join)
 def test_two_ranks_equal_one_process_on_the_concatenated_batch(of_ranks, case):
     backend, option, dtype = case
@@ -84,4 +67,4 @@ def test_two_ranks_equal_one_process_on_the_concatenated_batch(of_ranks, case):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    as_rank(work)

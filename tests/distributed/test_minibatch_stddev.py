@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 
 import fastgan
 from fastgan import nn as fnn
+from tests.distributed.processes import as_rank, found_by_ranks, needs_gloo
 
 # (samples of each rank, shape of one, settings)
 CASES = {
@@ -41,8 +37,7 @@ def results(layer, x, scale):
     return [t.detach() for t in (y, grad, *torch.autograd.grad(grad.square().sum(), (x, scale)))]
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank):
     found = {}
     for case in CASES:
         x, scale, counts, settings = batches(case)
@@ -59,21 +54,15 @@ def run_rank(rank: int, folder: Path) -> None:
         found["backend"] = str(error)
     half = fnn.MinibatchStdDev(process_group=dist.group.WORLD)(torch.ones(2, 2, dtype=torch.bfloat16))
     found["half"] = half
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, __file__]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], cwd=root, env=environment) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return found_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
+@needs_gloo
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process_on_both_batches(ranks, case):
     x, scale, counts, settings = batches(case)
@@ -89,14 +78,17 @@ def test_two_ranks_equal_one_process_on_both_batches(ranks, case):
     assert not torch.allclose(alone[0], expected[0][: counts[0]])
 
 
+@needs_gloo
 def test_every_rank_names_the_global_batch_that_groups_do_not_divide(ranks):
     assert all("got N = 6 and groups of 4" in rank["error"] for rank in ranks)
 
 
+@needs_gloo
 def test_a_kernel_that_was_asked_for_by_name_is_not_replaced(ranks):
     assert all("minibatch_stddev_across_ranks has no cpu" in rank["backend"] for rank in ranks)
 
 
+@needs_gloo
 def test_half_precision_comes_out_as_it_went_in(ranks):
     for rank in ranks:
         assert rank["half"].dtype == torch.bfloat16
@@ -104,4 +96,4 @@ def test_half_precision_comes_out_as_it_went_in(ranks):
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    as_rank(work)

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
-from fastgan import ops
-from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, is_recomputing, put, take
+from fastgan import backends, ops
+from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, is_recomputing, is_sharded, put, take
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -25,8 +25,8 @@ def fuse_spectral_norm(model: M) -> M:
     and the results stay as they were, but for this: within one forward, a weight that is used several times is
     iterated once. A sub-module that is called by itself still normalises its own weights.
 
-    Call it again after adding layers. Wrap in DistributedDataParallel or torch.compile afterwards. Under FSDP2 the
-    model is one shard: ``fully_shard(model)``, before or after, and not its layers.
+    Call it again after adding layers. Wrap in DistributedDataParallel, FSDP or torch.compile afterwards. Of layers that
+    FSDP shards one by one, each normalises its own weight when that has been gathered.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -79,7 +79,9 @@ class _Hook(TorchHook):
     is_put = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if not self.is_put:
+        if backends.in_transform():
+            super().__call__(module, inputs)
+        elif not self.is_put:
             weight, u, v, dim = self.operands()
             n_power_iterations, eps, training, v_first = self.settings()
             self._set(
@@ -107,9 +109,13 @@ class _Hook(TorchHook):
         self.is_put = True
 
     def clear(self) -> None:
-        # Detached, so that the module can be deep-copied; its next forward sets the weight anew.
+        if self.is_put:
+            self.detach()
+            self.is_put = False
+
+    def detach(self) -> None:
+        """So that the module can be deep-copied; its next forward sets the weight anew."""
         self._set(getattr(self.module, self.name).detach())
-        self.is_put = False
 
     def _set(self, weight: Tensor) -> None:
         original = getattr(self.module, self.name + "_orig")
@@ -126,16 +132,15 @@ class _Fused:
         self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
+        if backends.in_transform():
+            return  # each module normalises its own
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
         recomputing = is_recomputing()
         for member in self.members:
             operands = member.operands()
-            if hasattr(operands[0], "placements"):
-                raise TypeError(
-                    "fuse_spectral_norm needs the model's weights whole when its forward begins, and got DTensors: "
-                    "call fully_shard on the model alone, not on its layers"
-                )
+            if is_sharded(operands[0]):
+                continue  # FSDP gathers it at its own module's forward, which then normalises it
             key = *member.settings(), operands[0].dtype, operands[0].device
             groups.setdefault(key, []).append((member, operands))
         for (n_power_iterations, eps, training, v_first, _, _), group in groups.items():
@@ -174,7 +179,7 @@ def _hooks(module: nn.Module) -> Iterator[_Hook]:
         if isinstance(hook, TorchHook):
             ours = _become(_Hook, hook)
             ours.module = module
-            ours.clear()
+            ours.detach()
             yield ours
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from fastgan import ops
+from fastgan import backends, ops
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,7 +22,7 @@ class SpectralNorm(_SpectralNorm):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.ndim == 1:
+        if weight.ndim == 1 or backends.in_transform():  # PyTorch's own renews u and v inside torch.func.grad
             return super().forward(weight)
         return ops.spectral_norm(
             [weight],
@@ -43,6 +42,11 @@ class SpectralNorm(_SpectralNorm):
 def is_recomputing() -> bool:
     """Whether backward is recomputing a forward (activation checkpointing): then u and v stay those of that forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this is a rank's part of a weight (a DTensor)."""
+    return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
 def spectral_norm(
@@ -107,7 +111,6 @@ def take(module: nn.Module, name: str) -> None:
     module.__dict__.pop(_key(name), None)
 
 
-@cache
 def _key(name: str) -> str:
     return f"_normalised_{name}"
 

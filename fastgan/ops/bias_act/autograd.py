@@ -17,13 +17,12 @@ from fastgan.ops.bias_act.layout import (
     PIECEWISE,
     Layout,
     Options,
-    accumulation_dtype,
     bytes_of_bits,
     is_dense,
     layout_of,
 )
 from fastgan.ops.inputs_only import markable, needed
-from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing
 
 # The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
 # given, which lie in memory in one order: that of the input.
@@ -54,14 +53,10 @@ def _implementation(name: str, *arguments: Any) -> None:
     getattr(_kernels(backend), name)(*tensors, Layout(*layout), options)
 
 
-def _nothing(*arguments: Any) -> None:
-    return None
-
-
 for _name, _tensors in _OPERATORS.items():
     LIBRARY.define(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")
     LIBRARY.impl(f"bias_act_{_name}", partial(_implementation, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgan::bias_act_{_name}", _nothing, lib=LIBRARY)
+    returns_nothing(f"bias_act_{_name}")
 
 
 class _Call(NamedTuple):
@@ -136,7 +131,10 @@ def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: 
         call.run("piecewise_forward", eager, source, call.operand(bias), y, *(bits or (None, None)))
     else:
         call.run("smooth_forward", eager, source, call.operand(bias), y)
-    return x.copy_(y) if inplace and y is not x else y
+    if inplace and y is not x:
+        x.copy_(y)
+        return x  # what copy_ returns is the same, but not to torch.compile
+    return y
 
 
 class _Piecewise(torch.autograd.Function):

@@ -55,7 +55,3 @@ def layout_of(x: Tensor, dim: int | None) -> Layout:
 def bytes_of_bits(size: int) -> int:
     """A bit an element, in whole words of 32."""
     return (size + 31) // 32 * 4
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

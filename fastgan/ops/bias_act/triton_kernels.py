@@ -11,7 +11,6 @@ as rows of a tile each. Bytes: every operand is read once and every result writt
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any
 
@@ -20,34 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.backends import TRITON_INTERPRETS
-from fastgan.ops.bias_act.layout import Layout, Options, accumulation_dtype
+from fastgan.ops.bias_act.layout import Layout, Options
+from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 _BLOCK = 1024
 _PROGRAMS = 512  # that are enough for any GPU
 
 
 @triton.jit
-def _of(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
-    return pointer.to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _log1p(w):
-    rounded = 1.0 + w  # its rounding is made good by the quotient (Kahan)
-    exact = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
-    return tl.where(rounded == 1.0, w, tl.log(rounded) * (w / exact))
+    above = 1.0 + w  # its rounding is made good by the quotient (Kahan)
+    exact = tl.where(above == 1.0, 1.0, above - 1.0)
+    return tl.where(above == 1.0, w, tl.log(above) * (w / exact))
 
 
 @triton.jit
@@ -115,6 +99,38 @@ def _scale(f, GAIN: tl.constexpr, CLAMP: tl.constexpr):
 
 
 @triton.jit
+def _plus(u, values_ptr, at, inner, channels, valid):
+    """u, and to each element the value of its channel where there are any."""
+    if values_ptr is not None:
+        u += tl.load(values_ptr + at // inner % channels, mask=valid, other=0.0)
+    return u
+
+
+@triton.jit
+def _columns(outer_tiled, channels_tiled, INDEX: tl.constexpr, TILE_C: tl.constexpr):
+    """Of this program: its channels, its range of what is outside of them, and where the first of it begins."""
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    begin = outer_tiled * tl.program_id(1) // tl.num_programs(1)
+    end = outer_tiled * (tl.program_id(1) + 1) // tl.num_programs(1)
+    return c, begin, end, begin.to(INDEX) * channels_tiled + c
+
+
+@triton.jit
+def _places(column, c, q0, channels_tiled, inner_tiled, size, TILE_Q: tl.constexpr):
+    """Of a tile: where its elements are, and which there are."""
+    q = q0 + tl.arange(0, TILE_Q)[None, :]
+    at = column[:, None] * inner_tiled + q
+    return at, (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
+
+
+@triton.jit
+def _keep_sums(sums_ptr, total, c, channels_tiled, INDEX: tl.constexpr):
+    if sums_ptr is not None:
+        to = sums_ptr + tl.program_id(1).to(INDEX) * channels_tiled + c
+        tl.store(to, tl.sum(total, 1), mask=c < channels_tiled)
+
+
+@triton.jit
 def _activate(
     x_ptr,
     bias_ptr,
@@ -136,9 +152,8 @@ def _activate(
     row = tl.program_id(0).to(INDEX) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     bit = tl.arange(0, 8)[None, :]
     at = row[:, None] * 8 + bit
-    u = tl.load(_of(x_ptr, DTYPE) + at, mask=at < size, other=0.0).to(ACC)
-    if bias_ptr is not None:
-        u += tl.load(bias_ptr + at // inner % channels, mask=at < size, other=0.0)
+    u = tl.load(typed(x_ptr, DTYPE) + at, mask=at < size, other=0.0).to(ACC)
+    u = _plus(u, bias_ptr, at, inner, channels, at < size)
     if ACTIVATION == "linear":
         y = u * GAIN
     elif ACTIVATION == "relu":
@@ -156,7 +171,7 @@ def _activate(
             inside = tl.sum(tl.where(tl.abs(y) <= CLAMP, 1 << bit, 0), 1)
             tl.store(inside_ptr + row, inside.to(tl.uint8), mask=row * 8 < size)
         y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
-    tl.store(_of(y_ptr, DTYPE) + at, _rounded(y, DTYPE), mask=at < size)
+    tl.store(typed(y_ptr, DTYPE) + at, rounded(y, DTYPE), mask=at < size)
 
 
 @triton.jit
@@ -190,27 +205,18 @@ def _backward(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    begin = outer_tiled * part // parts
-    end = outer_tiled * (part + 1) // parts
-    column = begin.to(INDEX) * channels_tiled + c
+    c, begin, end, column = _columns(outer_tiled, channels_tiled, INDEX, TILE_C)
     total = tl.zeros([TILE_C, TILE_Q], ACC)
     for _ in range(begin, end):
         for q0 in range(0, inner_tiled, TILE_Q):
-            q = q0 + tl.arange(0, TILE_Q)[None, :]
-            at = column[:, None] * inner_tiled + q
-            valid = (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
+            at, valid = _places(column, c, q0, channels_tiled, inner_tiled, size, TILE_Q)
             out = tl.zeros([TILE_C, TILE_Q], ACC)
             if g_ptr is not None:
-                out += tl.load(_of(g_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            if k_ptr is not None:
-                out += tl.load(k_ptr + at // inner % channels, mask=valid, other=0.0)
+                out += tl.load(typed(g_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            out = _plus(out, k_ptr, at, inner, channels, valid)
             if x_ptr is not None:
-                u = tl.load(_of(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-                if bias_ptr is not None:
-                    u += tl.load(bias_ptr + at // inner % channels, mask=valid, other=0.0)
+                u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+                u = _plus(u, bias_ptr, at, inner, channels, valid)
                 f, first, _second = _smooth(u, ACTIVATION)
                 out *= _scale(f, GAIN, CLAMP) * first
             elif signs_ptr is not None:
@@ -221,11 +227,10 @@ def _backward(
             if inside_ptr is not None:
                 out = tl.where(_bit(inside_ptr, at, valid) != 0, out, 0.0)
             if out_ptr is not None:
-                tl.store(_of(out_ptr, DTYPE) + at, _rounded(out, DTYPE), mask=valid)
+                tl.store(typed(out_ptr, DTYPE) + at, rounded(out, DTYPE), mask=valid)
             total += tl.where(valid, out, 0.0)
         column += channels_tiled
-    if sums_ptr is not None:
-        tl.store(sums_ptr + part.to(INDEX) * channels_tiled + c, tl.sum(total, 1), mask=c < channels_tiled)
+    _keep_sums(sums_ptr, total, c, channels_tiled, INDEX)
 
 
 @triton.jit
@@ -254,37 +259,27 @@ def _double_backward(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    begin = outer_tiled * part // parts
-    end = outer_tiled * (part + 1) // parts
-    column = begin.to(INDEX) * channels_tiled + c
+    c, begin, end, column = _columns(outer_tiled, channels_tiled, INDEX, TILE_C)
     total = tl.zeros([TILE_C, TILE_Q], ACC)
     for _ in range(begin, end):
         for q0 in range(0, inner_tiled, TILE_Q):
-            q = q0 + tl.arange(0, TILE_Q)[None, :]
-            at = column[:, None] * inner_tiled + q
-            valid = (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
+            at, valid = _places(column, c, q0, channels_tiled, inner_tiled, size, TILE_Q)
             given = tl.zeros([TILE_C, TILE_Q], ACC)
             if h_ptr is not None:
-                given += tl.load(_of(h_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            if k_ptr is not None:
-                given += tl.load(k_ptr + at // inner % channels, mask=valid, other=0.0)
-            u = tl.load(_of(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            if bias_ptr is not None:
-                u += tl.load(bias_ptr + at // inner % channels, mask=valid, other=0.0)
+                given += tl.load(typed(h_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            given = _plus(given, k_ptr, at, inner, channels, valid)
+            u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+            u = _plus(u, bias_ptr, at, inner, channels, valid)
             f, first, second = _smooth(u, ACTIVATION)
             given *= _scale(f, GAIN, CLAMP)
             if by_dy_ptr is not None:
-                tl.store(_of(by_dy_ptr, DTYPE) + at, _rounded(first * given, DTYPE), mask=valid)
-            by_x = second * given * tl.load(_of(dy_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
+                tl.store(typed(by_dy_ptr, DTYPE) + at, rounded(first * given, DTYPE), mask=valid)
+            by_x = second * given * tl.load(typed(dy_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
             if by_x_ptr is not None:
-                tl.store(_of(by_x_ptr, DTYPE) + at, _rounded(by_x, DTYPE), mask=valid)
+                tl.store(typed(by_x_ptr, DTYPE) + at, rounded(by_x, DTYPE), mask=valid)
             total += tl.where(valid, by_x, 0.0)
         column += channels_tiled
-    if sums_ptr is not None:
-        tl.store(sums_ptr + part.to(INDEX) * channels_tiled + c, tl.sum(total, 1), mask=c < channels_tiled)
+    _keep_sums(sums_ptr, total, c, channels_tiled, INDEX)
 
 
 _BITS = {"signs_ptr": "*u8", "inside_ptr": "*u8"}
@@ -299,10 +294,6 @@ _FLAT = {"INDEX": tl.int32, "TILE_C": 1, "TILE_Q": _BLOCK}
 _SUMMED = {"INDEX": tl.int64, "TILE_C": 2, "TILE_Q": 512}
 
 
-def _addresses(*names: str) -> dict[str, str]:
-    return {f"{name}_ptr": "*A" for name in names}
-
-
 def _absent(*names: str) -> dict[str, None]:
     return {f"{name}_ptr": None for name in names}
 
@@ -312,7 +303,7 @@ def _absent(*names: str) -> dict[str, None]:
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         _activate,
-        _addresses("x", "bias", "y") | _BITS | _SIZES,
+        addresses("x", "bias", "y") | _BITS | _SIZES,
         [
             _LEAKY | {"INDEX": tl.int32, "BLOCK": _BLOCK} | _absent("bias", "inside"),
             _CLAMPED | {"INDEX": tl.int64, "BLOCK": _BLOCK},
@@ -324,7 +315,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         _backward,
-        _addresses("g", "k", "x", "bias", "out", "sums") | _BITS | _TILED,
+        addresses("g", "k", "x", "bias", "out", "sums") | _BITS | _TILED,
         [
             _LEAKY | _FLAT | _absent("k", "x", "bias", "inside", "sums"),
             _CLAMPED | _SUMMED | _absent("x", "bias"),
@@ -333,17 +324,10 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         _double_backward,
-        _addresses("h", "k", "dy", "x", "bias", "by_dy", "by_x", "sums") | _TILED,
+        addresses("h", "k", "dy", "x", "bias", "by_dy", "by_x", "sums") | _TILED,
         [_SOFTPLUS | _FLAT | _absent("k", "bias", "sums"), _GELU_TANH | _SUMMED],
     ),
 ]
-
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 def piecewise_forward(
@@ -357,7 +341,7 @@ def piecewise_forward(
 ) -> None:
     sizes = layout.size, layout.channels, layout.inner
     constants = _constants(x.dtype, layout, options)
-    with _on(x):
+    with device_of(x):
         _activate[(triton.cdiv(layout.size, _BLOCK),)](x, bias, y, signs, inside, *sizes, **constants, BLOCK=_BLOCK)
 
 
@@ -371,10 +355,10 @@ def piecewise_apply(
     layout: Layout,
     options: Options,
 ) -> None:
-    typed = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
-    grid, parts, sizes, tile = _tiles(layout, sums, typed.dtype)
-    constants = _constants(typed.dtype, layout, options)
-    with _on(typed):
+    like = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
+    grid, parts, sizes, tile = _tiles(layout, sums, like.dtype)
+    constants = _constants(like.dtype, layout, options)
+    with device_of(like):
         _backward[grid](g, bias, None, None, signs, inside, out, parts, *sizes, **constants, **tile)
         _add_up(parts, sums)
 
@@ -394,7 +378,7 @@ def smooth_backward(
 ) -> None:
     grid, parts, sizes, tile = _tiles(layout, dbias, x.dtype)
     constants = _constants(x.dtype, layout, options)
-    with _on(x):
+    with device_of(x):
         _backward[grid](dy, None, x, bias, None, None, dx, parts, *sizes, **constants, **tile)
         _add_up(parts, dbias)
 
@@ -413,7 +397,7 @@ def smooth_double_backward(
 ) -> None:
     grid, parts, sizes, tile = _tiles(layout, by_bias, x.dtype)
     constants = _constants(x.dtype, layout, options)
-    with _on(x):
+    with device_of(x):
         _double_backward[grid](h, h_bias, dy, x, bias, by_dy, by_x, parts, *sizes, **constants, **tile)
         _add_up(parts, by_bias)
 
@@ -446,9 +430,5 @@ def _constants(dtype: torch.dtype, layout: Layout, options: Options) -> dict[str
         "GAIN": options.gain,
         "CLAMP": None if options.clamp == inf else options.clamp,
         "INDEX": tl.int32 if layout.size < 2**31 - 2 * _BLOCK else tl.int64,
-        "DTYPE": _TYPES[dtype],
+        "DTYPE": DTYPES[dtype],
     }
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

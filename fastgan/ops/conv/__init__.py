@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan import backends
 from fastgan.ops.conv.autograd import Geometry, convolve
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -79,7 +80,7 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
 
 
 def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Batched and real: everything else, errors too, is PyTorch's."""
+    """Batched, real and in no transform of torch.func: everything else, errors too, is PyTorch's."""
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
@@ -87,6 +88,7 @@ def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
         and input.is_floating_point()
         and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
         and 0 not in input.shape
+        and not backends.in_transform()
     )
 
 

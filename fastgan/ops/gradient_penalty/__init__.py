@@ -13,6 +13,7 @@ from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise, points
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
+from fastgan.ops.gradient_penalty.sharding import refuse_sharded
 from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.library import untraced
 from fastgan.ops.twice_differentiable import twice_differentiable
@@ -69,12 +70,13 @@ def gradient_penalty(
     Raises:
         ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input.
         TypeError: an input is not a floating tensor; ``fake`` is missing for a kind that needs it.
-        RuntimeError: gradients are off.
+        RuntimeError: gradients are off, or FSDP shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered).
     """
     check_kind(kind)
+    refuse_sharded(discriminator)
     total: Tensor | None = None
     for x in points(kind, real, fake, generator):
         x = x.detach().requires_grad_()
@@ -184,6 +186,7 @@ def _traced(
     discriminator: Callable[..., Any], inputs: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, Tensor, Tracer, str | None]:
     check_input("inputs", inputs)
+    refuse_sharded(discriminator)
     _require_grad_mode()
     x = inputs.detach().requires_grad_()
     with twice_differentiable(), Tracer(x) as tracer:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.library import LIBRARY, copy_back, is_eager, last_order, returns_nothing
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
@@ -45,7 +45,7 @@ def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
     _kernels(backend).backward(h.contiguous(), m, segments, target, first)
-    _copy_back(target, dm)
+    copy_back(target, dm)
 
 
 @torch.library.impl(LIBRARY, "minibatch_discrimination_bwd_bwd", "CompositeExplicitAutograd")
@@ -61,16 +61,11 @@ def _double_backward(
 ) -> None:
     targets = _target(by_h), _target(by_m)
     _kernels(backend).double_backward(w.contiguous(), h.contiguous(), m, segments, *targets, first)
-    _copy_back(targets[0], by_h)
-    _copy_back(targets[1], by_m)
+    copy_back(targets[0], by_h)
+    copy_back(targets[1], by_m)
 
 
-def _nothing(*arguments: Any) -> None:
-    return None
-
-
-for _order in ("fwd", "bwd", "bwd_bwd"):
-    torch.library.register_fake(f"fastgan::minibatch_discrimination_{_order}", _nothing, lib=LIBRARY)
+returns_nothing(*(f"minibatch_discrimination_{order}" for order in ("fwd", "bwd", "bwd_bwd")))
 
 
 @cache
@@ -92,11 +87,6 @@ def _target(output: Tensor | None) -> Tensor | None:
     if output is None or output.is_contiguous():
         return output
     return torch.empty_like(output, memory_format=torch.contiguous_format)
-
-
-def _copy_back(target: Tensor | None, output: Tensor | None) -> None:
-    if target is not None and output is not None and target is not output:
-        output.copy_(target)
 
 
 class _Discrimination(torch.autograd.Function):

@@ -14,7 +14,6 @@ the pairs' work a dim. Of more than DIMS dims, programs share out what is writte
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,26 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.backends import TRITON_INTERPRETS
+from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 _DIMS = 32
-
-
-@triton.jit
-def _of(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
-    return pointer.to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, bits, x)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -80,7 +62,7 @@ def _similarities(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     i = first + row
-    m = _of(m_ptr, DTYPE) + b * dims * samples
+    m = typed(m_ptr, DTYPE) + b * dims * samples
     total = tl.zeros([BLOCK], ACC)
     for j0 in range(0, samples, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
@@ -93,8 +75,8 @@ def _similarities(
             at += samples
         compared = _compared(i, j, samples, segments_ptr, EXCLUDE_SELF)
         total += tl.sum(tl.where(compared, tl.exp(-distance), 0.0), 1)
-    target = _of(o_ptr, DTYPE) + row.to(tl.int64) * kernels + b
-    tl.store(target, _rounded(total, DTYPE), mask=row < rows)
+    target = typed(o_ptr, DTYPE) + row.to(tl.int64) * kernels + b
+    tl.store(target, rounded(total, DTYPE), mask=row < rows)
 
 
 @triton.jit
@@ -122,8 +104,8 @@ def _gradients(
     c0 = tl.program_id(1) * DIMS
     column = tl.arange(0, DIMS)
     i = first + row
-    m = _of(m_ptr, DTYPE) + b * dims * samples
-    h = _of(h_ptr, DTYPE) + b * samples
+    m = typed(m_ptr, DTYPE) + b * dims * samples
+    h = typed(h_ptr, DTYPE) + b * samples
     h_own = tl.load(h + i, mask=row < rows, other=0.0).to(ACC)
     of_sample = tl.zeros([BLOCK], ACC)
     of_dims = tl.zeros([BLOCK, DIMS], ACC)
@@ -132,7 +114,7 @@ def _gradients(
         distance = tl.zeros([BLOCK, BLOCK], ACC)
         if w_ptr is not None:
             tangent = tl.zeros([BLOCK, BLOCK], ACC)
-            at_w = _of(w_ptr, DTYPE) + b * dims * samples
+            at_w = typed(w_ptr, DTYPE) + b * dims * samples
         at = m
         for _ in range(dims):
             own = tl.load(at + i, mask=row < rows, other=0.0).to(ACC)
@@ -163,17 +145,13 @@ def _gradients(
     target = row.to(tl.int64) * kernels + b
     if by_h_ptr is not None:  # noqa: SIM102 (known when compiling, the other is not)
         if c0 == 0:
-            tl.store(_of(by_h_ptr, DTYPE) + target, _rounded(of_sample, DTYPE), mask=row < rows)
+            tl.store(typed(by_h_ptr, DTYPE) + target, rounded(of_sample, DTYPE), mask=row < rows)
     if by_m_ptr is not None:
-        to = _of(by_m_ptr, DTYPE) + target[:, None] * dims + (c0 + column)[None, :]
-        tl.store(to, _rounded(of_dims, DTYPE), mask=(row < rows)[:, None] & (c0 + column < dims)[None, :])
+        to = typed(by_m_ptr, DTYPE) + target[:, None] * dims + (c0 + column)[None, :]
+        tl.store(to, rounded(of_dims, DTYPE), mask=(row < rows)[:, None] & (c0 + column < dims)[None, :])
 
 
 _SIZES = dict.fromkeys(("samples", "kernels", "dims", "first", "rows"), "i32")
-
-
-def _addresses(*names: str) -> dict[str, str]:
-    return {f"{name}_ptr": "*A" for name in names}
 
 
 # What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
@@ -181,12 +159,12 @@ def _addresses(*names: str) -> dict[str, str]:
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         _similarities,
-        _addresses("m", "o") | {"segments_ptr": "*i64"} | _SIZES,
+        addresses("m", "o") | {"segments_ptr": "*i64"} | _SIZES,
         [{"EXCLUDE_SELF": True, "BLOCK": 64}, {"EXCLUDE_SELF": False, "BLOCK": 16, "segments_ptr": None}],
     ),
     (
         _gradients,
-        _addresses("w", "h", "m", "by_h", "by_m") | {"segments_ptr": "*i64"} | _SIZES,
+        addresses("w", "h", "m", "by_h", "by_m") | {"segments_ptr": "*i64"} | _SIZES,
         [
             {"BLOCK": 64, "DIMS": 16, "w_ptr": None, "by_h_ptr": None, "segments_ptr": None},
             {"BLOCK": 32, "DIMS": _DIMS},
@@ -195,20 +173,13 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
 ]
 
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
 
 def forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool) -> None:
     kernels, dims, samples = m.shape
     rows, (block, warps) = len(o), _tile(m, 64)
     sizes = samples, kernels, dims, first, rows
-    constants = {"EXCLUDE_SELF": exclude_self, "BLOCK": block, "DTYPE": _TYPES[m.dtype]}
-    with _on(m):
+    constants = {"EXCLUDE_SELF": exclude_self, "BLOCK": block, "DTYPE": DTYPES[m.dtype]}
+    with device_of(m):
         _similarities[(triton.cdiv(rows, block) * kernels,)](m, segments, o, *sizes, **constants, num_warps=warps)
 
 
@@ -239,8 +210,8 @@ def _launch_gradients(
     of_program = 1 if by_m is None else min(_DIMS, triton.next_power_of_2(dims))
     grid = triton.cdiv(rows, block) * kernels, 1 if by_m is None else triton.cdiv(dims, of_program)
     operands = w, h.t().contiguous(), m, segments, by_h, by_m
-    constants = {"BLOCK": block, "DIMS": of_program, "DTYPE": _TYPES[m.dtype]}
-    with _on(m):
+    constants = {"BLOCK": block, "DIMS": of_program, "DTYPE": DTYPES[m.dtype]}
+    with device_of(m):
         _gradients[grid](*operands, samples, kernels, dims, first, rows, **constants, num_warps=warps)
 
 
@@ -249,7 +220,3 @@ def _tile(m: Tensor, most: int) -> tuple[int, int]:
     most = 32 if m.dtype == torch.float64 else most
     block = max(16, min(most, int(triton.next_power_of_2(m.shape[2]))))
     return block, 8 if block == 64 else 4
-
-
-def _on(m: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(m.device) if m.is_cuda else nullcontext()

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.minibatch_stddev import reference
 from fastgan.ops.minibatch_stddev.grouping import size_of_groups
-from fastgan.ops.minibatch_stddev.layout import accumulation_dtype
 
 
 def minibatch_stddev(

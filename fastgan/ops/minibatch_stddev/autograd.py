@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, last_order, returns_nothing
 from fastgan.ops.minibatch_stddev import native_kernels
-from fastgan.ops.minibatch_stddev.layout import Layout, accumulation_dtype, layout_of, memory_format
+from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
 
 LIBRARY.define("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
 LIBRARY.define(
@@ -33,7 +33,7 @@ def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: s
     layout = Layout(*layout)
     target = _dense(y, layout)
     _kernels(backend).forward(_dense(x, layout), target, layout, eps)
-    _copy_back(target, y)
+    copy_back(target, y)
 
 
 @torch.library.impl(LIBRARY, "minibatch_stddev_bwd", "CompositeExplicitAutograd")
@@ -43,7 +43,7 @@ def _backward(
     layout = Layout(*layout)
     target = _dense(dx, layout)
     _kernels(backend).backward(_dense(dy, layout), _dense(x, layout), target, slope, layout, eps)
-    _copy_back(target, dx)
+    copy_back(target, dx)
 
 
 @torch.library.impl(LIBRARY, "minibatch_stddev_bwd_bwd", "CompositeExplicitAutograd")
@@ -61,15 +61,10 @@ def _double_backward(
     targets = [None if t is None else _dense(t, layout) for t in (by_dy, by_x)]
     _kernels(backend).double_backward(_dense(h, layout), _dense(x, layout), slope, *targets, layout, eps)
     for target, output in zip(targets, (by_dy, by_x), strict=True):
-        _copy_back(target, output)
+        copy_back(target, output)
 
 
-def _nothing(*arguments: Any) -> None:
-    return None
-
-
-for _operator in ("minibatch_stddev_fwd", "minibatch_stddev_bwd", "minibatch_stddev_bwd_bwd"):
-    torch.library.register_fake(f"fastgan::{_operator}", _nothing, lib=LIBRARY)
+returns_nothing("minibatch_stddev_fwd", "minibatch_stddev_bwd", "minibatch_stddev_bwd_bwd")
 
 
 def _kernels(backend: str) -> Any:
@@ -82,11 +77,6 @@ def _kernels(backend: str) -> Any:
 
 def _dense(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor.contiguous(memory_format=memory_format(layout, tensor.ndim))
-
-
-def _copy_back(target: Tensor | None, output: Tensor | None) -> None:
-    if target is not None and output is not None and target is not output:
-        output.copy_(target)
 
 
 def _empty(like: Tensor, channels: int, layout: Layout) -> Tensor:

@@ -36,7 +36,3 @@ def layout_of(x: Tensor, size: int, features: int) -> Layout:
 
 def memory_format(layout: Layout, ndim: int) -> torch.memory_format:
     return torch.contiguous_format if layout.outer == 1 else _CHANNELS_LAST[ndim]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

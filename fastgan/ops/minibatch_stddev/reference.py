@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan.ops.minibatch_stddev.layout import accumulation_dtype
+from fastgan.ops.library import accumulation_dtype
 
 
 def minibatch_stddev(x: Tensor, size: int, num_channels: int, eps: float) -> Tensor:

@@ -12,41 +12,25 @@ from L1): each operand is read once and each result written once. Sums are parti
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.backends import TRITON_INTERPRETS
-from fastgan.ops.minibatch_stddev.layout import Layout, accumulation_dtype
+from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.minibatch_stddev.layout import Layout
+from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 _MEMBERS = 16  # held at a time
 _TILE = 2048  # values of all of these
 _BLOCK = 1024
 
 
 @triton.jit
-def _of(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
-    return pointer.to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program: its values of the first member without and with statistics, which are real, and their slot."""
+    """Of this program: its values of the first member without and with statistics, how far off each member's next are,
+    which are real, and their slot."""
     count = tl.cast(outer, tl.int64) * run
     parts = tl.cdiv(count, BLOCK)
     slot = tl.program_id(0) // parts
@@ -59,7 +43,8 @@ def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl
         p = p % run
     narrow = (slot // features * outer + row) * features * run + feature * run + p
     wide = (slot // features * outer + row) * features * (run + tail) + feature * run + p
-    return narrow, wide, inside, slot
+    rows = tl.cast(groups, tl.int64) * outer * features
+    return narrow, wide, rows * run, rows * (run + tail), inside, slot
 
 
 @triton.jit
@@ -104,11 +89,9 @@ def _forward(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    x = _of(x_ptr, DTYPE)
-    y = _of(y_ptr, DTYPE)
-    narrow, wide, inside, _ = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
-    step = tl.cast(groups, tl.int64) * outer * features * run
-    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    x = typed(x_ptr, DTYPE)
+    y = typed(y_ptr, DTYPE)
+    narrow, wide, step, wide_step, inside, _ = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
     _, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
     for first in range(0, SIZE, MEMBERS):
         g = first + tl.arange(0, MEMBERS)[:, None]
@@ -142,7 +125,7 @@ def _append(
     value = tl.full([BLOCK], tl.sum(total, 0) / (tl.cast(outer, tl.int64) * run).to(ACC), ACC)
     i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = (n * outer + i // tail) * features * (run + tail) + features * run + feature * tail + i % tail
-    tl.store(_of(to_ptr, DTYPE) + at, _rounded(value, DTYPE), mask=i < tl.cast(outer, tl.int64) * tail)
+    tl.store(typed(to_ptr, DTYPE) + at, rounded(value, DTYPE), mask=i < tl.cast(outer, tl.int64) * tail)
 
 
 @triton.jit
@@ -167,7 +150,7 @@ def _slopes(
         n = i // count * groups + slot // features
         row = n * outer + i % count // tail
         at = row * features * (run + tail) + features * run + slot % features * tail + i % tail
-        total += tl.load(_of(dy_ptr, DTYPE) + at, mask=i < SIZE * count, other=0.0).to(ACC)
+        total += tl.load(typed(dy_ptr, DTYPE) + at, mask=i < SIZE * count, other=0.0).to(ACC)
     tl.store(slope_ptr + slot, tl.sum(total, 0) / (tl.cast(outer, tl.int64) * run * SIZE).to(ACC))
 
 
@@ -190,12 +173,10 @@ def _backward(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = slope_ptr.dtype.element_ty
-    dy = _of(dy_ptr, DTYPE)
-    x = _of(x_ptr, DTYPE)
-    dx = _of(dx_ptr, DTYPE)
-    narrow, wide, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
-    step = tl.cast(groups, tl.int64) * outer * features * run
-    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    dy = typed(dy_ptr, DTYPE)
+    x = typed(x_ptr, DTYPE)
+    dx = typed(dx_ptr, DTYPE)
+    narrow, wide, step, wide_step, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
     mean, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
     factor = tl.load(slope_ptr + slot) / tl.sqrt(variance)
     for first in range(0, SIZE, MEMBERS):
@@ -203,7 +184,7 @@ def _backward(
         real = (g < SIZE) & inside
         z = tl.load(x + g * step + narrow, mask=real, other=0.0).to(ACC) - mean
         result = tl.load(dy + g * wide_step + wide, mask=real, other=0.0).to(ACC) + factor * z
-        tl.store(dx + g * step + narrow, _rounded(result, DTYPE), mask=real)
+        tl.store(dx + g * step + narrow, rounded(result, DTYPE), mask=real)
 
 
 @triton.jit
@@ -227,11 +208,9 @@ def _double_backward(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = slope_ptr.dtype.element_ty
-    h = _of(h_ptr, DTYPE)
-    x = _of(x_ptr, DTYPE)
-    narrow, wide, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
-    step = tl.cast(groups, tl.int64) * outer * features * run
-    wide_step = tl.cast(groups, tl.int64) * outer * features * (run + tail)
+    h = typed(h_ptr, DTYPE)
+    x = typed(x_ptr, DTYPE)
+    narrow, wide, step, wide_step, inside, slot = _tile(groups, outer, features, run, tail, MANY_ROWS, BLOCK)
     mean, variance = _moments(x, narrow, step, inside, EPS, SIZE, MEMBERS, ACC)
     h_mean = _mean(h, narrow, step, inside, SIZE, MEMBERS, ACC)
     products = tl.zeros([BLOCK], ACC)
@@ -245,15 +224,15 @@ def _double_backward(
     r = 1.0 / tl.sqrt(variance)
     if by_x_ptr is not None:
         factor = r * tl.load(slope_ptr + slot)
-        by_x = _of(by_x_ptr, DTYPE)
+        by_x = typed(by_x_ptr, DTYPE)
         for first in range(0, SIZE, MEMBERS):
             g = first + tl.arange(0, MEMBERS)[:, None]
             real = (g < SIZE) & inside
             z = tl.load(x + g * step + narrow, mask=real, other=0.0).to(ACC) - mean
             grad = tl.load(h + g * step + narrow, mask=real, other=0.0).to(ACC) - h_mean
-            tl.store(by_x + g * step + narrow, _rounded(factor * (grad - q / variance * z), DTYPE), mask=real)
+            tl.store(by_x + g * step + narrow, rounded(factor * (grad - q / variance * z), DTYPE), mask=real)
     if by_dy_ptr is not None:
-        by_dy = _of(by_dy_ptr, DTYPE)
+        by_dy = typed(by_dy_ptr, DTYPE)
         for first in range(0, SIZE, MEMBERS):
             g = first + tl.arange(0, MEMBERS)[:, None]
             real = (g < SIZE) & inside
@@ -261,11 +240,7 @@ def _double_backward(
         tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(inside, r * q, 0.0), 0))
 
 
-def _addresses(*names: str) -> dict[str, str]:
-    sizes = dict.fromkeys(("groups", "outer", "features", "run", "tail"), "i32")
-    return {f"{name}_ptr": "*A" for name in names} | sizes
-
-
+_SIZES = dict.fromkeys(("groups", "outer", "features", "run", "tail"), "i32")
 _FOUR = {"MANY_ROWS": False, "EPS": 1e-8, "SIZE": 4, "MEMBERS": 4, "BLOCK": 512}
 # A launch makes constants of sizes that are 1.
 _ONES = {"groups": 1, "outer": 1, "features": 1, "run": 1, "tail": 1}
@@ -275,36 +250,29 @@ _MANY = {"MANY_ROWS": True, "EPS": 1e-8, "SIZE": 33, "MEMBERS": 16, "BLOCK": 128
 # What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
 # and the values that its constants take together, without DTYPE, the input's dtype.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
-    (_forward, _addresses("x", "y", "sums"), [_FOUR, _ONE, _MANY]),
-    (_append, _addresses("sums", "to") | {"parts": "i32"}, [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, **_ONES}]),
-    (_slopes, _addresses("dy", "slope"), [{"SIZE": 4, "BLOCK": _BLOCK}, {"SIZE": 4, "BLOCK": _BLOCK, **_ONES}]),
-    (_backward, _addresses("dy", "x", "dx", "slope"), [_FOUR, _MANY]),
+    (_forward, addresses("x", "y", "sums") | _SIZES, [_FOUR, _ONE, _MANY]),
+    (_append, addresses("sums", "to") | _SIZES | {"parts": "i32"}, [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, **_ONES}]),
+    (_slopes, addresses("dy", "slope") | _SIZES, [{"SIZE": 4, "BLOCK": _BLOCK}, {"SIZE": 4, "BLOCK": _BLOCK, **_ONES}]),
+    (_backward, addresses("dy", "x", "dx", "slope") | _SIZES, [_FOUR, _MANY]),
     (
         _double_backward,
-        _addresses("h", "x", "slope", "by_dy", "by_x", "sums"),
+        addresses("h", "x", "slope", "by_dy", "by_x", "sums") | _SIZES,
         [_FOUR, {**_MANY, "by_dy_ptr": None, "sums_ptr": None}, {**_ONE, "by_x_ptr": None}],
     ),
 ]
-
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 def forward(x: Tensor, y: Tensor, layout: Layout, eps: float) -> None:
     grid, constants = _plan(x, layout, eps)
     sums = x.new_empty(grid, dtype=accumulation_dtype(x.dtype))
-    with _on(x):
+    with device_of(x):
         _forward[grid](x, y, sums, *_sizes(layout), **constants)
         _append_sums(sums, y, layout, constants["DTYPE"])
 
 
 def backward(dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Layout, eps: float) -> None:
     grid, constants = _plan(x, layout, eps)
-    with _on(x):
+    with device_of(x):
         of_slope = {"SIZE": layout.size, "BLOCK": _BLOCK, "DTYPE": constants["DTYPE"]}
         _slopes[(slope.numel(),)](dy, slope, *_sizes(layout), **of_slope)
         _backward[grid](dy, x, dx, slope, *_sizes(layout), **constants)
@@ -315,7 +283,7 @@ def double_backward(
 ) -> None:
     grid, constants = _plan(x, layout, eps)
     sums = None if by_dy is None else slope.new_empty(grid)
-    with _on(x):
+    with device_of(x):
         _double_backward[grid](h, x, slope, by_dy, by_x, sums, *_sizes(layout), **constants)
         if sums is not None and by_dy is not None:
             _append_sums(sums, by_dy, layout, constants["DTYPE"])
@@ -332,12 +300,8 @@ def _plan(x: Tensor, layout: Layout, eps: float) -> tuple[tuple[int], dict[str, 
     block = _TILE // members
     constants = {"MANY_ROWS": layout.outer > 1, "EPS": eps, "SIZE": layout.size, "MEMBERS": members, "BLOCK": block}
     parts = triton.cdiv(layout.outer * layout.run, block)
-    return (layout.groups * layout.features * parts,), constants | {"DTYPE": _TYPES[x.dtype]}
+    return (layout.groups * layout.features * parts,), constants | {"DTYPE": DTYPES[x.dtype]}
 
 
 def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
     return layout.groups, layout.outer, layout.features, layout.run, layout.tail
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

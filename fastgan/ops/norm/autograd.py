@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.inputs_only import markable, needed
-from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing
 from fastgan.ops.norm import native_kernels
-from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, accumulation_dtype
+from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
 
 # All write into tensors that they are given: an operator cannot return a tensor that may be absent.
 LIBRARY.define(
@@ -80,12 +80,7 @@ def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> 
         given.copy_(stand_in)
 
 
-def _nothing(*arguments: Any) -> None:
-    return None
-
-
-for _operator in ("norm_fwd", "norm_bwd", "norm_bwd_bwd"):
-    torch.library.register_fake(f"fastgan::{_operator}", _nothing, lib=LIBRARY)
+returns_nothing("norm_fwd", "norm_bwd", "norm_bwd_bwd")
 
 
 def _kernels(backend: str) -> Any:

@@ -18,12 +18,36 @@ in one order: the same bits every time.
 import triton
 import triton.language as tl
 
-from fastgan.ops.norm.triton_rows import rounded, typed
+from fastgan.ops.triton_language import rounded, typed
 
 
 @triton.jit
-def _places(c, q, inner, by_channel, by_segment, by_position):
-    return c.to(tl.int64)[:, None] * by_channel + (q // inner * by_segment + q % inner * by_position)[None, :]
+def _channels(channels, groups, TILE_C: tl.constexpr):
+    """Of this program: its sample, its channels, the row that each is in, and how many rows there are."""
+    sample = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    return sample, c, sample * groups + c // (channels // groups), tl.num_programs(2) * groups
+
+
+@triton.jit
+def _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position):
+    """Of a tile: where its elements are, and which there are."""
+    at = c.to(tl.int64)[:, None] * by_channel + (q // inner * by_segment + q % inner * by_position)[None, :]
+    return sample * by_sample + at, (c < channels)[:, None] & (q < end)[None, :]
+
+
+@triton.jit
+def _column(values_ptr, at, c, channels):
+    """A value a channel, beside its positions."""
+    return tl.load(values_ptr + at, mask=c < channels, other=0.0)[:, None]
+
+
+@triton.jit
+def _parameter(values_ptr, c, channels, default, TILE_C: tl.constexpr, ACC: tl.constexpr):
+    values = tl.full([TILE_C, 1], default, ACC)
+    if values_ptr is not None:
+        values = _column(values_ptr, c, c, channels)
+    return values
 
 
 @triton.jit
@@ -49,25 +73,22 @@ def channel_moments(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = moments_ptr.dtype.element_ty
-    sample = tl.program_id(2).to(tl.int64)
-    x_sample = typed(x_ptr, DTYPE) + sample * by_sample
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
+    sample, c, _row, _rows = _channels(channels, 1, TILE_C)
+    x = typed(x_ptr, DTYPE)
     begin, end = _part(positions)
     total = tl.zeros([TILE_C, TILE_Q], ACC)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = _places(c, q, inner, by_channel, by_segment, by_position)
-        total += tl.load(x_sample + at, mask=inside, other=0.0).to(ACC)
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
+        total += tl.load(x + at, mask=inside, other=0.0).to(ACC)
     count = (end - begin).to(ACC)
     near = tl.sum(total, 1) / count
     rest = tl.zeros([TILE_C, TILE_Q], ACC)
     squares = tl.zeros([TILE_C, TILE_Q], ACC)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = _places(c, q, inner, by_channel, by_segment, by_position)
-        apart = tl.where(inside, tl.load(x_sample + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
+        apart = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
         rest += apart
         squares += apart * apart
     off = tl.sum(rest, 1) / count  # what rounding took from `near`
@@ -140,24 +161,16 @@ def normalise_channels(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
-    sample = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    row = sample * groups + c // (channels // groups)
-    rows = tl.num_programs(2) * groups
-    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)
-    scale = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + c, mask=c < channels, other=0.0)
-    bias = tl.zeros([TILE_C], ACC)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0)
+    sample, c, row, rows = _channels(channels, groups, TILE_C)
+    mean = _column(statistics_ptr, row, c, channels)
+    scale = _column(statistics_ptr, rows + row, c, channels) * _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
+    bias = _parameter(bias_ptr, c, channels, 0.0, TILE_C, ACC)
     begin, end = _part(positions)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
         x = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
-        y = (x - mean[:, None]) * scale[:, None] + bias[:, None]
+        y = (x - mean) * scale + bias
         tl.store(typed(y_ptr, DTYPE) + at, rounded(y, DTYPE), mask=inside)
 
 
@@ -181,10 +194,8 @@ def channel_products(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
-    sample = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    row = sample * groups + c // (channels // groups)
-    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)
+    sample, c, row, _rows = _channels(channels, groups, TILE_C)
+    mean = _column(statistics_ptr, row, c, channels)
     begin, end = _part(positions)
     dy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     dyd_sum = tl.zeros([TILE_C, TILE_Q], ACC)
@@ -193,9 +204,8 @@ def channel_products(
     hdy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
-        d = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean[:, None]
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
+        d = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean
         dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
         dy_sum += dy
         dyd_sum += dy * d
@@ -330,22 +340,16 @@ def grad_channels(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
-    sample = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    row = sample * groups + c // (channels // groups)
-    rows = tl.num_programs(2) * groups
-    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)[:, None]
-    r = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)[:, None]
-    g_mean = tl.load(means_ptr + 5 * row, mask=c < channels, other=0.0)[:, None]
-    gx_mean = tl.load(means_ptr + 5 * row + 1, mask=c < channels, other=0.0)[:, None]
-    w = tl.full([TILE_C, 1], 1.0, ACC)
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[:, None]
+    sample, c, row, rows = _channels(channels, groups, TILE_C)
+    mean = _column(statistics_ptr, row, c, channels)
+    r = _column(statistics_ptr, rows + row, c, channels)
+    g_mean = _column(means_ptr, 5 * row, c, channels)
+    gx_mean = _column(means_ptr, 5 * row + 1, c, channels)
+    w = _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
     begin, end = _part(positions)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
         xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
         dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
         tl.store(typed(dx_ptr, DTYPE) + at, rounded(r * (w * dy - g_mean - xh * gx_mean), DTYPE), mask=inside)
@@ -376,31 +380,21 @@ def grad_grad_channels(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
-    sample = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    row = sample * groups + c // (channels // groups)
-    rows = tl.num_programs(2) * groups
-    mean = tl.load(statistics_ptr + row, mask=c < channels, other=0.0)[:, None]
-    r = tl.load(statistics_ptr + rows + row, mask=c < channels, other=0.0)[:, None]
-    h_mean = tl.load(means_ptr + 5 * row, mask=c < channels, other=0.0)[:, None]
-    hx_mean = tl.load(means_ptr + 5 * row + 1, mask=c < channels, other=0.0)[:, None]
-    gx_mean = tl.load(means_ptr + 5 * row + 2, mask=c < channels, other=0.0)[:, None]
-    e_mean = tl.load(means_ptr + 5 * row + 3, mask=c < channels, other=0.0)[:, None]
-    of_xh = tl.load(means_ptr + 5 * row + 4, mask=c < channels, other=0.0)[:, None]
-    w = tl.full([TILE_C, 1], 1.0, ACC)
-    hw = tl.zeros([TILE_C, 1], ACC)
-    hb = tl.zeros([TILE_C, 1], ACC)
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[:, None]
-    if h_weight_ptr is not None:
-        hw = tl.load(h_weight_ptr + c, mask=c < channels, other=0.0)[:, None]
-    if h_bias_ptr is not None:
-        hb = tl.load(h_bias_ptr + c, mask=c < channels, other=0.0)[:, None]
+    sample, c, row, rows = _channels(channels, groups, TILE_C)
+    mean = _column(statistics_ptr, row, c, channels)
+    r = _column(statistics_ptr, rows + row, c, channels)
+    h_mean = _column(means_ptr, 5 * row, c, channels)
+    hx_mean = _column(means_ptr, 5 * row + 1, c, channels)
+    gx_mean = _column(means_ptr, 5 * row + 2, c, channels)
+    e_mean = _column(means_ptr, 5 * row + 3, c, channels)
+    of_xh = _column(means_ptr, 5 * row + 4, c, channels)
+    w = _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
+    hw = _parameter(h_weight_ptr, c, channels, 0.0, TILE_C, ACC)
+    hb = _parameter(h_bias_ptr, c, channels, 0.0, TILE_C, ACC)
     begin, end = _part(positions)
     for q0 in range(begin, end, TILE_Q):
         q = q0 + tl.arange(0, TILE_Q)
-        inside = (c < channels)[:, None] & (q < end)[None, :]
-        at = sample * by_sample + _places(c, q, inner, by_channel, by_segment, by_position)
+        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
         xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
         dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
         h = tl.zeros([TILE_C, TILE_Q], ACC)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
@@ -21,14 +19,11 @@ from fastgan.ops.norm.triton_channels import (
     row_statistics,
 )
 from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalise_rows
+from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
 _PROGRAMS = 512  # of a sum over samples or positions that are enough for any GPU
 _SMALL = 256  # values of a sum over parts
-
-
-def _addresses(*names: str) -> dict[str, str]:
-    return {f"{name}_ptr": "*A" for name in names}
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -47,17 +42,17 @@ _WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         normalise_rows,
-        _addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
+        addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
         [{"EPS": 1e-5, "BLOCK": _BLOCK}, {"EPS": 1e-5, "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None}],
     ),
     (
         grad_rows,
-        _addresses("dy", "x", "mean", "rstd", "weight", "dx") | _SIZES,
+        addresses("dy", "x", "mean", "rstd", "weight", "dx") | _SIZES,
         [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, "weight_ptr": None}],
     ),
     (
         grad_grad_rows,
-        _addresses("h", "h_weight", "h_bias", "dy", "x", "mean", "rstd", "weight", "by_dy", "by_x", "h_means") | _SIZES,
+        addresses("h", "h_weight", "h_bias", "dy", "x", "mean", "rstd", "weight", "by_dy", "by_x", "h_means") | _SIZES,
         [
             {"BLOCK": _BLOCK},
             {"BLOCK": _BLOCK, "h_weight_ptr": None, "h_bias_ptr": None},
@@ -66,7 +61,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         affine_sums,
-        _addresses("dy", "x", "h", "mean", "rstd", "h_means", "weight_sums", "bias_sums")
+        addresses("dy", "x", "h", "mean", "rstd", "h_means", "weight_sums", "bias_sums")
         | _integers("samples", "channels", "inner", "of_row"),
         [
             {"SECOND": False, "TILE_C": 256, "TILE_Q": 1, "h_ptr": None, "h_means_ptr": None},
@@ -75,27 +70,27 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         channel_moments,
-        _addresses("x", "moments") | _integers("positions", "channels", "inner") | _STRIDES,
+        addresses("x", "moments") | _integers("positions", "channels", "inner") | _STRIDES,
         [_TALL, _WIDE],
     ),
     (
         row_statistics,
-        _addresses("moments", "statistics") | _BY_ROW,
+        addresses("moments", "statistics") | _BY_ROW,
         [{"EPS": 1e-5, "VARIANCE": variance, "BLOCK": _SMALL} for variance in (False, True)],
     ),
     (
         normalise_channels,
-        _addresses("x", "weight", "bias", "y", "statistics") | _TILED,
+        addresses("x", "weight", "bias", "y", "statistics") | _TILED,
         [_TALL, _WIDE | {"weight_ptr": None, "bias_ptr": None}],
     ),
     (
         channel_products,
-        _addresses("h", "dy", "x", "statistics", "sums") | _TILED,
+        addresses("h", "dy", "x", "statistics", "sums") | _TILED,
         [_TALL, _WIDE, _WIDE | {"h_ptr": None}],
     ),
     (
         row_means,
-        _addresses("sums", "statistics", "weight", "h_weight", "means", "of_weight", "of_bias") | _BY_ROW,
+        addresses("sums", "statistics", "weight", "h_weight", "means", "of_weight", "of_bias") | _BY_ROW,
         [
             {"SECOND": False, "H": False, "BLOCK_C": 1, "BLOCK_P": _SMALL, "h_weight_ptr": None},
             {"SECOND": True, "H": True, "BLOCK_C": 16, "BLOCK_P": 16, "of_bias_ptr": None},
@@ -103,29 +98,22 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         grad_channels,
-        _addresses("dy", "x", "statistics", "weight", "means", "dx") | _TILED,
+        addresses("dy", "x", "statistics", "weight", "means", "dx") | _TILED,
         [_TALL, _WIDE | {"weight_ptr": None}],
     ),
     (
         grad_grad_channels,
-        _addresses("h", "h_weight", "h_bias", "dy", "x", "statistics", "weight", "means", "by_dy", "by_x") | _TILED,
+        addresses("h", "h_weight", "h_bias", "dy", "x", "statistics", "weight", "means", "by_dy", "by_x") | _TILED,
         [_TALL, _WIDE | {"h_weight_ptr": None, "h_bias_ptr": None, "weight_ptr": None}],
     ),
 ]
 
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
 
 def forward(t: Forward, layout: Layout, eps: float) -> None:
-    with _on(t.x):
+    with device_of(t.x):
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
-            constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
             normalise_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
             return
         tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
@@ -138,10 +126,10 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
 
 
 def backward(t: Backward, layout: Layout) -> None:
-    with _on(t.x):
+    with device_of(t.x):
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
-            constants = {"BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            constants = {"BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
             if t.dx is not None:
                 operands = t.dy, t.x, mean, rstd, t.weight, t.dx
                 grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
@@ -156,12 +144,12 @@ def backward(t: Backward, layout: Layout) -> None:
 
 
 def double_backward(t: DoubleBackward, layout: Layout) -> None:
-    with _on(t.x):
+    with device_of(t.x):
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
             h_means = None if t.by_weight is None else mean.new_empty(layout.rows, 2)
             operands = *t[:5], mean, rstd, t.weight, t.by_dy, t.by_x, h_means
-            constants = {"BLOCK": _BLOCK, "DTYPE": _TYPES[t.x.dtype]}
+            constants = {"BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
             grad_grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
             if t.by_weight is not None:
                 _sum_over_samples(t, t.h, h_means, (t.by_weight, None), layout)
@@ -191,7 +179,7 @@ def _sum_over_samples(
     parts = min(layout.samples, triton.cdiv(_PROGRAMS, tiles))  # by the shape alone, for the same bits on any GPU
     sums = [None if s is None else mean.new_empty(parts, layout.channels) for s in results]
     sizes = layout.samples, layout.channels, layout.inner, layout.channels // layout.groups
-    constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": _TYPES[t.x.dtype]}
+    constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype]}
     affine_sums[(tiles, parts)](t.dy, t.x, h, mean, rstd, h_means, *sums, *sizes, **constants)
     _add_up(sums, results)
 
@@ -255,7 +243,7 @@ def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
     of_channels = min(64, triton.next_power_of_2(layout.channels))
     if not layout.channels_last:
         of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
-    return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": _TYPES[x.dtype]}
+    return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": DTYPES[x.dtype]}
 
 
 def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int, int]:
@@ -266,7 +254,3 @@ def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int, in
     parts = triton.cdiv(of_positions, tile["TILE_Q"])
     enough = triton.cdiv(_PROGRAMS, of_channels * layout.samples)
     return of_channels, triton.cdiv(parts, 4) if every else min(parts, enough), layout.samples
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -13,24 +13,7 @@ is added in one order: the same bits every time.
 import triton
 import triton.language as tl
 
-from fastgan.backends import TRITON_INTERPRETS
-
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
-
-
-@triton.jit
-def typed(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
-    return pointer.to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+from fastgan.ops.triton_language import rounded, typed
 
 
 @triton.jit

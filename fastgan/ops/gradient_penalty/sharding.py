@@ -1,0 +1,26 @@
+"""Discriminators whose weights a penalty would not find where its forward left them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import distributed, nn
+
+
+def refuse_sharded(discriminator: Any) -> None:
+    """Raise for one that FSDP shards.
+
+    FSDP frees the gathered weights once the first backward is through, and gathers them again, and later reduces their
+    gradients, only where a backward reaches an output of the forward. That of a penalty has no path there: the memory
+    of the weights would be read after it is gone.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(discriminator, nn.Module) or not distributed.is_initialized():
+        return
+    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
+    if any(isinstance(module, kinds) for module in discriminator.modules()):
+        raise RuntimeError(
+            "a gradient penalty differentiates the weights after FSDP has freed them: "
+            "wrap the discriminator in DistributedDataParallel, and shard the generator alone"
+        )

@@ -1,0 +1,40 @@
+"""A test's own file, run in two processes over gloo; each leaves what it found in a file of its rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+
+def found_by_ranks(file: str, folder: Path) -> list[Any]:
+    """What `as_rank` got from each process that runs the file."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, file]
+    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(RANKS)]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def as_rank(work: Callable[[int], Any]) -> None:
+    """In such a process: work(rank), within a process group."""
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
