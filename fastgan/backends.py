@@ -104,8 +104,9 @@ def is_forced(backend: str | None = None) -> bool:
 
 # torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
 # torch.compiler.assume_constant_result does, which imports the compiler.
-for _answer in (select, forced, is_forced, in_transform):
-    _answer._dynamo_marked_constant = True  # type: ignore[union-attr]
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform)
+for _answer in _answers:
+    _answer._dynamo_marked_constant = True
 
 
 def _check_name(name: str) -> None:

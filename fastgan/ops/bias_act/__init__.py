@@ -76,7 +76,7 @@ def bias_act(
 
 
 def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):  # asking Real is slow
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

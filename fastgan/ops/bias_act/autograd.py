@@ -21,6 +21,7 @@ from fastgan.ops.bias_act.layout import (
     is_dense,
     layout_of,
 )
+from fastgan.ops.bias_act.small import is_small
 from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing
 
@@ -109,7 +110,8 @@ def activate(
 ) -> Tensor:
     """bias_act without its checks; dim is not negative."""
     chosen = backends.select("bias_act", x.device, x.dtype, backend)
-    if chosen == "reference" or x.numel() == 0:
+    small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x)
+    if chosen == "reference" or x.numel() == 0 or small:
         return reference.bias_act(x, bias, dim, options, inplace)
     call, dense = _call(x, bias, dim, options, chosen)
     if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):

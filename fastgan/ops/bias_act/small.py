@@ -1,0 +1,80 @@
+"""ReLU and leaky ReLU of so few elements that calling a kernel costs more than its work: one of PyTorch's an order.
+
+As by the kernels, and other than by PyTorch's own formulas, nothing flows to the input through the slopes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan import backends
+
+_LEAST = 2**14  # elements; through a penalty the kernels are ahead from 2**15 on
+_leaky_relu_backward: Any = torch.ops.aten.leaky_relu_backward.default
+_relu_backward: Any = torch.ops.aten.threshold_backward.default
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether this route is the better one, and nothing was said about another."""
+    return x.numel() < _LEAST and x.is_cpu and not (backends.is_forced() or backends.in_transform())
+
+
+def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
+    """leaky_relu of a slope of 0 or more; None: relu."""
+    result: Tensor = _Rectify.apply(x, slope, inplace) if x.requires_grad else _forward(x, slope, inplace)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _forward(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
+    return F.relu(x, inplace) if slope is None else F.leaky_relu(x, slope, inplace)
+
+
+def _times_slopes(g: Tensor, kept: Tensor, slope: float | None, is_result: bool) -> Tensor:
+    if slope is None:
+        return _relu_backward(g, kept, 0)  # type: ignore[no-any-return]
+    return _leaky_relu_backward(g, kept, slope, is_result)  # type: ignore[no-any-return]
+
+
+class _Rectify(torch.autograd.Function):
+    piecewise_affine = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float | None, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = _forward(x, slope, inplace)
+        # What PyTorch's own keeps: the same tensors may be written over afterwards.
+        ctx.is_result = inplace or slope is None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y if ctx.is_result else x)
+        ctx.slope = slope
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if dy is None:
+            return None, None, None
+        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        return run(dy, ctx.saved_tensors[0].detach(), ctx.slope, ctx.is_result), None, None
+
+
+class _Slopes(torch.autograd.Function):
+    """Linear in g, and its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, kept: Tensor, slope: float | None, is_result: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept)
+        ctx.slope, ctx.is_result = slope, is_result
+        return _times_slopes(g, kept, slope, is_result)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if h is None:
+            return None, None, None, None
+        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        return run(h, *ctx.saved_tensors, ctx.slope, ctx.is_result), None, None, None
