@@ -45,8 +45,12 @@ def _row(case: dict[str, Any]) -> str:
     ratio = variants["fastgan"]["ratio"]["median"]
     beside = [f"{name}: {ratio / variants[name]['ratio']['median']:.2g}" for name in others]
     speed_up = f"{ratio:.2g}" + (f" ({', '.join(beside)})" if beside else "")
-    torch, fastgan = (f"{1e3 * variants[name]['seconds']['median']:.3g}" for name in ("torch", "fastgan"))
+    torch, fastgan = (_number(1e3 * variants[name]["seconds"]["median"]) for name in ("torch", "fastgan"))
     return f"| {case['name']} | {torch} | {fastgan} | {speed_up} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":
