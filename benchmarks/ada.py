@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--augment", nargs="+", choices=get_args(AugmentName), default=["none", "ada"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--extractor", default="random-conv")
     parser.add_argument("--data", type=Path, help="the font, or its folder")
     parser.add_argument("--threads", type=int, default=1)

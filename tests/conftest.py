@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import torch._dynamo  # keeps PyTorch's functions as it finds them: not as `poisoned_memory` replaces them
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton and fastgan are imported

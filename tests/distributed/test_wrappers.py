@@ -90,10 +90,21 @@ def refusal(call, wrap):
     return None
 
 
+def from_logits(model, images, kind):
+    images.requires_grad_()
+    with fastgan.twice_differentiable():
+        logits = model(images)
+    return fastgan.penalty_from_logits(logits, images, kind=kind)
+
+
+def inside_a_function(model, images, kind):
+    return fastgan.logits_and_penalty(lambda x: model(x), images, kind=kind)
+
+
 def work(rank):
     own = slice(rank * N, (rank + 1) * N)
     trained = {case: train(case[0], WRAPPERS[case[1]], own, with_penalty="DDP" in case[1]) for case in CASES}
-    calls = fastgan.gradient_penalty, fastgan.logits_and_penalty
+    calls = fastgan.gradient_penalty, fastgan.logits_and_penalty, from_logits, inside_a_function
     return trained, {name: [refusal(call, wrap) for call in calls] for name, wrap in WRAPPERS.items()}
 
 

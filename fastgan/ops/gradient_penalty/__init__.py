@@ -13,7 +13,7 @@ from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise, points
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
-from fastgan.ops.gradient_penalty.sharding import refuse_sharded
+from fastgan.ops.gradient_penalty.sharding import refuse_sharded, refuse_sharded_graph
 from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.library import untraced
 from fastgan.ops.twice_differentiable import twice_differentiable
@@ -120,6 +120,7 @@ def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *,
     grad: Tensor | None = None
     if connected:
         with inputs_only(connected, inputs) as path:
+            refuse_sharded_graph(path)
             keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
             ones = [torch.ones_like(output) for output in connected]
             (grad,) = torch.autograd.grad(

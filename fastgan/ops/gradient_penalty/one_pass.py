@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from fastgan.ops.gradient_penalty.eligibility import Tracer, leaves
 from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
+from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
 from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.library import last_order, untraced
 
@@ -36,6 +37,7 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
     for node, bias in convolutions:
         node.bias_for_term = bias
     with inputs_only([logits], inputs) as path:
+        refuse_sharded_graph(path)
         grad, *deltas = torch.autograd.grad(
             [logits],
             [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]

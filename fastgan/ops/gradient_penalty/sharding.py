@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import distributed, nn
+from torch.autograd.graph import Node
+
+MESSAGE = (
+    "a gradient penalty differentiates the weights after FSDP has freed them: "
+    "wrap the discriminator in DistributedDataParallel, and shard the generator alone"
+)
 
 
 def refuse_sharded(discriminator: Any) -> None:
@@ -20,7 +27,14 @@ def refuse_sharded(discriminator: Any) -> None:
         return
     kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
     if any(isinstance(module, kinds) for module in discriminator.modules()):
-        raise RuntimeError(
-            "a gradient penalty differentiates the weights after FSDP has freed them: "
-            "wrap the discriminator in DistributedDataParallel, and shard the generator alone"
-        )
+        raise RuntimeError(MESSAGE)
+
+
+def refuse_sharded_graph(path: Iterable[Node]) -> None:
+    """Likewise where the logits alone, or a function around the discriminator, are known.
+
+    Args:
+        path: the nodes between logits and input. FSDP2 puts one of its own before what it shards.
+    """
+    if any(type(node).__name__ == "RegisterPostBackwardFunctionBackward" for node in path):
+        raise RuntimeError(MESSAGE)
