@@ -47,7 +47,8 @@ help:
 
 demo: build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
-	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite
+	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
+		--extractor efficientnet-lite0 --scored 250
 
 # A file a worker; threads that wait for work sleep, since the workers share the cores.
 test: build

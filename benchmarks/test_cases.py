@@ -15,10 +15,10 @@ TABLE = [
     (name, device_type, variant)
     for device_type in DEVICES
     for name, case in CASES.items()
-    if device_type in case.device_types
+    if device_type in case.device_types and case.suite in ("ops", "steps")
     for variant in (
         (BASELINE, "fastgan")
-        if case.counted
+        if case.suite == "steps"
         else (BASELINE, "reference", "fastgan", *(BY_NAME if device_type == "cuda" else ()))
     )
 ]

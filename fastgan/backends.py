@@ -92,6 +92,11 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forced() -> str:
+    """The backend that ``use_backend`` names, or "auto"."""
+    return _forced.get()
+
+
 def is_forced(backend: str | None = None) -> bool:
     """Whether a backend is asked for by name, as an argument or by ``use_backend``."""
     return (backend or _forced.get()) != "auto"
@@ -99,7 +104,7 @@ def is_forced(backend: str | None = None) -> bool:
 
 # torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
 # torch.compiler.assume_constant_result does, which imports the compiler.
-_answers: tuple[Any, ...] = (select, is_forced, in_transform)
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform)
 for _answer in _answers:
     _answer._dynamo_marked_constant = True
 

@@ -22,6 +22,7 @@ REQUIREMENT_OF = {
     "scipy": "fastgan[tune]",
     "safetensors": "fastgan[export]",
     "fontTools": "fastgan[train]",
+    "tensorboard": "fastgan[tensorboard]",
 }
 
 

@@ -43,8 +43,10 @@ stage build 110 "$python" setup.py --quiet build_native --inplace
 stage info 15 "$python" -c 'import fastgan; print(fastgan.info())'
 stage test 100 "$python" -m pytest -m gpu tests
 stage verify 40 "$python" -c "$verify" "$out"
-stage bench 90 "$python" -m fastgan.bench.run --device cuda --rounds 10 --output "$out/ops.json"
-stage bench-steps 90 "$python" -m fastgan.bench.run --device cuda --suite steps --rounds 10 --output "$out/steps.json"
+# What these do not come to is listed in their files, for --resume.
+stage bench 90 "$python" -m fastgan.bench.run --device cuda --rounds 10 --minutes 1.1 --output "$out/ops.json"
+stage bench-steps 90 "$python" -m fastgan.bench.run --device cuda --suite steps --rounds 5 --minutes 1.1 \
+    --output "$out/steps.json"
 stage bench-compiled 35 "$python" -m fastgan.bench.run --device cuda --case "$compiled" --compile \
     --output "$out/ops-compiled.json"
 

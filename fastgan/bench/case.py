@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,29 @@ Make = Callable[[], Run]
 
 BASELINE = "torch"
 OPTIONAL = ("torch.compile",)  # takes minutes to compile, and may fail: timed when asked for
+COUNTS = ("flops", "peak", "saved")
 BY_NAME = ("triton", "cuda")  # backends that compete on a GPU, where each is a variant
+
+
+class TooLarge(Exception):
+    """A variant that this device has no memory for."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A point of a line along which one size grows, with the exponents that theory gives the variants' cost.
+
+    Cost is proportional to ``size ** exponent``; ``peak`` is of the memory, ``time`` of the seconds. A variant that is
+    not named has OTHERS' exponent.
+    """
+
+    line: str
+    size: str  # its name, a key of the case's sizes
+    time: Mapping[str, float]
+    peak: Mapping[str, float]
+
+
+OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,11 @@ class Case:
     operations: int | None
     tolerance: float  # of a variant's error relative to BASELINE's result: twice what the tests allow either
     setup: Callable[[torch.device, torch.dtype], dict[str, Make]]
-    counted: bool = False
+    suite: str = "ops"
+    counted: tuple[str, ...] = ()  # of COUNTS: what one call computes, holds, and keeps for backward
+    family: str = ""  # cases of one family differ in their sizes alone
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    growth: Growth | None = None
 
 
 def on_backend(backend: str, run: Run) -> Run:
@@ -56,6 +82,7 @@ def prepare(
         ArithmeticError: a variant's result is not BASELINE's. Nothing wrong is timed.
     """
     variants: dict[str, Run] = {}
+    against = BASELINE
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
     expected: Sequence[Tensor] = ()
@@ -68,28 +95,33 @@ def prepare(
                 run = make()
                 run()
                 result = run()  # the second depends on the state that the first left behind
+            except (TooLarge, torch.OutOfMemoryError) as error:
+                left_out[name] = str(error).partition("\n")[0]
+                continue
             except Exception as error:
                 if name not in OPTIONAL:
                     raise
                 left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 continue
-            expected = expected or result
+            if not expected:
+                expected, against = result, name
             variants[name], errors[name] = run, _error(result, expected)
             if not errors[name] <= case.tolerance:  # NaN is wrong too
                 raise ArithmeticError(
-                    f"{case.name}: {name} differs from {BASELINE} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
+                    f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
                 )
     for backend in BY_NAME:
-        if case.op and device.type == "cuda" and backend not in variants:
-            left_out[backend] = backends.why_not(case.op, backend, device.type, case.dtype) or "not declared"
+        if case.suite == "ops" and case.op and device.type == "cuda" and backend not in variants:
+            left_out.setdefault(backend, backends.why_not(case.op, backend, device.type, case.dtype) or "not declared")
     return variants, errors, left_out
 
 
 @torch.no_grad()
 def _error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest error of a tensor, relative to its norm; NaN if there is one."""
+    norms = torch.stack([vector_norm(wanted, dtype=torch.float64) for wanted in expected])
     errors = [
-        vector_norm(actual - wanted, dtype=torch.float64) / vector_norm(wanted, dtype=torch.float64)
-        for actual, wanted in zip(result, expected, strict=True)
+        vector_norm(actual - wanted, dtype=torch.float64) for actual, wanted in zip(result, expected, strict=True)
     ]
-    return float(torch.stack(errors).max())
+    least = 1e-6 * norms.max()  # beside the largest, such a tensor is rounding
+    return float((torch.stack(errors) / norms.clamp(min=least)).max())

@@ -1,15 +1,17 @@
-"""Discriminators whose training steps are timed: the layers of the papers' networks, wide and large as asked."""
+"""Discriminators whose training steps are timed: the layers of the papers' networks, wide and large as asked.
+
+All are PyTorch's; ``fastgan.convert`` has to find what it can replace.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from math import log2
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-
-from fastgan.nn import MinibatchStdDev
 
 
 def critic(channels: tuple[int, ...] = (3, 32, 64, 128, 128), pixels: int = 64) -> nn.Module:
@@ -62,6 +64,16 @@ class SNGANResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.blocks(x)).sum((2, 3)))  # type: ignore[no-any-return]
+
+
+class MinibatchStdDev(nn.Module):
+    """Karras et al. (2018): one channel that says how much the samples of a group differ, of groups of four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        groups = x.reshape(min(4, samples), -1, channels, height, width)
+        deviation = (groups.var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
+        return torch.cat([x, deviation.repeat(len(groups)).view(-1, 1, 1, 1).expand(-1, 1, height, width)], 1)
 
 
 class _StyleBlock(nn.Module):

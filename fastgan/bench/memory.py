@@ -62,6 +62,9 @@ def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Its address, and its bytes."""
+    if tensor._is_zerotensor():
+        return 0, 0  # autograd's zeros, which are not stored
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
@@ -98,8 +101,7 @@ class _LiveStorages(TorchDispatchMode):
         return result
 
     def _follow(self, tensor: Tensor, given: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
+        key, size = _memory(tensor)
         if key in given or key in self._seen or not size:
             return  # a view of what was there
 
@@ -107,5 +109,5 @@ class _LiveStorages(TorchDispatchMode):
             del self._seen[key]
             self._total.add(-size)
 
-        self._seen[key] = weakref.ref(storage, freed)
+        self._seen[key] = weakref.ref(tensor.untyped_storage(), freed)
         self._total.add(size)

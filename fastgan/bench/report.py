@@ -1,67 +1,170 @@
-"""Tells what was measured: a Markdown table, and a picture of the speed-ups.
+"""Tells what was measured: a Markdown table, CSV, pictures, and all of it on one HTML page.
 
-`python -m fastgan.bench.report RESULTS.json [PICTURE.png]` prints the table of a run and draws its picture.
+`python -m fastgan.bench.report RESULTS.json [DIR]` prints the table of a result and writes the other forms to a folder.
 """
 
 from __future__ import annotations
 
-import json
+import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgan.bench import growth
 from fastgan.bench.case import BASELINE
+from fastgan.bench.record import Results, load
 
-COLOURS = {"torch.compile": "tab:gray", "fastgan": "tab:blue"}  # what is drawn
+Cells = list[str]
+_COUNTS = {"flops": ("GFLOP", 1e9), "peak_bytes": ("peak MB", 1e6), "saved_bytes": ("saved MB", 1e6)}
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """The measurements as Markdown, with the device, the commit and the command that made them."""
-    about = results["provenance"]
-    graphs = any("graph" in result for case in results["cases"] for result in case["variants"].values())
-    columns = ["case", "variant", "ms (20 to 80 %)", f"times {BASELINE}'s speed (20 to 80 %)", "of the floor"]
-    counted = any("flops" in result for case in results["cases"] for result in case["variants"].values())
-    columns += ["GFLOP", "peak MB", "saved MB"] if counted else []
-    columns += ["CUDA graph, cold L2: ms", f"times {BASELINE}'s", "of the floor"] if graphs else []
-    lines = [_source(about, results), "", _row(columns), _row(["---"] * 2 + ["---:"] * (len(columns) - 2))]
-    for case in results["cases"]:
+    header, rows = measurements(results)
+    parts = [source(results), markdown(header, rows, words=2)]
+    exponents = growth_rows(results)
+    if exponents:
+        parts.append(markdown(*exponents, words=2))
+    missing = left_out(results)
+    if missing:
+        parts.append("\n".join(["Left out:", *(f"- {line}" for line in missing)]))
+    return "\n\n".join(parts)
+
+
+def measurements(results: Results) -> tuple[Cells, list[Cells]]:
+    """The header and a row a variant; columns that no case fills are not there."""
+    cases = results["cases"]
+    measured = [result for case in cases for result in case["variants"].values()]
+    graphs = any("graph" in result for result in measured)
+    floors = any("floor_fraction" in result for result in measured)
+    counts = {key: of for key, of in _COUNTS.items() if any(key in result for result in measured)}
+    header = ["case", "variant", "ms (20 to 80 %)", f"times {BASELINE}'s speed (20 to 80 %)"]
+    header += ["of the floor"] * floors + [title for title, _ in counts.values()]
+    header += ["CUDA graph, cold L2: ms", f"times {BASELINE}'s", "of the floor"] if graphs else []
+    rows = []
+    for case in cases:
         for name, result in case["variants"].items():
             label = f"fastgan ({case['backend']})" if name == "fastgan" and case["backend"] else name
-            cells = [case["name"], label, _spread(result["seconds"], 1e3)]
-            cells += [_spread(result["ratio"]), _percent(result)]
-            if counted:
-                cells += [
-                    _scaled(result, "flops", 1e9),
-                    *(_scaled(result, f"{of}_bytes", 1e6) for of in ("peak", "saved")),
-                ]
+            cells = [case["name"], label, _spread(result["seconds"], 1e3), _ratio(result)]
+            cells += [_percent(result)] * floors
+            cells += [_number(result[key] / unit) if key in result else "" for key, (_, unit) in counts.items()]
             graph = result.get("graph", {})
             if graphs and "seconds" in graph:
-                cells += [_spread(graph["seconds"], 1e3), _spread(graph["ratio"]) if "ratio" in graph else ""]
-                cells += [_percent(graph)]
+                cells += [_spread(graph["seconds"], 1e3), _ratio(graph), _percent(graph)]
             elif graphs:
                 cells += [graph.get("reason", ""), "", ""]
-            lines.append(_row(cells))
-    left_out = [
-        f"- {case['name']}, {name}: {reason}" for case in results["cases"] for name, reason in case["left_out"].items()
+            rows.append(cells)
+    return header, rows
+
+
+def growth_rows(results: Results) -> tuple[Cells, list[Cells]] | None:
+    """The exponents, fitted and theoretical; None where nothing was measured along a line."""
+    header = ["cost", "variant", "of", "sizes", "fitted exponent ± standard error", "theory"]
+    rows = [
+        [line.name, line.variant, line.of, _sizes(line), str(line.fit or "too few"), f"{line.expected:g}"]
+        for line in growth.lines(results)
+        if line.points
     ]
-    return "\n".join([*lines, *(["", "Left out:", *left_out] if left_out else [])])
+    return (header, rows) if rows else None
 
 
-def _source(about: dict[str, Any], results: dict[str, Any]) -> str:
+def _sizes(line: growth.Line) -> str:
+    return ", ".join(f"{x:g}" for x, _ in line.points)
+
+
+def left_out(results: Results) -> list[str]:
+    reasons = [
+        f"{case['name']}, {name}: {reason}" for case in results["cases"] for name, reason in case["left_out"].items()
+    ]
+    return reasons + [f"{name}: not run" for name in results["not_yet_run"]]
+
+
+def source(results: Results) -> str:
+    about = results["provenance"]
     threads = (
         f", {about['threads']} threads" if about["device_type"] == "cpu" else f", driver {about['driver'] or 'unknown'}"
     )
     commit = f"commit {about['commit'] or 'unknown'}{' with changes' if about['dirty'] else ''}"
-    versions = f"torch {about['torch']}, fastgan {about['fastgan']}, {commit}, {_date(about)}"
-    return (
-        f"{about['device']}{threads}; {versions}. "
+    versions = f"torch {about['torch']}, fastgan {about['fastgan']}, {commit}, {date(about)}"
+    floor = (
         f"The floor is the bytes over the copy bandwidth of the same run, {results['copy_bandwidth'] / 1e9:.1f} GB/s; "
-        f"what stays in a cache can beat it. `{about['command']}`"
+        "what stays in a cache can beat it. "
     )
+    floors = any(case["floor_seconds"] is not None for case in results["cases"])
+    return f"{about['device']}{threads}; {versions}. {floor if floors else ''}`{about['command']}`"
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def provenance_rows(results: Results) -> list[Cells]:
+    """Everything that is known of where and how it was measured."""
+    about = dict(results["provenance"])
+    environment, build = about.pop("environment"), about.pop("build")
+    about |= {"rounds": results["rounds"], "copy bandwidth, GB/s": round(results["copy_bandwidth"] / 1e9, 1)}
+    about |= {"matrix products, GFLOP/s": round(results["matmul_rate"] / 1e9, 1)}
+    rows = [[key.replace("_", " "), _plain(value)] for key, value in about.items()]
+    rows += [[f"build: {key}", _plain(value)] for key, value in (build or {}).items()]
+    return rows + [[f"environment: {key}", value] for key, value in environment.items()]
+
+
+def date(about: dict[str, Any]) -> str:
+    return str(about["date"])[:10]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first ``words`` columns are text, the others numbers."""
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def write(results: Results, folder: Path, stem: str) -> list[Path]:
+    """CSV, Markdown, pictures and one HTML page; the paths that were written, the page last.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not there; CSV is written nevertheless.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet, text, page = (folder / f"{stem}.{kind}" for kind in ("csv", "md", "html"))
+    write_csv(results, sheet)
+    from fastgan.bench import html_report, plots
+
+    pictures = {folder / f"{stem}-{name}.png": figure for name, figure in plots.figures(results).items()}
+    for path, figure in pictures.items():
+        figure.picture.savefig(path, dpi=150)
+    images = "\n\n".join(f"![{figure.caption}]({path.name})" for path, figure in pictures.items())
+    provenance = markdown(["", ""], provenance_rows(results), words=2)
+    title = f"# fastgan bench, suite {results['suite']}"
+    text.write_text("\n\n".join([title, table(results), images, "## Provenance", provenance]) + "\n")
+    page.write_text(html_report.page(results, {path: figure.caption for path, figure in pictures.items()}))
+    return [sheet, text, *pictures, page]
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """A row a variant: names and sizes, quantiles in seconds, what was counted, and where it was measured."""
+    sizes = list(dict.fromkeys(size for case in results["cases"] for size in case["sizes"]))
+    about = results["provenance"]
+    quantiles = ("low", "median", "high")
+    header = ["suite", "case", *sizes, "op", "dtype", "backend", "variant"]
+    header += [f"{of}_{quantile}" for of in ("seconds", "ratio") for quantile in quantiles]
+    header += ["floor_fraction", "error", *_COUNTS, "graph_seconds", "graph_ratio", "device", "threads", "commit"]
+    header += ["dirty", "torch", "date"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for case in results["cases"]:
+            named = [results["suite"], case["name"], *(case["sizes"].get(size, "") for size in sizes)]
+            for variant, result in case["variants"].items():
+                row = [*named, case["op"] or "", case["dtype"], case["backend"] or "", variant]
+                row += [result.get(of, {}).get(quantile, "") for of in ("seconds", "ratio") for quantile in quantiles]
+                row += [result.get(of, "") for of in ("floor_fraction", "error", *_COUNTS)]
+                row += [result.get("graph", {}).get(of, {}).get("median", "") for of in ("seconds", "ratio")]
+                row += [about[of] for of in ("device", "threads", "commit", "dirty", "torch", "date")]
+                writer.writerow(row)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(of)}" for key, of in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _spread(quantiles: dict[str, float], factor: float = 1.0) -> str:
@@ -69,56 +172,31 @@ def _spread(quantiles: dict[str, float], factor: float = 1.0) -> str:
     return f"{median} ({low} to {high})"
 
 
+def _ratio(result: dict[str, Any]) -> str:
+    return _spread(result["ratio"]) if "ratio" in result else ""
+
+
 def _percent(result: dict[str, Any]) -> str:
     return f"{result['floor_fraction']:.1%}" if "floor_fraction" in result else ""
-
-
-def _scaled(result: dict[str, Any], key: str, unit: float) -> str:
-    return _number(result[key] / unit) if key in result else ""
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def plot(results_json: Path | str, png: Path | str) -> None:
-    """Draw each variant's speed relative to the baseline's, with its spread, from a file of results."""
-    from matplotlib.figure import Figure
-
-    results = json.loads(Path(results_json).read_text())
-    bars = [
-        (case["name"], name, result["ratio"])
-        for case in results["cases"]
-        for name, result in case["variants"].items()
-        if name in COLOURS
-    ]
-    figure = Figure(figsize=(8, 1.4 + 0.4 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    for position, (_, name, ratio) in enumerate(bars):
-        spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
-        axes.barh(position, ratio["median"], xerr=spread, color=COLOURS[name])
-        text = f"{ratio['median']:.1f}x"
-        axes.annotate(text, (max(ratio["high"], 1), position), (5, 0), textcoords="offset points", va="center")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(bars)), [f"{case}, {name}" for case, name, _ in bars])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    about = results["provenance"]
-    axes.set(xlabel="times the speed of PyTorch's, in the same run", title=f"{about['device']}, {_date(about)}")
-    figure.savefig(png, dpi=150)
-
-
-def _date(about: dict[str, Any]) -> str:
-    return str(about["date"])[:10]
-
-
 def main(arguments: list[str]) -> int:
     if not 1 <= len(arguments) <= 2:
         print(__doc__, file=sys.stderr)
         return 2
-    print(table(json.loads(Path(arguments[0]).read_text())))
+    path = Path(arguments[0])
+    try:
+        results = load(path)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(results))
     if len(arguments) == 2:
-        plot(*arguments)
+        print("\n".join(map(str, write(results, Path(arguments[1]), path.stem))))
     return 0
 
 

@@ -3,56 +3,90 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastgan import backends
-from fastgan.bench import report, timing
-from fastgan.bench.case import BASELINE, Case, Run, prepare
+from fastgan.bench import comparison, measure, record, report, user_model
+from fastgan.bench.case import Case
 from fastgan.bench.cases import CASES, SUITES
-from fastgan.bench.flops import count_flops
-from fastgan.bench.memory import peak_bytes, saved_bytes
-from fastgan.bench.provenance import ROOT, commit_of, provenance, slug
+from fastgan.bench.provenance import ROOT, commit_of, slug
+from fastgan.bench.record import Results
 
-SCHEMA = 1
-SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
+ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "model": 7}
+INTERRUPTED = 130
+
+EPILOG = """\
+suites:
+  ops      each operation alone, to the derivative that training takes
+  steps    whole discriminator and generator steps, and their penalties, by pixels and batch
+  memory   peak and saved bytes of those steps and of minibatch discrimination; one call of each is timed
+  growth   time and memory as one size doubles, with the fitted exponent beside the theoretical one
+
+examples:
+  fastgan bench --case 'spectral_norm/small/*' --device cpu
+  fastgan bench --suite steps --report                    # CSV, Markdown, pictures and one HTML page beside the JSON
+  fastgan bench --suite ops --compare old.json            # exit status 1 if something became slower beyond noise
+  fastgan bench --resume benchmarks/results/DEVICE/ops-COMMIT.json
+  fastgan bench --model my_module:build --input 3,64,64 --batch 16
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the result is the exit status.
+    """Run the command line; the result is the exit status: 1 if ``--compare`` found a regression.
 
     Raises:
-        ValueError: an unknown suite, case or device.
+        ValueError: an unknown suite, case or device; a file that does not fit; a model that cannot be benched.
         ArithmeticError: a variant computes something else than its baseline.
     """
     options = _parser().parse_args(arguments)
-    device = choose_device(options.device)
+    _refuse_contradictions(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = choose_cases(options.suite, options.case, device)
-    path = output_path(options.output, device)
-    results = run(chosen, device, options.rounds, command=_command(options), optional=options.compile, path=path)
+    results, cases, device, path = (_resumed if options.resume else _begun)(options)
+    old = None
+    if options.compare:
+        old = record.load(options.compare)
+        only = [name for name in record.names(old) if fnmatch(name, options.case or "*")]
+        comparison.refuse_others(old, options.compare, results, only)
+    try:
+        measure.go_on(results, cases, device, path, minutes=options.minutes)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: fastgan bench --resume {path}", file=sys.stderr)
+        return INTERRUPTED
+    except ArithmeticError as error:
+        if not options.model:
+            raise
+        raise ValueError(f"{error}; a model that draws random numbers cannot be compared") from None
     print(report.table(results))
     print(f"\n{path}")
-    return 0
+    if options.report is not None:
+        folder = path.parent if options.report == _BESIDE else options.report
+        print("\n".join(map(str, report.write(results, folder, path.stem))))
+    if old is None:
+        return 0
+    found = comparison.changes(old, results)
+    print(f"\nAgainst {options.compare}:\n\n{comparison.table(found)}")
+    return 1 if comparison.regressed(found) else 0
+
+
+_BESIDE = Path()  # --report without a folder: beside the JSON
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastgan bench",
-        description="Time fastgan's operations against PyTorch's, in turns, in one process.",
-        epilog="example: fastgan bench --case 'spectral_norm/small/*' --device cpu",
+        description="Time fastgan's operations and whole training steps against PyTorch's, in turns, in one process.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    rounds = ", ".join(f"{count} of {suite}" for suite, count in ROUNDS.items())
     add = parser.add_argument
-    add("--suite", default="ops", help=f"group of cases: {', '.join(SUITES)} (default: %(default)s)")
-    add("--case", default="*", metavar="PATTERN", help="cases whose name matches, as in a shell (default: all)")
+    add("--suite", help=f"group of cases: {', '.join(SUITES)} (default: ops)")
+    add("--case", metavar="PATTERN", help="cases whose name matches, as in a shell (default: all)")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one (default: %(default)s)")
     add(
         "--output",
@@ -60,9 +94,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|FILE.json",
         help="where the measurements go (default: benchmarks/results in a checkout, else ./fastgan-bench)",
     )
-    add("--rounds", type=_positive, default=20, help="samples of each variant (default: %(default)s)")
+    add("--rounds", type=_positive, help=f"samples of each variant (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add("--compile", action="store_true", help="time torch.compile of the baseline too; it takes minutes")
+    add("--minutes", type=float, metavar="M", help="begin no case later than that; --resume runs the others")
+    add(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=_BESIDE,
+        metavar="DIR",
+        help="write CSV, Markdown, pictures and an HTML page too, to DIR or beside the JSON (needs matplotlib)",
+    )
+    add("--compare", type=Path, metavar="OLD.json", help="say what changed since; a regression makes the exit status 1")
+    add("--resume", type=Path, metavar="FILE.json", help="run what an interrupted run has not; same commit and machine")
+    add("--model", metavar="MODULE:FUNCTION", help="bench the discriminator that the function returns")
+    add("--input", type=_shape, metavar="SIZES", help="one sample's shape for --model, such as 3,64,64")
+    add("--batch", type=_positive, help=f"samples for --model (default: {user_model.BATCH})")
     return parser
 
 
@@ -73,10 +121,63 @@ def _positive(text: str) -> int:
     return value
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"wants positive sizes, such as 3,64,64, got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    given = [name for name in ("suite", "case", "rounds", "compile", "model", "output") if getattr(options, name)]
+    if options.resume and given:
+        raise ValueError(f"--resume goes on as the file says: leave out --{', --'.join(given)}")
+    if options.model and (options.suite or options.case):
+        raise ValueError("--model is a suite of its own: leave out --suite and --case")
+    if not options.model and (options.input or options.batch):
+        raise ValueError("--input and --batch are the discriminator's: they want --model MODULE:FUNCTION")
+    if options.suite == measure.UNTIMED and options.rounds:
+        raise ValueError(f"--suite {measure.UNTIMED} times one call: leave out --rounds")
+
+
+def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
+    device = choose_device(options.device)
+    suite = "model" if options.model else options.suite or "ops"
+    if options.model:
+        model, real = user_model.load(options.model, options.input, options.batch, device)
+        chosen = user_model.cases(model, real)
+        print(user_model.explain(model, real), end="\n\n", flush=True)
+    else:
+        chosen = choose_cases(suite, options.case or "*", device)
+    path = output_path(options.output, device, suite)
+    rounds = options.rounds or ROUNDS[suite]
+    names = [case.name for case in chosen]
+    results = measure.begin(suite, names, device, rounds, command=_command(options), optional=options.compile)
+    return results, {case.name: case for case in chosen}, device, path
+
+
+def _resumed(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
+    path: Path = options.resume
+    results = record.load(path)
+    if results["suite"] not in SUITES:
+        raise ValueError(f"{path} is of suite {results['suite']}, which cannot be resumed: measure it again")
+    about = results["provenance"]
+    device = choose_device(about["device_type"] if options.device == "auto" else options.device)
+    if not options.threads:
+        torch.set_num_threads(about["threads"])
+    record.refuse_other_conditions(results, path, device, ROOT)
+    return results, CASES, device, path
+
+
 def _command(options: argparse.Namespace) -> str:
     """The command line that measures the same again; where its result went is left out."""
-    words = ["fastgan bench", f"--suite {options.suite}", f"--device {options.device}", f"--rounds {options.rounds}"]
-    words += [f"--case '{options.case}'"] if options.case != "*" else []
+    words = ["fastgan bench"]
+    words += [f"--model {options.model}"] if options.model else [f"--suite {options.suite or 'ops'}"]
+    words += [f"--device {options.device}"]
+    words += [f"--rounds {options.rounds}"] if options.rounds else []
+    words += [f"--case '{options.case}'"] if options.case else []
+    words += [f"--input {','.join(map(str, options.input))}"] if options.input else []
+    words += [f"--batch {options.batch}"] if options.batch else []
     words += [f"--threads {options.threads}"] if options.threads else []
     words += ["--compile"] if options.compile else []
     return " ".join(words)
@@ -102,101 +203,13 @@ def choose_cases(suite: str, pattern: str, device: torch.device) -> list[Case]:
     return chosen
 
 
-def output_path(output: Path | None, device: torch.device) -> Path:
+def output_path(output: Path | None, device: torch.device, suite: str) -> Path:
     if output is not None and output.suffix == ".json":
         return output
     commit = commit_of(ROOT)[0]
     if output is None:
         output = ROOT / "benchmarks" / "results" if commit else Path("fastgan-bench")
-    return output / slug(device) / f"{commit or 'unknown'}.json"
-
-
-def run(
-    chosen: Sequence[Case],
-    device: torch.device,
-    rounds: int,
-    *,
-    command: str,
-    optional: bool = False,
-    path: Path | None = None,
-) -> dict[str, Any]:
-    """Measure the cases. What there is is written to ``path`` after each, so that a run cut short is not lost."""
-    timer = timing.cuda_events if device.type == "cuda" else timing.wall_clock
-    results: dict[str, Any] = {
-        "schema": SCHEMA,
-        "provenance": provenance(device, command),
-        "rounds": rounds,
-        "copy_bandwidth": timing.copy_bandwidth(device, timer),
-        "cases": [],
-    }
-    load = results["provenance"]["load_average"][0]
-    if load > (os.cpu_count() or 1) / 2:
-        print(f"fastgan bench: this machine is busy (load {load}): expect noise", file=sys.stderr)
-    for i, case in enumerate(chosen):
-        print(f"{i + 1}/{len(chosen)} {case.name}", file=sys.stderr, flush=True)
-        results["cases"].append(measure(case, device, rounds, results["copy_bandwidth"], timer, optional))
-        results["not_yet_run"] = [later.name for later in chosen[i + 1 :]]
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=2) + "\n")
-    return results
-
-
-def measure(
-    case: Case, device: torch.device, rounds: int, bandwidth: float, timer: timing.Timer, optional: bool
-) -> dict[str, Any]:
-    """Check that the variants agree, then time them; on CUDA also as graphs, where they can be captured."""
-    variants, errors, left_out = prepare(case, device, optional=optional)
-    seconds = SAMPLE_SECONDS[device.type]
-    measured = timing.compare(timing.in_turns(variants, timer, rounds, seconds), BASELINE)
-    floor = case.bytes / bandwidth if case.bytes is not None else None
-    for name, result in measured.items():
-        result["error"] = errors[name]
-        if floor is not None:
-            result["floor_fraction"] = floor / result["seconds"]["median"]
-        if case.counted:
-            result |= _counts(name, variants[name], device)
-    if device.type == "cuda":
-        for name, result in _graphs(variants, device, rounds, seconds / 10).items():
-            if "seconds" in result and floor is not None:
-                result["floor_fraction"] = floor / result["seconds"]["median"]
-            measured[name]["graph"] = result
-    return {
-        "name": case.name,
-        "op": case.op,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "backend": backends.select(case.op, device, case.dtype) if case.op else None,
-        "bytes": case.bytes,
-        "operations": case.operations,
-        "floor_seconds": floor,
-        "tolerance": case.tolerance,
-        "variants": measured,
-        "left_out": left_out,
-    }
-
-
-def _counts(name: str, run_variant: Run, device: torch.device) -> dict[str, int]:
-    """What one call computes, holds and saves. Compiled graphs save by themselves, and on a CPU allocate unseen."""
-    compiled = name == "torch.compile"
-    counts = {} if compiled else {"flops": count_flops(run_variant), "saved_bytes": saved_bytes(run_variant)}
-    return counts if compiled and device.type == "cpu" else counts | {"peak_bytes": peak_bytes(run_variant, device)}
-
-
-def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """The device's own time: replays of CUDA graphs, from memory rather than from L2."""
-    tried = {name: _capture(run_variant) for name, run_variant in variants.items()}
-    replays = {name: replay for name, replay in tried.items() if not isinstance(replay, str)}
-    samples = timing.in_turns(replays, timing.ColdCache(device), rounds, seconds) if replays else {}
-    failed = {name: {"reason": reason} for name, reason in tried.items() if isinstance(reason, str)}
-    return failed | timing.compare(samples, BASELINE)
-
-
-def _capture(run_variant: Run) -> timing.Call | str:
-    """A graph's replay, or why there is none."""
-    try:
-        return timing.captured(run_variant)
-    except RuntimeError as error:
-        return str(error).partition("\n")[0]
+    return output / slug(device) / f"{suite}-{commit or 'unknown'}.json"
 
 
 if __name__ == "__main__":

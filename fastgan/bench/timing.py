@@ -30,8 +30,9 @@ def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: f
     """Seconds a call, of each variant in each round; a sample is the mean of as many calls as take ``seconds``."""
     repeats = {}
     for name, run in variants.items():
-        timer(run, 2)
-        undisturbed = min(timer(run, 2) for _ in range(3))
+        undisturbed = timer(run, 1)
+        if undisturbed < 4 * seconds:  # else one call fills a sample, whatever disturbed it
+            undisturbed = min(timer(run, 2) for _ in range(3))
         repeats[name] = max(1, min(MOST_REPEATS, round(seconds / max(undisturbed, 1e-9))))
     names = list(variants)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -49,6 +50,11 @@ def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: f
         if collecting:
             gc.enable()
     return samples
+
+
+def once(variants: Mapping[str, Call], timer: Timer) -> dict[str, list[float]]:
+    """Seconds of one call of each variant: what it takes, where that is not what is asked."""
+    return {name: [timer(run, 1)] for name, run in variants.items()}
 
 
 def compare(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
@@ -128,3 +134,12 @@ def copy_bandwidth(device: torch.device, timer: Timer, size: int = 2**29) -> flo
     repeats = 20 if device.type == "cuda" else 1
     times = [timer(lambda: target.copy_(source), repeats) for _ in range(10)]
     return 2 * size / statistics.median(times[1:])
+
+
+def matmul_rate(device: torch.device, timer: Timer, side: int | None = None) -> float:
+    """Floating-point operations a second of a large float32 matrix product, in the precision that PyTorch chooses."""
+    side, repeats = (side or 8192, 5) if device.type == "cuda" else (side or 2048, 1)
+    a, b = (torch.ones(side, side, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    times = [timer(lambda: torch.mm(a, b, out=out), repeats) for _ in range(6)]
+    return 2 * side**3 / statistics.median(times[1:])

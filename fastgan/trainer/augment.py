@@ -16,8 +16,6 @@ from torch.nn.functional import pad
 
 AugmentName = Literal["none", "diffaugment", "ada"]
 
-TARGET = 0.6  # of E[sign D(real)], Karras et al. 2020
-IMAGES_TO_ONE = 500_000  # images in which p may go from 0 to 1
 EVERY = 4  # batches from one look at the signs to the next
 SHIFT, CUT = 1 / 8, 1 / 2  # of a side: the longest translation, and the side of what is cut out
 
@@ -27,10 +25,14 @@ class Augment:
 
     Args:
         kind: "none", "diffaugment", or "ada".
+        images_to_one: images in which ADA's p may go from 0 to 1.
+        target: of E[sign D(real)], above which ADA's p rises.
     """
 
-    def __init__(self, kind: AugmentName, device: torch.device) -> None:
-        self.kind = kind
+    def __init__(
+        self, kind: AugmentName, device: torch.device, images_to_one: int = 500_000, target: float = 0.6
+    ) -> None:
+        self.kind, self.images_to_one, self.target = kind, images_to_one, target
         # On the device, where nobody has to wait for it.
         self.p = torch.full((), 1.0 if kind == "diffaugment" else 0.0, device=device)
         self.signs = torch.zeros((), device=device)  # sum over the reals since the last look
@@ -63,7 +65,7 @@ class Augment:
         self.seen += count
         self.batches += 1
         if self.batches % EVERY == 0:
-            step = torch.sign(self.signs / self.seen - TARGET) * (self.seen / IMAGES_TO_ONE)
+            step = torch.sign(self.signs / self.seen - self.target) * (self.seen / self.images_to_one)
             self.p = (self.p + step).clamp(0, 1)
             self.signs.zero_()
             self.seen = 0

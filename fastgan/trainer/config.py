@@ -14,7 +14,6 @@ from fastgan.trainer.losses import LossName
 from fastgan.trainer.optimisers import OptimiserName
 from fastgan.trainer.regulariser import Kernels, PenaltyName
 
-ExtractorName = Literal["random-conv", "efficientnet-lite0"]
 DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -24,7 +23,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 # What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
-    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor"),
+    *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
 }
 
 
@@ -55,6 +54,8 @@ class OptimConfig:
     penalty_weight: float = 10.0
     penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
     augment: AugmentName = "none"  # of images, before the discriminator sees them
+    ada_images: int = 500_000  # images in which ADA's p may go from 0 to 1: fewer for short runs on few images
+    ada_target: float = 0.6  # of E[sign D(real)]: ADA augments more above it, less below
     kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
     batch_size: int = 64  # of all ranks together
     accumulate: int = 1  # parts that a rank's batch is computed in, for less memory; statistics are a part's
@@ -68,10 +69,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
-        _require_positive(self, "penalty_weight", "penalty_every")
-        for value in (*self.betas, self.ema_decay):
+        _require_positive(self, "penalty_weight", "penalty_every", "ada_images")
+        for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
-                raise ValueError(f"betas and ema_decay must lie in [0, 1), got {value}")
+                raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
         if self.optimiser == "extra-adam" and self.precision == "float16":
             raise ValueError("extra-adam looks ahead with unscaled gradients: choose precision bfloat16 or float32")
         if self.optimiser == "extra-adam" and self.d_steps != 1:
@@ -94,7 +95,9 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
-    extractor: ExtractorName = "random-conv"  # features that images are scored by at the end
+    extractor: str = "random-conv"  # features of the final scores: also efficientnet-lite0, or module:callable
+    scored: int = 1000  # images of each kind that these scores are taken over
+    tensorboard: bool = False  # write the records and samples for TensorBoard too
     resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
     overwrite: bool = False  # replace an existing run of this name
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -102,7 +105,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
-        _require_positive(self, "equilibrium_every")
+        _require_positive(self, "equilibrium_every", "scored")
         if self.image_size not in (32, 64, 128, 256, 512, 1024):
             raise ValueError(f"image_size must be a power of two from 32 to 1024, got {self.image_size}")
         if not self.name or Path(self.name).name != self.name:

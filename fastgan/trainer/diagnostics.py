@@ -56,6 +56,7 @@ class Diagnostics:
                 special, 1 where unseen ones look like fakes. Absent for a source of endless fresh samples.
             sigma: largest singular value of each spectrally normalised weight, as its u and v estimate it.
 
+        augment_p: ADA's probability of each change, where it augments.
         diversity: effective number of different samples in a batch of the generator's, over that of as many
             reals (`effective_number`); about 1, and 1 / N where all are the same.
         nonfinite: how many weights and gradients are infinite or NaN.
@@ -71,6 +72,8 @@ class Diagnostics:
         self.before = {}
         record |= self._judgements(self.seed + 3 * step)
         record["nonfinite"] = self._nonfinite()
+        if self.gan.optim.augment == "ada":
+            record["augment_p"] = self.gan.augment.p
         names = list(record)
         values = dict(zip(names, torch.stack([record[name].double() for name in names]).tolist(), strict=True))
         values["nonfinite"] = int(values["nonfinite"])

@@ -7,27 +7,48 @@ each metric carries the name of its own; none of these is Inception, and none of
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import resources
+from importlib import import_module, resources
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
-
-from fastgan.trainer.config import ExtractorName
 
 Extractor = Callable[[Tensor], Tensor]
 
 BATCH = 64
 
 
-def load_extractor(name: ExtractorName, device: torch.device) -> Extractor:
-    """One of the extractors below, in evaluation on `device`.
+def load_extractor(name: str, device: torch.device) -> Extractor:
+    """ "random-conv", "efficientnet-lite0" or "module:callable", a function or network of the user's; on `device`.
 
     Raises:
+        ValueError: there is none of that name.
         ModuleNotFoundError: its weights are not installed; they come with fastgan[metrics].
     """
-    model = {"random-conv": RandomConv, "efficientnet-lite0": EfficientNetLite0}[name]()
-    return model.eval().requires_grad_(False).to(device)
+    extractor = BY_NAME[name]() if name in BY_NAME else imported(name)
+    if isinstance(extractor, nn.Module):
+        extractor.eval().requires_grad_(False).to(device)
+    return extractor
+
+
+def imported(name: str) -> Extractor:
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            raise ValueError("that is no module:callable")
+        found = getattr(import_module(module), attribute)
+        if not callable(found):
+            raise TypeError(f"{attribute} cannot be called")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        names = ", ".join(BY_NAME)
+        raise ValueError(f"extractor must be one of {names}, or module:callable, got {name!r}: {error}") from error
+    extractor: Extractor = found
+    return extractor
+
+
+def label(name: str) -> str:
+    """What the distances of an extractor are called by."""
+    return BY_NAME[name].LABEL if name in BY_NAME else name.partition(":")[2]
 
 
 @torch.no_grad()
@@ -44,6 +65,7 @@ class RandomConv(nn.Module):
     right to us. For comparing runs with one another.
     """
 
+    LABEL = "RandomConv"
     WIDTHS = (16, 32, 64, 128)
 
     def __init__(self) -> None:
@@ -76,6 +98,7 @@ class EfficientNetLite0(nn.Module):
     Images are resized to 224x224.
     """
 
+    LABEL = "EffLite0"
     SIZE = 224
     # kernel, stride, inputs, outputs, repeats of each stage; every block but the first stage's expands six times
     STAGES = (
@@ -115,6 +138,12 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         x = relu6(self._bn1(self._conv_head(x)))  # (N, 1280, 7, 7)
         return x.mean((2, 3))
+
+
+BY_NAME: dict[str, type[RandomConv | EfficientNetLite0]] = {
+    "random-conv": RandomConv,
+    "efficientnet-lite0": EfficientNetLite0,
+}
 
 
 class InvertedBottleneck(nn.Module):

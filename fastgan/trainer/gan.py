@@ -91,7 +91,7 @@ class GAN:
         self.noise = torch.Generator().manual_seed(seed + 1)
         if optim.augment != "none" and len(source.shape) != 3:
             raise ValueError(f"augment {optim.augment} changes images (C, H, W), the samples are {source.shape}")
-        self.augment = Augment(optim.augment, device)
+        self.augment = Augment(optim.augment, device, optim.ada_images, optim.ada_target)
         together = not mixes_its_batch(discriminator)
         self.regulariser = Regulariser(
             optim.penalty, optim.penalty_weight, optim.penalty_every, optim.kernels, together

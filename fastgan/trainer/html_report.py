@@ -1,52 +1,19 @@
-"""A run as one HTML file: pictures inside, no network, no scripts, light or dark as the reader's system is."""
+"""A run as one HTML file."""
 
 from __future__ import annotations
 
-import base64
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastgan.bench import html_page
 from fastgan.trainer.charts import Series, line_chart
 from fastgan.trainer.run import RunFolder
 
 STAGES = 8  # pictures of the run's course
 Record = dict[str, Any]
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #fbfaf8; --ink: #22252b; --faint: #6d727c; --line: #dcdad4;
-  --card: #fff; --bad: #a3341f; --good: #2c6e49;
-  --s0: #2563a8; --s1: #c2571a; --s2: #2c7a4b; --s3: #8b3f8f; --s4: #8a7a12; --s5: #555b66; }
-@media (prefers-color-scheme: dark) { :root { --ground: #16181c; --ink: #e6e4df; --faint: #989ca5; --line: #33363d;
-  --card: #1e2126; --bad: #f0866f; --good: #7cc79a;
-  --s0: #76aee8; --s1: #eb9a63; --s2: #7cc79a; --s3: #cf91d3; --s4: #d3c25a; --s5: #a3a9b4; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1060px; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 2rem; margin: 0; letter-spacing: -.02em; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; }
-p { margin: .3rem 0; max-width: 70ch; } .faint, small { color: var(--faint); }
-small { display: block; font-size: .8rem; line-height: 1.35; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.4rem 0; }
-.cards div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
-.cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.alarm { border-left: 4px solid var(--bad); background: var(--card); padding: .6rem 1rem; margin: .5rem 0; }
-.calm { border-left: 4px solid var(--good); background: var(--card); padding: .6rem 1rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: .9rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
-figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--faint); font-size: 11px; } svg .grid { stroke: var(--line); }
-polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
-img { max-width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; }
-.hero { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; align-items: start; }
-.stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: .7rem; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; }
-td, th { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
-td.n { font-variant-numeric: tabular-nums; }
-""" + "".join(
-    f".s{i} {{ color: var(--s{i}); }} polyline.s{i} {{ stroke: currentColor; }} circle.s{i} {{ fill: currentColor; }}\n"
-    for i in range(6)
-)
+picture = partial(html_page.picture, kind="pixels")
 
 
 def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Record) -> None:
@@ -72,14 +39,9 @@ def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Reco
         f'<div class="charts">{"".join(charts(records))}</div>',
         quality_table(quality),
         "<h2>Settings and machine</h2>",
-        f"<table>{''.join(f'<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)}</table>",
+        html_page.properties(rows),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: fastgan</title><style>{STYLE}</style></head>\n<body>\n"
-    )
-    run.html.write_text(page + "\n".join(filter(None, sections)) + "\n</body></html>\n")
+    run.html.write_text(html_page.page(title, sections))
 
 
 def cards(last: Record, quality: Record) -> str:
@@ -102,14 +64,6 @@ def alarm_box(alarm: Record) -> str:
     return f'<div class="alarm"><b>{escape(alarm["alarm"])}</b>, step {alarm["step"]}: {what}.<br>Try: {remedy}</div>'
 
 
-def picture(path: Path, caption: str) -> str:
-    if not path.exists():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><small>{text}</small></figure>'
-
-
 def stages(history: Path) -> list[Path]:
     """The first and the last picture and some evenly between."""
     paths = sorted(history.glob("step-*.png"))
@@ -128,6 +82,7 @@ def charts(records: list[Record]) -> list[str]:
             label.replace("_", " "): [(r["step"], r[key]) for r in records if key in r] for label, key in names.items()
         }
 
+    augments = any("augment_p" in record for record in records)
     layers = {name for record in records for name in record.get("sigma", {})}
     sigma: dict[str, Series] = {
         name: [(r["step"], r["sigma"][name]) for r in records if name in r.get("sigma", {})] for name in sorted(layers)
@@ -148,6 +103,11 @@ def charts(records: list[Record]) -> list[str]:
             "Diversity",
             series(samples="diversity"),
             note="Different samples in a batch, over those of a batch of reals. A fall to 0 is mode collapse.",
+        ),
+        line_chart(
+            "ADA",
+            series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
+            note="It augments more while the discriminator's sign on training images is above the target.",
         ),
         line_chart("Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True),
         line_chart(

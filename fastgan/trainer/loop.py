@@ -23,9 +23,10 @@ from fastgan.trainer.device import choose_device
 from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
+from fastgan.trainer.extractors import load_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import score
+from fastgan.trainer.quality import measures_images, score
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.run import RunFolder
 
@@ -39,6 +40,8 @@ class Trainer:
     """One run: the game, its clock and its folder."""
 
     def __init__(self, config: TrainConfig) -> None:
+        if config.tensorboard:
+            from fastgan.trainer.board import Board  # before anything is written: its package may be missing
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -49,6 +52,8 @@ class Trainer:
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
+        if measures_images(source.shape):
+            load_extractor(config.extractor, self.device)  # what is missing should not show hours later
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
@@ -68,6 +73,7 @@ class Trainer:
         self.ranks.wait()  # until all have looked at the folder as it was
         if self.writes:
             self.run.open(config)
+        self.board = Board(self.run.tensorboard, self.step) if config.tensorboard and self.writes else None
         self._log(report.header(config, self.device, self.step))
 
     def train(self) -> int | None:
@@ -110,6 +116,8 @@ class Trainer:
             if self.writes:
                 self._draw()
                 self._summarise()
+            if self.board:
+                self.board.close()
             self.ranks.wait()
         return signals[0] if signals else None
 
@@ -163,10 +171,14 @@ class Trainer:
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds}
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state)
+        if self.board:
+            self.board.flush()
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.writes:
             self.run.append_metrics(record)
+        if self.board:
+            self.board.write(record)
 
     def _resume(self) -> None:
         if not checkpoint.any_in(self.run.checkpoints):
@@ -188,6 +200,8 @@ class Trainer:
         samples = self.gan.samples(self.fixed_noise)
         pictures.save_samples(samples, self.gan.source, self.run.history / f"step-{self.step:08d}.png")
         pictures.save_samples(samples, self.gan.source, self.run.samples)
+        if self.board:
+            self.board.draw("samples", self.run.samples, self.step)
 
     def _summarise(self) -> None:
         seed = 4 * self.config.seed + MEASURING
@@ -196,7 +210,7 @@ class Trainer:
             pictures.save_samples(rows, self.gan.source, self.run.interpolations, gallery.COLUMNS)
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
-        quality = score(self.gan, self.held_out, seed, self.config.extractor)
+        quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
         self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from fastgan.trainer.classifier import stacked_modes
-from fastgan.trainer.config import ExtractorName
 from fastgan.trainer.data import Mixture, Source
-from fastgan.trainer.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.extractors import Extractor, features_of, label, load_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import some_reals
 from fastgan.trainer.metrics import count_modes, frechet_distance, kid, modes, neighbours
 from fastgan.trainer.toys import Stacked
 
-IMAGES = 1000
 POINTS = 2500
 STACKED = 10_000  # enough to meet each of 1000 modes
-NAMES = {"random-conv": "RandomConv", "efficientnet-lite0": "EffLite0"}
 
 
-def score(gan: GAN, held_out: Source | None, seed: int, extractor: ExtractorName = "random-conv") -> dict[str, Any]:
+def score(
+    gan: GAN, held_out: Source | None, seed: int, extractor: str = "random-conv", images: int = 1000
+) -> dict[str, Any]:
     """The scores of the averaged generator; empty where nothing here measures such data.
 
     Points of a mixture: modes covered, share of high-quality samples, reverse KL. Stacked images: the same of the 1000
     modes that a classifier tells apart, which takes every sample for one. Other images: KID, Frechet distance, density,
-    coverage and recall against held-out reals, and the floor of each from training reals.
+    coverage and recall of ``images`` samples, if there are as many reals, against held-out ones, and the floor of each
+    from training reals.
     """
     if isinstance(gan.source, Mixture):
         samples = gan.samples(latents(gan, POINTS, seed))
@@ -35,14 +35,18 @@ def score(gan: GAN, held_out: Source | None, seed: int, extractor: ExtractorName
     if isinstance(gan.source, Stacked):
         samples = torch.cat([gan.samples(batch) for batch in latents(gan, STACKED, seed).split(gan.optim.batch_size)])
         return {"n": STACKED, **count_modes(stacked_modes(samples, gan.source), STACKED)._asdict()}
-    if len(gan.source.shape) != 3 or gan.source.shape[0] not in (1, 3) or held_out is None:
+    if not measures_images(gan.source.shape) or held_out is None:
         return {}
-    n = min(IMAGES, gan.source.size or IMAGES, held_out.size or IMAGES)
+    n = min(images, gan.source.size or images, held_out.size or images)
     if n < 10:
         return {}
     real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
     fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
-    return compare(real, other, fake, load_extractor(extractor, gan.device), NAMES[extractor], gan.device)
+    return compare(real, other, fake, load_extractor(extractor, gan.device), label(extractor), gan.device)
+
+
+def measures_images(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def compare(

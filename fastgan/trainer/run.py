@@ -32,6 +32,7 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.html = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
 
         try:
@@ -54,7 +55,7 @@ class RunFolder:
         """Delete what a run writes and nothing else that a folder of this name may hold."""
         for file in self._files():
             file.unlink(missing_ok=True)
-        for folder in (self.history, self.checkpoints):
+        for folder in (self.history, self.checkpoints, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _files(self) -> tuple[Path, ...]:

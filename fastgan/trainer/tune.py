@@ -1,17 +1,19 @@
 """Bayesian optimisation of a preset's settings, judged by what the generator makes and never by a loss.
 
-Workers are processes that share one journal file. A worker that dies costs the trial that it was in, which is queued
-again; a study that was stopped goes on when the same command is given again.
+Workers are processes that share one journal file. A worker that is killed costs no more than the time of the trial that
+it was in, which is queued again; a study that was stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
 import os
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan.trainer import tune_report
-from fastgan.trainer.config import PRESETS, ExtractorName, TrainConfig
+from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
@@ -44,7 +46,7 @@ class TuneConfig:
     steps: int | None = None  # generator steps of each training; unset: the preset's
     seeds: int = 2  # trainings of each trial, whose costs are averaged
     sampler: Literal["gp", "tpe"] = "gp"  # gp: few trials; tpe: many, with the unpromising stopped by Hyperband
-    extractor: ExtractorName = "random-conv"  # features of the KID
+    extractor: str = "random-conv"  # features of the KID, as for fastgan train
     data: Path | None = None  # as for fastgan train
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -90,19 +92,30 @@ def tune(config: TuneConfig) -> TrainConfig:
 
 
 def share(config: TuneConfig) -> None:
-    """Run the workers and wait for them; put the trial of one that dies back into the queue."""
+    """Run the workers until the study is done; the trial of one that is killed is queued again, and another starts."""
     context = multiprocessing.get_context("spawn")  # a forked process has no CUDA and may have no OpenMP
-    workers = [context.Process(target=work, args=(config, index)) for index in range(config.workers)]
-    for worker in workers:
+    indices = iter(range(config.workers + config.trials))  # should every setting kill, it ends
+
+    def start() -> multiprocessing.process.BaseProcess:
+        worker = context.Process(target=work, args=(config, next(indices)))
         worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again")
-            requeue_orphans(open_study(config), {worker.pid})
-    missing = config.trials - finished(open_study(config))
-    if missing > 0:
-        work(config, config.workers)  # what the dead left over
+        return worker
+
+    workers = [start() for _ in range(config.workers)]
+    while workers:
+        connection.wait([worker.sentinel for worker in workers])
+        for worker in [worker for worker in workers if not worker.is_alive()]:
+            workers.remove(worker)
+            if not worker.exitcode:
+                continue
+            print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
+            study = open_study(config)
+            requeue_orphans(study, {worker.pid})
+            if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
+                with contextlib.suppress(StopIteration):
+                    workers.append(start())
+    requeue_orphans(open_study(config))  # should one have been killed before it signed its trial
+    work(config, config.workers + config.trials)  # what is left over; an error that ends every worker shows here
 
 
 def open_study(config: TuneConfig) -> optuna.Study:
@@ -119,12 +132,19 @@ def open_study(config: TuneConfig) -> optuna.Study:
 
 
 def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None) -> None:
-    """Fail the running trials of `workers` (None: of processes that are gone), and queue their settings again."""
+    """Fail the running trials of `workers` (None: of processes that are gone), and queue their settings again.
+
+    Settings whose process has died twice are given up: it may well be they that kill it, by all the memory they take.
+    """
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("worker")
         if worker in workers if workers is not None else not alive(worker):
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+            queued = trial.system_attrs.get("fixed_params", {})  # not all of them may have been taken yet
+            if trial.user_attrs.get("again"):
+                print(f"trial {trial.number} is given up: its process died twice", flush=True)
+            else:
+                study.enqueue_trial(queued | trial.params, user_attrs={"again": True})
 
 
 def alive(process: int | None) -> bool:
@@ -135,24 +155,27 @@ def alive(process: int | None) -> bool:
     return process is not None
 
 
-def finished(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
+def done(config: TuneConfig, study: optuna.Study) -> bool:
+    """Whether there are trials enough, and none is queued that a dead process has left."""
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    return len(finished) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
 def work(config: TuneConfig, index: int) -> None:
-    """Take trials until the study has enough."""
+    """Take trials until the study is done."""
+    study = open_study(config)
+    if done(config, study):
+        return
     if config.workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
-    study = open_study(config)
     study.sampler, study.pruner = strategy(config, index)
 
     def enough(study: optuna.Study, trial: FrozenTrial) -> None:
         print(tune_report.line(trial), flush=True)
-        if finished(study) >= config.trials:
+        if done(config, study):
             study.stop()
 
-    if finished(study) < config.trials:
-        study.optimize(lambda trial: cost_of(config, trial), callbacks=[enough])
+    study.optimize(lambda trial: cost_of(config, trial), callbacks=[enough])
 
 
 def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
@@ -228,7 +251,7 @@ def cost_of(config: TuneConfig, trial: Trial) -> float:
 class Game:
     """One training of a trial, without a folder."""
 
-    def __init__(self, config: TrainConfig, seed: int, extractor: ExtractorName) -> None:
+    def __init__(self, config: TrainConfig, seed: int, extractor: str) -> None:
         device = choose_device(config.device)
         self.config, self.extractor, self.seed = config, extractor, seed
         source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
-from fastgan.bench.case import BASELINE, OPTIONAL, prepare
-from fastgan.bench.cases import CASES, SUITES
+from fastgan.bench import cases
+from fastgan.bench.case import BASELINE, OPTIONAL, TooLarge, prepare
+from fastgan.bench.cases import CASES, SUITES, minibatch_discrimination
 from fastgan.bench.cases.spectral_norm import LARGE, SMALL, SNGAN128
 
 CPU = torch.device("cpu")
@@ -35,6 +37,37 @@ def test_the_variants_of_every_case_agree_on_a_gpu(name):
     assert {BASELINE, "fastgan"} <= set(variants)
     assert (set(variants) | set(left_out)) - {"reference", "cdist"} == {BASELINE, "fastgan", "triton", "cuda"}
     assert max(errors.values()) <= CASES[name].tolerance
+
+
+def test_no_two_cases_have_one_name_and_every_suite_runs_on_a_cpu():
+    files = [case.name for file in cases._FILES for case in file.CASES]
+    assert len(files) == len(set(files))
+    for names in SUITES.values():
+        assert any("cpu" in CASES[name].device_types for name in names)
+    assert {256, 512, 1024} <= {CASES[name].sizes.get("pixels") for name in SUITES["steps"]}
+
+
+def test_a_baseline_that_does_not_fit_is_left_out_and_the_others_are_compared():
+    case = CASES["growth/minibatch_discrimination/N=64"]
+    setup = partial(minibatch_discrimination.setup, 7, 3, 2, "forward_backward", naively=True)
+
+    def with_large(device, dtype):
+        def too_large():
+            raise TooLarge("tensors of 9 GB each do not fit")
+
+        return setup(device, dtype) | {BASELINE: too_large}
+
+    variants, errors, left_out = prepare(dataclasses.replace(case, setup=with_large), CPU)
+    assert list(variants) == ["cdist", "fastgan"]
+    assert left_out == {BASELINE: "tensors of 9 GB each do not fit"}
+    assert errors["fastgan"] <= 1e-4
+
+
+def test_pairs_that_do_not_fit_a_cpu_are_not_tried():
+    makes = minibatch_discrimination.setup(4096, 100, 16, "forward_backward", CPU, torch.float32, naively=True)
+    for name, size in ((BASELINE, r"107\.4"), ("cdist", r"6\.7")):
+        with pytest.raises(TooLarge, match=f"tensors of {size} GB each do not fit"):
+            makes[name]()
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])

@@ -42,3 +42,14 @@ def test_saved_memory_is_counted_once_and_only_while_it_is_held():
             (y * y).sum().backward()
 
     assert saved_bytes(run, [w]) == X.nbytes
+
+
+def test_zeros_that_are_not_stored_count_nothing():
+    w = X.clone().requires_grad_()
+
+    def run():
+        (grad,) = torch.autograd.grad(w.abs().sum(), w, create_graph=True)  # its derivative is made of such zeros
+        torch.autograd.grad((grad * w).sum(), w)
+
+    assert peak_bytes(run, CPU) <= 6 * X.nbytes
+    assert saved_bytes(run) > 0

@@ -1,23 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastgan import cli
-from fastgan.bench import provenance, report, run
+from fastgan.bench import measure, provenance, run, timing
 
 CASE = "spectral_norm/small/forward"
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A real run, small and short, through the command line."""
-    path = tmp_path_factory.mktemp("bench") / "folder" / "result.json"
-    assert run.main(["--case", "*/small/*", "--device", "cpu", "--rounds", "2", "--output", str(path)]) == 0
-    return path
 
 
 def test_a_result_says_where_it_came_from_and_what_was_measured(results):
@@ -30,6 +24,7 @@ def test_a_result_says_where_it_came_from_and_what_was_measured(results):
     assert [case["name"] for case in found["cases"]] == [CASE, f"{CASE}_backward"]
     for case in found["cases"]:
         assert list(case["variants"]) == ["torch", "reference", "fastgan"]
+        assert case["growth"] is None
         assert case["floor_seconds"] == pytest.approx(case["bytes"] / found["copy_bandwidth"])
         base = case["variants"]["torch"]["seconds"]["median"]
         for result in case["variants"].values():
@@ -39,61 +34,111 @@ def test_a_result_says_where_it_came_from_and_what_was_measured(results):
             assert result["error"] <= case["tolerance"]
 
 
-def test_the_table_and_the_picture_are_made_from_the_file(results, capsys):
-    pytest.importorskip("matplotlib")
-    picture = results.with_suffix(".png")
-    assert report.main([str(results), str(picture)]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| spectral_norm")]
-    medians = [
-        result["seconds"]["median"] * 1e3
-        for case in json.loads(results.read_text())["cases"]
-        for result in case["variants"].values()
-    ]
-    assert [float(row.split("|")[3].split()[0]) for row in rows] == pytest.approx(medians, rel=0.01)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+class Broken(Exception):
+    pass
 
 
-def test_the_table_shows_graphs_and_what_was_left_out(results):
-    found = json.loads(results.read_text())
-    case = found["cases"][0]
-    case["left_out"] = {"cuda": "no nvcc"}
-    seconds = {"low": 1e-6, "median": 2e-6, "high": 3e-6}
-    case["variants"]["fastgan"]["graph"] = {"seconds": seconds, "floor_fraction": 0.25}
-    case["variants"]["torch"]["graph"] = {"reason": "cannot be captured"}
-    table = report.table(found)
-    assert "| 0.002 (0.001 to 0.003) |  | 25.0% |" in table
-    assert "| cannot be captured |  |  |" in table
-    assert table.endswith(f"Left out:\n- {CASE}, cuda: no nvcc")
-    widths = {row.count("|") for row in table.splitlines() if row.startswith("|")}
-    assert len(widths) == 1
+@pytest.fixture
+def measured(monkeypatch):
+    """Measuring takes no time, and fails where the test says so."""
+    fails: set[str] = set()
+
+    def instead(case, device, results):
+        if case.name in fails:
+            raise Broken(case.name)
+        quantiles = {"low": 1.0, "median": 1.0, "high": 1.0}
+        variants = {name: {"seconds": quantiles, "ratio": quantiles} for name in ("torch", "fastgan")}
+        empty = dict.fromkeys(("op", "dtype", "backend", "bytes", "operations", "growth", "floor_seconds"))
+        return {"name": case.name, "family": "", "sizes": {}, "variants": variants, "left_out": {}} | empty
+
+    monkeypatch.setattr(measure, "measure", instead)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, timer: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, timer: 1e9)
+    return fails
 
 
-def test_what_was_measured_is_on_disk_before_the_next_case_fails(tmp_path, monkeypatch):
-    measured = {"name": "first", "variants": {}}
+ARGUMENTS = ["--case", "*/small/*", "--device", "cpu"]
 
-    def measure(case, *others):
-        if case is not chosen[0]:
-            raise RuntimeError("the second case fails")
-        return measured
 
-    chosen = run.choose_cases("ops", "*/small/*", torch.device("cpu"))
-    monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(run.timing, "copy_bandwidth", lambda device, timer: 1.0)
+def test_an_interrupted_run_goes_on_where_it_stopped(measured, tmp_path, capsys):
     path = tmp_path / "result.json"
-    with pytest.raises(RuntimeError, match="second"):
-        run.run(chosen, torch.device("cpu"), 1, command="", path=path)
+    measured.add(f"{CASE}_backward")
+    with pytest.raises(Broken):
+        run.main([*ARGUMENTS, "--output", str(path)])
     found = json.loads(path.read_text())
-    assert found["cases"] == [measured]
-    assert found["not_yet_run"] == [chosen[1].name]
+    assert [case["name"] for case in found["cases"]] == [CASE]
+    assert found["not_yet_run"] == [f"{CASE}_backward"]
+    measured.clear()
+    assert run.main(["--resume", str(path)]) == 0
+    resumed = json.loads(path.read_text())
+    assert [case["name"] for case in resumed["cases"]] == [CASE, f"{CASE}_backward"]
+    assert resumed["not_yet_run"] == []
+    assert resumed["provenance"] == found["provenance"]
+    assert "2/2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_control_c_says_how_to_go_on(measured, monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    path = tmp_path / "result.json"
+    assert run.main([*ARGUMENTS, "--output", str(path)]) == 130
+    assert f"go on with: fastgan bench --resume {path}" in capsys.readouterr().err
+    assert len(json.loads(path.read_text())["not_yet_run"]) == 2
+
+
+def test_no_case_begins_after_the_minutes_that_are_given(measured, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert run.main([*ARGUMENTS, "--output", str(path), "--minutes", "0"]) == 0
+    assert json.loads(path.read_text())["not_yet_run"] == [CASE, f"{CASE}_backward"]
+    captured = capsys.readouterr()
+    assert "2 cases not run, time is up" in captured.err
+    assert f"- {CASE}: not run" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": "0123456789ab"}, "was begun with commit 0123456789ab, here it is"),
+        ({"device": "another CPU"}, "was begun with device another CPU, here it is"),
+        ({"torch": "2.0.0"}, "was begun with torch 2.0.0, here it is"),
+    ],
+)
+def test_a_result_goes_on_only_under_the_conditions_that_it_began_with(results, tmp_path, change, message, capsys):
+    found = json.loads(results.read_text())
+    found["provenance"] |= change
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(found))
+    assert cli.main(["bench", "--resume", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_bar_is_shown_where_somebody_watches(monkeypatch):
+    pytest.importorskip("tqdm")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert list(measure.announced(["first", "second"], done=1)) == ["first", "second"]
+    assert "first: " in terminal.getvalue()
+    assert "/3" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "stairs"], "suite must be one of ops, steps, got 'stairs'"),
+        (["--suite", "stairs"], "suite must be one of ops, steps, memory, growth, got 'stairs'"),
         (["--case", "spectral_norm/medium", "--device", "cpu"], "matches 'spectral_norm/medium': choose from spectral"),
         (["--case", "*/large/*", "--device", "cpu"], "no case of ops for cpu matches '*/large/*'"),
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
+        (["--resume", "x.json", "--suite", "ops"], "--resume goes on as the file says: leave out --suite"),
+        (["--resume", "nowhere.json"], "nowhere.json"),
+        (["--batch", "4"], "--input and --batch are the discriminator's: they want --model MODULE:FUNCTION"),
+        (["--suite", "memory", "--rounds", "3"], "--suite memory times one call: leave out --rounds"),
     ],
 )
 def test_what_is_unknown_is_refused_in_one_line(arguments, message, capsys):
@@ -120,11 +165,11 @@ def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypat
     monkeypatch.setattr(provenance, "cpu_name", lambda: "Some(R) CPU @ 2.0GHz")
     name = f"some-r-cpu-2-0ghz-{torch.get_num_threads()}-threads"
     monkeypatch.setattr(run, "commit_of", lambda folder: ("0123456789ab", False))
-    assert run.output_path(None, cpu) == run.ROOT / "benchmarks" / "results" / name / "0123456789ab.json"
-    assert run.output_path(Path("here"), cpu) == Path("here") / name / "0123456789ab.json"
-    assert run.output_path(Path("here/x.json"), cpu) == Path("here/x.json")
+    assert run.output_path(None, cpu, "ops") == run.ROOT / "benchmarks" / "results" / name / "ops-0123456789ab.json"
+    assert run.output_path(Path("here"), cpu, "ops") == Path("here") / name / "ops-0123456789ab.json"
+    assert run.output_path(Path("here/x.json"), cpu, "ops") == Path("here/x.json")
     monkeypatch.setattr(run, "commit_of", lambda folder: (None, None))
-    assert run.output_path(None, cpu) == Path("fastgan-bench") / name / "unknown.json"
+    assert run.output_path(None, cpu, "ops") == Path("fastgan-bench") / name / "ops-unknown.json"
 
 
 def test_the_commit_is_that_of_a_checkout_of_fastgan_and_of_nothing_else(tmp_path):

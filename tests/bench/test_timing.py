@@ -51,9 +51,16 @@ def test_a_sample_has_as_many_calls_as_fill_its_time():
     machine = Machine()
     variants = {"fast": machine.variant("fast", 0.001), "slow": machine.variant("slow", 5.0)}
     timing.in_turns(variants, machine.timer, rounds=1, seconds=0.1)
-    calibration, turns = 8, 2  # four samples of two calls; one turn warms up
-    assert machine.called.count("fast") == calibration + turns * 100
-    assert machine.called.count("slow") == calibration + turns
+    turns = 2  # one warms up
+    assert machine.called.count("fast") == 1 + 3 * 2 + turns * 100  # three samples of two calls to calibrate
+    assert machine.called.count("slow") == 1 + turns  # one call is enough to see that it is long
+
+
+def test_once_calls_each_variant_once():
+    machine = Machine()
+    samples = timing.once({"a": machine.variant("a", 2.0), "b": machine.variant("b", 3.0)}, machine.timer)
+    assert samples == {"a": [2.0], "b": [3.0]}
+    assert machine.called == ["a", "b"]
 
 
 def test_a_machine_that_slows_down_leaves_the_ratio_of_each_round():

@@ -125,29 +125,6 @@ def test_what_is_not_batched_real_input_is_pytorchs_own():
         ops.conv2d(x[None], w, padding="same", stride=2)
 
 
-POOLS = {
-    "1d": ("avg_pool1d", (2, 3, 9), dict(kernel_size=3, stride=2, padding=1)),
-    "2d": ("avg_pool2d", (2, 3, 6, 7), dict(kernel_size=2)),
-    "2d all": ("avg_pool2d", (2, 3, 7, 7), dict(kernel_size=(3, 2), stride=2, ceil_mode=True, count_include_pad=False)),
-    "2d divisor": ("avg_pool2d", (1, 2, 4, 4), dict(kernel_size=2, divisor_override=3)),
-    "3d": ("avg_pool3d", (1, 2, 4, 5, 4), dict(kernel_size=2, padding=1)),
-}
-
-
-@pytest.mark.parametrize(("name", "shape", "options"), POOLS.values(), ids=POOLS)
-def test_pools_equal_pytorchs_to_every_order(name, shape, options):
-    x = torch.randn(shape, dtype=torch.float64)
-    results = []
-    for function in (getattr(ops, name), getattr(F, name)):
-        a = x.clone().requires_grad_()
-        orders = [function(a, **options)]
-        for _ in range(3):
-            orders.append(torch.autograd.grad(orders[-1].pow(3).sum(), a, create_graph=True)[0])
-        results.append(orders)
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, order=0)
-
-
 @pytest.mark.parametrize("function", [ops.leaky_relu, ops.relu, lambda x: ops.avg_pool2d(x, 2)])
 def test_piecewise_linear_functions_send_nothing_through_their_derivative(function):
     seen = []

@@ -87,6 +87,19 @@ def test_p_rises_while_the_discriminator_is_too_sure_and_falls_to_nothing_else(s
     assert float(other.p) == float(augment.p) == pytest.approx(2 * wanted)
 
 
+def test_adas_speed_and_target_are_settings():
+    augment = GAN(
+        ModelConfig(width=4),
+        OptimConfig(batch_size=8, augment="ada", ada_images=1000, ada_target=0.1),
+        load_source("discs", 2, CPU),
+        0,
+        CPU,
+    ).augment
+    for _ in range(4):
+        augment.look(torch.tensor(0.2), 50)
+    assert float(augment.p) == pytest.approx(200 / 1000)
+
+
 @pytest.mark.parametrize("kind", ["diffaugment", "ada"])
 def test_a_game_with_augmentation_goes_on_from_its_state(kind):
     model = ModelConfig(width=4, latent_dim=4)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -10,6 +12,7 @@ from fastgan.trainer.data import Images, load_source
 from fastgan.trainer.extractors import RandomConv, as_rgb, features_of, load_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
+from fastgan.trainer.loop import Trainer
 from fastgan.trainer.metrics import count_modes, frechet_distance, kid, modes, neighbours
 from fastgan.trainer.quality import compare, score
 from fastgan.trainer.toys import Stacked
@@ -126,6 +129,23 @@ class TestExtractors:
         assert features.shape == (3, 480)
         assert torch.equal(features, features_of(grey.expand(-1, 3, -1, -1), RandomConv(), CPU))
 
+    def test_a_function_of_the_users_is_one_by_its_name(self, config, tmp_path, monkeypatch):
+        (tmp_path / "mine.py").write_text("def pixels(images): return images.flatten(1)\n\nnothing = None\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        trainer = Trainer(dataclasses.replace(config, dataset="discs", extractor="mine:pixels", scored=20))
+        monkeypatch.setattr("fastgan.trainer.pictures.save_losses", lambda metrics, path: None)
+        trainer.train()
+        found = json.loads(trainer.run.quality.read_text())
+        assert found["n"] == 20
+        assert {"KID-pixels", "FD-pixels"} <= found.keys()
+        assert "KID-pixels" in trainer.run.html.read_text()
+
+    @pytest.mark.parametrize("name", ["inception", "mine_is_nowhere:pixels", "math:nothing", "math:pi"])
+    def test_one_that_is_not_there_is_refused_before_the_run(self, config, name):
+        with pytest.raises(ValueError, match=f"extractor must be one of random-conv, .*got '{name}'"):
+            Trainer(dataclasses.replace(config, extractor=name))
+        assert not config.folder.exists()
+
     @pytest.mark.parametrize(("name", "count"), [("random-conv", 100), ("efficientnet-lite0", 12)])
     def test_they_rank_noise_by_its_strength(self, name, count):
         if name == "efficientnet-lite0":
@@ -193,6 +213,7 @@ class TestScore:
         assert found["KID-RandomConv"] > found["floor"]["KID-RandomConv"]
         assert found["FD-RandomConv"] > found["floor"]["FD-RandomConv"] > 0
         assert found["coverage"] < found["floor"]["coverage"]
+        assert score(gan, held_out, 0, images=12)["n"] == 12
 
     def test_any_callable_is_an_extractor(self):
         images = torch.rand(30, 1, 4, 4)

@@ -6,16 +6,35 @@ from fastgan.bench.case import Case
 from fastgan.bench.cases import (
     bias_act,
     gradient_penalty,
+    growth,
     minibatch_discrimination,
     minibatch_stddev,
     norm,
     spectral_norm,
+    whole_steps,
 )
 
 # What matters most first: a run that is cut short keeps what it has.
-_FILES = (spectral_norm, gradient_penalty, minibatch_discrimination, minibatch_stddev, norm, bias_act)
+_FILES = (
+    spectral_norm,
+    whole_steps,
+    gradient_penalty,
+    minibatch_discrimination,
+    minibatch_stddev,
+    norm,
+    bias_act,
+    growth,
+)
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
+
+
+def _of(*suites: str) -> tuple[str, ...]:
+    return tuple(name for suite in suites for name, case in CASES.items() if case.suite == suite)
+
+
 SUITES: dict[str, tuple[str, ...]] = {
-    "ops": tuple(name for name, case in CASES.items() if not case.counted),
-    "steps": tuple(name for name, case in CASES.items() if case.counted),
+    "ops": _of("ops"),
+    "steps": _of("steps"),
+    "memory": _of("memory", "steps"),
+    "growth": _of("growth"),
 }

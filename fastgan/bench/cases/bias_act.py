@@ -18,11 +18,19 @@ GAIN = sqrt(2)
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
+# name -> PyTorch's function of (x, bias), and the gain
+_ACTIVATIONS: dict[str, tuple[Function, float]] = {
+    "leaky_relu": (lambda x, b: F.leaky_relu(x + b[:, None, None], 0.2) * GAIN, GAIN),
+    "silu": (lambda x, b: F.silu(x + b[:, None, None]), 1.0),
+}
 
-def _penalised(function: Function, smooth: bool, device: torch.device, dtype: torch.dtype) -> Run:
+
+def _penalised(
+    function: Function, smooth: bool, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Run:
     torch.manual_seed(0)  # the same operands for each
-    x, dy, h = (torch.randn(SHAPE, dtype=dtype, device=device) for _ in range(3))
-    bias = torch.randn(SHAPE[1], dtype=dtype, device=device)
+    x, dy, h = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
+    bias = torch.randn(shape[1], dtype=dtype, device=device)
     for leaf in (x, dy, bias):
         leaf.requires_grad_()
     # What a penalty asks for: of what is linear in pieces, nothing flows to the input.
@@ -36,19 +44,20 @@ def _penalised(function: Function, smooth: bool, device: torch.device, dtype: to
     return run
 
 
-def _setup(plain: Function, activation: str, gain: float, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+def setup(activation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
+    plain, gain = _ACTIVATIONS[activation]
     smooth = activation == "silu"
     ours = partial(ops.bias_act, activation=activation, gain=gain)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalised(ours, smooth, device, dtype))
+        return on_backend(backend, _penalised(ours, smooth, shape, device, dtype))
 
-    compiled: Make = lambda: _penalised(torch.compile(plain), smooth, device, dtype)  # noqa: E731
+    compiled: Make = lambda: _penalised(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
     variants: dict[str, Make] = {
-        BASELINE: partial(_penalised, plain, smooth, device, dtype),
+        BASELINE: partial(_penalised, plain, smooth, shape, device, dtype),
         "torch.compile": compiled,
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalised, ours, smooth, device, dtype),
+        "fastgan": partial(_penalised, ours, smooth, shape, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
@@ -57,7 +66,7 @@ def _setup(plain: Function, activation: str, gain: float, device: torch.device, 
     return variants
 
 
-def _case(activation: str, plain: Function, gain: float, moved: int, operations: int) -> Case:
+def _case(activation: str, moved: int, operations: int) -> Case:
     """Bytes and operations an element."""
     size, dtype = prod(SHAPE), torch.float32
     return Case(
@@ -68,17 +77,13 @@ def _case(activation: str, plain: Function, gain: float, moved: int, operations:
         bytes=moved * size // 8,
         operations=operations * size,
         tolerance=2e-3,
-        setup=lambda device, dtype: _setup(plain, activation, gain, device, dtype),
+        setup=partial(setup, activation),
     )
-
-
-def _per_channel(bias: Tensor) -> Tensor:
-    return bias[:, None, None]
 
 
 CASES = [
     # Bits: each of the three reads and writes a tensor, and a bit an element.
-    _case("leaky_relu", lambda x, b: F.leaky_relu(x + _per_channel(b), 0.2) * GAIN, GAIN, 3 * (2 * 32 + 1), 8),
+    _case("leaky_relu", 3 * (2 * 32 + 1), 8),
     # Forward reads x, backward dy and x, double backward h, dy and x; one result, one, and two. An exponential each.
-    _case("silu", lambda x, b: F.silu(x + _per_channel(b)), 1.0, (2 + 3 + 5) * 32, 85),
+    _case("silu", (2 + 3 + 5) * 32, 85),
 ]

@@ -1,7 +1,7 @@
 """Minibatch discrimination: forward, forward + backward, and the double backward alone.
 
 The baseline is the naive form, which holds every term of every pair. Where memory does not hold several such tensors
-the baseline is ``torch.cdist``, and there is no variant of that name.
+the baseline is ``torch.cdist``, and there is no variant of that name; the cases of memory leave it out instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends, ops
-from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, TooLarge, on_backend
 
 KERNELS = 100
 ORDERS = ("forward", "forward_backward", "double_backward")
@@ -32,17 +32,27 @@ def by_cdist(m: Tensor) -> Tensor:
     return (torch.exp(-torch.cdist(m, m, p=1)).sum(2) - 1).t()
 
 
-def _naive_fits(samples: int, dims: int, device: torch.device, dtype: torch.dtype) -> bool:
+def _fits(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether several tensors of that size fit; a CPU is taken to have room for 4 GiB."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
-    return 6 * samples**2 * KERNELS * dims * dtype.itemsize < free
+    return 6 * elements * dtype.itemsize < free
 
 
-def _minibatch_discrimination(
-    samples: int, dims: int, order: str, *, device: torch.device, dtype: torch.dtype
+def setup(
+    samples: int,
+    kernels: int,
+    dims: int,
+    order: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    naively: bool = False,
 ) -> dict[str, Make]:
-    m = (torch.randn(samples, KERNELS, dims, dtype=dtype, device=device) / dims).requires_grad_()
-    h = torch.randn(samples, KERNELS, dtype=dtype, device=device, requires_grad=True)
+    """The variants; ``naively``: BASELINE is the naive form even where it does not fit, and is then left out."""
+    m = (torch.randn(samples, kernels, dims, dtype=dtype, device=device) / dims).requires_grad_()
+    h = torch.randn(samples, kernels, dtype=dtype, device=device, requires_grad=True)
     w = torch.randn_like(m)
+    terms, pairs = samples**2 * kernels * dims, samples**2 * kernels
 
     def variant(discriminate: Discriminate, backend: str | None = None) -> Run:
         def forward() -> Sequence[Tensor]:
@@ -51,18 +61,26 @@ def _minibatch_discrimination(
         def forward_backward() -> Sequence[Tensor]:
             return torch.autograd.grad(discriminate(m), m, h)
 
-        run = {"forward": forward, "forward_backward": forward_backward}.get(order)
+        def second_order() -> Sequence[Tensor]:
+            (grad,) = torch.autograd.grad(discriminate(m), m, h, create_graph=True)
+            return torch.autograd.grad(grad, (h, m), w)
+
+        run = {"forward": forward, "forward_backward": forward_backward, "second_order": second_order}.get(order)
         if run is None:
             with backends.use_backend(backend or "auto"):
                 (grad,) = torch.autograd.grad(discriminate(m), m, h, create_graph=True)
             return lambda: torch.autograd.grad(grad, (h, m), w, retain_graph=True)
         return run if backend is None else on_backend(backend, run)
 
-    fits = _naive_fits(samples, dims, device, dtype)
-    second = order == "double_backward"
+    def too_large(elements: int) -> Run:
+        raise TooLarge(f"tensors of {elements * dtype.itemsize / 1e9:.1f} GB each do not fit")
+
+    fits, second = _fits(terms, device, dtype), order in ("double_backward", "second_order")
     variants: dict[str, Make] = {BASELINE: partial(variant, naive if fits else by_cdist)}
-    if fits and not second:
-        variants["cdist"] = partial(variant, by_cdist)
+    if naively and not fits:
+        variants[BASELINE] = partial(too_large, terms)
+    if (fits or naively) and not second:
+        variants["cdist"] = partial(variant, by_cdist) if _fits(pairs, device, dtype) else partial(too_large, pairs)
     variants["fastgan"] = partial(variant, ops.minibatch_discrimination)
     if device.type == "cuda":
         for backend in BY_NAME:
@@ -91,7 +109,29 @@ def _case(samples: int, dims: int, order: str, device_types: tuple[str, ...]) ->
         bytes=moved[order] * dtype.itemsize,
         operations=operations[order] * pairs * dims,
         tolerance={"forward": 2e-5, "forward_backward": 2e-4, "double_backward": 2e-3}[order],
-        setup=lambda device, dtype: _minibatch_discrimination(samples, dims, order, device=device, dtype=dtype),
+        setup=partial(setup, samples, KERNELS, dims, order),
+        counted=("peak",),
+        family=f"minibatch_discrimination/{KERNELS}x{dims}/{order}",
+        sizes={"batch": samples},
+    )
+
+
+def _memory_case(samples: int, order: str) -> Case:
+    """The whole of an order, of which the memory counts."""
+    dims = 16
+    return Case(
+        name=f"memory/minibatch_discrimination/{samples}x{KERNELS}x{dims}/{order}",
+        op="minibatch_discrimination",
+        dtype=torch.float32,
+        device_types=("cpu", "cuda"),
+        bytes=None,
+        operations=None,
+        tolerance=2e-3,
+        setup=partial(setup, samples, KERNELS, dims, order, naively=True),
+        suite="memory",
+        counted=("peak", "saved"),
+        family=f"memory/minibatch_discrimination/{KERNELS}x{dims}/{order}",
+        sizes={"batch": samples},
     )
 
 
@@ -108,4 +148,7 @@ CASES = [
     for dims in (5, 16)
     for order in ORDERS
     if order != "double_backward" or samples <= 256
+]
+CASES += [
+    _memory_case(samples, order) for samples in (64, 256, 1024, 4096) for order in ("forward_backward", "second_order")
 ]

@@ -21,7 +21,7 @@ ORDERS = ("forward", "forward_backward", "r1")
 SHAPES: dict[str, Shape] = {"4x4": (32, 512, 4, 4), "16x16": (32, 512, 16, 16)}
 
 
-def _stddev(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+def setup(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
     x = torch.randn(shape, device=device, dtype=dtype, requires_grad=order != "forward")
     grad = torch.randn(shape[0], shape[1] + 1, *shape[2:], device=device, dtype=dtype, requires_grad=order == "r1")
     grad_grad = torch.randn(shape, device=device, dtype=dtype)
@@ -44,7 +44,7 @@ def _stddev(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) 
     ours = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
     variants: dict[str, Make] = {
         BASELINE: partial(variant, chain),
-        "torch.compile": partial(variant, torch.compile(chain)),
+        "torch.compile": lambda: variant(torch.compile(chain)),
         "reference": partial(variant, ours, "reference"),
         "fastgan": partial(variant, ours),
     }
@@ -72,7 +72,7 @@ def _stddev_case(size: str, shape: Shape, order: str) -> Case:
         bytes=moved * dtype.itemsize,
         operations=operations,
         tolerance={"forward": 2e-5, "forward_backward": 2e-4, "r1": 2e-3}[order],
-        setup=lambda device, dtype: _stddev(shape, order, device, dtype),
+        setup=partial(setup, shape, order),
     )
 
 

@@ -12,70 +12,90 @@ from torch.nn import functional as F
 
 from fastgan import backends, ops
 from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+from fastgan.ops.gradient_penalty.kinds import penalise
 
-_SHAPE = (32, 128, 32, 32)
+SHAPE: tuple[int, ...] = (32, 128, 32, 32)
 _Norm = Callable[..., Tensor]
+_Penalty = Callable[[Tensor], Tensor]
 
 
 def _batch_norm(batch_norm: _Norm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return batch_norm(x, None, None, weight, bias, training=True)
 
 
-# name -> PyTorch's function and ours of (x, weight, bias), and the shape of weight and bias
-_NORMS: dict[str, tuple[_Norm, _Norm, tuple[int, ...]]] = {
+# name -> PyTorch's function and ours of (x, weight, bias), and what weight and bias have of its shape
+NORMS: dict[str, tuple[_Norm, _Norm, slice]] = {
     "layer_norm": (
-        lambda x, w, b: F.layer_norm(x, _SHAPE[1:], w, b),
-        lambda x, w, b: ops.layer_norm(x, _SHAPE[1:], w, b),
-        _SHAPE[1:],
+        lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b),
+        lambda x, w, b: ops.layer_norm(x, x.shape[1:], w, b),
+        slice(1, None),
     ),
     "group_norm": (
         lambda x, w, b: F.group_norm(x, 32, w, b),
         lambda x, w, b: ops.group_norm(x, 32, w, b),
-        _SHAPE[1:2],
+        slice(1, 2),
     ),
-    "instance_norm": (lambda x: F.instance_norm(x), lambda x: ops.instance_norm(x), ()),  # as nn.InstanceNorm2d has it
-    "batch_norm": (partial(_batch_norm, F.batch_norm), partial(_batch_norm, ops.batch_norm), _SHAPE[1:2]),
+    "instance_norm": (  # as nn.InstanceNorm2d has it
+        lambda x: F.instance_norm(x),
+        lambda x: ops.instance_norm(x),
+        slice(0),
+    ),
+    "batch_norm": (partial(_batch_norm, F.batch_norm), partial(_batch_norm, ops.batch_norm), slice(1, 2)),
 }
 
 
-def _r1(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
-    theirs, ours, of_affine = _NORMS[name]
-    x = torch.randn(_SHAPE, dtype=dtype, device=device)
-    by_logits = torch.randn_like(x)  # the gradient of the logits by what is normalised
-    affine = [1 + torch.randn(of_affine, dtype=dtype, device=device) / 4 for _ in range(2)] if of_affine else []
+def _squares(grad: Tensor) -> Tensor:
+    return grad.square().sum()
 
-    def variant(norm: _Norm, backend: str | None = None) -> Run:
+
+def _fast_squares(grad: Tensor) -> Tensor:
+    return penalise("r1", grad, weight=2.0 * len(grad))
+
+
+def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
+    theirs, ours, of_affine = NORMS[name]
+    x = torch.randn(shape, dtype=dtype, device=device)
+    by_logits = torch.randn_like(x)  # the gradient of the logits by what is normalised
+    sizes = [shape[of_affine]] * 2 if shape[of_affine] else []
+    affine = [1 + torch.randn(size, dtype=dtype, device=device) / 4 for size in sizes]
+
+    def variant(norm: _Norm, penalty: _Penalty, backend: str | None = None) -> Run:
         inputs = [t.clone().requires_grad_() for t in (x, *affine)]
 
         def run() -> Sequence[Tensor]:
             (grad,) = torch.autograd.grad(norm(*inputs), inputs[:1], by_logits, create_graph=True)
-            return torch.autograd.grad(grad.square().sum(), inputs[:2])  # no penalty depends on the bias
+            return torch.autograd.grad(penalty(grad), inputs[:2])  # no penalty depends on the bias
 
         return run if backend is None else on_backend(backend, run)
 
-    variants: dict[str, Make] = {BASELINE: partial(variant, theirs), "fastgan": partial(variant, ours)}
+    variants: dict[str, Make] = {
+        BASELINE: partial(variant, theirs, _squares),
+        "fastgan": partial(variant, ours, _fast_squares),
+    }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not(name, backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, backend)
+                variants[backend] = partial(variant, ours, _fast_squares, backend)
     return variants
 
 
 def _case(name: str) -> Case:
     dtype = torch.float32
+    of_affine = SHAPE[NORMS[name][2]]
+    weights = prod(of_affine) if of_affine else 0
     # Forward: x read, y written. Backward: dy and x read, dx written. The penalty: dx read, its gradient written.
     # Double backward: that, dy and x read, the gradient of x written. Each weight of LayerNorm: read four times.
-    moved = 11 * prod(_SHAPE) + 4 * prod(_NORMS[name][2])
+    moved = 11 * prod(SHAPE) + 4 * weights
     return Case(
         name=f"norm/{name}/r1",
         op=name,
         dtype=dtype,
         device_types=("cpu", "cuda"),
         bytes=moved * dtype.itemsize,
-        operations=45 * prod(_SHAPE),  # an element: 7 forward, 10 backward, 2 of the penalty, 26 double backward
+        operations=45 * prod(SHAPE),  # an element: 7 forward, 10 backward, 2 of the penalty, 26 double backward
         tolerance=2e-3,
-        setup=lambda device, dtype: _r1(name, device, dtype),
+        setup=partial(r1, name),
     )
 
 
-CASES = [_case(name) for name in _NORMS]
+CASES = [_case(name) for name in NORMS]

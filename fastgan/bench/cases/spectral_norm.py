@@ -76,9 +76,7 @@ class _Loss(torch.autograd.Function):
         return None, *ctx.grads
 
 
-def _spectral_norm(
-    shapes: Sequence[Shape], *, backward: bool, device: torch.device, dtype: torch.dtype
-) -> dict[str, Make]:
+def setup(shapes: Sequence[Shape], backward: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
     grads = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
 
     def variant(finish: Callable[[Any], Any], backend: str | None = None) -> Run:
@@ -130,7 +128,7 @@ def _spectral_norm_case(list_name: str, shapes: Sequence[Shape], device_types: t
         bytes=moved * dtype.itemsize,
         operations=operations,
         tolerance=2e-4 if backward else 2e-5,
-        setup=lambda device, dtype: _spectral_norm(shapes, backward=backward, device=device, dtype=dtype),
+        setup=partial(setup, shapes, backward),
     )
 
 

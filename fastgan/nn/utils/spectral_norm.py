@@ -91,7 +91,7 @@ def adapt(module: nn.Module, name: str) -> None:
     it is, past the modules that would compute it.
     """
     cls, key = type(module), _key(name)
-    computed = cls.__dict__[name]
+    computed = getattr(cls, name)  # the property, which a class of FSDP2's inherits
     cls.__reduce_ex__ = _reduce  # type: ignore[method-assign, assignment]
 
     def weight(self: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def _one_sided(grad: Tensor) -> Tensor:
 
 
 def _squared(grad: Tensor) -> Tensor:
-    return _norm(grad).square().mean()
+    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
+    return squares.mean()
 
 
 def _half_squared(grad: Tensor) -> Tensor:
@@ -25,13 +27,28 @@ def _half_squared(grad: Tensor) -> Tensor:
 
 
 def _largest(grad: Tensor) -> Tensor:
-    return _norm(grad).square().max()
+    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
+    return squares.max()
 
 
 def _norm(grad: Tensor) -> Tensor:
     """(N,): reads the gradient once and makes no squares of it; so does its derivative, which is zero at zero."""
     norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))
     return norm
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """(N, M) -> (N,): one read, and one read and one write back, where a norm's derivative minds the zero besides."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return _norm(grad).square()
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        (grad,) = ctx.saved_tensors
+        return (grad * (2 * by)[:, None]).to(grad.dtype)  # type: ignore[no-any-return]
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,8 @@
-"""avg_pool1d, avg_pool2d, avg_pool3d: linear, so that their second derivative is nothing at all, not zeros."""
+"""avg_pool1d, avg_pool2d, avg_pool3d: linear, so that their second derivative is nothing at all, not zeros.
+
+Windows that tile a contiguous input, as those that halve an image do, are a kernel's on the CPU, where PyTorch's walks
+one element after another; of all others PyTorch's own runs.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan import backends
+from fastgan.ops.library import is_eager
+from fastgan.ops.pool import native_kernels
+
 __all__ = ["avg_pool1d", "avg_pool2d", "avg_pool3d"]
 
 Size = int | Sequence[int]
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+backends.register("avg_pool", dict.fromkeys(("reference", "cpu"), _DTYPES))
 
 
 def avg_pool1d(
@@ -89,6 +101,32 @@ def _sizes(n: int, kernel_size: Size, stride: Size | None, padding: Size) -> tup
     return tuple((size,) * n if isinstance(size, int) else tuple(size) for size in given)
 
 
+def _is_tiled(tensor: Tensor, shape: torch.Size, stride: tuple[int, ...], window: _Window) -> bool:
+    """Whether the kernel takes an input of this shape and stride, of which ``tensor`` is one or has the gradient."""
+    sizes = shape[2:]
+    return (
+        tensor.device.type == "cpu"
+        and shape.numel() >= _LEAST
+        and window.kernel_size == window.stride
+        and not any(window.padding)
+        and window.divisor_override != 0  # PyTorch's error
+        and all(size % width == 0 for size, width in zip(sizes, window.kernel_size, strict=True))
+        and is_eager(tensor)
+        and _is_contiguous(shape, stride)
+        and backends.forced() in ("auto", "cpu")
+        and backends.why_not("avg_pool", "cpu", "cpu", tensor.dtype) is None
+    )
+
+
+def _is_contiguous(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    step = 1
+    for size, own in zip(reversed(shape), reversed(stride), strict=True):
+        if size > 1 and own != step:
+            return False
+        step *= size
+    return True
+
+
 def _aten(ndim: int, suffix: str = "") -> Any:
     return getattr(torch.ops.aten, f"avg_pool{ndim - 2}d{suffix}")
 
@@ -102,6 +140,8 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, window: _Window) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.window, ctx.shape, ctx.stride = window, input.shape, input.stride()
+        if _is_tiled(input, input.shape, input.stride(), window):
+            return native_kernels.pool(input, window.kernel_size, window.divisor_override)
         return _aten(input.ndim)(input, *window)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -116,6 +156,8 @@ class _Transpose(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, window: _Window, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.window = window
+        if _is_tiled(grad, shape, stride, window):
+            return native_kernels.transpose(grad.contiguous(), shape, window.kernel_size, window.divisor_override)
         unread = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # asked for its shape
         return _aten(grad.ndim, "_backward")(grad, unread, *window)  # type: ignore[no-any-return]
 

@@ -1,0 +1,117 @@
+// Average pooling by windows that tile the input, and its transpose: memory-bound, one read and one write.
+//
+// Both work on rows of pooled elements and on the kd kh rows of the input under each, a line at a time.  The width of a
+// window is a constant where it is 2, which is nearly always: with another the compiler cannot take lines apart.
+#include "cpu/avg_pool.h"
+
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/workspace.h"
+
+namespace fastgan {
+namespace FASTGAN_ISA {
+namespace {
+
+constexpr std::int64_t kLine = 1024;       // pooled elements: a line of sums stays in the nearest cache
+constexpr std::int64_t kSerial = 1 << 15;  // elements under which waking threads costs more than it brings
+constexpr std::int64_t kTasks = 256;       // that are enough for any machine
+
+template <class T>
+using Accumulator = typename Accumulate<T>::type;
+
+// body(pooled element, element of x under its first) at the beginning of each line of each row of x.
+template <class Body>
+void each_line(const PoolShape& s, int threads, const Body& body) {
+  const std::int64_t rows = s.pooled_rows(), tasks = rows < kTasks ? rows : kTasks;
+  parallel_for(tasks, s.size() < kSerial ? 1 : threads, [&](std::int64_t task) {
+    for (std::int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
+      const std::int64_t h = row % s.height, slice = row / s.height;  // of plane and depth
+      const std::int64_t above = (slice * s.kd * s.height + h) * s.kh * s.width * s.kw;
+      for (std::int64_t first = 0; first < s.width; first += kLine) {
+        const std::int64_t size = s.width - first < kLine ? s.width - first : kLine;
+        body(row * s.width + first, above + first * s.kw, size);
+      }
+    }
+  });
+}
+
+// body(element of x) for the kd kh rows under a pooled one.
+template <class Body>
+void each_row_under(const PoolShape& s, std::int64_t first, const Body& body) {
+  const std::int64_t row = s.width * s.kw, slice = s.height * s.kh * row;
+  for (std::int64_t d = 0; d < s.kd; ++d)
+    for (std::int64_t h = 0; h < s.kh; ++h) body(first + d * slice + h * row);
+}
+
+template <class T, class Width>
+void pool(const T* x, T* y, const PoolShape& s, double divisor, Width kw, int threads) {
+  using A = Accumulator<T>;
+  const A scale = static_cast<A>(1 / divisor);
+  each_line(s, threads, [&](std::int64_t pooled, std::int64_t under, std::int64_t size) {
+    alignas(64) A sums[kLine] = {};
+    each_row_under(s, under, [&](std::int64_t at) {
+      const T* row = x + at;
+#pragma omp simd
+      for (std::int64_t i = 0; i < size; ++i) {
+        A sum = load(row[i * kw]);
+        for (std::int64_t k = 1; k < kw; ++k) sum += load(row[i * kw + k]);
+        sums[i] += sum;
+      }
+    });
+#pragma omp simd
+    for (std::int64_t i = 0; i < size; ++i) store(y[pooled + i], sums[i] * scale);
+  });
+}
+
+template <class T, class Width>
+void transpose(const T* y, T* x, const PoolShape& s, double divisor, Width kw, int threads) {
+  using A = Accumulator<T>;
+  const A scale = static_cast<A>(1 / divisor);
+  each_line(s, threads, [&](std::int64_t pooled, std::int64_t under, std::int64_t size) {
+    each_row_under(s, under, [&](std::int64_t at) {
+      T* row = x + at;
+#pragma omp simd
+      for (std::int64_t i = 0; i < size; ++i)
+        for (std::int64_t k = 0; k < kw; ++k) store(row[i * kw + k], load(y[pooled + i]) * scale);
+    });
+  });
+}
+
+// body(a value of the type that dtype names, the width of a window)
+template <class Body>
+void dispatch(Dtype dtype, std::int64_t kw, const Body& body) {
+  const auto of_width = [&](auto type) {
+    kw == 2 ? body(type, std::integral_constant<std::int64_t, 2>()) : body(type, kw);
+  };
+  switch (dtype) {
+    case Dtype::f64:
+      return of_width(double());
+    case Dtype::f32:
+      return of_width(float());
+    case Dtype::f16:
+      return of_width(Half());
+    case Dtype::bf16:
+      return of_width(BFloat16());
+  }
+}
+
+}  // namespace
+
+void avg_pool(Dtype dtype, const void* x, void* y, const PoolShape& shape, double divisor, int threads) {
+  dispatch(dtype, shape.kw, [&](auto type, auto kw) {
+    using T = decltype(type);
+    pool(static_cast<const T*>(x), static_cast<T*>(y), shape, divisor, kw, threads);
+  });
+}
+
+void avg_pool_transpose(Dtype dtype, const void* y, void* x, const PoolShape& shape, double divisor, int threads) {
+  dispatch(dtype, shape.kw, [&](auto type, auto kw) {
+    using T = decltype(type);
+    ask_for_huge_pages(x, shape.size() * static_cast<std::int64_t>(sizeof(T)));
+    transpose(static_cast<const T*>(y), static_cast<T*>(x), shape, divisor, kw, threads);
+  });
+}
+
+}  // namespace FASTGAN_ISA
+}  // namespace fastgan

@@ -1,0 +1,117 @@
+"""Two results of the same cases on the same device: what became faster or slower, beyond the noise of both.
+
+What is compared is how many times as fast as the baseline of its own run a variant is, so that a machine that drifts
+moves neither. A difference counts where the bands from 20 to 80 % of the two runs do not touch, or where memory at its
+peak changes by more than a hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastgan.bench.case import BASELINE
+from fastgan.bench.record import Results, listed, names
+
+REGRESSION, IMPROVEMENT = "REGRESSION", "improvement"
+MEMORY_NOISE = 0.01
+
+Quantiles = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One variant of one case, in two runs."""
+
+    case: str
+    variant: str
+    what: str  # speed-up, its CUDA graph's, or peak MB
+    old: Quantiles
+    new: Quantiles
+    more_is_better: bool = True
+    seconds: float | None = None  # new over old
+
+    @property
+    def verdict(self) -> str:
+        if self.new["high"] < self.old["low"]:
+            return REGRESSION if self.more_is_better else IMPROVEMENT
+        if self.new["low"] > self.old["high"]:
+            return IMPROVEMENT if self.more_is_better else REGRESSION
+        return ""
+
+
+def refuse_others(old: Results, path: object, new: Results, only: Sequence[str] | None = None) -> None:
+    """Refuse to compare what cannot be.
+
+    Args:
+        old: of the schema that is read (``record.load``), from ``path``.
+        new: what it is compared with; its cases need not have run yet.
+        only: of the old cases those that are asked for; None: all.
+
+    Raises:
+        ValueError: another device or number of threads; or other cases.
+    """
+    then, now = old["provenance"], new["provenance"]
+    for what in ("device", "threads") if now["device_type"] == "cpu" else ("device",):
+        if then[what] != now[what]:
+            raise ValueError(f"{path} is of {what} {then[what]}, this is of {now[what]}: they cannot be compared")
+    before = [name for name in names(old) if only is None or name in only]
+    measured = [case["name"] for case in old["cases"]]
+    missing = [name for name in names(new) if name not in measured]
+    gone = [name for name in before if name not in names(new)]
+    if missing or gone:
+        parts = [f"it has not {listed(missing)}"] * bool(missing) + [f"here is not {listed(gone)}"] * bool(gone)
+        raise ValueError(f"{path} has other cases: {'; '.join(parts)}")
+
+
+def changes(old: Results, new: Results) -> list[Change]:
+    before = {case["name"]: case["variants"] for case in old["cases"]}
+    found = []
+    for case in new["cases"]:
+        for variant, result in case["variants"].items():
+            earlier = before[case["name"]].get(variant)
+            if earlier is not None:
+                found += _of_variant(case["name"], variant, earlier, result)
+    return found
+
+
+def _of_variant(case: str, variant: str, old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    seconds = new["seconds"]["median"] / old["seconds"]["median"]
+    found = []
+    if variant != BASELINE and "ratio" in old and "ratio" in new:
+        found.append(Change(case, variant, "speed-up", old["ratio"], new["ratio"], seconds=seconds))
+        before, now = (result.get("graph", {}).get("ratio") for result in (old, new))
+        if before is not None and now is not None:
+            found.append(Change(case, variant, "speed-up, CUDA graph", before, now))
+    if "peak_bytes" in old and "peak_bytes" in new:
+        before, now = (_band(result["peak_bytes"] / 1e6) for result in (old, new))
+        found.append(Change(case, variant, "peak MB", before, now, more_is_better=False))
+    return found
+
+
+def _band(value: float) -> Quantiles:
+    half = MEMORY_NOISE / 2 * value
+    return {"low": value - half, "median": value, "high": value + half}
+
+
+def table(found: Sequence[Change]) -> str:
+    """As Markdown; changes beyond noise first."""
+    order = {REGRESSION: 0, IMPROVEMENT: 1, "": 2}
+    lines = [
+        "| case | variant | of | then | now | now / then | seconds, now / then | |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for change in sorted(found, key=lambda change: order[change.verdict]):
+        old, new = change.old["median"], change.new["median"]
+        seconds = "" if change.seconds is None else f"{change.seconds:.2f}"
+        share = f"{new / old:.2f}" if old else ""
+        cells = [change.case, change.variant, change.what, f"{old:.3g}", f"{new:.3g}", share, seconds, change.verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    counts = [sum(change.verdict == verdict for change in found) for verdict in (REGRESSION, IMPROVEMENT)]
+    told = f"{counts[0]} regressions and {counts[1]} improvements beyond the noise of both runs"
+    return "\n".join([*lines, "", told])
+
+
+def regressed(found: Sequence[Change]) -> bool:
+    return any(change.verdict == REGRESSION for change in found)

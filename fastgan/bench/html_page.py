@@ -1,0 +1,82 @@
+"""One HTML file: pictures inside, no network, no scripts, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+_COLOURS = 6  # s0 to s5, of lines and their keys
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fbfaf8; --ink: #22252b; --faint: #6d727c; --line: #dcdad4;
+  --card: #fff; --bad: #a3341f; --good: #2c6e49;
+  --s0: #2563a8; --s1: #c2571a; --s2: #2c7a4b; --s3: #8b3f8f; --s4: #8a7a12; --s5: #555b66; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181c; --ink: #e6e4df; --faint: #989ca5; --line: #33363d;
+  --card: #1e2126; --bad: #f0866f; --good: #7cc79a;
+  --s0: #76aee8; --s1: #eb9a63; --s2: #7cc79a; --s3: #cf91d3; --s4: #d3c25a; --s5: #a3a9b4; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1060px; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 2rem; margin: 0; letter-spacing: -.02em; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; }
+p { margin: .3rem 0; max-width: 70ch; } .faint, small { color: var(--faint); }
+small { display: block; font-size: .8rem; line-height: 1.35; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.4rem 0; }
+.cards div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
+.cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.alarm { border-left: 4px solid var(--bad); background: var(--card); padding: .6rem 1rem; margin: .5rem 0; }
+.calm { border-left: 4px solid var(--good); background: var(--card); padding: .6rem 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: .9rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
+figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--faint); font-size: 11px; } svg .grid { stroke: var(--line); }
+polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
+.key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
+img { max-width: 100%; border-radius: 6px; display: block; } img.pixels { image-rendering: pixelated; }
+.hero { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; align-items: start; }
+.stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: .7rem; }
+table { border-collapse: collapse; width: 100%; font-size: .93rem; }
+td, th { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
+td.n { font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } .wide + .wide { margin-top: 1.4rem; }
+""" + "".join(
+    f".s{i} {{ color: var(--s{i}); }} polyline.s{i} {{ stroke: currentColor; }} circle.s{i} {{ fill: currentColor; }}\n"
+    for i in range(_COLOURS)
+)
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The file's text, of sections that are HTML; empty ones are left out."""
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}: fastgan</title><style>{STYLE}</style></head>\n<body>\n"
+    )
+    return head + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+
+
+def picture(path: Path, caption: str, kind: str = "") -> str:
+    """A PNG within the page; nothing where there is none. ``kind`` is a class of the style, such as pixels."""
+    if not path.exists():
+        return ""
+    data, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
+    of = f' class="{kind}"' if kind else ""
+    return f'<figure><img{of} alt="{text}" src="data:image/png;base64,{data}"><small>{text}</small></figure>'
+
+
+def properties(rows: Sequence[Sequence[str]]) -> str:
+    """A table of names and what they are."""
+    return (
+        f"<table>{''.join(f'<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)}</table>"
+    )
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose columns after the first ``words`` are numbers; it scrolls where it is too wide."""
+    body = [
+        "".join(f"<td{'' if column < words else ' class=n'}>{escape(cell)}</td>" for column, cell in enumerate(row))
+        for row in rows
+    ]
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in body)}</table></div>'

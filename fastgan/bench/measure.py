@@ -1,0 +1,160 @@
+"""Measures cases one after another; what there is of a result is on disk before the next case begins."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgan import backends
+from fastgan.bench import timing
+from fastgan.bench.case import BASELINE, Case, Run, prepare
+from fastgan.bench.flops import count_flops
+from fastgan.bench.memory import peak_bytes, saved_bytes
+from fastgan.bench.provenance import provenance
+from fastgan.bench.record import SCHEMA, Results, save
+
+SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
+UNTIMED = "memory"  # the suite of which the memory counts: a call a variant is timed
+
+
+def begin(
+    suite: str, names: Sequence[str], device: torch.device, rounds: int, *, command: str, optional: bool = False
+) -> Results:
+    """A result that has no case yet."""
+    timer = _timer(device)
+    results: Results = {
+        "schema": SCHEMA,
+        "suite": suite,
+        "provenance": provenance(device, command),
+        "rounds": rounds,
+        "compile": optional,
+        "copy_bandwidth": timing.copy_bandwidth(device, timer),
+        "matmul_rate": timing.matmul_rate(device, timer),
+        "cases": [],
+        "not_yet_run": list(names),
+    }
+    load = results["provenance"]["load_average"][0]
+    if load > (os.cpu_count() or 1) / 2:
+        print(f"fastgan bench: this machine is busy (load {load}): expect noise", file=sys.stderr)
+    return results
+
+
+def go_on(
+    results: Results,
+    cases: Mapping[str, Case],
+    device: torch.device,
+    path: Path | None = None,
+    *,
+    minutes: float | None = None,
+) -> None:
+    """Measure what is not yet run, in place. ``minutes``: no case begins later than that."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    if path is not None:
+        save(results, path)
+    for name in announced(results["not_yet_run"], done=len(results["cases"])):
+        if end is not None and time.monotonic() > end:
+            print(f"fastgan bench: {len(results['not_yet_run'])} cases not run, time is up", file=sys.stderr)
+            break
+        results["cases"].append(measure(cases[name], device, results))
+        results["not_yet_run"] = results["not_yet_run"][1:]
+        if path is not None:
+            save(results, path)
+
+
+def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
+    """The names, behind a bar where somebody watches, else each on a line."""
+    total = done + len(names)
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            pass
+        else:
+            with tqdm(total=total, initial=done, unit="case", leave=False) as bar:
+                for name in names:
+                    bar.set_description(name)
+                    yield name
+                    bar.update()
+            return
+    for number, name in enumerate(names, done + 1):
+        print(f"{number}/{total} {name}", file=sys.stderr, flush=True)
+        yield name
+
+
+def measure(case: Case, device: torch.device, results: Results) -> dict[str, Any]:
+    """Check that the variants agree, then time them as ``results`` says; on CUDA also as graphs, where they can be."""
+    timer, rounds, seconds = _timer(device), results["rounds"], SAMPLE_SECONDS[device.type]
+    variants, errors, left_out = prepare(case, device, optional=results["compile"])
+    untimed = results["suite"] == UNTIMED
+    samples = timing.once(variants, timer) if untimed else timing.in_turns(variants, timer, rounds, seconds)
+    measured = timing.compare(samples, BASELINE)
+    floor = case.bytes / results["copy_bandwidth"] if case.bytes is not None else None
+    for name, result in measured.items():
+        result["error"] = errors[name]
+        if floor is not None:
+            result["floor_fraction"] = floor / result["seconds"]["median"]
+        result |= _counts(case.counted, name, variants[name], device)
+    if device.type == "cuda" and not untimed:
+        for name, result in _graphs(variants, device, rounds, seconds / 10).items():
+            if "seconds" in result and floor is not None:
+                result["floor_fraction"] = floor / result["seconds"]["median"]
+            measured[name]["graph"] = result
+    return {
+        "name": case.name,
+        "family": case.family,
+        "sizes": dict(case.sizes),
+        "op": case.op,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "backend": backends.select(case.op, device, case.dtype) if case.op else None,
+        "bytes": case.bytes,
+        "operations": case.operations,
+        "floor_seconds": floor,
+        "tolerance": case.tolerance,
+        "growth": None if case.growth is None else {of: _plain(value) for of, value in vars(case.growth).items()},
+        "variants": measured,
+        "left_out": left_out,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _timer(device: torch.device) -> timing.Timer:
+    return timing.cuda_events if device.type == "cuda" else timing.wall_clock
+
+
+def _counts(counted: Sequence[str], name: str, run_variant: Run, device: torch.device) -> dict[str, int]:
+    """What one call computes, holds and saves. Compiled graphs save by themselves, and on a CPU allocate unseen."""
+    counts = {}
+    compiled = name == "torch.compile"
+    if "flops" in counted and not compiled:
+        counts["flops"] = count_flops(run_variant)
+    if "saved" in counted and not compiled:
+        counts["saved_bytes"] = saved_bytes(run_variant)
+    if "peak" in counted and not (compiled and device.type == "cpu"):
+        counts["peak_bytes"] = peak_bytes(run_variant, device)
+    return counts
+
+
+def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """The device's own time: replays of CUDA graphs, from memory rather than from L2."""
+    tried = {name: _capture(run_variant) for name, run_variant in variants.items()}
+    replays = {name: replay for name, replay in tried.items() if not isinstance(replay, str)}
+    samples = timing.in_turns(replays, timing.ColdCache(device), rounds, seconds) if replays else {}
+    failed = {name: {"reason": reason} for name, reason in tried.items() if isinstance(reason, str)}
+    return failed | timing.compare(samples, BASELINE)
+
+
+def _capture(run_variant: Run) -> timing.Call | str:
+    """A graph's replay, or why there is none."""
+    try:
+        return timing.captured(run_variant)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]

@@ -1,0 +1,262 @@
+"""Training steps that are timed: as anybody writes them in PyTorch, and as fastgan's documentation says to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.bench.case import BASELINE, Make, Run
+
+PRECISIONS = {"float32": 2e-3, "tf32": 2e-2, "bf16": 2e-1}  # and the tolerance of each
+RELATIVISTIC = "relativistic+r1+r2"
+WEIGHT = 10.0
+SEED = 3
+
+Logits = Callable[[Tensor], Tensor]
+Gradient = Callable[[Logits, Tensor], tuple[Tensor, Tensor]]  # (D, x) -> D(x), the gradient of its sum
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the parameters' gradients are taken of, twice; both call D on the same batches in the same order.
+
+    ``plain(D, real, fake, alpha, gradient)`` has a way to get at D's gradient, ``fast(D, real, fake)`` has fastgan's.
+    A ``whole`` step has all of D's losses, and an optimizer moves the parameters: by nothing, so that every call
+    computes the same.
+    """
+
+    plain: Callable[[Logits, Tensor, Tensor, Tensor, Gradient], Tensor]
+    fast: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    whole: bool = False
+
+
+def _squares(g: Tensor) -> Tensor:
+    return g.flatten(1).square().sum(1)
+
+
+def _wgan_gp(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    g = gradient(logits, torch.lerp(fake, real, alpha))[1]
+    return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()  # type: ignore[no-any-return]
+
+
+def _fast_wgan_gp(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    generator = torch.Generator(real.device).manual_seed(SEED)
+    return fastgan.gradient_penalty(model, real, fake, kind="wgan-gp", weight=WEIGHT, generator=generator)
+
+
+def _loss_r1(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    y, g = gradient(logits, real)
+    return F.softplus(-y).mean() + WEIGHT / 2 * _squares(g).mean()
+
+
+def _fast_loss_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    logits, penalty = fastgan.logits_and_penalty(model, real, kind="r1", weight=WEIGHT)
+    return F.softplus(-logits).mean() + penalty
+
+
+def _relativistic(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    (a, g), (b, h) = gradient(logits, real), gradient(logits, fake)
+    return F.softplus(b - a).mean() + WEIGHT / 2 * (_squares(g) + _squares(h)).mean()
+
+
+def _fast_relativistic(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    (a, r1), (b, r2) = (fastgan.logits_and_penalty(model, x, weight=WEIGHT) for x in (real, fake))
+    return F.softplus(b - a).mean() + r1 + r2
+
+
+def _hinge(logits: Logits, real: Tensor, fake: Tensor, *_: object) -> Tensor:
+    return F.relu(1 - logits(real)).mean() + F.relu(1 + logits(fake)).mean()
+
+
+def _non_saturating(logits: Logits, real: Tensor, fake: Tensor, *_: object) -> Tensor:
+    return F.softplus(-logits(real)).mean() + F.softplus(logits(fake)).mean()
+
+
+def _critic(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    return logits(fake).mean() - logits(real).mean() + _wgan_gp(logits, real, fake, alpha, gradient)
+
+
+def _fast_critic(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return model(fake).mean() - model(real).mean() + _fast_wgan_gp(model, real, fake)  # type: ignore[no-any-return]
+
+
+def _non_saturating_r1(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    return _loss_r1(logits, real, fake, alpha, gradient) + F.softplus(logits(fake)).mean()
+
+
+def _fast_non_saturating_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return _fast_loss_r1(model, real, fake) + F.softplus(model(fake)).mean()
+
+
+OBJECTIVES = {
+    "wgan-gp": Objective(_wgan_gp, _fast_wgan_gp),
+    "loss+r1": Objective(_loss_r1, _fast_loss_r1),
+    RELATIVISTIC: Objective(_relativistic, _fast_relativistic),
+    "d-step/hinge": Objective(_hinge, _hinge, whole=True),
+    "d-step/non-saturating": Objective(_non_saturating, _non_saturating, whole=True),
+    "d-step/wgan-gp": Objective(_critic, _fast_critic, whole=True),
+    "d-step/r1": Objective(_non_saturating_r1, _fast_non_saturating_r1, whole=True),
+    f"d-step/{RELATIVISTIC}": Objective(_relativistic, _fast_relativistic, whole=True),
+}
+
+
+def _by_autograd(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = logits(x)
+    return y, torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+
+def _by_func(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = logits(x)
+        return y.sum(), y
+
+    g, y = grad(summed, has_aux=True)(x)
+    return y, g
+
+
+def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    if name == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    if device.type == "cuda":
+        return lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=name == "tf32")
+    return nullcontext
+
+
+def seeded(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """Makes the module with the same weights each time."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        with device:
+            return make().to(dtype)
+
+    return model
+
+
+def batches(
+    make: Callable[[], nn.Module],
+    shape: Sequence[int],
+    objective: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "float32",
+) -> dict[str, Make]:
+    """The variants of ``d_step`` for the discriminator that ``make`` makes, on random batches of ``shape``."""
+    real, fake = (torch.randn(*shape, dtype=dtype, device=device) for _ in range(2))
+    return d_step(seeded(make, device, dtype), real, fake, OBJECTIVES[objective], precision)
+
+
+def d_step(
+    model: Callable[[], nn.Module], real: Tensor, fake: Tensor, objective: Objective, precision: str = "float32"
+) -> dict[str, Make]:
+    """A discriminator's step: the model as it is with PyTorch's penalty, and converted with fastgan's.
+
+    ``model`` makes equal modules, each on the device of the batches.
+    """
+    device, dtype = real.device, real.dtype
+    size = len(real), *[1] * (real.ndim - 1)
+    context = _precision(precision, device)
+
+    def draw() -> Tensor:
+        generator = torch.Generator(device).manual_seed(SEED)
+        return torch.rand(size, dtype=dtype, device=device, generator=generator)
+
+    def eager() -> Run:
+        net = model()
+        return training(net, lambda: objective.plain(net, real, fake, draw(), _by_autograd), context, objective.whole)
+
+    def fastgans() -> Run:
+        net = model()
+        fastgan.convert(net)
+        return training(net, lambda: objective.fast(net, real, fake), context, objective.whole)
+
+    def compiled() -> Run:
+        net = model()
+
+        def total(parameters: dict[str, Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+            return objective.plain(partial(functional_call, net, parameters), real, fake, alpha, _by_func)
+
+        gradients = torch.compile(grad_and_value(total))
+        leaves = dict(net.named_parameters())
+        parameters = {name: p.detach() for name, p in leaves.items()}
+        kept = _with_a_gradient(net)
+        move = _optimizer(leaves.values()) if objective.whole else None
+
+        def run() -> Sequence[Tensor]:
+            with context():
+                found, loss = gradients(parameters, real, fake, draw())
+            if move is not None:
+                for name, p in leaves.items():
+                    p.grad = found[name]
+                move()
+            return [loss, *(found[name] for name in kept)]
+
+        return run
+
+    return {BASELINE: eager, "torch.compile": compiled, "fastgan": fastgans}
+
+
+def g_step(
+    generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module], z: Tensor, precision: str = "float32"
+) -> dict[str, Make]:
+    """A generator's step through a discriminator that stands still: both as they are, and both converted."""
+    context = _precision(precision, z.device)
+
+    def variant(finish: Callable[[nn.Module], object]) -> Run:
+        net, judge = generator(), discriminator().requires_grad_(False)
+        finish(net)
+        finish(judge)
+        return training(net, lambda: F.softplus(-judge(net(z))).mean(), context, whole=True)
+
+    def compiled() -> Run:
+        net, judge = generator(), discriminator().requires_grad_(False)
+        logits = torch.compile(lambda z: judge(net(z)))
+        return training(net, lambda: F.softplus(-logits(z)).mean(), context, whole=True)
+
+    leave: Callable[[nn.Module], object] = lambda net: None  # noqa: E731
+    return {
+        BASELINE: partial(variant, leave),
+        "torch.compile": compiled,
+        "fastgan": partial(variant, fastgan.convert),
+    }
+
+
+def training(
+    net: nn.Module, total: Callable[[], Tensor], context: Callable[[], AbstractContextManager[Any]], whole: bool
+) -> Run:
+    """Gradients of ``total()`` by the parameters and, of a whole step, the optimizer's work."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    kept = [dict(net.named_parameters())[name] for name in _with_a_gradient(net)]
+    move = _optimizer(parameters) if whole else None
+
+    def run() -> Sequence[Tensor]:
+        for p in parameters:
+            p.grad = None
+        with context():
+            loss = total()
+        loss.backward()
+        if move is not None:
+            move()
+        return [loss.detach(), *(p.grad for p in kept if p.grad is not None)]
+
+    return run
+
+
+def _with_a_gradient(net: nn.Module) -> list[str]:
+    """A bias has no part in some penalties: its gradient is zero, or none at all."""
+    return [name for name, p in net.named_parameters() if p.requires_grad and not name.endswith("bias")]
+
+
+def _optimizer(parameters: Iterable[Tensor]) -> Callable[[], object]:
+    leaves = list(parameters)
+    return torch.optim.Adam(leaves, lr=0.0, capturable=leaves[0].is_cuda).step

@@ -1,0 +1,142 @@
+"""A discriminator of one's own: its steps by PyTorch against the same module converted, with fastgan's penalties."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+import fastgan
+from fastgan.bench.case import COUNTS, Case, Make
+from fastgan.bench.steps import OBJECTIVES, d_step
+
+BATCH = 16
+STEPS = {  # name -> objective
+    "no penalty": "d-step/non-saturating",
+    "R1": "d-step/r1",
+    "WGAN-GP": "d-step/wgan-gp",
+}
+TOLERANCE = 2e-2  # rounding at a kink turns one slope into another; a wrong gradient is far off
+
+
+class _Conditioned(nn.Module):
+    """A discriminator whose inputs after the first are always the same."""
+
+    def __init__(self, model: nn.Module, rest: Sequence[Any]) -> None:
+        super().__init__()
+        self.model, self.rest = model, rest
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x, *self.rest)
+
+
+def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """The discriminator of "module:function", called with one tensor, and a batch of that; dropout is off.
+
+    Raises:
+        ValueError: no such module or function; it returns something else than a module, or a module and its inputs;
+            no input was given, or two; the model cannot take it, or returns no tensor that depends on it.
+    """
+    built = _function(spec)()
+    model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} must return a torch.nn.Module or (module, example_input), got {type(model).__name__}")
+    inputs = tuple(example) if isinstance(example, tuple | list) else (example,) if example is not None else ()
+    if not inputs and shape is None:
+        raise ValueError(f"{spec} returns no example input: give one sample's shape, such as --input 3,64,64")
+    if inputs and (shape is not None or batch is not None):
+        raise ValueError(f"{spec} returns an example input: --input and --batch are for a model without")
+    if inputs and not isinstance(inputs[0], Tensor):
+        raise ValueError(f"the example input of {spec} must begin with a tensor, got {type(inputs[0]).__name__}")
+    model = model.to(device).train().requires_grad_()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()  # two runs that draw differently cannot be compared
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype is None:
+        raise ValueError(f"{spec} returns a model without parameters: there is nothing to train")
+    if shape is not None:
+        inputs = (torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype),)
+    first, *rest = (value.to(device) if isinstance(value, Tensor) else value for value in inputs)
+    if rest:
+        model = _Conditioned(model, rest)
+    _try(spec, model, first)
+    return model, first.detach()
+
+
+def _function(spec: str) -> Any:
+    module_name, colon, name = spec.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"--model wants MODULE:FUNCTION, such as my_module:build, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # an installed command does not look where it is started
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"--model {spec}: there is no module {error.name!r} here or on PYTHONPATH") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--model {spec}: {module_name} has no function {name!r}")
+    return function
+
+
+def _try(spec: str, model: nn.Module, x: Tensor) -> None:
+    shape = tuple(x.shape)
+    try:
+        logits = copy.deepcopy(model)(x.detach().requires_grad_())
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"the model of {spec} cannot take an input of shape {shape}: {reason}") from None
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model of {spec} must return a tensor of logits, got {type(logits).__name__}")
+    if not logits.requires_grad:
+        raise ValueError(f"the output of the model of {spec} does not depend on its input")
+
+
+def cases(model: nn.Module, real: Tensor) -> list[Case]:
+    """A discriminator's step without a penalty, with R1 and with WGAN-GP, on ``real`` and on noise of its spread."""
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1)).to(real)
+    fake = noise * real.std() + real.mean()
+    shape = "x".join(map(str, real.shape))
+
+    def setup(objective: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+        return d_step(lambda: copy.deepcopy(model), real, fake, OBJECTIVES[objective])
+
+    return [
+        Case(
+            name=f"{title}, {shape}",
+            op=None,
+            dtype=real.dtype,
+            device_types=(real.device.type,),
+            bytes=None,
+            operations=None,
+            tolerance=TOLERANCE,
+            setup=partial(setup, objective),
+            suite="model",
+            counted=COUNTS,
+            family=title,
+            sizes={"batch": len(real)},
+        )
+        for title, objective in STEPS.items()
+    ]
+
+
+def explain(model: nn.Module, real: Tensor) -> str:
+    """What ``fastgan.convert`` does to the model, how far it then differs, and whether a penalty takes one pass."""
+    converted = copy.deepcopy(model)
+    report = fastgan.convert(converted)
+    dropped = sum(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules())
+    lines = [str(report), "", str(report.verify(real)), "", f"R1: {fastgan.explain_penalty(converted, real)}"]
+    if dropped:
+        lines.append(f"{dropped} layers of dropout are off: two runs that draw differently cannot be compared")
+    return "\n".join(lines)

@@ -1,0 +1,40 @@
+"""Calls into fastgan._native: the only place of this op where addresses are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+
+_NAMES = {
+    dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+}
+
+
+def pool(x: Tensor, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor:
+    """Of x (N, C, *sizes), contiguous, whose sizes are multiples of the window's."""
+    sizes = [size // width for size, width in zip(x.shape[2:], kernel_size, strict=True)]
+    y = x.new_empty((*x.shape[:2], *sizes))
+    _run(backends.native().avg_pool, x, y, sizes, kernel_size, divisor)
+    return y
+
+
+def transpose(y: Tensor, shape: torch.Size, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor:
+    """Of y (N, C, *pooled sizes), contiguous; ``shape`` is that of the result."""
+    x = y.new_empty(shape)
+    _run(backends.native().avg_pool_transpose, y, x, y.shape[2:], kernel_size, divisor)
+    return x
+
+
+def _run(
+    kernel: Any, source: Tensor, target: Tensor, pooled: Sequence[int], window: tuple[int, ...], divisor: int | None
+) -> None:
+    ahead = (1,) * (3 - len(window))
+    shape = (source.shape[0] * source.shape[1], *ahead, *pooled, *ahead, *window)
+    number = prod(window) if divisor is None else divisor
+    kernel(_NAMES[source.dtype], source.data_ptr(), target.data_ptr(), shape, number, torch.get_num_threads())

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from fastgan import cli
+from fastgan.bench import comparison, timing
+from fastgan.bench.record import load, save
+
+CASE = "spectral_norm/small/forward"
+
+
+@pytest.fixture
+def pair(results):
+    """A result whose bands are known, twice."""
+    found = load(results)
+    for case in found["cases"]:
+        case["variants"]["fastgan"]["ratio"] = {"low": 3.8, "median": 4.0, "high": 4.2}
+        case["variants"]["fastgan"]["peak_bytes"] = 1_000_000
+    return found, copy.deepcopy(found)
+
+
+def verdicts(old, new):
+    return {(change.case, change.what): change.verdict for change in comparison.changes(old, new) if change.verdict}
+
+
+def test_a_run_is_equal_to_itself(pair):
+    assert verdicts(*pair) == {}
+    assert not comparison.regressed(comparison.changes(*pair))
+
+
+@pytest.mark.parametrize(
+    ("band", "verdict"),
+    [
+        ((3.6, 3.7, 3.9), None),  # slower, within the noise
+        ((3.5, 3.6, 3.7), comparison.REGRESSION),
+        ((2.0, 4.0, 9.0), None),
+        ((4.3, 4.4, 4.5), comparison.IMPROVEMENT),
+    ],
+)
+def test_a_change_counts_where_the_bands_do_not_touch(pair, band, verdict):
+    old, new = pair
+    new["cases"][0]["variants"]["fastgan"]["ratio"] = dict(zip(("low", "median", "high"), band, strict=True))
+    assert verdicts(old, new) == ({(CASE, "speed-up"): verdict} if verdict else {})
+
+
+def test_a_machine_that_is_slower_as_a_whole_is_no_regression(pair):
+    old, new = pair
+    for case in new["cases"]:
+        for result in case["variants"].values():
+            result["seconds"] = {quantile: 3 * value for quantile, value in result["seconds"].items()}
+    found = comparison.changes(old, new)
+    assert not comparison.regressed(found)
+    assert [change.seconds for change in found if change.what == "speed-up"] == pytest.approx([3.0] * 4)
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(1_005_000, None), (1_100_000, comparison.REGRESSION)])
+def test_more_memory_at_the_peak_is_a_regression(pair, peak, verdict):
+    old, new = pair
+    new["cases"][1]["variants"]["fastgan"]["peak_bytes"] = peak
+    assert verdicts(old, new) == ({(f"{CASE}_backward", "peak MB"): verdict} if verdict else {})
+
+
+def test_a_graphs_speed_is_compared_by_itself(pair):
+    old, new = pair
+    for result, median in ((old, 5.0), (new, 3.0)):
+        band = {"low": median, "median": median, "high": median}
+        result["cases"][0]["variants"]["fastgan"]["graph"] = {"seconds": band, "ratio": band}
+    assert verdicts(old, new) == {(CASE, "speed-up, CUDA graph"): comparison.REGRESSION}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda new: new["provenance"].update(device="another"), "is of device .*, this is of another: they cannot be"),
+        (lambda new: new["provenance"].update(threads=64), "is of threads 1, this is of 64: they cannot be compared"),
+        (lambda new: new["cases"][0].update(name="x"), f"other cases: it has not x; here is not {CASE}"),
+        (lambda new: new["cases"].pop(), f"other cases: here is not {CASE}_backward"),
+        (lambda new: new["not_yet_run"].append("y"), "other cases: it has not y"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(pair, change, message):
+    old, new = pair
+    change(new)
+    with pytest.raises(ValueError, match=message):
+        comparison.refuse_others(old, "old.json", new)
+
+
+def test_a_regression_is_told_first_and_is_the_exit_status(results, tmp_path, capsys):
+    old = load(results)
+    for case in old["cases"]:
+        fast = case["variants"]["fastgan"]
+        fast["ratio"] = {quantile: 1000 * value for quantile, value in fast["ratio"].items()}
+    before = tmp_path / "old.json"
+    save(old, before)
+    # The run is complete: nothing is measured again.
+    assert cli.main(["bench", "--resume", str(results), "--compare", str(before)]) == 1
+    _, told = capsys.readouterr().out.split(f"Against {before}:")
+    rows = [line for line in told.splitlines() if line.startswith("| spectral_norm")]
+    assert [comparison.REGRESSION in row for row in rows] == [True, True, False, False]
+    assert "2 regressions and 0 improvements" in told
+    assert cli.main(["bench", "--resume", str(results), "--compare", str(results)]) == 0
+    assert "0 regressions and 0 improvements" in capsys.readouterr().out
+
+
+def test_other_cases_are_refused_before_anything_is_measured(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "in_turns", None)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, timer: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, timer: 1e9)
+    path = tmp_path / "new.json"
+    arguments = ["bench", "--case", "norm/*", "--device", "cpu", "--output", str(path), "--compare", str(results)]
+    assert cli.main(arguments) == 2
+    assert f"{results} has other cases: it has not norm/layer_norm/r1" in capsys.readouterr().err
+    assert not path.exists()
+    path.write_text(json.dumps({"cases": []}))
+    assert cli.main([*arguments[:-1], str(path)]) == 2
+    assert "has schema None, this version reads 2" in capsys.readouterr().err

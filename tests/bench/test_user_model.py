@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fastgan import cli
+from fastgan.bench import measure, timing, user_model
+from fastgan.bench.case import BASELINE, prepare
+
+CPU = torch.device("cpu")
+MODULE = """
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+def build():
+    return nn.Sequential(
+        spectral_norm(nn.Conv2d(3, 4, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Dropout(0.5),
+        nn.Flatten(), spectral_norm(nn.Linear(4 * 4 * 4, 1)),
+    )
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.features, self.head = nn.Embedding(5, 8), nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x, y):
+        h = torch.relu(self.features(x))
+        return self.head(h) + (self.embed(y) * h).sum(1, keepdim=True)
+
+
+def with_labels():
+    return Conditional(), (torch.randn(7, 6), torch.arange(7) % 5)
+
+
+def noisy():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x * torch.rand_like(x))
+
+    return Noisy(6, 1), torch.randn(4, 6)
+
+
+number = 3
+integer = lambda: 3
+words = lambda: (nn.Linear(6, 1), "six")
+pairs = lambda: (Pair(), torch.randn(4, 6))
+frozen = lambda: (nn.Flatten(), torch.randn(4, 6))
+deaf = lambda: (Deaf(), torch.randn(4, 6))
+
+
+class Pair(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 1)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Deaf(Pair):
+    def forward(self, x):
+        return self.weight.detach().sum()
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_the_module(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "my_module", raising=False)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, timer: 1e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, timer: 1e9)
+    monkeypatch.setitem(measure.SAMPLE_SECONDS, "cpu", 1e-3)
+
+
+def bench(*arguments):
+    return cli.main(["bench", "--device", "cpu", "--rounds", "1", "--output", "out.json", "--model", *arguments])
+
+
+def test_three_steps_of_a_model_are_timed_after_the_conversion_is_told(tmp_path, capsys):
+    assert bench("my_module:build", "--input", "3,8,8", "--batch", "5") == 0
+    out = capsys.readouterr().out
+    assert "2 replaced, 3 left alone" in out
+    assert "equal up to rounding" in out
+    assert "R1: one pass" in out
+    assert "1 layers of dropout are off" in out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [case["name"] for case in found["cases"]] == [f"{name}, 5x3x8x8" for name in ("no penalty", "R1", "WGAN-GP")]
+    for case in found["cases"]:
+        assert list(case["variants"]) == [BASELINE, "fastgan"]
+        assert f"| {case['name']} | fastgan |" in out
+    command = "fastgan bench --model my_module:build --device cpu --rounds 1 --input 3,8,8 --batch 5"
+    assert found["provenance"]["command"] == command
+    assert cli.main(["bench", "--resume", "out.json"]) == 2
+    assert "out.json is of suite model, which cannot be resumed" in capsys.readouterr().err
+
+
+def test_further_inputs_such_as_labels_are_the_examples(capsys):
+    assert bench("my_module:with_labels") == 0
+    assert "| R1, 7x6 | fastgan |" in capsys.readouterr().out
+
+
+def test_the_models_of_all_variants_are_the_users_and_stay_apart():
+    layer = spectral_norm(nn.Linear(6, 1))
+    u = layer.parametrizations.weight[0]._u.clone()
+    for case in user_model.cases(layer, torch.randn(4, 6)):
+        _, errors, _ = prepare(case, CPU)
+        assert errors["fastgan"] <= 1e-3
+    assert torch.equal(u, layer.parametrizations.weight[0]._u)
+    assert type(layer).__module__ != "fastgan"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["my_module"], "--model wants MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
+        (["no_module:build"], "--model no_module:build: there is no module 'no_module' here or on PYTHONPATH"),
+        (["my_module:nothing"], "--model my_module:nothing: my_module has no function 'nothing'"),
+        (["my_module:number"], "--model my_module:number: my_module has no function 'number'"),
+        (["my_module:integer"], "must return a torch.nn.Module or (module, example_input), got int"),
+        (["my_module:words"], "the example input of my_module:words must begin with a tensor, got str"),
+        (["my_module:build"], "returns no example input: give one sample's shape, such as --input 3,64,64"),
+        (["my_module:pairs", "--batch", "3"], "--input and --batch are for a model without"),
+        (["my_module:build", "--input", "4,8,8"], "cannot take an input of shape (16, 4, 8, 8): RuntimeError: "),
+        (["my_module:pairs"], "the model of my_module:pairs must return a tensor of logits, got tuple"),
+        (["my_module:frozen"], "my_module:frozen returns a model without parameters: there is nothing to train"),
+        (["my_module:deaf"], "the output of the model of my_module:deaf does not depend on its input"),
+        (["my_module:noisy"], "fastgan differs from torch by"),
+        (["my_module:build", "--suite", "ops"], "--model is a suite of its own: leave out --suite and --case"),
+    ],
+)
+def test_a_model_that_cannot_be_benched_is_refused_in_one_line(arguments, message, capsys):
+    assert bench(*arguments) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("fastgan: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in error
+
+
+def test_a_shape_is_numbers_between_commas(capsys):
+    with pytest.raises(SystemExit):
+        bench("my_module:build", "--input", "3,x")
+    assert "wants positive sizes, such as 3,64,64, got '3,x'" in capsys.readouterr().err
