@@ -50,9 +50,9 @@ demo: build data
 	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
 
-# A file a worker; threads that wait for work sleep, since the workers share the cores.
+# A file a worker, in the order of tests/conftest.py; threads that wait for work sleep, since the workers share the cores.
 test: build
-	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --durations 12 tests
+	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning

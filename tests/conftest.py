@@ -37,7 +37,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+LONG = ("aot", "cuda", "native", "install", "distributed")  # folders whose tests take minutes
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: of files that are shared out among processes, a long one at the end keeps the others idle."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

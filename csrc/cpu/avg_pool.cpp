@@ -2,6 +2,8 @@
 //
 // Both work on rows of pooled elements and on the kd kh rows of the input under each, a line at a time.  The width of a
 // window is a constant where it is 2, which is nearly always: with another the compiler cannot take lines apart.
+// Elements are added one by one, and divided, in PyTorch's order: the same bits, hence the same signs in the next
+// layer.
 #include "cpu/avg_pool.h"
 
 #include <type_traits>
@@ -47,33 +49,31 @@ void each_row_under(const PoolShape& s, std::int64_t first, const Body& body) {
 template <class T, class Width>
 void pool(const T* x, T* y, const PoolShape& s, double divisor, Width kw, int threads) {
   using A = Accumulator<T>;
-  const A scale = static_cast<A>(1 / divisor);
+  const A over = static_cast<A>(divisor);
   each_line(s, threads, [&](std::int64_t pooled, std::int64_t under, std::int64_t size) {
-    alignas(64) A sums[kLine] = {};
+    alignas(64) A sums[kLine];
+    for (std::int64_t i = 0; i < size; ++i) sums[i] = 0;
     each_row_under(s, under, [&](std::int64_t at) {
       const T* row = x + at;
 #pragma omp simd
-      for (std::int64_t i = 0; i < size; ++i) {
-        A sum = load(row[i * kw]);
-        for (std::int64_t k = 1; k < kw; ++k) sum += load(row[i * kw + k]);
-        sums[i] += sum;
-      }
+      for (std::int64_t i = 0; i < size; ++i)
+        for (std::int64_t k = 0; k < kw; ++k) sums[i] += load(row[i * kw + k]);
     });
 #pragma omp simd
-    for (std::int64_t i = 0; i < size; ++i) store(y[pooled + i], sums[i] * scale);
+    for (std::int64_t i = 0; i < size; ++i) store(y[pooled + i], sums[i] / over);
   });
 }
 
 template <class T, class Width>
 void transpose(const T* y, T* x, const PoolShape& s, double divisor, Width kw, int threads) {
   using A = Accumulator<T>;
-  const A scale = static_cast<A>(1 / divisor);
+  const A over = static_cast<A>(divisor);
   each_line(s, threads, [&](std::int64_t pooled, std::int64_t under, std::int64_t size) {
     each_row_under(s, under, [&](std::int64_t at) {
       T* row = x + at;
 #pragma omp simd
       for (std::int64_t i = 0; i < size; ++i)
-        for (std::int64_t k = 0; k < kw; ++k) store(row[i * kw + k], load(y[pooled + i]) * scale);
+        for (std::int64_t k = 0; k < kw; ++k) store(row[i * kw + k], load(y[pooled + i]) / over);
     });
   });
 }

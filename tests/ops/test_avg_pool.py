@@ -73,6 +73,15 @@ def test_tiling_windows_match_float64(shape, kernel, dtype, backend):
         assert_close(a, e, order=order, reference=r)
 
 
+@pytest.mark.parametrize(("shape", "kernel"), TILED.values(), ids=TILED)
+def test_in_float32_the_kernel_gives_pytorchs_bits(shape, kernel):
+    ours, pytorchs = _pools(shape)
+    x = torch.randn(shape)
+    by = torch.randn_like(pytorchs(x, kernel))
+    for actual, expected in zip(_orders(ours, x, by, kernel)[:2], _orders(pytorchs, x, by, kernel), strict=False):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same(isa):
     module = backends.native()

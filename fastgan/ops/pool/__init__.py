@@ -87,7 +87,8 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    if input.ndim != n + 2 or not input.is_floating_point() or input.numel() == 0:
+    plainly = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
+    if not plainly or backends.in_transform():
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
     kernel, step, pad = _sizes(n, kernel_size, stride, padding)
