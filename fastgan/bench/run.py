@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     _refuse_contradictions(options)
+    if options.report is not None:
+        import_module("matplotlib")  # not found now rather than after the measurements
     if options.threads:
         torch.set_num_threads(options.threads)
     results, cases, device, path = (_resumed if options.resume else _begun)(options)
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.table(results))
     print(f"\n{path}")
     if options.report is not None:
-        folder = path.parent if options.report == _BESIDE else options.report
+        folder = path.parent if options.report is _BESIDE else options.report
         print("\n".join(map(str, report.write(results, folder, path.stem))))
     if old is None:
         return 0

@@ -50,7 +50,8 @@ class Diagnostics:
 
         For the discriminator:
             d_real_accuracy, d_fake_accuracy: the share on the right side of the loss's boundary.
-            d_real_sign: E[sign D(train)], the r_t of Karras et al. 2020; 1 where it overfits or has won.
+            d_real_sign, d_fake_sign: E[sign D(train)], the r_t of Karras et al. 2020, and E[sign D(fake)]; 1 and -1
+                where it overfits or has won.
             d_train, d_held_out, d_fake: mean logits.
             overfit: (d_train - d_held_out) / (d_train - d_fake), their r_v: 0 where training images are nothing
                 special, 1 where unseen ones look like fakes. Absent for a source of endless fresh samples.
@@ -96,6 +97,7 @@ class Diagnostics:
             "d_real_accuracy": (train > boundary).float().mean(),
             "d_fake_accuracy": (on_fake < boundary).float().mean(),
             "d_real_sign": (train - boundary).sign().mean(),
+            "d_fake_sign": (on_fake - boundary).sign().mean(),
             "d_train": train.mean(),
             "d_fake": on_fake.mean(),
             "diversity": diversity(fake, real[:batch_size]),

@@ -12,10 +12,11 @@ from importlib import import_module, resources
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Extractor = Callable[[Tensor], Tensor]
 
-BATCH = 64
+BATCH, CPU_BATCH = 64, 4  # few enough that a CPU keeps what lies between two layers in its caches
 
 
 def load_extractor(name: str, device: torch.device) -> Extractor:
@@ -54,7 +55,8 @@ def label(name: str) -> str:
 @torch.no_grad()
 def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
     """Features (N, F) on the CPU, batch by batch."""
-    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(BATCH)])
+    batches = images.split(CPU_BATCH if device.type == "cpu" else BATCH)
+    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in batches])
 
 
 class RandomConv(nn.Module):
@@ -99,6 +101,7 @@ class EfficientNetLite0(nn.Module):
     """
 
     LABEL = "EffLite0"
+    PAIRS = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
     SIZE = 224
     # kernel, stride, inputs, outputs, repeats of each stage; every block but the first stage's expands six times
     STAGES = (
@@ -129,6 +132,17 @@ class EfficientNetLite0(nn.Module):
         with resources.as_file(package / "models" / "efficientnet-lite0-57934424.pth") as path:
             state = torch.load(path, weights_only=True)
         self.load_state_dict({key: value for key, value in state.items() if not key.startswith("_fc.")})
+        self._fold()
+
+    def _fold(self) -> None:
+        """Batch norms into the convolutions before them, and channels last: a CPU takes 0.4 of the time."""
+        self.eval()
+        for owner in (self, *self._blocks):
+            for conv, norm in owner.PAIRS:
+                if hasattr(owner, conv):
+                    setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
+                    setattr(owner, norm, nn.Identity())
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         x = interpolate(as_rgb(images), (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
@@ -148,6 +162,8 @@ BY_NAME: dict[str, type[RandomConv | EfficientNetLite0]] = {
 
 class InvertedBottleneck(nn.Module):
     """Expand, filter each channel by itself, project; with a skip where the shape stays."""
+
+    PAIRS = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -55,7 +55,11 @@ def cards(last: Record, quality: Record) -> str:
     if "covered" in quality:
         shown += [("modes", f"{quality['covered']} of {quality['total']}")]
         shown += [("high quality", f"{quality['high_quality']:.0%}")]
-    shown += [(key, f"{value:.3g}") for key, value in quality.items() if key.startswith("KID")]
+    shown += [
+        (key, f"{value:.3g}<small>floor {quality['floor'][key]:.2g}</small>")
+        for key, value in quality.items()
+        if key.startswith("KID")
+    ]
     return f'<div class="cards">{"".join(f"<div>{escape(key)}<b>{value}</b></div>" for key, value in shown)}</div>'
 
 

@@ -34,7 +34,7 @@ def test_the_variants_of_every_case_agree(name):
 @pytest.mark.parametrize("name", SUITES["ops"])
 def test_the_variants_of_every_case_agree_on_a_gpu(name):
     variants, errors, left_out = prepare(CASES[name], torch.device("cuda"))
-    assert {BASELINE, "fastgan"} <= set(variants)
+    assert "fastgan" in variants
     assert (set(variants) | set(left_out)) - {"reference", "cdist"} == {BASELINE, "fastgan", "triton", "cuda"}
     assert max(errors.values()) <= CASES[name].tolerance
 

@@ -89,6 +89,14 @@ def test_control_c_says_how_to_go_on(measured, monkeypatch, tmp_path, capsys):
     assert len(json.loads(path.read_text())["not_yet_run"]) == 2
 
 
+def test_a_report_without_matplotlib_is_refused_before_anything_is_measured(measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "result.json"
+    assert cli.main(["bench", *ARGUMENTS, "--output", str(path), "--report"]) == 2
+    assert capsys.readouterr().err == "fastgan: matplotlib is not installed: pip install 'fastgan[train]'\n"
+    assert not path.exists()
+
+
 def test_no_case_begins_after_the_minutes_that_are_given(measured, tmp_path, capsys):
     path = tmp_path / "result.json"
     assert run.main([*ARGUMENTS, "--output", str(path), "--minutes", "0"]) == 0

@@ -66,7 +66,7 @@ def test_the_report_is_one_file_that_needs_no_other(config, no_plot):
     assert "@import" not in text
     assert page.tags.count("svg") == 8
     words = " ".join(page.words)
-    for expected in ("tiny", "Duality gap", "Diversity", "Held-out", "KID-RandomConv", "96 real samples"):
+    for expected in ("tiny", "Duality gap", "Diversity", "Held-out", "KID-RandomConv", "floor", "96 real samples"):
         assert expected in words
     assert "prefers-color-scheme: dark" in text
 
@@ -76,6 +76,14 @@ def test_an_alarm_stands_in_the_report_with_its_remedy(ring8_config, no_plot):
     words = " ".join(Page(trained(ring8_config, optim=optim, steps=8, log_every=1).run.html.read_text()).words)
     assert "divergence" in words
     assert "lower --d-lr and --g-lr" in words
+
+
+def test_adas_probability_is_recorded_and_drawn(config, no_plot):
+    trainer = trained(config, dataset="discs", optim=dataclasses.replace(config.optim, augment="ada"), steps=4)
+    trainer.gan.augment.p.fill_(0.25)
+    assert trainer.diagnostics.observe(5)["augment_p"] == 0.25
+    assert [record["augment_p"] for record in trainer.run.read_metrics() if "d_loss" in record] == [0.0, 0.0]
+    assert "ADA" in Page(trainer.run.html.read_text()).words
 
 
 def test_names_are_escaped(ring8_config, no_plot):
