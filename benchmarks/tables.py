@@ -42,15 +42,15 @@ def _table(record: str, prefix: str) -> str:
 def _row(case: dict[str, Any]) -> str:
     variants = case["variants"]
     others = [name for name in variants if name not in ("torch", "reference", "fastgan")]
-    ratio = variants["fastgan"]["ratio"]["median"]
-    beside = [f"{name}: {ratio / variants[name]['ratio']['median']:.2g}" for name in others]
-    speed_up = f"{ratio:.2g}" + (f" ({', '.join(beside)})" if beside else "")
-    torch, fastgan = (_number(1e3 * variants[name]["seconds"]["median"]) for name in ("torch", "fastgan"))
+    ratios = {name: _digits(variant["ratio"]["median"]) for name, variant in variants.items()}
+    beside = ", ".join(f"{name}: {ratios[name]}" for name in others)
+    speed_up = ratios["fastgan"] + (f" ({beside})" if beside else "")
+    torch, fastgan = (_digits(1e3 * variants[name]["seconds"]["median"]) for name in ("torch", "fastgan"))
     return f"| {case['name']} | {torch} | {fastgan} | {speed_up} |"
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _digits(value: float) -> str:
+    return f"{value:.{2 if value < 2 else 1 if value < 20 else 0}f}"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
-from fastgan.nn.utils import fuse_spectral_norm
-from fastgan.nn.utils.fuse_spectral_norm import _Fused, _Hook, _hooks, _parametrizations, _Parametrized
+from fastgan.nn.utils.fuse_spectral_norm import (
+    _Fused,
+    _Hook,
+    _hooks,
+    _parametrizations,
+    _Parametrized,
+    fuse_spectral_norm,
+)
 from fastgan.nn.utils.spectral_norm import SpectralNorm
 
 # Marks in the dictionaries of what was changed: revert changes no more than that, and copies carry them along.

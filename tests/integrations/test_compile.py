@@ -21,6 +21,7 @@ from tests.integrations.players import (
 )
 
 BATCH = 4
+pytestmark = pytest.mark.filterwarnings("error:Dynamo")  # what it cannot trace, or goes past
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ OPS = {
     "bias_act": partial(ops.bias_act, bias=torch.ones(4, dtype=torch.float64)),
     "smooth bias_act": partial(ops.bias_act, activation="gelu"),
     "conv2d": partial(ops.conv2d, weight=torch.ones(3, 4, 3, 3, dtype=torch.float64)),
+    "avg_pool2d": partial(ops.avg_pool2d, kernel_size=2),
     "minibatch_stddev": partial(ops.minibatch_stddev, group_size=2),
     "minibatch_discrimination": lambda x: ops.minibatch_discrimination(x.flatten(2)),
 }

@@ -128,8 +128,24 @@ def _is_contiguous(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _aten(ndim: int, suffix: str = "") -> Any:
-    return getattr(torch.ops.aten, f"avg_pool{ndim - 2}d{suffix}")
+_POOL: dict[int, Any] = {4: torch.ops.aten.avg_pool2d.default, 5: torch.ops.aten.avg_pool3d.default}
+_TRANSPOSE: dict[int, Any] = {
+    4: torch.ops.aten.avg_pool2d_backward.default,
+    5: torch.ops.aten.avg_pool3d_backward.default,
+}
+
+
+def _forward(input: Tensor, window: _Window) -> Tensor:
+    if _is_tiled(input, input.shape, input.stride(), window):
+        return native_kernels.pool(input, window.kernel_size, window.divisor_override)
+    return _POOL[input.ndim](input, *window)  # type: ignore[no-any-return]
+
+
+def _transpose(grad: Tensor, window: _Window, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    if _is_tiled(grad, shape, stride, window):
+        return native_kernels.transpose(grad.contiguous(), shape, window.kernel_size, window.divisor_override)
+    unread = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # asked for its shape
+    return _TRANSPOSE[grad.ndim](grad, unread, *window)  # type: ignore[no-any-return]
 
 
 class _Pool(torch.autograd.Function):
@@ -141,15 +157,15 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, window: _Window) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.window, ctx.shape, ctx.stride = window, input.shape, input.stride()
-        if _is_tiled(input, input.shape, input.stride(), window):
-            return native_kernels.pool(input, window.kernel_size, window.divisor_override)
-        return _aten(input.ndim)(input, *window)  # type: ignore[no-any-return]
+        return _forward(input, window)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         if grad is None:
             return None, None
-        return _Transpose.apply(grad, ctx.window, ctx.shape, ctx.stride), None  # type: ignore[no-untyped-call]
+        # Without create_graph nothing will be asked of the backward's own graph.
+        run: Any = _Transpose.apply if torch.is_grad_enabled() else _transpose
+        return run(grad, ctx.window, ctx.shape, ctx.stride), None
 
 
 class _Transpose(torch.autograd.Function):
@@ -157,13 +173,11 @@ class _Transpose(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, window: _Window, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.window = window
-        if _is_tiled(grad, shape, stride, window):
-            return native_kernels.transpose(grad.contiguous(), shape, window.kernel_size, window.divisor_override)
-        unread = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # asked for its shape
-        return _aten(grad.ndim, "_backward")(grad, unread, *window)  # type: ignore[no-any-return]
+        return _transpose(grad, window, shape, stride)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grad is None:
             return None, None, None, None
-        return _Pool.apply(grad, ctx.window), None, None, None  # type: ignore[no-untyped-call]
+        run: Any = _Pool.apply if torch.is_grad_enabled() else _forward
+        return run(grad, ctx.window), None, None, None

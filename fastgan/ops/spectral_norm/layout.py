@@ -23,7 +23,9 @@ class Layout(NamedTuple):
 
 
 def layout_of(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
-    return _layout(tuple([w.shape for w in weights]), tuple(dims))
+    # The compiler would go past a cache, and warn of it.
+    layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
+    return layout(tuple([w.shape for w in weights]), tuple(dims))
 
 
 @lru_cache(maxsize=1024)
