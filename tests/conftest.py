@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
-import torch._dynamo  # keeps PyTorch's functions as it finds them: not as `poisoned_memory` replaces them
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton and fastgan are imported
+
+import torch._dynamo
 
 
 @pytest.fixture(autouse=True)

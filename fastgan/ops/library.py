@@ -35,6 +35,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory, where kernels read them.
+
+    Autograd has zeros that lie nowhere (the double backward of ``abs`` makes some), and PyTorch views whose signs are
+    flipped when they are read.
+    """
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
 def returns_nothing(*operators: str) -> None:
     """Tell a trace that these operators write into what they are given: there is nothing for it to make."""
     for operator in operators:

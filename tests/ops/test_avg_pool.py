@@ -1,5 +1,6 @@
 """Average pooling: PyTorch's results to every order, by the kernel where windows tile the input."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -133,3 +134,26 @@ def test_a_divisor_is_taken_as_pytorch_takes_it():
     for pool in (ops.avg_pool2d, F.avg_pool2d):
         with pytest.raises(RuntimeError, match="divisor"):
             pool(x, 2, divisor_override=0)
+
+
+@pytest.mark.parametrize("kernel", [(2,), [2, 2], np.int64(2), torch.Size((2, 2))], ids=repr)
+def test_sizes_are_given_in_the_forms_that_pytorch_takes(kernel):
+    x = torch.randn(2, 4, 32, 32)
+    assert torch.equal(ops.avg_pool2d(x, kernel), F.avg_pool2d(x, 2))
+
+
+@pytest.mark.parametrize("kernel", [0, (2, 2, 2), (0, 2), -1])
+def test_sizes_that_pytorch_refuses_are_refused_so(kernel):
+    x = torch.randn(2, 4, 32, 32)
+    for pool in (ops.avg_pool2d, F.avg_pool2d):
+        with pytest.raises(RuntimeError):
+            pool(x, kernel)
+
+
+def test_a_backward_follows_its_forward(monkeypatch):
+    x = torch.randn(2, 4, 32, 32, requires_grad=True)
+    with backends.use_backend("reference"):
+        y = ops.avg_pool2d(x, 2)
+    monkeypatch.setattr(native_kernels, "transpose", None)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(x, 0.25))

@@ -23,7 +23,7 @@ from fastgan.ops.bias_act.layout import (
 )
 from fastgan.ops.bias_act.small import is_small
 from fastgan.ops.inputs_only import markable, needed
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
 
 # The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
 # given, which lie in memory in one order: that of the input.
@@ -82,7 +82,10 @@ class _Call(NamedTuple):
 
     def in_order(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor, or a copy that lies in memory as the kernels expect."""
-        if tensor is None or (tensor.stride() == self.stride and tensor.dtype == self.dtype):
+        if tensor is None:
+            return None
+        tensor = stored(tensor)
+        if tensor.stride() == self.stride and tensor.dtype == self.dtype:
             return tensor
         return self.empty(tensor.device).copy_(tensor)
 
@@ -98,7 +101,7 @@ class _Call(NamedTuple):
 
 def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: str) -> tuple[_Call, bool]:
     """And whether x is dense."""
-    dense = is_dense(x)
+    dense = is_dense(x) and not x.is_neg()
     like = x if dense else torch.empty_like(x, device="meta")  # the strides of its dense copy
     bias_dtype = None if bias is None else bias.dtype
     layout = layout_of(like, None if bias is None else dim)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, copy_back, is_eager, last_order, returns_nothing
+from fastgan.ops.library import LIBRARY, copy_back, is_eager, last_order, returns_nothing, stored
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
@@ -44,7 +44,7 @@ def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_
 @torch.library.impl(LIBRARY, "minibatch_discrimination_bwd", "CompositeExplicitAutograd")
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
-    _kernels(backend).backward(h.contiguous(), m, segments, target, first)
+    _kernels(backend).backward(stored(h).contiguous(), m, segments, target, first)
     copy_back(target, dm)
 
 
@@ -60,7 +60,7 @@ def _double_backward(
     backend: str,
 ) -> None:
     targets = _target(by_h), _target(by_m)
-    _kernels(backend).double_backward(w.contiguous(), h.contiguous(), m, segments, *targets, first)
+    _kernels(backend).double_backward(stored(w).contiguous(), stored(h).contiguous(), m, segments, *targets, first)
     copy_back(targets[0], by_h)
     copy_back(targets[1], by_m)
 
@@ -79,6 +79,7 @@ def _kernels(backend: str) -> Any:
 
 def packed(everyone: Tensor, backend: str) -> Tensor:
     """As the kernels read it: on a GPU a tile of samples must be contiguous, on a CPU a task packs its own."""
+    everyone = stored(everyone)
     return everyone.contiguous() if backend == "cpu" else everyone.permute(1, 2, 0).contiguous()  # (B, C, N)
 
 

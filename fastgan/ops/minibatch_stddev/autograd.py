@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, last_order, returns_nothing
+from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, last_order, returns_nothing, stored
 from fastgan.ops.minibatch_stddev import native_kernels
 from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
 
@@ -76,7 +76,7 @@ def _kernels(backend: str) -> Any:
 
 
 def _dense(tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.contiguous(memory_format=memory_format(layout, tensor.ndim))
+    return stored(tensor).contiguous(memory_format=memory_format(layout, tensor.ndim))
 
 
 def _empty(like: Tensor, channels: int, layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.inputs_only import markable, needed
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
 from fastgan.ops.norm import native_kernels
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
 
@@ -65,6 +65,8 @@ def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> 
         if tensor is not None:
             of_input = field in _OF_INPUT
             wanted = dtype if of_input else acc
+            if field not in _WRITTEN:
+                tensor = stored(tensor)
             if of_input and channels_last:
                 tensor = tensor.movedim(1, -1)
             if tensor.dtype != wanted or not tensor.is_contiguous():

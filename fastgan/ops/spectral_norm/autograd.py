@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, is_eager, last_order
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
 from fastgan.ops.spectral_norm import native_kernels, reference
-from fastgan.ops.spectral_norm.layout import accumulation_dtype, layout_of, split_saved
+from fastgan.ops.spectral_norm.layout import layout_of, split_saved
 
 # Both write into tensors that they are given: an operator that renews its arguments may not also return a list.
 LIBRARY.define(
@@ -65,14 +65,7 @@ def _backward(
     _copy_back(targets, outputs)
 
 
-@torch.library.register_fake("fastgan::spectral_norm_fwd", lib=LIBRARY)
-def _forward_fake(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("fastgan::spectral_norm_bwd", lib=LIBRARY)
-def _backward_fake(*arguments: Any) -> None:
-    return None
+returns_nothing("spectral_norm_fwd", "spectral_norm_bwd")
 
 
 @cache
@@ -85,7 +78,9 @@ def _kernels(backend: str) -> Any:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return tensors if all(map(Tensor.is_contiguous, tensors)) else [t.contiguous() for t in tensors]
+    if all(map(Tensor.is_contiguous, tensors)) and not any(t._is_zerotensor() or t.is_neg() for t in tensors):
+        return tensors
+    return [stored(t).contiguous() for t in tensors]
 
 
 def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:

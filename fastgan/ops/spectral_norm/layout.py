@@ -51,7 +51,3 @@ def split_saved(saved: Tensor, offset: int, matrix: tuple[int, int, int]) -> tup
     u_at = offset + 1
     v_at = u_at + rows
     return saved[offset], saved[u_at:v_at], saved[v_at : v_at + outer * inner]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops.spectral_norm.layout import accumulation_dtype, as_matrix
+from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.spectral_norm.layout import as_matrix
 
 
 def spectral_norm(
