@@ -47,6 +47,27 @@ def imported(name: str) -> Extractor:
     return extractor
 
 
+def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    """Ask an extractor for the features of two images of this shape (C, H, W).
+
+    Raises:
+        ValueError: there is none of that name, it fails, or what it gives is not (2, F).
+        ModuleNotFoundError: its weights are not installed.
+    """
+    extractor = load_extractor(name, device)
+    images = torch.zeros(2, *shape, device=device)
+    wanted = f"extractor {name!r} must give features (2, F) of images {tuple(images.shape)}"
+    try:
+        with torch.no_grad():
+            found = extractor(images)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{wanted}, got {type(found).__name__}")
+    if found.ndim != 2 or len(found) != 2 or not found.numel():
+        raise ValueError(f"{wanted}, got {tuple(found.shape)}")
+
+
 def label(name: str) -> str:
     """What the distances of an extractor are called by."""
     return BY_NAME[name].LABEL if name in BY_NAME else name.partition(":")[2]

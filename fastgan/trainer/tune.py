@@ -110,7 +110,7 @@ def share(config: TuneConfig) -> None:
                 continue
             print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
             study = open_study(config)
-            requeue_orphans(study, {worker.pid})
+            requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
             if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
                 with contextlib.suppress(StopIteration):
                     workers.append(start())
@@ -131,20 +131,26 @@ def open_study(config: TuneConfig) -> optuna.Study:
     return study
 
 
-def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None) -> None:
+def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None, killed: bool = False) -> None:
     """Fail the running trials of `workers` (None: of processes that are gone), and queue their settings again.
 
-    Settings whose process has died twice are given up: it may well be they that kill it, by all the memory they take.
+    Settings that had their worker `killed` twice are given up: it may well be they that kill it, by all the memory they
+    take. A stop of the whole command says nothing of them.
     """
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("worker")
         if worker in workers if workers is not None else not alive(worker):
             study.tell(trial.number, state=TrialState.FAIL)
-            queued = trial.system_attrs.get("fixed_params", {})  # not all of them may have been taken yet
-            if trial.user_attrs.get("again"):
+            if killed and trial.user_attrs.get("killed"):
                 print(f"trial {trial.number} is given up: its process died twice", flush=True)
             else:
-                study.enqueue_trial(queued | trial.params, user_attrs={"again": True})
+                queue_again(study, trial, killed)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial, killed: bool = False) -> None:
+    queued = trial.system_attrs.get("fixed_params", {})  # not all of them may have been taken yet
+    killed = killed or trial.user_attrs.get("killed", False)
+    study.enqueue_trial(queued | trial.params, user_attrs={"killed": killed})
 
 
 def alive(process: int | None) -> bool:
@@ -175,7 +181,14 @@ def work(config: TuneConfig, index: int) -> None:
         if done(config, study):
             study.stop()
 
-    study.optimize(lambda trial: cost_of(config, trial), callbacks=[enough])
+    def objective(trial: Trial) -> float:
+        try:
+            return cost_of(config, trial)
+        except KeyboardInterrupt:  # which optuna takes for the trial's failure
+            queue_again(study, study.trials[trial.number])
+            raise
+
+    study.optimize(objective, callbacks=[enough])
 
 
 def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:

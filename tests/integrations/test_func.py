@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from functools import partial
 
 import pytest
@@ -88,6 +89,23 @@ def test_spectral_norm_goes_through_grad_and_renews_u_and_v(form):
         expected = torch.autograd.grad(twin(x).square().sum(), list(twin.parameters()))
         torch.testing.assert_close(list(actual.values()), list(expected))
     torch.testing.assert_close(list(model.buffers()), list(twin.buffers()))
+
+
+@pytest.mark.parametrize("form", NORMS)
+def test_a_model_can_be_copied_and_saved_after_grad(form):
+    model, x = two_layers(*NORMS[form]), torch.randn(3, 6)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    grad(linear)(parameters, model, x)
+    grad(lambda x: model(x).sum() + model(2 * x).sum())(x)
+    with pytest.raises(RuntimeError):
+        grad(linear)(parameters, model, x[:, :2])  # left by an error
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = copy.deepcopy(model), torch.load(saved, weights_only=False)
+    expected = model(x)
+    for twin in copies:
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", ["apart", "fused"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ class TestExtractors:
     def test_a_function_of_the_users_is_one_by_its_name(self, config, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text("def pixels(images): return images.flatten(1)\n\nnothing = None\n")
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
         trainer = Trainer(dataclasses.replace(config, dataset="discs", extractor="mine:pixels", scored=20))
         monkeypatch.setattr("fastgan.trainer.pictures.save_losses", lambda metrics, path: None)
         trainer.train()
@@ -143,6 +145,28 @@ class TestExtractors:
     @pytest.mark.parametrize("name", ["inception", "mine_is_nowhere:pixels", "math:nothing", "math:pi"])
     def test_one_that_is_not_there_is_refused_before_the_run(self, config, name):
         with pytest.raises(ValueError, match=f"extractor must be one of random-conv, .*got '{name}'"):
+            Trainer(dataclasses.replace(config, extractor=name))
+        assert not config.folder.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "came"),
+        [
+            ("torch.nn:Flatten", "got Flatten"),
+            ("mine:maps", r"got \(2, 1, 32, 32\)"),
+            ("mine:one", r"got \(1, 1024\)"),
+            ("mine:fails", "got KeyError: 'weights'"),
+        ],
+    )
+    def test_one_that_gives_no_features_is_refused_before_the_run(self, config, tmp_path, monkeypatch, name, came):
+        (tmp_path / "mine.py").write_text(
+            "def maps(images): return images\n\n"
+            "def one(images): return images.flatten(1)[:1]\n\n"
+            "def fails(images): return {}['weights']\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        wanted = rf"extractor '{name}' must give features \(2, F\) of images \(2, 1, 32, 32\), {came}"
+        with pytest.raises(ValueError, match=wanted):
             Trainer(dataclasses.replace(config, extractor=name))
         assert not config.folder.exists()
 

@@ -106,6 +106,42 @@ def test_settings_that_kill_their_worker_twice_are_given_up(toy, forked, no_plot
     assert "given up: its process died twice" in capfd.readouterr().out
 
 
+def test_stopping_the_command_twice_during_a_trial_does_not_give_up_its_settings(toy, no_plot):
+    toy.out.mkdir()
+    study = open_study(toy)
+    study.enqueue_trial(values_of(toy.start))
+    for _ in range(2):
+        study.ask().set_user_attr("worker", 2**22 + 1)  # above Linux's largest process id
+        tuning.requeue_orphans(study)
+    assert states(toy) == ["FAIL", "FAIL", "WAITING"]
+    tune(dataclasses.replace(toy, trials=1))
+    assert open_study(toy).best_params == values_of(toy.start)
+
+
+def test_a_worker_killed_before_a_stop_counts_and_the_stop_does_not(toy):
+    toy.out.mkdir()
+    study = open_study(toy)
+    study.enqueue_trial(values_of(toy.start))
+    for workers, killed in (({7}, True), (None, False), ({7}, True)):
+        study.ask().set_user_attr("worker", 7 if killed else 2**22 + 1)
+        tuning.requeue_orphans(study, workers, killed=killed)
+    assert states(toy) == ["FAIL"] * 3
+
+
+def test_a_trial_that_ctrl_c_ends_is_taken_up_by_the_next_call(toy, no_plot, monkeypatch):
+    def interrupted(game: Game, step: int) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Game, "play_to", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                tune(toy)
+    tune(dataclasses.replace(toy, trials=1))
+    assert states(toy) == ["COMPLETE", "FAIL", "FAIL"]
+    assert open_study(toy).best_params == values_of(toy.start)
+
+
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
     toy.out.mkdir()
     study = open_study(toy)

@@ -77,9 +77,12 @@ class _Hook(TorchHook):
 
     module: nn.Module
     is_put = False
+    plain: Tensor | None = None  # the attribute before a transform of torch.func left its own tensor there
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if backends.in_transform():
+            if self.plain is None:
+                self.plain = getattr(module, self.name)
             super().__call__(module, inputs)
         elif not self.is_put:
             weight, u, v, dim = self.operands()
@@ -112,6 +115,9 @@ class _Hook(TorchHook):
         if self.is_put:
             self.detach()
             self.is_put = False
+        elif self.plain is not None:  # a transform's tensor is dead after it, and can be neither copied nor saved
+            setattr(self.module, self.name, self.plain)
+        self.plain = None
 
     def detach(self) -> None:
         """So that the module can be deep-copied; its next forward sets the weight anew."""
