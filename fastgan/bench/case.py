@@ -63,6 +63,7 @@ class Case:
     family: str = ""  # cases of one family differ in their sizes alone
     sizes: Mapping[str, int] = field(default_factory=dict)
     growth: Growth | None = None
+    negligible: float = 1e-6  # a norm beside the largest tensor's: what is smaller is rounding
 
 
 def on_backend(backend: str, run: Run) -> Run:
@@ -105,7 +106,7 @@ def prepare(
                 continue
             if not expected:
                 expected, against = result, name
-            variants[name], errors[name] = run, _error(result, expected)
+            variants[name], errors[name] = run, _error(result, expected, case.negligible)
             if not errors[name] <= case.tolerance:  # NaN is wrong too
                 raise ArithmeticError(
                     f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
@@ -117,11 +118,10 @@ def prepare(
 
 
 @torch.no_grad()
-def _error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of a tensor, relative to its norm; NaN if there is one."""
+def _error(result: Sequence[Tensor], expected: Sequence[Tensor], negligible: float) -> float:
+    """The largest error of a tensor, relative to its norm unless that is negligible; NaN if there is one."""
     norms = torch.stack([vector_norm(wanted, dtype=torch.float64) for wanted in expected])
     errors = [
         vector_norm(actual - wanted, dtype=torch.float64) for actual, wanted in zip(result, expected, strict=True)
     ]
-    least = 1e-6 * norms.max()  # beside the largest, such a tensor is rounding
-    return float((torch.stack(errors) / norms.clamp(min=least)).max())
+    return float((torch.stack(errors) / norms.clamp(min=negligible * norms.max())).max())

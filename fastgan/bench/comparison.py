@@ -2,7 +2,7 @@
 
 What is compared is how many times as fast as the baseline of its own run a variant is, so that a machine that drifts
 moves neither. A difference counts where the bands from 20 to 80 % of the two runs do not touch, or where memory at its
-peak changes by more than a hundredth.
+peak changes by more than a hundredth. What was measured then and cannot be measured now is the worst regression.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgan.bench.case import BASELINE
+from fastgan.bench.case import BASELINE, OPTIONAL
 from fastgan.bench.record import Results, listed, names
 
 REGRESSION, IMPROVEMENT = "REGRESSION", "improvement"
+SPEED_UP, GRAPH = "speed-up", "speed-up, CUDA graph"
+UNKNOWN = "not measured"  # by a version that no longer has it, for one
 MEMORY_NOISE = 0.01
 
 Quantiles = dict[str, float]
@@ -22,18 +24,21 @@ Quantiles = dict[str, float]
 
 @dataclass(frozen=True)
 class Change:
-    """One variant of one case, in two runs."""
+    """One variant of one case, in two runs; ``reason`` says why the second has none of it."""
 
     case: str
     variant: str
     what: str  # speed-up, its CUDA graph's, or peak MB
     old: Quantiles
-    new: Quantiles
+    new: Quantiles | None
     more_is_better: bool = True
     seconds: float | None = None  # new over old
+    reason: str = ""
 
     @property
     def verdict(self) -> str:
+        if self.new is None:
+            return REGRESSION
         if self.new["high"] < self.old["low"]:
             return REGRESSION if self.more_is_better else IMPROVEMENT
         if self.new["low"] > self.old["high"]:
@@ -69,25 +74,35 @@ def changes(old: Results, new: Results) -> list[Change]:
     before = {case["name"]: case["variants"] for case in old["cases"]}
     found = []
     for case in new["cases"]:
-        for variant, result in case["variants"].items():
-            earlier = before[case["name"]].get(variant)
-            if earlier is not None:
+        for variant, earlier in before[case["name"]].items():
+            result, reason = case["variants"].get(variant), case["left_out"].get(variant)
+            if result is not None:
                 found += _of_variant(case["name"], variant, earlier, result)
+            elif reason is not None or variant not in OPTIONAL:  # else nobody asked for it
+                found.append(_gone(case["name"], variant, SPEED_UP, earlier, reason))
     return found
 
 
 def _of_variant(case: str, variant: str, old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     seconds = new["seconds"]["median"] / old["seconds"]["median"]
+    graph, new_graph = (result.get("graph", {}) for result in (old, new))
     found = []
     if variant != BASELINE and "ratio" in old and "ratio" in new:
-        found.append(Change(case, variant, "speed-up", old["ratio"], new["ratio"], seconds=seconds))
-        before, now = (result.get("graph", {}).get("ratio") for result in (old, new))
-        if before is not None and now is not None:
-            found.append(Change(case, variant, "speed-up, CUDA graph", before, now))
+        found.append(Change(case, variant, SPEED_UP, old["ratio"], new["ratio"], seconds=seconds))
+        if "ratio" in graph and "ratio" in new_graph:
+            found.append(Change(case, variant, GRAPH, graph["ratio"], new_graph["ratio"]))
+    if "seconds" in graph and "seconds" not in new_graph:
+        found.append(_gone(case, variant, GRAPH, graph, new_graph.get("reason")))
     if "peak_bytes" in old and "peak_bytes" in new:
         before, now = (_band(result["peak_bytes"] / 1e6) for result in (old, new))
         found.append(Change(case, variant, "peak MB", before, now, more_is_better=False))
     return found
+
+
+def _gone(case: str, variant: str, what: str, old: dict[str, Any], reason: str | None) -> Change:
+    if "ratio" not in old:  # a run without its baseline
+        return Change(case, variant, what.replace(SPEED_UP, "seconds"), old["seconds"], None, reason=reason or UNKNOWN)
+    return Change(case, variant, what, old["ratio"], None, reason=reason or UNKNOWN)
 
 
 def _band(value: float) -> Quantiles:
@@ -103,10 +118,11 @@ def table(found: Sequence[Change]) -> str:
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
     for change in sorted(found, key=lambda change: order[change.verdict]):
-        old, new = change.old["median"], change.new["median"]
+        old, new = change.old["median"], None if change.new is None else change.new["median"]
+        now, share = ("none", "") if new is None else (f"{new:.3g}", f"{new / old:.2f}" if old else "")
         seconds = "" if change.seconds is None else f"{change.seconds:.2f}"
-        share = f"{new / old:.2f}" if old else ""
-        cells = [change.case, change.variant, change.what, f"{old:.3g}", f"{new:.3g}", share, seconds, change.verdict]
+        verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
+        cells = [change.case, change.variant, change.what, f"{old:.3g}", now, share, seconds, verdict]
         lines.append(f"| {' | '.join(cells)} |")
     counts = [sum(change.verdict == verdict for change in found) for verdict in (REGRESSION, IMPROVEMENT)]
     told = f"{counts[0]} regressions and {counts[1]} improvements beyond the noise of both runs"

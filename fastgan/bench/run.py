@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old = None
     if options.compare:
         old = record.load(options.compare)
-        only = [name for name in record.names(old) if fnmatch(name, options.case or "*")]
+        only = [name for name in record.names(old) if fnmatch(name, results["pattern"])]
         comparison.refuse_others(old, options.compare, results, only)
     try:
         measure.go_on(results, cases, device, path, minutes=options.minutes)
@@ -156,6 +156,7 @@ def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], to
     rounds = options.rounds or ROUNDS[suite]
     names = [case.name for case in chosen]
     results = measure.begin(suite, names, device, rounds, command=_command(options), optional=options.compile)
+    results["pattern"] = options.case or "*"
     return results, {case.name: case for case in chosen}, device, path
 
 
@@ -164,6 +165,7 @@ def _resumed(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], 
     results = record.load(path)
     if results["suite"] not in SUITES:
         raise ValueError(f"{path} is of suite {results['suite']}, which cannot be resumed: measure it again")
+    results.setdefault("pattern", "*")  # older files have none
     about = results["provenance"]
     device = choose_device(about["device_type"] if options.device == "auto" else options.device)
     if not options.threads:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import fastgan
 from fastgan.bench.case import COUNTS, Case, Make
-from fastgan.bench.steps import OBJECTIVES, PRECISIONS, d_step
+from fastgan.bench.steps import NEGLIGIBLE, OBJECTIVES, PRECISIONS, d_step
 
 BATCH = 16
 STEPS = {  # name -> objective
@@ -55,13 +55,15 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
         raise ValueError(f"{spec} returns an example input: --input and --batch are for a model without")
     if inputs and not isinstance(inputs[0], Tensor):
         raise ValueError(f"the example input of {spec} must begin with a tensor, got {type(inputs[0]).__name__}")
-    model = model.to(device).train().requires_grad_()
+    model = model.to(device).train()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.eval()  # two runs that draw differently cannot be compared
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is None:
         raise ValueError(f"{spec} returns a model without parameters: there is nothing to train")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{spec} returns a model whose parameters are all frozen: there is nothing to train")
     if shape is not None:
         inputs = (torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype),)
     first, *rest = (value.to(device) if isinstance(value, Tensor) else value for value in inputs)
@@ -91,15 +93,20 @@ def _function(spec: str) -> Any:
 
 def _try(spec: str, model: nn.Module, x: Tensor) -> None:
     shape = tuple(x.shape)
+    model, x = copy.deepcopy(model), x.detach()
     try:
-        logits = copy.deepcopy(model)(x.detach().requires_grad_())
+        logits = model(x.requires_grad_())
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"the model of {spec} cannot take an input of shape {shape}: {reason}") from None
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model of {spec} must return a tensor of logits, got {type(logits).__name__}")
-    if not logits.requires_grad:
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True) if logits.requires_grad else [None]
+    if gradients[0] is None:
         raise ValueError(f"the output of the model of {spec} does not depend on its input")
+    if all(g is None for g in gradients[1:]):
+        raise ValueError(f"the output of the model of {spec} depends on no parameter that is trained")
 
 
 def cases(model: nn.Module, real: Tensor) -> list[Case]:
@@ -125,6 +132,7 @@ def cases(model: nn.Module, real: Tensor) -> list[Case]:
             counted=COUNTS,
             family=title,
             sizes={"batch": len(real)},
+            negligible=NEGLIGIBLE,
         )
         for title, objective in STEPS.items()
     ]

@@ -72,6 +72,52 @@ def test_a_graphs_speed_is_compared_by_itself(pair):
 
 
 @pytest.mark.parametrize(
+    ("left_out", "reason"), [({"fastgan": "CUDA out of memory"}, "CUDA out of memory"), ({}, "not measured")]
+)
+def test_a_variant_that_can_no_longer_be_measured_is_a_regression(pair, left_out, reason):
+    old, new = pair
+    del new["cases"][0]["variants"]["fastgan"]
+    new["cases"][0]["left_out"] = left_out
+    assert verdicts(old, new) == {(CASE, "speed-up"): comparison.REGRESSION}
+    assert comparison.regressed(comparison.changes(old, new))
+    told = comparison.table(comparison.changes(old, new))
+    assert f"| {CASE} | fastgan | speed-up | 4 | none |  |  | REGRESSION: {reason}" in told
+    assert "1 regressions and 0 improvements" in told
+
+
+def test_a_baseline_that_can_no_longer_be_measured_is_a_regression(pair):
+    old, new = pair
+    variants = new["cases"][0]["variants"]
+    del variants["torch"]
+    for result in variants.values():
+        del result["ratio"]
+    new["cases"][0]["left_out"] = {"torch": "CUDA out of memory"}
+    assert verdicts(old, new) == {(CASE, "speed-up"): comparison.REGRESSION}
+    assert verdicts(new, old) == {}
+
+
+def test_a_compiled_baseline_is_missed_only_where_it_was_asked_for(pair):
+    old, new = pair
+    old["cases"][0]["variants"]["torch.compile"] = copy.deepcopy(old["cases"][0]["variants"]["fastgan"])
+    assert verdicts(old, new) == {}
+    new["cases"][0]["left_out"] = {"torch.compile": "InductorError: no compiler"}
+    assert verdicts(old, new) == {(CASE, "speed-up"): comparison.REGRESSION}
+
+
+@pytest.mark.parametrize("now", [{"graph": {"reason": "operation not permitted"}}, {}])
+@pytest.mark.parametrize("variant", ["torch", "fastgan"])
+def test_a_graph_that_can_no_longer_be_captured_is_a_regression(pair, variant, now):
+    old, new = pair
+    band = {"low": 5.0, "median": 5.0, "high": 5.0}
+    old["cases"][0]["variants"][variant]["graph"] = {"seconds": band, "ratio": band}
+    new["cases"][0]["variants"][variant] |= now
+    assert verdicts(old, new) == {(CASE, "speed-up, CUDA graph"): comparison.REGRESSION}
+    reason = now["graph"]["reason"] if now else "not measured"
+    assert f"| none |  |  | REGRESSION: {reason} |" in comparison.table(comparison.changes(old, new))
+    assert verdicts(new, old) == {}
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda new: new["provenance"].update(device="another"), "is of device .*, this is of another: they cannot be"),
@@ -103,6 +149,19 @@ def test_a_regression_is_told_first_and_is_the_exit_status(results, tmp_path, ca
     assert "2 regressions and 0 improvements" in told
     assert cli.main(["bench", "--resume", str(results), "--compare", str(results)]) == 0
     assert "0 regressions and 0 improvements" in capsys.readouterr().out
+
+
+def test_a_part_of_a_suite_is_compared_with_the_whole_after_it_was_resumed(results, tmp_path, capsys):
+    whole = load(results)
+    whole["cases"].append({**whole["cases"][0], "name": "norm/layer_norm/r1"})
+    before = tmp_path / "whole.json"
+    save(whole, before)
+    assert cli.main(["bench", "--resume", str(results), "--compare", str(before)]) == 0
+    assert "norm/layer_norm" not in capsys.readouterr().out
+    whole["cases"].append({**whole["cases"][0], "name": "norm/small/gone"})  # which the pattern asks for
+    save(whole, before)
+    assert cli.main(["bench", "--resume", str(results), "--compare", str(before)]) == 2
+    assert "other cases: here is not norm/small/gone" in capsys.readouterr().err
 
 
 def test_other_cases_are_refused_before_anything_is_measured(results, tmp_path, monkeypatch, capsys):

@@ -53,6 +53,60 @@ def test_fastgans_whole_step_gives_the_gradients_of_pytorchs(name, objective):
     check(name, objective)
 
 
+@pytest.mark.parametrize("parameter", ["bias", "weight"])
+def test_a_wrong_gradient_of_any_parameter_is_refused(parameter):
+    make, shape = SMALL["critic"]
+    right = OBJECTIVES["loss+r1"]
+
+    def fast(model, real, fake):
+        wrong = [p for name, p in model.named_parameters() if name.endswith(parameter)][-1]
+        return right.fast(model, real, fake) + (wrong - wrong.detach()).sum()  # of the same value
+
+    def setup(device, dtype):
+        batch = torch.randn(shape, device=device, dtype=dtype)
+        return d_step(seeded(make, device, dtype), batch, -batch, dataclasses.replace(right, fast=fast))
+
+    with pytest.raises(ArithmeticError, match="fastgan differs from torch by"):
+        prepare(dataclasses.replace(CASES["loss+r1/critic64-batch4"], setup=setup), CPU)
+
+
+@pytest.mark.parametrize("objective", ["wgan-gp", "loss+r1"])
+def test_every_parameters_gradient_is_compared_and_none_counts_as_zeros(objective):
+    make, _ = SMALL["critic"]
+    shapes = [(), *(p.shape for _, p in sorted(make().named_parameters()))]
+    assert any(len(shape) == 1 for shape in shapes)
+    for run in variants("critic", objective)[0].values():
+        result = run()
+        assert [t.shape for t in result] == shapes
+        biases = [t for t in result[1:] if t.ndim == 1]
+        assert all(bool(t.any()) == (objective == "loss+r1") for t in biases)
+
+
+def test_a_frozen_or_unused_parameter_is_no_obstacle_to_any_variant(monkeypatch):
+    class Model(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+            self.unused = nn.Linear(6, 1)
+            self[0].requires_grad_(False)
+
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is what is tested
+    for name in ("loss+r1", "d-step/wgan-gp"):
+        setup = lambda *_, name=name: batches(Model, (5, 6), name, CPU, torch.float32)  # noqa: E731
+        case = dataclasses.replace(CASES["loss+r1/critic64-batch4"], setup=setup)
+        runs, errors, left_out = prepare(case, CPU, optional=True)
+        assert left_out == {}
+        assert max(errors.values()) <= 1e-4
+        for run in runs.values():
+            _, *gradients = run()
+            assert [t.shape for t in gradients] == [(1,), (1, 8), (1,), (1, 6)]
+            assert gradients[1].any()
+            assert not gradients[2].any()
+            assert not gradients[3].any()
+
+
 def check(name, objective):
     runs, errors, _ = variants(name, objective, torch.float64)
     assert list(runs) == [BASELINE, "fastgan"]

@@ -54,6 +54,16 @@ pairs = lambda: (Pair(), torch.randn(4, 6))
 frozen = lambda: (nn.Flatten(), torch.randn(4, 6))
 deaf = lambda: (Deaf(), torch.randn(4, 6))
 
+detached = lambda: (Detached(), torch.randn(4, 6))
+all_frozen = lambda: (nn.Linear(6, 1).requires_grad_(False), torch.randn(4, 6))
+aside = lambda: (Aside(), torch.randn(4, 6))
+
+
+def partly_frozen():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+    model[0].requires_grad_(False)
+    return model, torch.randn(4, 6)
+
 
 class Pair(nn.Linear):
     def __init__(self):
@@ -66,6 +76,16 @@ class Pair(nn.Linear):
 class Deaf(Pair):
     def forward(self, x):
         return self.weight.detach().sum()
+
+
+class Detached(Deaf):
+    def forward(self, x):
+        return nn.Linear.forward(self, x.detach())
+
+
+class Aside(Deaf):
+    def forward(self, x):
+        return x.sum(1)
 """
 
 
@@ -107,6 +127,13 @@ def test_further_inputs_such_as_labels_are_the_examples(capsys):
     assert "| R1, 7x6 | fastgan |" in capsys.readouterr().out
 
 
+def test_what_the_user_froze_stays_frozen(capsys):
+    model, _ = user_model.load("my_module:partly_frozen", None, None, CPU)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["2.weight", "2.bias"]
+    assert bench("my_module:partly_frozen") == 0
+    assert "| WGAN-GP, 4x6 | fastgan |" in capsys.readouterr().out
+
+
 def test_the_models_of_all_variants_are_the_users_and_stay_apart():
     layer = spectral_norm(nn.Linear(6, 1))
     u = layer.parametrizations.weight[0]._u.clone()
@@ -132,6 +159,9 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         (["my_module:pairs"], "the model of my_module:pairs must return a tensor of logits, got tuple"),
         (["my_module:frozen"], "my_module:frozen returns a model without parameters: there is nothing to train"),
         (["my_module:deaf"], "the output of the model of my_module:deaf does not depend on its input"),
+        (["my_module:detached"], "the output of the model of my_module:detached does not depend on its input"),
+        (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
+        (["my_module:all_frozen"], "returns a model whose parameters are all frozen: there is nothing to train"),
         (["my_module:noisy"], "fastgan differs from torch by"),
         (["my_module:build", "--suite", "ops"], "--model is a suite of its own: leave out --suite and --case"),
     ],

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastgan.bench import discriminators
 from fastgan.bench.case import COUNTS, Case
-from fastgan.bench.steps import PRECISIONS, RELATIVISTIC, batches
+from fastgan.bench.steps import NEGLIGIBLE, PRECISIONS, RELATIVISTIC, batches
 
 _ANYWHERE, _ON_GPU = ("cpu", "cuda"), ("cuda",)
 
@@ -39,6 +39,7 @@ def step_case(
         counted=COUNTS,
         family=f"{objective}/{family.rstrip('-')}{suffix}",
         sizes=sizes,
+        negligible=NEGLIGIBLE,
     )
 
 

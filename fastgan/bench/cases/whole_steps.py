@@ -15,7 +15,7 @@ from torch import nn
 from fastgan.bench import discriminators, generators
 from fastgan.bench.case import COUNTS, Case, Make
 from fastgan.bench.cases.gradient_penalty import step_case
-from fastgan.bench.steps import PRECISIONS, RELATIVISTIC, g_step, seeded
+from fastgan.bench.steps import NEGLIGIBLE, PRECISIONS, RELATIVISTIC, g_step, seeded
 
 _ANYWHERE, _ON_GPU = ("cpu", "cuda"), ("cuda",)
 R1, R1_R2 = "d-step/r1", f"d-step/{RELATIVISTIC}"
@@ -45,6 +45,7 @@ def _g_step_case(
         counted=COUNTS,
         family=f"g-step/{family.rstrip('-')}",
         sizes={"pixels": pixels, "batch": batch},
+        negligible=NEGLIGIBLE,
     )
 
 
