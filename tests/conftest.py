@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton and fastgan are imported
 
+# It keeps PyTorch's functions as it finds them, so before `poisoned_memory`; and it imports Triton.
 import torch._dynamo
 
 
