@@ -1,4 +1,7 @@
-"""CUDA graphs: a whole step of the discriminator is captured, asks nothing of the host, and replays to the same."""
+"""CUDA graphs: a whole step of the discriminator is captured, asks nothing of the host, and replays to the same.
+
+What a replay is compared with is an eager step; that this is right is tested here without a GPU too.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def with_r1(discriminator, real, fake):
 
 
 def with_wgan_gp(discriminator, real, fake):
-    penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp")
-    return discriminator(fake).mean() - discriminator(real).mean() + 0 * penalty  # its points are drawn anew
+    penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp", weight=1.0)
+    return discriminator(fake).mean() - discriminator(real).mean() + penalty
 
 
 def relativistic(discriminator, real, fake):
@@ -54,6 +57,7 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
         optimizer.step()
         return value
 
+    torch.manual_seed(1)
     optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.05)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -72,6 +76,7 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
         graph.replay()
     torch.cuda.set_sync_debug_mode("default")
 
+    torch.manual_seed(1)  # replays draw on from where the warm-up ended, as eager steps do
     eager = torch.optim.SGD(twin.parameters(), lr=0.05)
     for _ in range(WARM_UP + REPLAYS):
         eager.zero_grad()
@@ -79,3 +84,56 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
     torch.testing.assert_close(captured, expected, rtol=1e-3, atol=1e-5)
     for actual, wanted in zip(discriminator.state_dict().values(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+
+
+def replayed(step):
+    """A function that replays `step`, which is called once and captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay():
+        graph.replay()
+        return [result.clone() for result in results]
+
+    return replay
+
+
+def wgan_gp(discriminator, real, fake, alpha):
+    """The penalty of Gulrajani et al. (2017) at the points that alpha names."""
+    x_hat = (alpha * real + (1 - alpha) * fake).requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(x_hat).sum(), x_hat, create_graph=True)
+    return 10 * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_each_call_of_a_wgan_gp_step_draws_its_points_anew_and_has_their_gradient(device):
+    discriminator = make_discriminator().to(device).eval()  # u and v stay: only the points change the penalty
+    parameters = list(discriminator.parameters())
+    real, fake = torch.randn(2, 4, *SHAPE, device=device)
+
+    def step():
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # for the comparison with float64
+            penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp")
+            return penalty.detach(), *torch.autograd.grad(penalty, parameters, materialize_grads=True)
+
+    call = replayed(step) if device == "cuda" else step
+    torch.manual_seed(2)
+    calls = [call() for _ in range(2)]
+    torch.manual_seed(2)
+    alphas = [torch.rand(4, 1, 1, 1, device=device) for _ in calls]
+
+    twin = copy.deepcopy(discriminator).double()
+    with fastgan.use_backend("reference"):
+        for (actual, *gradients), alpha in zip(calls, alphas, strict=True):
+            expected = wgan_gp(twin, real.double(), fake.double(), alpha.double())
+            wanted = torch.autograd.grad(expected, list(twin.parameters()), materialize_grads=True)
+            torch.testing.assert_close(actual.double(), expected.detach(), rtol=1e-4, atol=1e-6)
+            for gradient, right in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(gradient.double(), right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+    assert float(calls[0][0]) != pytest.approx(float(calls[1][0]), rel=1e-2)
