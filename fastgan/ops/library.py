@@ -41,6 +41,8 @@ def stored(tensor: Tensor) -> Tensor:
     Autograd has zeros that lie nowhere (the double backward of ``abs`` makes some), and PyTorch views whose signs are
     flipped when they are read.
     """
+    if torch.compiler.is_compiling():
+        return tensor  # whatever runs the graph stores them
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 

@@ -20,8 +20,9 @@ import torch
 from torch.nn.functional import normalize
 
 from fastgan import backends
+from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.spectral_norm import native_kernels, reference
-from fastgan.ops.spectral_norm.layout import accumulation_dtype, as_matrix, layout_of, split_saved
+from fastgan.ops.spectral_norm.layout import as_matrix, layout_of, split_saved
 
 ROOT = Path(__file__).parents[2]
 MODULE = "FASTGAN_EMULATED_MODULE"  # set in the process that runs the values under the sanitizers

@@ -101,7 +101,7 @@ class _Call(NamedTuple):
 
 def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: str) -> tuple[_Call, bool]:
     """And whether x is dense."""
-    dense = is_dense(x) and not x.is_neg()
+    dense = is_dense(x) and stored(x) is x
     like = x if dense else torch.empty_like(x, device="meta")  # the strides of its dense copy
     bias_dtype = None if bias is None else bias.dtype
     layout = layout_of(like, None if bias is None else dim)
