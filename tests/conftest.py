@@ -10,13 +10,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton and fastgan are imported
 
-# It keeps PyTorch's functions as it finds them, so before `poisoned_memory`; and it imports Triton.
-import torch._dynamo
+from torch._dynamo import trace_rules  # imports Triton
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every uninitialised floating tensor starts as NaN: an element that a kernel forgets to write shows."""
+    trace_rules.get_torch_obj_rule_map()  # Dynamo looks PyTorch's functions up once, and anew after init_process_group
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
