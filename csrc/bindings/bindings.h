@@ -17,6 +17,7 @@ namespace py = pybind11;
 Isa isa_of(const std::string& name);
 
 void bind_avg_pool(py::module_& m);
+void bind_conv_input_gradient(py::module_& m);
 void bind_minibatch_discrimination(py::module_& m);
 void bind_minibatch_stddev(py::module_& m);
 void bind_bias_act(py::module_& m);

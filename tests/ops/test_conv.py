@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from fastgan import ops
+from fastgan import backends, ops, use_backend
+from fastgan.ops.conv import native_kernels
 from tests.harness import assert_close
 
 # (function, input, weight, arguments): strides, dilation, groups, named and odd padding, one to three dimensions.
@@ -135,3 +136,86 @@ def test_piecewise_linear_functions_send_nothing_through_their_derivative(functi
     seen.clear()
     g.square().sum().backward()
     assert seen == []
+
+
+# Inputs of few channels: more and fewer columns than a vector has lanes, and all that a convolution's rows may do.
+NARROW = {
+    "1x1": ((2, 3, 40, 36), (40, 3, 1, 1), {}),
+    "3x3": ((2, 3, 33, 37), (20, 3, 3, 3), dict(padding=1)),
+    "halving": ((2, 1, 46, 70), (16, 1, 4, 4), dict(stride=2, padding=1)),
+    "few columns": ((3, 6, 24, 9), (32, 6, 3, 2), dict(stride=(1, 2))),
+    "rows left over": ((1, 3, 68, 68), (12, 3, 5, 3), dict(stride=3, padding=(4, 0), dilation=(2, 3))),
+    "kernel beyond stride": ((2, 2, 50, 50), (48, 2, 2, 2), dict(stride=(5, 4))),
+    "1d": ((4, 2, 600), (8, 2, 9), dict(stride=3, padding=4, dilation=2)),
+}
+
+
+@pytest.fixture
+def narrow_calls(monkeypatch):
+    """How often the kernel ran."""
+    calls = []
+    kernel = native_kernels.input_gradient
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(native_kernels, "input_gradient", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("shape", "weight", "options"), NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_gradient_of_an_input_of_few_channels_equals_pytorchs_in_float64(
+    shape, weight, options, threads, narrow_calls
+):
+    name = f"conv{len(shape) - 2}d"
+    x, w, b = operands(name, shape, weight, options, dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = orders(getattr(ops, name), (x, w, b), options)
+    finally:
+        torch.set_num_threads(before)
+    assert narrow_calls
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    for order, (result, expected) in enumerate(zip(actual, orders(getattr(F, name), exact, options), strict=True)):
+        assert_close(result, expected, order=min(order, 2))
+
+
+def orders(function, inputs, options):
+    """The input's gradient, and the gradients of a penalty of it by each that it depends on."""
+    y = function(*inputs, **options)
+    by = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).requires_grad_()
+    (grad,) = torch.autograd.grad(y, inputs[0], by, create_graph=True)
+    return [grad, *torch.autograd.grad(grad.square().sum(), [by, inputs[1]])]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_that_gradient(isa):
+    grad, weight, x = torch.randn(2, 16, 20, 21), torch.randn(16, 3, 4, 4), torch.empty(2, 3, 40, 42)
+    dimensions = [(40, 20, 4, 2, 1, 1), (42, 21, 4, 2, 1, 1)]
+    addresses = grad.data_ptr(), weight.data_ptr(), x.data_ptr()
+    try:
+        backends.native().conv_input_gradient(*addresses, 2, 3, 16, dimensions, 2, isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert_close(x, F.conv_transpose2d(grad.double(), weight.double(), stride=2, padding=1), order=1)
+
+
+@pytest.mark.parametrize("change", ["double", "channels_last", "reference", "groups", "small", "many channels"])
+def test_what_the_kernel_does_not_take_is_the_vendors(change, narrow_calls):
+    channels = 8 if change == "many channels" else 3
+    x = torch.randn(2, channels, 4 if change == "small" else 32, 32, requires_grad=True)
+    w = torch.randn(9, 1 if change == "groups" else channels, 3, 3)
+    if change == "double":
+        x, w = x.detach().double().requires_grad_(), w.double()
+    if change == "channels_last":
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    options = dict(padding=1, groups=3 if change == "groups" else 1)
+    with use_backend("reference" if change == "reference" else "auto"):
+        y = ops.conv2d(x, w, **options)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not narrow_calls
+    (expected,) = torch.autograd.grad(F.conv2d(x, w, **options).sum(), x)
+    assert_close(grad, expected.double(), order=1)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
-from fastgan.ops.conv.autograd import Geometry, convolve
+from fastgan.ops.conv.autograd import convolve
+from fastgan.ops.conv.geometry import Geometry
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 

@@ -1,7 +1,8 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
-The convolutions are the vendor's. PyTorch's own double backward returns a gradient for the input even where there is
-none (dense zeros, which then run back through the whole forward): two of the six forwards' work of a penalty.
+The convolutions are the vendor's, but for the gradient of an input of few channels on a CPU. PyTorch's own double
+backward returns a gradient for the input even where there is none (dense zeros, which then run back through the whole
+forward): two of the six forwards' work of a penalty.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
@@ -11,26 +12,17 @@ from the penalty back into the forward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgan.ops.conv import native_kernels
+from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.inputs_only import markable, needed
-from fastgan.ops.library import last_order
+from fastgan.ops.library import last_order, stored
 
 _MESSAGE = "convolution: the third derivative is not supported; torch.nn.functional has every order"
-
-
-class Geometry(NamedTuple):
-    """How a convolution slides, as ``aten::convolution`` takes it."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
 
 
 Mask = tuple[bool, bool, bool]
@@ -51,6 +43,9 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not any(mask):
         return None, None, None
+    if mask[0] and native_kernels.takes(grad, input, weight, geometry):
+        by_input = native_kernels.input_gradient(stored(grad), input.shape, stored(weight), geometry)
+        return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
     channels = grad.shape[1]
     grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry, mask)
     return grads[0], grads[1], grads[2]

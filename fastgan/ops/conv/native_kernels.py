@@ -1,0 +1,44 @@
+"""Calls into fastgan._native: the only place of this op where addresses are taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.library import is_eager
+
+_MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
+_LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+
+
+def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether `input_gradient` is the faster way to this gradient."""
+    return (
+        input.shape[1] <= _MOST_CHANNELS
+        and grad.device.type == "cpu"
+        and 3 <= grad.ndim <= 4
+        and grad.numel() >= _LEAST
+        and geometry.groups == 1
+        and not geometry.transposed
+        and grad.dtype == weight.dtype == torch.float32
+        and grad.is_contiguous()
+        and weight.is_contiguous()
+        and is_eager(grad)
+        and backends.forced() in ("auto", "cpu")
+        and backends.native() is not None
+    )
+
+
+def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
+    """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S') and weight (C_out, C_in, *K), one or two dimensions."""
+    result = grad.new_empty(shape)
+    sizes = (shape[2:], grad.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
+    dimensions = list(zip(*sizes, strict=True))
+    if len(dimensions) == 1:
+        dimensions.insert(0, (1, 1, 1, 1, 0, 1))
+    addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
+    channels = weight.shape[1], weight.shape[0]
+    backends.native().conv_input_gradient(*addresses, shape[0], *channels, dimensions, torch.get_num_threads())
+    return result
