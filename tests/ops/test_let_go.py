@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.bench.memory import peak_bytes, saved_bytes
 from fastgan.ops.gradient_penalty.let_go import may_let_go
-from fastgan.ops.inputs_only import inputs_only
+from fastgan.ops.gradient_penalty.paths import paths
 from tests.harness import assert_close
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, gradients, images
 
@@ -63,8 +63,8 @@ def taken(function):
     with fastgan.twice_differentiable():
         y = function(x)
     target = get_gradient_edge(x).node
-    with inputs_only([y], x) as path:
-        (g,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
+    path = paths([y], x)
+    (g,) = torch.autograd.grad(y, x, torch.randn_like(y).requires_grad_(), create_graph=True)
     seen, waiting = set(), [g.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -22,8 +22,8 @@ from fastgan.ops.bias_act.layout import (
     layout_of,
 )
 from fastgan.ops.bias_act.small import is_small
-from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.needed import needed
 
 # The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
 # given, which lie in memory in one order: that of the input.
@@ -158,7 +158,6 @@ class _Piecewise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(signs, inside)
         ctx.call = call
-        markable(ctx)
         return y
 
     @staticmethod
@@ -231,7 +230,6 @@ class _Smooth(torch.autograd.Function):
         else:
             ctx.save_for_backward(x, bias)
             ctx.call = call
-        markable(ctx)
         return y
 
     @staticmethod

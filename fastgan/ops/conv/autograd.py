@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastgan.ops.conv import native_kernels
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import last_order, stored
+from fastgan.ops.needed import needed
 
 _MESSAGE = "convolution: the third derivative is not supported; torch.nn.functional has every order"
 
@@ -59,7 +59,7 @@ class _Convolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight)
         ctx.geometry = geometry
-        markable(ctx)
+        ctx.bias_for_term = ctx.bias_term = None  # given a bias, the backward leaves <grad_i, bias> of each sample
         return _forward(input, weight, bias, geometry)
 
     @staticmethod

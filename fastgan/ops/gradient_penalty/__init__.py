@@ -13,9 +13,10 @@ from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise, points
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
+from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded, refuse_sharded_graph
-from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.library import untraced
+from fastgan.ops.needed import leave_unread
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -84,6 +85,7 @@ def gradient_penalty(
         with twice_differentiable():
             logits = discriminator(x, *args, **(kwargs or {}))
         penalty = _penalty(logits, x, kind, weight, ours=True)
+        leave_unread(x)
         total = penalty if total is None else total + penalty
     assert total is not None
     return total
@@ -119,13 +121,11 @@ def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *,
     connected = [output for output in outputs if output.requires_grad]
     grad: Tensor | None = None
     if connected:
-        with inputs_only(connected, inputs) as path:
-            refuse_sharded_graph(path)
-            keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
-            ones = [torch.ones_like(output) for output in connected]
-            (grad,) = torch.autograd.grad(
-                connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True
-            )
+        path = paths(connected, inputs)
+        refuse_sharded_graph(path)
+        keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
+        ones = [torch.ones_like(output) for output in connected]
+        (grad,) = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
     if grad is None:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     return penalise(kind, grad, 10.0 if weight is None else weight)
@@ -167,7 +167,9 @@ def logits_and_penalty(
     logits, x, tracer, reason = _traced(discriminator, inputs, args, kwargs)
     if reason is None:
         return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)
-    return logits, penalty_from_logits(logits, x, kind=kind, weight=weight)
+    penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
+    leave_unread(x)
+    return logits, penalty
 
 
 @untraced

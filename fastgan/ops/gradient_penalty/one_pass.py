@@ -22,8 +22,8 @@ from torch.autograd.graph import get_gradient_edge
 from fastgan.ops.gradient_penalty.eligibility import Tracer, leaves
 from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
+from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
-from fastgan.ops.inputs_only import inputs_only
 from fastgan.ops.library import last_order, untraced
 
 
@@ -36,16 +36,16 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
     others = [(edge, bias, dim) for edge, bias, dim in tracer.biases if not hasattr(edge.node, "bias_for_term")]
     for node, bias in convolutions:
         node.bias_for_term = bias
-    with inputs_only([logits], inputs) as path:
-        refuse_sharded_graph(path)
-        grad, *deltas = torch.autograd.grad(
-            [logits],
-            [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
-            [torch.ones_like(logits)],
-            retain_graph=not may_let_go(path, get_gradient_edge(inputs).node),
-            create_graph=True,
-            allow_unused=True,
-        )
+    path = paths([logits], inputs)
+    refuse_sharded_graph(path)
+    grad, *deltas = torch.autograd.grad(
+        [logits],
+        [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
+        [torch.ones_like(logits)],
+        retain_graph=not may_let_go(path, get_gradient_edge(inputs).node),
+        create_graph=True,
+        allow_unused=True,
+    )
     if grad is None:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     terms = [(grad * inputs.detach()).flatten(1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each

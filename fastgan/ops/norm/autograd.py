@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.inputs_only import markable, needed
 from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.needed import needed
 from fastgan.ops.norm import native_kernels
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
 
@@ -112,7 +112,6 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, statistics, weight)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.layout, ctx.backend = layout, backend
-        markable(ctx)
         return y
 
     @staticmethod
