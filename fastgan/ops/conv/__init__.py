@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
 
 
 def _tuple(size: Size, n: int) -> tuple[int, ...]:
-    sizes = (size,) if isinstance(size, int) else tuple(size)
+    sizes = tuple(size) if isinstance(size, Sequence) else (operator.index(size),)
     return sizes * n if len(sizes) == 1 else sizes
 
 
@@ -114,12 +115,13 @@ def _pad(
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The casts that autocast makes at a convolution, made before what the backward will keep."""
+    """The casts that autocast makes at a convolution, float64 left alone, made before what the backward will keep."""
     device = input.device.type
     if not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
+    return input, weight, bias
 
 
 conv1d, conv2d, conv3d = (_conv(n) for n in (1, 2, 3))
