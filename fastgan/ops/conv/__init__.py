@@ -115,13 +115,16 @@ def _pad(
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The casts that autocast makes at a convolution, float64 left alone, made before what the backward will keep."""
+    """The casts that autocast makes at a convolution, made before what the backward will keep."""
     device = input.device.type
     if not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, weight, bias))
-    return input, weight, bias
+    return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # autocast leaves float64 alone
 
 
 conv1d, conv2d, conv3d = (_conv(n) for n in (1, 2, 3))
