@@ -27,6 +27,7 @@ class Then(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 6, 4, 2, 1), nn.Linear(96, 1)
         self.modules_ = nn.ModuleDict(modules)
+        self.row = nn.Parameter(torch.randn(1, 96))
         self.offset = nn.Parameter(torch.randn(6, 1, 1))
         self.register_buffer("scale", torch.tensor(1.5))
         self.middle = middle
@@ -113,6 +114,10 @@ INELIGIBLE = {
     "part without gradients": (Then(lambda net, h: h + without_gradients(net, h)), "torch.no_grad()"),
     "in place without gradients": (Then(lambda net, h: in_place_without_gradients(net, h * 1)), "torch.no_grad()"),
     "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight is made from the input"),
+    "bias of two dimensions": (
+        Then(lambda net, h: F.linear(h.flatten(1), torch.eye(96, dtype=h.dtype), net.row)),
+        "linear",
+    ),
     "several logits": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)), "16 logits a sample"),
 }
 ELIGIBLE = {

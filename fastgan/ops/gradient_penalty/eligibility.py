@@ -165,7 +165,8 @@ def _nodes(output: Tensor) -> set[Node]:
 
 
 def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> bool:
-    return input in tracer and input.ndim > 1 and weight not in tracer and bias not in tracer
+    plain_bias = bias is None or (bias.ndim == 1 and bias not in tracer)  # a row of it a sample, linear would take
+    return input in tracer and input.ndim > 1 and weight not in tracer and plain_bias
 
 
 def _conv(n: int) -> Rule:
