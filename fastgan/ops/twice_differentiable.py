@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -40,10 +41,6 @@ def _unless_out(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callabl
         return ours(input) if out is None else theirs(input, out=out)
 
     return route
-
-
-def _in_place(ours: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda input: ours(input, inplace=True)
 
 
 def _batch_norm(
@@ -82,16 +79,16 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _of_numbers(norm.batch_norm, F.batch_norm),
     torch.batch_norm: _batch_norm,
     F.leaky_relu: activations.leaky_relu,
-    F.leaky_relu_: lambda x, slope=0.01: activations.leaky_relu(x, slope, inplace=True),
+    F.leaky_relu_: partial(activations.leaky_relu, inplace=True),
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), activations.relu),
-    **dict.fromkeys((F.relu_, torch.relu_, torch.Tensor.relu_), _in_place(activations.relu)),
+    **dict.fromkeys((F.relu_, torch.relu_, torch.Tensor.relu_), partial(activations.relu, inplace=True)),
     F.silu: activations.silu,
     F.gelu: activations.gelu,
     F.softplus: _unless_autocast(activations.softplus, F.softplus),
     **dict.fromkeys((torch.tanh, torch.Tensor.tanh), _unless_out(activations.tanh, torch.tanh)),
-    **dict.fromkeys((torch.tanh_, torch.Tensor.tanh_), _in_place(activations.tanh)),
+    **dict.fromkeys((torch.tanh_, torch.Tensor.tanh_), partial(activations.tanh, inplace=True)),
     **dict.fromkeys((torch.sigmoid, torch.Tensor.sigmoid), _unless_out(activations.sigmoid, torch.sigmoid)),
-    **dict.fromkeys((torch.sigmoid_, torch.Tensor.sigmoid_), _in_place(activations.sigmoid)),
+    **dict.fromkeys((torch.sigmoid_, torch.Tensor.sigmoid_), partial(activations.sigmoid, inplace=True)),
 }
 
 

@@ -150,6 +150,15 @@ def test_sizes_that_pytorch_refuses_are_refused_so(kernel):
             pool(x, kernel)
 
 
+@pytest.mark.parametrize("pool", ["avg_pool1d", "avg_pool2d", "avg_pool3d"])
+def test_under_autocast_the_result_is_of_pytorchs_dtype(pool):
+    x = torch.randn(2, 4, *[8] * int(pool[-2])).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = (getattr(module, pool)(x, 2) for module in (ops, F))
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+
+
 def test_a_backward_follows_its_forward(monkeypatch):
     x = torch.randn(2, 4, 32, 32, requires_grad=True)
     with backends.use_backend("reference"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -111,6 +112,18 @@ def test_autocast_computes_in_half_precision_as_pytorchs_does(dtype):
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_autocast_leaves_float64_alone():
+    x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.conv2d(x, w), F.conv2d(x, w))
+
+
+@pytest.mark.parametrize("stride", [(2,), [2, 2], np.int64(2), torch.Size((2, 2)), torch.tensor(2)], ids=repr)
+def test_sizes_are_given_in_the_forms_that_pytorch_takes(stride):
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    assert torch.equal(ops.conv2d(x, w, stride=stride), F.conv2d(x, w, stride=2))
 
 
 def test_what_is_not_batched_real_input_is_pytorchs_own():

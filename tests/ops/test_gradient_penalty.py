@@ -292,6 +292,7 @@ def test_twice_differentiable_reroutes_functions_modules_and_methods():
         "ReLU": lambda: nn.ReLU(inplace=True)(x * 1),
         "LeakyReLU": lambda: nn.LeakyReLU(0.1)(x),
         "F.leaky_relu_": lambda: F.leaky_relu_(x * 1),
+        "F.leaky_relu_ by name": lambda: F.leaky_relu_(input=x * 1, negative_slope=0.3),
         "AvgPool2d": lambda: nn.AvgPool2d(2)(x),
         "LayerNorm": lambda: nn.LayerNorm([3, 32, 32])(x),
         "GroupNorm": lambda: nn.GroupNorm(3, 3)(x),

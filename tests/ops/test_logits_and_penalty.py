@@ -27,6 +27,7 @@ class Then(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 6, 4, 2, 1), nn.Linear(96, 1)
         self.modules_ = nn.ModuleDict(modules)
+        self.row = nn.Parameter(torch.randn(1, 96))
         self.offset = nn.Parameter(torch.randn(6, 1, 1))
         self.register_buffer("scale", torch.tensor(1.5))
         self.middle = middle
@@ -61,6 +62,21 @@ class Filter(Hidden):
         return grad.sum(0)[None].expand(ctx.shape) / (n * h * w)
 
 
+def without_gradients(net, h):
+    with torch.no_grad():
+        return h * 2
+
+
+def in_place_without_gradients(net, h):
+    with torch.no_grad():
+        return F.leaky_relu_(h, 0.5)
+
+
+def unseen_tanh_(h):
+    with torch._C.DisableTorchFunction():
+        return h.tanh_()
+
+
 def attention(net, h):
     q = h.flatten(2).transpose(1, 2)
     return F.scaled_dot_product_attention(q, q, q)
@@ -92,9 +108,16 @@ INELIGIBLE = {
         Then(lambda net, h: F.conv2d(h, h[:, :, :1, :1].mean(0)[None].expand(6, -1, -1, -1))),
         "",
     ),
-    "custom function": (Then(lambda net, h: Hidden.apply(h)), "HiddenBackward"),
-    "custom function added": (Then(lambda net, h: h + Hidden.apply(h)), "HiddenBackward"),
+    "custom function": (Then(lambda net, h: Hidden.apply(h)), "a custom autograd.Function"),
+    "custom function added": (Then(lambda net, h: h + Hidden.apply(h)), "a custom autograd.Function"),
+    "in place where nobody looks": (Then(lambda net, h: unseen_tanh_(h * 1)), "TanhBackward0"),
+    "part without gradients": (Then(lambda net, h: h + without_gradients(net, h)), "torch.no_grad()"),
+    "in place without gradients": (Then(lambda net, h: in_place_without_gradients(net, h * 1)), "torch.no_grad()"),
     "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight is made from the input"),
+    "bias of two dimensions": (
+        Then(lambda net, h: F.linear(h.flatten(1), torch.eye(96, dtype=h.dtype), net.row)),
+        "linear",
+    ),
     "several logits": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)), "16 logits a sample"),
 }
 ELIGIBLE = {
@@ -253,6 +276,44 @@ def test_fused_spectral_norm_in_the_hook_form_and_accumulation_work():
     )
     assert fastgan.explain_penalty(discriminator.eval(), images()[0]) == "one pass"
     assert_exact(discriminator)
+
+
+def plain_loss(discriminator, x):
+    return by_autograd(discriminator, x, softplus, 10)[0]
+
+
+def one_pass_loss(discriminator, x):
+    assert fastgan.explain_penalty(discriminator, x) == "one pass"
+    logits, penalty = fastgan.logits_and_penalty(discriminator, x)
+    return softplus(logits) + penalty
+
+
+def test_weights_computed_once_for_several_calls_get_the_gradients_of_all():
+    norm = nn.utils.parametrizations.spectral_norm
+    discriminator = nn.Sequential(norm(nn.Conv2d(3, 4, 4, 2)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(36, 1)))
+    discriminator.double().eval()
+    real, fake = (x.double() for x in images())
+    results = []
+    for call in (one_pass_loss, plain_loss):
+        with nn.utils.parametrize.cached():
+            results.append(gradients(discriminator, call(discriminator, real) + call(discriminator, fake)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, order=0)
+
+
+def test_a_hook_on_a_parameter_sees_its_gradient_once():
+    discriminator, x = convolutional().double(), images()[0].double()
+    seen, results = [], []
+    for parameter in discriminator.parameters():
+        parameter.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    for call in (one_pass_loss, plain_loss):
+        discriminator.zero_grad()
+        call(discriminator, x).backward()
+        results.append([p.grad for p in discriminator.parameters()])
+        assert len(seen) == len(results[0])
+        seen.clear()
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, order=0)
 
 
 def test_its_gradient_cannot_be_differentiated_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
 
 
 def _tuple(size: Size, n: int) -> tuple[int, ...]:
-    sizes = (size,) if isinstance(size, int) else tuple(size)
+    sizes = tuple(size) if isinstance(size, Sequence) else (operator.index(size),)
     return sizes * n if len(sizes) == 1 else sizes
 
 
@@ -120,7 +121,11 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     if not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # autocast leaves float64 alone
 
 
 conv1d, conv2d, conv3d = (_conv(n) for n in (1, 2, 3))

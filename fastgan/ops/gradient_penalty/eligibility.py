@@ -30,9 +30,11 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.samples = len(inputs)
         self.reason: str | None = None
+        # What each layer was given that requires a gradient, and the view of it that the layer read instead.
+        self.parameters: list[tuple[Tensor, Tensor]] = []
         # Where a bias was added (before an activation in place), the bias, and the dimension that it runs along.
         self.biases: list[tuple[GradientEdge, Tensor, int]] = []
-        self._inputs, self._parameters = inputs, list[Tensor]()
+        self._inputs = inputs
         self._made = {id(inputs): ref(inputs)}  # weakly: an activation lives no longer than without us
 
     def __contains__(self, tensor: Any) -> bool:
@@ -51,31 +53,46 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # the sizes are nobody's business
             sizes = [len(t) for t in _tensors(args) if t in self]
             rule = _RULES.get(func)
-        result = func(*args, **kwargs)
+        result = self._layer(func, *args, **kwargs) if func in _LAYERS else func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             if rule is None or not rule(self, *args, **kwargs) or any(size != self.samples for size in sizes):
                 self.reason = f"{resolve_name(func) or func}, as it was called here"
+            elif not torch.is_grad_enabled():
+                self.reason = f"{resolve_name(func) or func}, called in torch.no_grad() or a custom autograd.Function"
             elif not isinstance(result, Tensor) or result.ndim == 0 or len(result) != self.samples:
                 self.reason = f"{resolve_name(func) or func} does not keep the samples apart"
             else:
                 self._made[id(result)] = ref(result)
-                if func in _LAYERS:
-                    self._note_layer(result, -1 if func is F.linear else 1, *args, **kwargs)
         return result
 
-    def _note_layer(
+    def _layer(
         self,
-        result: Tensor,
-        dim: int,
+        func: Callable[..., Any],
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         *rest: Any,
         **named: Any,
-    ) -> None:
-        self._parameters += [weight] if bias is None else [weight, bias]
-        if bias is not None and result.requires_grad:
-            self.biases.append((get_gradient_edge(result), bias, dim))
+    ) -> Any:
+        """The layer, reading its weight and bias through views of this graph alone.
+
+        The pass differentiates as far as these. What lies behind is left to whoever called backward, who may reach it
+        from elsewhere too and runs its hooks once.
+        """
+        with torch._C.DisableTorchFunction():
+            weight, bias = self._view(weight), self._view(bias)
+        result = func(input, weight, bias, *rest, **named)
+        with torch._C.DisableTorchFunction():
+            if bias is not None and result.requires_grad:
+                self.biases.append((get_gradient_edge(result), bias, -1 if func is F.linear else 1))
+        return result
+
+    def _view(self, parameter: Any) -> Any:
+        if not isinstance(parameter, Tensor) or not parameter.requires_grad:
+            return parameter
+        view = parameter.view_as(parameter)
+        self.parameters.append((parameter, view))
+        return view
 
     def judge(self, logits: Any) -> str | None:
         """Why one pass does not do, or None."""
@@ -85,7 +102,9 @@ class Tracer(TorchFunctionMode):
             return "the output is not one tensor made by torch functions from the input"
         if logits.numel() != self.samples:
             return f"the output has {logits.numel() // self.samples} logits a sample"
-        made = (p for p in self._parameters if p.grad_fn is not None)
+        if not self.parameters:
+            return "no weight or bias requires a gradient"
+        made = (p for p, _ in self.parameters if p.grad_fn is not None)
         if any(leaf is self._inputs for parameter in made for leaf in leaves(parameter)):
             return "a weight is made from the input"
         strange = {
@@ -146,7 +165,8 @@ def _nodes(output: Tensor) -> set[Node]:
 
 
 def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> bool:
-    return input in tracer and input.ndim > 1 and weight not in tracer and bias not in tracer
+    plain_bias = bias is None or (bias.ndim == 1 and bias not in tracer)  # a row of it a sample, linear would take
+    return input in tracer and input.ndim > 1 and weight not in tracer and plain_bias
 
 
 def _conv(n: int) -> Rule:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fastgan.ops.gradient_penalty.eligibility import Tracer, leaves
+from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.paths import paths
@@ -29,7 +29,6 @@ from fastgan.ops.library import last_order, untraced
 
 def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
     """logits and penalty, whose backward is the one pass. ``tracer`` has judged the forward that made ``logits``."""
-    parameters = [leaf for leaf in leaves(logits) if leaf is not inputs]
     convolutions: list[tuple[Any, Tensor]] = [
         (edge.node, bias) for edge, bias, _ in tracer.biases if hasattr(edge.node, "bias_for_term")
     ]
@@ -56,8 +55,9 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
             terms.append((delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1))
     affine = torch.stack(terms).sum(0)
     penalty = penalise(kind, grad, weight)
+    parameters, views = zip(*tracer.parameters, strict=True)
     results: tuple[Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
-        _Graph(affine, penalty), logits.detach(), penalty.detach(), *parameters
+        _Graph(affine, penalty, views), logits.detach(), penalty.detach(), *parameters
     )
     return results
 
@@ -69,8 +69,8 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 class _Graph:
     """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs."""
 
-    def __init__(self, affine: Tensor, penalty: Tensor) -> None:
-        self.affine, self.penalty = affine, penalty
+    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...]) -> None:
+        self.affine, self.penalty, self.views = affine, penalty, views
 
 
 class _OnePass(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _OnePass(torch.autograd.Function):
     @untraced
     def backward(ctx: Any, by_logits: Tensor | None, by_penalty: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
+        wanted = [view for view, needed in zip(ctx.graph.views, ctx.needs_input_grad[3:], strict=True) if needed]
         outputs, factors = [], []
         if by_logits is not None:
             outputs.append(ctx.graph.affine)

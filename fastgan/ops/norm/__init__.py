@@ -32,8 +32,8 @@ def layer_norm(
     """Normalise over the last dimensions: (x - mean) / sqrt(var + eps) * weight + bias, var without correction.
 
     As ``torch.nn.functional.layer_norm``. Sums are kept in float32 (float64 for float64 input); the same inputs give
-    the same bits. The result has the strides of the input; one that is neither contiguous nor channels_last goes
-    through a contiguous copy.
+    the same bits. The result of a channels_last input is channels_last, of any other contiguous; an input that is
+    neither is copied first.
 
     Args:
         input: (*, *normalized_shape), float16, bfloat16, float32 or float64.

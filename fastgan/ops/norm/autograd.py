@@ -11,7 +11,7 @@ from fastgan import backends
 from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
 from fastgan.ops.needed import needed
 from fastgan.ops.norm import native_kernels
-from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
+from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, channels_last
 
 # All write into tensors that they are given: an operator cannot return a tensor that may be absent.
 LIBRARY.define(
@@ -105,7 +105,9 @@ class _Norm(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> Tensor:
-        y = torch.empty_like(x)
+        # Else contiguous, as PyTorch's: what follows may be a view.
+        kept = layout.channels_last and channels_last(x)
+        y = torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
         run: Any = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
         run(x, weight, bias, y, statistics, layout, eps, backend)
         ctx.set_materialize_grads(False)

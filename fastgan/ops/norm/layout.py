@@ -44,7 +44,7 @@ def of_batch(x: Tensor) -> Layout:
 
 
 def channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x.ndim in (4, 5) and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 class Forward(NamedTuple):

@@ -91,6 +91,8 @@ def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding
     if not plainly or backends.in_transform():
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
+    if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # in float32, by PyTorch's list
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
     kernel, step, pad = (_sizes(n, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
     window = _Window(kernel, step, pad, *rest)
     pooled: Tensor = _Pool.apply(input, window, _is_tiled(input, window))  # type: ignore[no-untyped-call]
