@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def train(arguments: Sequence[str]) -> int:
     if number is None:
         print(f"{config.folder / 'report.html'}")
         return 0
-    again = f"fastgan train {config.dataset} --name {config.name} --runs {config.runs} --resume"
+    again = shlex.join(
+        ["fastgan", "train", config.dataset, "--name", config.name, "--runs", str(config.runs), "--resume"]
+    )
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
     return 128 + number
 
@@ -72,6 +75,8 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         return config
     # The run's own settings are the defaults now, so that a flag that was given still shows as a change.
     saved = TrainConfig.load(config.folder / "config.json")
+    if config.dataset != saved.dataset:
+        raise ValueError(f"{config.folder} is a run of {saved.dataset}, not of {config.dataset}")
     saved = dataclasses.replace(saved, runs=config.runs)  # the folder may have moved since
     return parse({name: (help_text, saved) for name, (help_text, _) in PRESETS.items()})
 
@@ -103,7 +108,8 @@ def tune(arguments: Sequence[str]) -> int:
         args=list(arguments),
     )
     best = run(config)
-    print(f"{config.out / 'trials.md'}\nfastgan train {best.dataset} --config {config.out / 'best.json'}")
+    then = shlex.join(["fastgan", "train", best.dataset, "--config", str(config.out / "best.json")])
+    print(f"{config.out / 'trials.md'}\n{then}")
     return 0
 
 

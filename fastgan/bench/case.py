@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -80,7 +81,7 @@ def prepare(
     """The variants of a case, their errors relative to BASELINE, and why others are left out.
 
     Raises:
-        ArithmeticError: a variant's result is not BASELINE's. Nothing wrong is timed.
+        ArithmeticError: a variant's result is not BASELINE's, or that is not finite. Nothing wrong is timed.
     """
     variants: dict[str, Run] = {}
     against = BASELINE
@@ -107,6 +108,8 @@ def prepare(
             if not expected:
                 expected, against = result, name
             variants[name], errors[name] = run, _error(result, expected, case.negligible)
+            if name == against and math.isnan(errors[name]):
+                raise FloatingPointError(f"{case.name}: {name} gives numbers that are not finite")
             if not errors[name] <= case.tolerance:  # NaN is wrong too
                 raise ArithmeticError(
                     f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -58,12 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         measure.go_on(results, cases, device, path, minutes=options.minutes)
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: fastgan bench --resume {path}", file=sys.stderr)
+        print(f"\nstopped; go on with: {shlex.join(['fastgan', 'bench', '--resume', str(path)])}", file=sys.stderr)
         return INTERRUPTED
     except ArithmeticError as error:
         if not options.model:
             raise
-        raise ValueError(f"{error}; a model that draws random numbers cannot be compared") from None
+        drawn = (
+            "" if isinstance(error, FloatingPointError) else "; a model that draws random numbers cannot be compared"
+        )
+        raise ValueError(f"{error}{drawn}") from None
     print(report.table(results))
     print(f"\n{path}")
     if options.report is not None:
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, help=f"samples of each variant (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add("--compile", action="store_true", help="time torch.compile of the baseline too; it takes minutes")
-    add("--minutes", type=float, metavar="M", help="begin no case later than that; --resume runs the others")
+    add("--minutes", type=_minutes, metavar="M", help="begin no case later than that; --resume runs the others")
     add(
         "--report",
         type=Path,
@@ -121,6 +125,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 import fastgan
 from fastgan.bench.case import COUNTS, Case, Make
@@ -93,7 +94,8 @@ def _function(spec: str) -> Any:
 
 def _try(spec: str, model: nn.Module, x: Tensor) -> None:
     shape = tuple(x.shape)
-    model, x = copy.deepcopy(model), x.detach()
+    lazy = any(is_lazy(p) for p in model.parameters())
+    model, x = model if lazy else copy.deepcopy(model), x.detach()  # a first forward makes a lazy one's parameters
     try:
         logits = model(x.requires_grad_())
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -34,8 +35,9 @@ def convert(model: nn.Module) -> Report:
     ==================================== ==========================================================================
 
     What is not PyTorch's own is replaced only if a copy of it and ours give the same values and derivatives up to the
-    second on random inputs; the report then says how far they differ. Convolutions, activations and norms stay modules
-    of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls.
+    second on random inputs; the report then says how far they differ. Called otherwise than it was compared (further
+    arguments, other dimensions, settings changed since), such a layer computes as it did. Convolutions, activations and
+    norms stay modules of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls.
 
     One thing is made right on the way, and the report says where: a wrapper with weight_bar overwrites u and v in each
     forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
@@ -61,6 +63,8 @@ def convert(model: nn.Module) -> Report:
         name = parametrize.type_before_parametrizations(module).__name__
         if is_converted(module):
             outcome: tuple[str | None, str] | None = None, "converted already"
+        elif isinstance(module, torch.jit.ScriptModule):
+            outcome = None, "compiled by TorchScript"
         else:
             found = by_torch.get(module) or spectral_norm.convert(module) or minibatch.convert(module)
             outcome = found or _left_alone(module)

@@ -28,12 +28,17 @@ _NUM_CHANNELS = ("num_channels", "num_new_features", "stddev_feat", "mbstd_num_c
 _EPS = (1e-8, 1e-6, 1e-10, 1e-7, 1e-5, 1e-12, 1e-4)
 
 
-class _Stddev(Replacement):
+class _OfOneTensor(Replacement):
+    def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
+        return len(args) == 1 and args[0].ndim == self._fastgan["ndim"] and super().is_as_compared(*args, **kwargs)
+
+
+class _Stddev(_OfOneTensor):
     def replacement(self: Any, x: Tensor) -> Tensor:
-        return ops.minibatch_stddev(x, **self._fastgan)
+        return ops.minibatch_stddev(x, **self._fastgan["settings"])
 
 
-class _Discrimination(Replacement):
+class _Discrimination(_OfOneTensor):
     def replacement(self: Any, x: Tensor) -> Tensor:
         _, kernels, dim = self.T.shape
         activations = (x @ self.T.flatten(1)).view(-1, kernels, dim)  # (N, B, C)
@@ -75,7 +80,7 @@ def _convert_stddev(module: nn.Module) -> Outcome:
             if failure:
                 reason = f"could not be compared: {failure}"
             elif error <= TOLERANCE:
-                become(module, _Stddev, "forward", **settings)
+                become(module, _Stddev, "forward", ndim=4, settings=settings)
                 return "minibatch_stddev", f"equal to {error:.0e}, to the second order: {settings}"
             else:
                 reason = "another statistic (groups, variance, eps or remainder)"
@@ -90,14 +95,17 @@ def _declared(module: nn.Module, names: tuple[str, ...]) -> list[int | None]:
 def _eps_of(module: nn.Module, group_size: int | None, num_channels: int) -> float:
     """The square of what equal samples give."""
     channels = 3 * num_channels
-    x = torch.zeros(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64, device="cpu")
-    squared = float(double(module).forward(x)[:, channels:].square().max())
+    x = torch.ones(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64, device="cpu")
+    y = double(module).train().forward(x)
+    if not torch.equal(y[:, :channels], x):
+        raise ValueError("its statistics do not follow its input")
+    squared = float(y[:, channels:].square().max())
     return next((eps for eps in _EPS if abs(squared - eps) < 1e-4 * eps), squared)
 
 
 def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
     theirs, ours = double(module), double(module)
-    become(ours, _Stddev, "forward", **settings)
+    become(ours, _Stddev, "forward", ndim=4, settings=settings)
     size = settings["group_size"] or 4
     channels = 3 * settings["num_channels"]
     batches = [(2 * size, (4, 4)), (2 * size, (3, 5)), (3 * size, (4, 4)), (1, (4, 4))]
@@ -109,8 +117,12 @@ def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
             x = (scale * randn(samples, channels, *positions)).requires_grad_()
 
             def results(layer: nn.Module, x: Tensor = x) -> list[Tensor]:
-                y = layer.forward(x)
-                return [y[:, :channels].detach(), *derivatives(lambda x: layer.forward(x)[:, channels:], x)]
+                found: list[Tensor] = []
+                for training in (True, False):
+                    y = layer.train(training).forward(x)
+                    found.append(y[:, :channels].detach())
+                    found += derivatives(lambda x: layer.forward(x)[:, channels:], x)
+                return found
 
             expected, failure = outcome(partial(results, theirs))
             if failure is None:
@@ -123,13 +135,17 @@ def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
 def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
     if len(list(module.parameters())) > 1 or any(True for _ in module.buffers()):
         return None, "minibatch discrimination with other tensors than T"
-    x = randn(7, T.shape[0]) / T.shape[0] ** 0.5 / max(float(T.detach().abs().max()), 1e-6)
+    features, _, dim = T.shape
+    x, values = randn(7, features), randn(*T.shape, seed=1) / (features**0.5 * dim)
 
-    def results(layer: nn.Module) -> list[Tensor]:
-        features = T.shape[0]
-        y = layer.forward(x)
-        operands = x.clone().requires_grad_(), next(layer.parameters())
-        return [y[:, :features].detach(), *derivatives(lambda x, _: layer.forward(x)[:, features:], *operands)]
+    def results(layer: Any) -> list[Tensor]:
+        layer.T.data = values.clone()
+        operands = x.clone().requires_grad_(), layer.T.requires_grad_()
+        found: list[Tensor] = []
+        for training in (True, False):
+            found.append(layer.train(training).forward(x)[:, :features].detach())
+            found += derivatives(lambda x, _: layer.forward(x)[:, features:], *operands)
+        return found
 
     expected, failure = outcome(lambda: results(double(module)))
     if failure:
@@ -137,10 +153,10 @@ def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
     least = math.inf
     for exclude_self, mean in product((True, False), (False, True)):
         ours = double(module)
-        become(ours, _Discrimination, "forward", exclude_self=exclude_self, mean=mean)
+        become(ours, _Discrimination, "forward", ndim=2, exclude_self=exclude_self, mean=mean)
         error = difference(results(ours), expected)
         if error <= TOLERANCE:
-            become(module, _Discrimination, "forward", exclude_self=exclude_self, mean=mean)
+            become(module, _Discrimination, "forward", ndim=2, exclude_self=exclude_self, mean=mean)
             settings = f"exclude_self={exclude_self}" + (", divided by N - 1" if mean else "")
             return "minibatch_discrimination", f"equal to {error:.0e}, to the second order: {settings}"
         least = min(least, error)

@@ -14,16 +14,30 @@ class Replacement:
     """What a converted module's class is made of: this, before the class that the module had.
 
     ``replacement`` takes the place of one method or property of that class. It finds what it needs to know in
-    ``self._fastgan``, a dictionary.
+    ``self._fastgan``, a dictionary. It was compared with one kind of call, on the layer's attributes as they were then:
+    any other call is for the class's own code.
     """
 
     replacement: Any
 
+    def is_as_compared(self, *args: Any, **kwargs: Any) -> bool:
+        own = self.__dict__
+        return not kwargs and all(own.get(name) == value for name, value in own[_SETTINGS]["attributes"].items())
+
 
 def become(module: nn.Module, mixin: type[Replacement], attribute: str, **settings: Any) -> None:
     """Let ``mixin.replacement`` be the module's ``attribute``."""
-    module.__dict__[_SETTINGS] = settings
+    module.__dict__[_SETTINGS] = {"attributes": _plain_attributes(module), **settings}
     module.__class__ = _class(type(module), mixin, attribute)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers and the like, which whoever has the layer may change between two calls."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -48,7 +62,12 @@ def _class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> t
 
 def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> type[nn.Module]:
     there = getattr(base, attribute)
-    replacement = property(mixin.replacement) if isinstance(there, property) else mixin.replacement
+    own: Any = there.fget if isinstance(there, property) else there
+
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (mixin.replacement if self.is_as_compared(*args, **kwargs) else own)(self, *args, **kwargs)
+
+    replacement = property(chosen) if isinstance(there, property) else chosen
     # Under the name of its base: whoever looks for a layer by name finds it still.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     made_from = {"_fastgan_made_from": (base, mixin, attribute)}

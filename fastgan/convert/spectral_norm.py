@@ -113,6 +113,7 @@ def _convert_method(module: Any, u: str, sigma: str) -> Outcome:
             found = getattr(copied, attribute)
             return cast(Tensor, found() if callable(found) else found)
 
+        copied.weight.requires_grad_()
         getattr(copied, u).copy_(randn(1, weight.shape[0]))
         found: list[Tensor] = []
         for training in (True, True, False):
@@ -164,6 +165,7 @@ def _convert_wrapper(module: Any) -> Outcome:
             getattr(copied, attribute)()
             return cast(Tensor, getattr(child, copied.name))
 
+        weight.requires_grad_()
         with torch.no_grad():
             for i, vector in enumerate((u, v)):
                 vector.copy_(nn.functional.normalize(randn(*vector.shape, seed=i), dim=0))

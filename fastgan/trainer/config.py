@@ -144,8 +144,10 @@ class TrainConfig:
         try:
             return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise RunFolderError(f"{path.parent} holds no run to resume") from None
-        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path.parent} holds no run") from None
+        except KeyError as error:
+            raise RunFolderError(f"{path} is not a configuration: it has no {error}") from error
+        except (ValueError, TypeError) as error:
             raise RunFolderError(f"{path} is not a configuration: {error}") from error
 
 

@@ -24,14 +24,16 @@ def export(config: ExportConfig) -> Path:
     Raises:
         RunFolderError: the folder holds no run.
         CheckpointError: it holds no whole checkpoint.
+        OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     settings = TrainConfig.load(config.run / "config.json").to_json()
     state, _ = checkpoint.load_newest(config.run / "checkpoints")
     weights = {name: tensor.contiguous().clone() for name, tensor in state["gan"]["ema"]["module"].items()}
     path = config.out or config.run / "generator.safetensors"
     partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, {"format": "pt", "step": str(state["step"]), "config": json.dumps(settings)})
+    metadata = {"format": "pt", "step": str(state["step"]), "config": json.dumps(settings)}
+    partial.write_bytes(save(weights, metadata))  # save_file has errors of its own kind
     partial.replace(path)
     return path

@@ -168,6 +168,13 @@ def test_a_run_has_at_least_one_round(capsys):
     assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("minutes", ["-1", "nan"])
+def test_minutes_are_no_less_than_none(minutes, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--minutes", minutes])
+    assert f"must not be negative, got {minutes}" in capsys.readouterr().err
+
+
 def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(provenance, "cpu_name", lambda: "Some(R) CPU @ 2.0GHz")

@@ -47,6 +47,15 @@ def noisy():
     return Noisy(6, 1), torch.randn(4, 6)
 
 
+lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
+
+
+def not_finite():
+    model = nn.Linear(6, 1)
+    nn.init.constant_(model.weight, float("nan"))
+    return model, torch.randn(4, 6)
+
+
 number = 3
 integer = lambda: 3
 words = lambda: (nn.Linear(6, 1), "six")
@@ -163,6 +172,7 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
         (["my_module:all_frozen"], "returns a model whose parameters are all frozen: there is nothing to train"),
         (["my_module:noisy"], "fastgan differs from torch by"),
+        (["my_module:not_finite"], "torch gives numbers that are not finite"),
         (["my_module:build", "--suite", "ops"], "--model is a suite of its own: leave out --suite and --case"),
     ],
 )
@@ -173,6 +183,12 @@ def test_a_model_that_cannot_be_benched_is_refused_in_one_line(arguments, messag
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in error
+
+
+def test_a_lazy_model_is_timed_with_the_parameters_that_its_first_forward_makes(capsys):
+    assert bench("my_module:lazy", "--input", "3,8,8", "--batch", "2", "--minutes", "0") == 0
+    model, _ = user_model.load("my_module:lazy", (3, 8, 8), 2, CPU)
+    assert [tuple(p.shape) for p in model.parameters()] == [(1, 192), (1,)]
 
 
 def test_a_shape_is_numbers_between_commas(capsys):

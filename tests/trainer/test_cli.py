@@ -79,6 +79,23 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert (saved["steps"], saved["model"]["width"]) == (5, 8)
     assert cli.main(["train", "ring8", "--resume", "--width", "9"]) == 2
     assert "width: 8 -> 9" in capsys.readouterr().err
+    assert cli.main(["train", "grid25", "--name", "ring8", "--resume"]) == 2
+    assert capsys.readouterr().err == "fastgan: runs/ring8 is a run of ring8, not of grid25\n"
+
+
+def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):
+    Path("half.json").write_text('{"dataset": "ring8"}')
+    assert cli.main(["train", "--config", "half.json"]) == 2
+    assert capsys.readouterr().err == "fastgan: half.json is not a configuration: it has no 'runs'\n"
+
+
+def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    assert cli.main(RING) == 0
+    assert cli.main(["export", "runs/ring8", "--out", "nowhere/generator.safetensors"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastgan: ")
+    assert "nowhere" in error
 
 
 def test_missing_data_is_one_line_without_a_traceback(in_tmp_path, capsys):
@@ -92,6 +109,8 @@ def test_an_interrupted_run_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", lambda trainer: 2)
     assert cli.main(RING) == 130
     assert "fastgan train ring8 --name ring8 --runs runs --resume" in capsys.readouterr().out
+    assert cli.main([*RING, "--name", "two words"]) == 130
+    assert "--name 'two words' --runs runs --resume" in capsys.readouterr().out
 
 
 WITHOUT_PACKAGES = """

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
@@ -12,13 +13,13 @@ from fontTools.ttLib import newTable
 from fontTools.ttLib.tables.BitmapGlyphMetrics import SmallGlyphMetrics
 from fontTools.ttLib.tables.C_B_D_T_ import cbdt_bitmap_format_17
 from fontTools.ttLib.tables.E_B_L_C_ import SbitLineMetrics, Strike, eblc_index_sub_table_1
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from fastgan import cli
 from fastgan.trainer.data import Images, load_source
 from fastgan.trainer.emoji import find_emoji, read_emoji
 from fastgan.trainer.errors import DataError
-from fastgan.trainer.image_folder import read_folder
+from fastgan.trainer.image_folder import open_image, read_folder, square
 
 CPU = torch.device("cpu")
 COLOURS = ["red", "lime", "blue", "white"]
@@ -63,6 +64,30 @@ def test_the_middle_of_a_long_picture_is_kept_and_transparency_becomes_white(tmp
     images, _ = read_folder(tmp_path / "p", 32)
     assert means(images) == [[0, 0, 1], [1, 1, 1]]
     assert (images[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_as_the_camera_was_held(tmp_path, orientation):
+    corners = Image.new("RGB", (16, 16))
+    for i, place in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+        corners.paste((60 * (i + 1),) * 3, (*place, place[0] + 8, place[1] + 8))
+    exif = corners.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    corners.save(tmp_path / "a.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))[4::8, 4::8, 0]
+    assert (square(open_image(tmp_path / "a.png"), 16)[0, 4::8, 4::8] == expected).all()
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    shades = np.array([0, 257 * 40, 257 * 200, 65535], np.uint16).repeat(16)[:, None].repeat(64, 1)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    assert square(open_image(tmp_path / "a.png"), 64)[:, 8::16, 32].tolist() == [[0, 40, 200, 255]] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_is_no_reason_to_leave_a_picture_out(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12")
+    assert square(open_image(tmp_path / "a.jpg"), 8).shape == (3, 8, 8)
 
 
 def test_a_second_reading_is_mapped_from_the_cache_until_a_file_changes(folder, monkeypatch):

@@ -164,7 +164,7 @@ class TestRunFolder:
             Trainer(dataclasses.replace(config, seed=7, optim=dataclasses.replace(config.optim, d_lr=0.1), resume=True))
 
     def test_resume_without_a_run_is_an_error(self, config):
-        with pytest.raises(RunFolderError, match="no run to resume"):
+        with pytest.raises(RunFolderError, match="holds no run"):
             Trainer(dataclasses.replace(config, resume=True))
 
     def test_a_run_that_cannot_start_leaves_no_folder(self, config, tmp_path):

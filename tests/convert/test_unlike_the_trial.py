@@ -1,0 +1,127 @@
+"""Calls, modes and modules unlike those that a replacement was compared in: they do what they did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from tests.convert.stand_ins import IMAGES, BigConv, BigLinear, Discrimination, MinibatchStdLayer
+from tests.harness import assert_close
+
+
+class MinibatchStdOfAnyEps(nn.Module):
+    def forward(self, x, eps=1e-8):
+        y = (x.var(0, unbiased=False) + eps).sqrt().mean().expand(len(x), 1, *x.shape[2:])
+        return torch.cat([x, y], 1)
+
+
+class DiscriminationOfImages(Discrimination):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def test_a_call_that_was_not_compared_is_the_layers_own():
+    layer, images = MinibatchStdOfAnyEps(), DiscriminationOfImages(192, 4, 3)
+    for module, args, kwargs in (
+        (layer, [IMAGES], {"eps": 0.1}),
+        (layer, [IMAGES, 0.1], {}),
+        (layer, [IMAGES.flatten(1)], {}),
+        (images, [IMAGES], {}),
+    ):
+        converted = copy.deepcopy(module)
+        assert fastgan.convert(converted).replaced
+        assert torch.equal(converted(*args, **kwargs), module(*args, **kwargs))
+
+
+def test_an_attribute_changed_afterwards_counts():
+    stddev, conv = MinibatchStdLayer(4), BigConv(3, 5, 3)
+    for module, name, value in ((stddev, "group_size", 2), (conv, "iterations_", 5)):
+        converted = copy.deepcopy(module)
+        assert fastgan.convert(converted).replaced
+        setattr(module, name, value)
+        setattr(converted, name, value)
+        assert torch.equal(converted(IMAGES), module(IMAGES))
+
+
+class MinibatchStdInTrainingAlone(MinibatchStdLayer):
+    def forward(self, x):
+        return super().forward(x) if self.training else F.pad(x, (0, 0, 0, 0, 0, 1))
+
+
+class DiscriminationInTrainingAlone(Discrimination):
+    def closeness(self, distances):
+        return super().closeness(distances) * (1.0 if self.training else 0.5)
+
+
+@pytest.mark.parametrize("layer", [MinibatchStdInTrainingAlone(4), DiscriminationInTrainingAlone(6, 4, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_evaluates_another_way_is_left_alone(layer, training):
+    (row,) = fastgan.convert(layer.train(training)).rows
+    assert row.replaced_by is None
+    assert "another" in row.reason
+
+
+class SquaredDiscrimination(Discrimination):
+    def closeness(self, distances):
+        return torch.exp(-distances.square()).sum(0) - 1
+
+
+def test_what_a_layer_computes_is_not_judged_by_the_values_of_its_parameters():
+    for kind, replaced_by in ((Discrimination, "minibatch_discrimination"), (SquaredDiscrimination, None)):
+        for value in (0.0, 1e3, float("nan")):
+            layer = kind(6, 4, 3)
+            nn.init.constant_(layer.T, value)
+            assert fastgan.convert(layer).rows[0].replaced_by == replaced_by
+
+
+def test_frozen_layers_are_replaced_and_stay_frozen():
+    for layer, x in ((BigConv(3, 5, 3), IMAGES), (Discrimination(6, 4, 3), torch.randn(8, 6))):
+        layer.requires_grad_(False)
+        original = copy.deepcopy(layer)
+        assert fastgan.convert(layer).replaced
+        assert not any(p.requires_grad for p in layer.parameters())
+        assert_close(layer(x), original(x).double(), order=0)
+
+
+def test_modules_that_cannot_be_tried_are_listed_with_the_reason():
+    model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 3)), Discrimination(6, 4, 3).to("meta"))
+    compiled, without_data = fastgan.convert(model).rows
+    assert (compiled.replaced_by, compiled.reason) == (None, "compiled by TorchScript")
+    assert without_data.replaced_by is None
+    assert "could not be tried" in without_data.reason
+
+
+class MinibatchStdInFront(nn.Module):
+    def forward(self, x):
+        return MinibatchStdLayer(4)(x).roll(1, 1)
+
+
+def test_statistics_that_are_put_elsewhere_are_told():
+    (row,) = fastgan.convert(MinibatchStdInFront()).rows
+    assert (row.replaced_by, "its statistics do not follow its input" in row.reason) == (None, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_takes_sums_that_cancel_for_rounding(dtype):
+    # Batch norm takes the mean away, and with it the gradient of the bias before it.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), BigLinear(288, 1)).to(dtype)
+    verification = fastgan.convert(model).verify(IMAGES.to(dtype))
+    assert verification.equal, str(verification)
+
+
+def test_verify_sees_a_small_error_beside_sums_that_cancel(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(BigConv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), BigLinear(288, 1))
+    report = fastgan.convert(model)
+    right = fastgan.ops.spectral_norm
+    wrong = lambda *a, **k: [1.001 * w if len(w) == 1 else w for w in right(*a, **k)]  # noqa: E731
+    monkeypatch.setattr(fastgan.ops, "spectral_norm", wrong)
+    verification = report.verify(IMAGES)
+    errors = {d.kind: d.error / d.allowed for d in verification.differences}
+    assert min(errors["output"], errors["gradient"]) > 5, str(verification)
