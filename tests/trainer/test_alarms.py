@@ -123,6 +123,13 @@ def test_an_alarm_needs_most_of_its_records_ill_rings_once_and_survives_a_resump
     assert [found for record in records for found in resumed.look(record)] == []
 
 
+@pytest.mark.parametrize(("gap", "accuracy", "rings"), [(0.35, 0.8, True), (0.25, 0.8, False), (0.35, 0.5, False)])
+def test_a_third_of_the_way_to_the_fakes_is_overfitting_and_a_quarter_is_not(gap, accuracy, rings):
+    watch = Watch()
+    rung = [watch.look(HEALTHY | {"overfit": gap, "d_real_accuracy": accuracy, "step": step}) for step in range(5)]
+    assert [bool(found) for found in rung] == [False] * 4 + [rings]
+
+
 def test_every_flag_that_a_remedy_names_exists():
     fields = {field.name for group in (TrainConfig, ModelConfig, OptimConfig) for field in dataclasses.fields(group)}
     flags = {flag for alarm in ALARMS for flag in re.findall(r"--([a-z-]+)", alarm.remedy)}
