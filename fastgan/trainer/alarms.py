@@ -75,7 +75,12 @@ ALARMS = (
         "--spectral-norm fused, --minibatch discrimination, --pack 2; lower --g-lr or raise --d-steps",
         from_step=200,
     ),
-    Alarm("overfitting", overfitting, 5, "--augment ada, more images, --penalty r1, a smaller --width"),
+    Alarm(
+        "overfitting",
+        overfitting,
+        5,
+        "--augment ada, then a lower --ada-target; more images, --penalty r1, a smaller --width",
+    ),
 )
 
 

@@ -23,13 +23,14 @@ def alarms_of(
     steps: int,
     every: int,
     source: Source | None = None,
+    held_out: Source | None = None,
     model: dict[str, object] | None = None,
     **optim: object,
 ) -> set[str]:
     """The alarms that a toy run sets off within `steps`, observed `every` so many."""
     source = source or load_source("ring8", 2, CPU)
     optim_config = dataclasses.replace(RING8.optim, **optim)
-    held_out = hold_out(source, optim_config.batch_size, 7)
+    held_out = held_out or hold_out(source, optim_config.batch_size, 7)
     model_config = dataclasses.replace(RING8.model, **{"width": 32, **(model or {})})
     gan = GAN(model_config, optim_config, source, 0, CPU)
     diagnostics, watch = Diagnostics(gan, held_out, 8), Watch()
@@ -81,6 +82,28 @@ def test_a_strong_discriminator_learns_few_images_by_heart_and_not_many():
     assert "overfitting" in alarms_of(240, 15, source=teacher(72), **strong)
     assert "overfitting" not in alarms_of(240, 15, source=teacher(5000), **strong)
     assert "more images" in remedy("overfitting")
+
+
+def drawn_discs(count: int, seed: int) -> Images:
+    """Small pictures of a red, a green and a blue disc each."""
+    discs = load_source("discs", seed, CPU).next(3 * count).view(count, 3, 32, 32)
+    small = torch.nn.functional.avg_pool2d(discs, 4)  # (N, 3, 8, 8)
+    return Images(small.add(1).mul(127.5).round().byte(), 3, CPU)
+
+
+def test_a_discriminator_of_few_pictures_overfits_and_with_adaptive_augmentation_it_does_not():
+    few = dict(
+        source=drawn_discs(48, 9),
+        held_out=drawn_discs(256, 10),
+        model={"architecture": "dcgan", "spectral_norm": "none", "width": 16},
+        batch_size=16,
+        d_steps=4,
+        betas=(0.0, 0.99),
+        ada_images=5000,
+    )
+    assert "overfitting" in alarms_of(300, 20, **few)
+    assert "overfitting" not in alarms_of(300, 20, augment="ada", **few)
+    assert "--augment ada" in remedy("overfitting")
 
 
 def remedy(name: str) -> str:
