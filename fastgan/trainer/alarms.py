@@ -52,7 +52,7 @@ def collapsing(record: Record) -> str | None:
 
 def overfitting(record: Record) -> str | None:
     """The discriminator knows its training images by heart: unseen reals look like fakes to it."""
-    if record["d_real_accuracy"] >= 0.6 and record.get("overfit", 0.0) > 0.4:
+    if record["d_real_accuracy"] >= 0.6 and record.get("overfit", 0.0) > 0.3:
         return (
             f"the discriminator gives its training images {record['d_train']:.2f}, unseen ones "
             f"{record['d_held_out']:.2f} and fakes {record['d_fake']:.2f}"
@@ -75,7 +75,12 @@ ALARMS = (
         "--spectral-norm fused, --minibatch discrimination, --pack 2; lower --g-lr or raise --d-steps",
         from_step=200,
     ),
-    Alarm("overfitting", overfitting, 5, "--augment ada, more images, --penalty r1, a smaller --width"),
+    Alarm(
+        "overfitting",
+        overfitting,
+        5,
+        "--augment ada, then a lower --ada-target; more images, --penalty r1, a smaller --width",
+    ),
 )
 
 

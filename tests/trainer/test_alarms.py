@@ -23,13 +23,14 @@ def alarms_of(
     steps: int,
     every: int,
     source: Source | None = None,
+    held_out: Source | None = None,
     model: dict[str, object] | None = None,
     **optim: object,
 ) -> set[str]:
     """The alarms that a toy run sets off within `steps`, observed `every` so many."""
     source = source or load_source("ring8", 2, CPU)
     optim_config = dataclasses.replace(RING8.optim, **optim)
-    held_out = hold_out(source, optim_config.batch_size, 7)
+    held_out = held_out or hold_out(source, optim_config.batch_size, 7)
     model_config = dataclasses.replace(RING8.model, **{"width": 32, **(model or {})})
     gan = GAN(model_config, optim_config, source, 0, CPU)
     diagnostics, watch = Diagnostics(gan, held_out, 8), Watch()
@@ -83,6 +84,28 @@ def test_a_strong_discriminator_learns_few_images_by_heart_and_not_many():
     assert "more images" in remedy("overfitting")
 
 
+def drawn_discs(count: int, seed: int) -> Images:
+    """Small pictures of a red, a green and a blue disc each."""
+    discs = load_source("discs", seed, CPU).next(3 * count).view(count, 3, 32, 32)
+    small = torch.nn.functional.avg_pool2d(discs, 4)  # (N, 3, 8, 8)
+    return Images(small.add(1).mul(127.5).round().byte(), 3, CPU)
+
+
+def test_a_discriminator_of_few_pictures_overfits_and_with_adaptive_augmentation_it_does_not():
+    few = dict(
+        source=drawn_discs(48, 9),
+        held_out=drawn_discs(256, 10),
+        model={"architecture": "dcgan", "spectral_norm": "none", "width": 16},
+        batch_size=16,
+        d_steps=4,
+        betas=(0.0, 0.99),
+        ada_images=5000,
+    )
+    assert "overfitting" in alarms_of(300, 20, **few)
+    assert "overfitting" not in alarms_of(300, 20, augment="ada", **few)
+    assert "--augment ada" in remedy("overfitting")
+
+
 def remedy(name: str) -> str:
     return next(alarm.remedy for alarm in ALARMS if alarm.name == name)
 
@@ -121,6 +144,13 @@ def test_an_alarm_needs_most_of_its_records_ill_rings_once_and_survives_a_resump
     resumed = Watch()
     resumed.replay([{"started_at_step": 0}, *records[: alarm.patience + most]])
     assert [found for record in records for found in resumed.look(record)] == []
+
+
+@pytest.mark.parametrize(("gap", "accuracy", "rings"), [(0.35, 0.8, True), (0.25, 0.8, False), (0.35, 0.5, False)])
+def test_a_third_of_the_way_to_the_fakes_is_overfitting_and_a_quarter_is_not(gap, accuracy, rings):
+    watch = Watch()
+    rung = [watch.look(HEALTHY | {"overfit": gap, "d_real_accuracy": accuracy, "step": step}) for step in range(5)]
+    assert [bool(found) for found in rung] == [False] * 4 + [rings]
 
 
 def test_every_flag_that_a_remedy_names_exists():

@@ -70,8 +70,20 @@ def test_ada_changes_as_large_a_share_of_the_images_as_p_says():
     assert torch.equal(augment(x, u), x)
     augment.p.fill_(0.1)
     same = (augment(x, u) - x).abs().amax((1, 2, 3)) < 1e-6
-    # Of constant grey images, brightness, translation and cutout change all but the unmoved (1 / 9).
-    assert float(same.float().mean()) == pytest.approx(0.9 * 0.9 * (1 - 0.1 * 8 / 9), abs=0.03)
+    # Of constant grey images, brightness and translation change all but the unmoved (1 / 9).
+    assert float(same.float().mean()) == pytest.approx(0.9 * (1 - 0.1 * 8 / 9), abs=0.03)
+
+
+@pytest.mark.parametrize(("kind", "mirrors", "cuts"), [("diffaugment", False, True), ("ada", True, False)])
+def test_only_diffaugment_cuts_holes_and_only_ada_mirrors(kind, mirrors, cuts):
+    augment = Augment(kind, CPU)
+    augment.p.fill_(1.0)
+    u = torch.full((1, *NUMBERS), 0.5)  # neither brighter, nor of another contrast or saturation, nor moved
+    u[:, 0, 1] = 0.0
+    x = image()
+    found = augment(x, u)
+    assert torch.allclose(found[:, :, :, 12:], (x.flip(3) if mirrors else x)[:, :, :, 12:], atol=1e-6)
+    assert bool((found[:, :, 8, 8] == 0).all()) == cuts
 
 
 @pytest.mark.parametrize(("sign", "wanted"), [(1.0, 4 * 100 / 500_000), (0.2, 0.0)])
