@@ -154,6 +154,7 @@ def main() -> None:
         result["floor"].append({"seed": seed, "KID": kid(real, other), **neighbours(real, other)._asdict()})
         for augment in options.augment:
             result["outcomes"].append(play(emoji, augment, options.steps, extractor, real))
+            result["table"] = table(result["outcomes"]).splitlines()
             (folder / "ada.json").write_text(json.dumps(result) + "\n")
     floor = spread([floor["KID"] for floor in result["floor"]], ".4f")
     print(f"\n{options.steps} steps of {OPTIM.batch_size}; KID of {JUDGED} by {options.extractor}, floor {floor}\n")

@@ -1,15 +1,18 @@
 """Modes that a GAN finds with and without statistics over its batch, beside PacGAN's published numbers.
 
     python benchmarks/mode_collapse.py --steps 25000 --seeds 3
+    python benchmarks/mode_collapse.py --protocol preset
 
 The paper trained for 400 epochs of 100,000 samples, 400,000 steps of 100; ``--steps`` shortens that, and the table says
-to what. Results go to benchmarks/results/<device>/, after every training, so that a run may be stopped.
+to what. The second command asks the same of the trainer's presets, for as many steps as they have. Results go to
+benchmarks/results/<device>/, after every training, so that a run may be stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +20,7 @@ import torch
 
 from fastgan.bench.provenance import slug
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.mode_collapse import Toy, Variant, experiment, table, to_json
+from fastgan.trainer.mode_collapse import Protocol, Toy, Variant, experiment, table, to_json
 
 PAPER_STEPS = 400_000
 
@@ -27,7 +30,8 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=get_args(Toy), default=get_args(Toy))
     parser.add_argument("--variants", nargs="+", choices=get_args(Variant), default=get_args(Variant))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25_000)
+    parser.add_argument("--protocol", choices=get_args(Protocol), default="pacgan")
+    parser.add_argument("--steps", type=int, help="default: 25,000 of PacGAN's, those of the preset")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; networks this small gain nothing by more")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -37,13 +41,21 @@ def main() -> None:
     where = environment(device)
     folder = options.out / slug(device)
     folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", "benchmarks/mode_collapse.py", *sys.argv[1:]])
+    steps = options.steps or (25_000 if options.protocol == "pacgan" else None)
     outcomes = []
-    for outcome in experiment(options.datasets, options.variants, options.seeds, options.steps, device):
+    for outcome in experiment(options.datasets, options.variants, options.seeds, steps, device, options.protocol):
         outcomes.append(outcome)
-        result = {"environment": where, "steps_of_the_paper": PAPER_STEPS, "outcomes": to_json(outcomes)}
-        (folder / "mode-collapse.json").write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "environment": where,
+            "command": command,
+            "table": table(outcomes).splitlines(),
+            "outcomes": to_json(outcomes),
+        }
+        (folder / f"mode-collapse-{options.protocol}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(outcome, flush=True)
-    print(f"\n{options.steps:,} steps where the paper took {PAPER_STEPS:,}; mean ± standard error over the seeds\n")
+    if options.protocol == "pacgan":
+        print(f"\n{steps:,} steps where the paper took {PAPER_STEPS:,}; mean ± standard error over the seeds\n")
     print(table(outcomes))
 
 

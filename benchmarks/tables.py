@@ -1,6 +1,7 @@
 """Writes the tables of docs/ from the records in benchmarks/results: python benchmarks/tables.py
 
-A page asks for one with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``: the cases whose names begin so.
+A page asks for one with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``: the cases whose names begin so; or, of
+an experiment with a script of its own, ``<!-- measured FOLDER/RECORD.json -->``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_TABLE = re.compile(r"(<!-- measured (?P<record>\S+) (?P<prefix>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- measured (?P<record>\S+)(?: (?P<prefix>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(page: str) -> str:
@@ -20,8 +21,12 @@ def with_tables(page: str) -> str:
     return _TABLE.sub(lambda found: found[1] + _table(found["record"], found["prefix"]) + found[4], page)
 
 
-def _table(record: str, prefix: str) -> str:
+def _table(record: str, prefix: str | None) -> str:
     measured = json.loads((RESULTS / record).read_text())
+    if prefix is None:
+        origin = measured["environment"]
+        where = f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}: `{measured['command']}`"
+        return "\n".join([*measured["table"], "", where, ""])
     rows = [_row(case) for case in measured["cases"] if case["name"].startswith(prefix)]
     if not rows:
         raise ValueError(f"{record} has no case that begins with {prefix}")

@@ -5,6 +5,8 @@ norm and ReLU. Discriminator: three layers of 200 maxout units of five pieces. A
 batches of 100; the discriminator minimises softplus(-D(x)) + softplus(D(G(z))), the generator softplus(-D(G(z))). Of
 2500 samples, one is of high quality within 3 sigma of its nearest mode; a mode is found if a sample of high quality is
 nearest to it; reverse KL is that of the shares of the samples nearest to each mode, from equal ones.
+
+The same question may be asked of the trainer's own presets, whose plain GAN is the preset without spectral norm.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastgan.trainer.config import ModelConfig, OptimConfig
+from fastgan.trainer.config import PRESETS, ModelConfig, OptimConfig
 from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.gan import GAN
+from fastgan.trainer.quality import latents
 
 Variant = Literal["none", "stddev", "discrimination", "pack2"]
 Toy = Literal["ring8", "grid25"]
+Protocol = Literal["pacgan", "preset"]
 
 SAMPLES = 2500
 OPTIM = OptimConfig(loss="non-saturating", batch_size=100, d_lr=1e-4, g_lr=1e-4, betas=(0.8, 0.999), ema_decay=0.0)
@@ -49,6 +53,7 @@ class Outcome:
     high_quality: float  # share of the samples
     reverse_kl: float  # KL(generated || uniform) over the modes, in nats
     seconds: float
+    protocol: Protocol = "pacgan"
 
 
 def judge(samples: Tensor, source: Mixture) -> tuple[int, float, float]:
@@ -60,39 +65,52 @@ def judge(samples: Tensor, source: Mixture) -> tuple[int, float, float]:
     return len(nearest[good].unique()), float(good.double().mean()), divergence
 
 
-def play(dataset: Toy, variant: Variant, seed: int, steps: int, device: torch.device) -> Outcome:
-    """Train one GAN and judge its generator, batch norm in evaluation."""
-    model = ModelConfig(
-        architecture="pacgan",
-        latent_dim=2,
-        spectral_norm="none",
-        minibatch="none" if variant == "pack2" else variant,
-        pack=2 if variant == "pack2" else 1,
-    )
+def settings(dataset: Toy, variant: Variant, protocol: Protocol) -> tuple[ModelConfig, OptimConfig]:
+    if protocol == "pacgan":
+        model, optim = ModelConfig(architecture="pacgan", latent_dim=2, spectral_norm="none"), OPTIM
+    else:
+        model, optim = PRESETS[dataset][1].model, PRESETS[dataset][1].optim
+    if variant == "none":
+        return replace(model, spectral_norm="none"), optim
+    if variant == "pack2":
+        return replace(model, pack=2), optim
+    return replace(model, minibatch=variant), optim
+
+
+def play(
+    dataset: Toy, variant: Variant, seed: int, steps: int, device: torch.device, protocol: Protocol = "pacgan"
+) -> Outcome:
+    """Train one GAN and judge its averaged generator, batch norm in evaluation."""
+    model, optim = settings(dataset, variant, protocol)
     source = load_source(dataset, 4 * seed + 2, device)
     assert isinstance(source, Mixture)
-    gan = GAN(model, OPTIM, source, 4 * seed, device)
+    gan = GAN(model, optim, source, 4 * seed, device)
     started = time.monotonic()
     for _ in range(steps):
         gan.step()
     seconds = time.monotonic() - started
-    gan.generator.eval()
-    z = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(4 * seed + 3)).to(device)
-    with torch.no_grad():
-        modes, high_quality, reverse_kl = judge(gan.fakes(z, None).cpu(), source)
-    return Outcome(dataset, variant, seed, steps, modes, high_quality, reverse_kl, seconds)
+    modes, high_quality, reverse_kl = judge(gan.samples(latents(gan, SAMPLES, 4 * seed + 3)), source)
+    return Outcome(dataset, variant, seed, steps, modes, high_quality, reverse_kl, seconds, protocol)
 
 
 def experiment(
-    datasets: Iterable[Toy], variants: Iterable[Variant], seeds: int, steps: int, device: torch.device
+    datasets: Iterable[Toy],
+    variants: Iterable[Variant],
+    seeds: int,
+    steps: int | None,
+    device: torch.device,
+    protocol: Protocol = "pacgan",
 ) -> Iterator[Outcome]:
-    """Every variant of every data set with every seed, as they end; seeds outermost, so that a part is of use."""
+    """Every variant of every data set with every seed, as they end; seeds outermost, so that a part is of use.
+
+    ``steps`` None: as many as the preset has.
+    """
     variants = list(variants)
     datasets = list(datasets)
     for seed in range(seeds):
         for dataset in datasets:
             for variant in variants:
-                yield play(dataset, variant, seed, steps, device)
+                yield play(dataset, variant, seed, steps or PRESETS[dataset][1].steps, device, protocol)
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
@@ -108,7 +126,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
         modes = spread([o.modes for o in group], ".1f")
         quality = spread([100 * o.high_quality for o in group], ".1f")
         divergence = spread([o.reverse_kl for o in group], ".2f")
-        published = PUBLISHED.get((dataset, variant))
+        published = PUBLISHED.get((dataset, variant)) if group[0].protocol == "pacgan" else None
         steps = "/".join(str(n) for n in sorted({o.steps for o in group}))
         lines.append(
             f"| {dataset} | {variant} | {len(group)} | {steps} | {modes} | {quality} % | {divergence} "

@@ -27,9 +27,10 @@ def test_a_collapsed_generator_is_seen_in_every_number():
     assert judge(samples + 0.2, source)[:2] == (0, 0.0)
 
 
+@pytest.mark.parametrize("protocol", ["pacgan", "preset"])
 @pytest.mark.parametrize("variant", ["none", "stddev", "discrimination", "pack2"])
-def test_every_variant_trains_and_a_seed_repeats(variant):
-    first, second = (play("ring8", variant, 1, 3, CPU) for _ in range(2))
+def test_every_variant_trains_and_a_seed_repeats(variant, protocol):
+    first, second = (play("ring8", variant, 1, 3, CPU, protocol) for _ in range(2))
     assert (first.modes, first.high_quality, first.reverse_kl) == (second.modes, second.high_quality, second.reverse_kl)
 
 
