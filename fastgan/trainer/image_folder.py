@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastgan.trainer.errors import DataError
@@ -25,15 +25,6 @@ REPORTED = 5  # bad files that are named
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 CACHED_AS = 2  # how pictures become pixels; another number where that has changed, so that old caches are not read
 Pixels = npt.NDArray[np.uint8]
-_TURNS = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def cache_folder() -> Path:
@@ -113,7 +104,7 @@ def open_image(file: Path) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> Pixels:
     """The middle square (3, size, size) of an image, upright; what is transparent becomes white."""
-    image = _upright(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion cuts off at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -126,11 +117,6 @@ def square(image: Image.Image, size: int) -> Pixels:
     box = (left, top, left + side, top + side)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box))  # (size, size, 3)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
 
 
 def labels_of(names: list[str]) -> Tensor | None:
