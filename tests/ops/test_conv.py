@@ -179,9 +179,7 @@ def narrow_calls(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "weight", "options"), NARROW.values(), ids=NARROW)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_gradient_of_an_input_of_few_channels_equals_pytorchs_in_float64(
-    shape, weight, options, threads, narrow_calls
-):
+def test_the_cpu_kernel_gives_the_gradient_of_an_input_of_few_channels(shape, weight, options, threads, narrow_calls):
     name = f"conv{len(shape) - 2}d"
     x, w, b = operands(name, shape, weight, options, dtype=torch.float32)
     before = torch.get_num_threads()
@@ -205,7 +203,7 @@ def orders(function, inputs, options):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_gives_that_gradient(isa):
+def test_every_instruction_set_of_the_cpu_kernel_gives_that_gradient(isa):
     grad, weight, x = torch.randn(2, 16, 20, 21), torch.randn(16, 3, 4, 4), torch.empty(2, 3, 40, 42)
     dimensions = [(40, 20, 4, 2, 1, 1), (42, 21, 4, 2, 1, 1)]
     addresses = grad.data_ptr(), weight.data_ptr(), x.data_ptr()
@@ -217,7 +215,7 @@ def test_every_instruction_set_gives_that_gradient(isa):
 
 
 @pytest.mark.parametrize("change", ["double", "channels_last", "reference", "groups", "small", "many channels"])
-def test_what_the_kernel_does_not_take_is_the_vendors(change, narrow_calls):
+def test_what_the_cpu_kernel_does_not_take_is_the_vendors(change, narrow_calls):
     channels = 8 if change == "many channels" else 3
     x = torch.randn(2, channels, 4 if change == "small" else 32, 32, requires_grad=True)
     w = torch.randn(9, 1 if change == "groups" else channels, 3, 3)
