@@ -141,3 +141,14 @@ def test_verify_tells_of_a_layer_that_is_called_twice_since_it_is_iterated_once(
     report = fastgan.convert(Twice())
     assert "a weight used twice in a forward is iterated once" in str(report)
     assert not report.verify(IMAGES).equal
+
+
+def test_verify_compares_values_and_gradients_where_no_penalty_reaches_the_input():
+    class Detached(BigConv):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    differences = fastgan.convert(Detached(3, 5, 3)).verify(IMAGES).differences
+    assert {d.kind: d.error <= d.allowed for d in differences} == dict.fromkeys(
+        ("output", "gradient", "penalty", "state"), True
+    )
