@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastgan.trainer.config import TrainConfig
 
+PLACE = {"folder": " --data PATH"}  # what a preset does not start without
 REQUIREMENT_OF = {
     "tyro": "fastgan",
     "numpy": "fastgan[train]",
@@ -60,7 +61,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     def parse(presets: dict[str, tuple[str, TrainConfig]]) -> TrainConfig:
         return tyro.extras.overridable_config_cli(
             {
-                name: (f"{text}\n\nexample: fastgan train {name} --steps 500", preset)
+                name: (f"{text}\n\nexample: fastgan train {name}{PLACE.get(name, '')} --steps 500", preset)
                 for name, (text, preset) in presets.items()
             },
             prog="fastgan train",

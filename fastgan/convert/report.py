@@ -121,8 +121,8 @@ def _results(model: nn.Module, inputs: tuple[Any, ...], *, rerouted: bool) -> di
             x = first.detach().clone().requires_grad_()
             with twice_differentiable() if rerouted else nullcontext():
                 outputs = list(_tensors(model(x, *rest)))
-            (grad,) = torch.autograd.grad(_sum(outputs), x, create_graph=True)
-            results["penalty"] = _gradients(grad.float().square().sum() / len(x), parameters)
+            (grad,) = torch.autograd.grad(_sum(outputs), x, create_graph=True, allow_unused=True)
+            results["penalty"] = {} if grad is None else _gradients(grad.float().square().sum() / len(x), parameters)
     results["state"] = {name: buffer.detach() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     return results
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 import fastgan
 from tests.convert.stand_ins import IMAGES, BigConv, BigLinear, Discrimination, MinibatchStdLayer
@@ -125,3 +126,29 @@ def test_verify_sees_a_small_error_beside_sums_that_cancel(monkeypatch):
     verification = report.verify(IMAGES)
     errors = {d.kind: d.error / d.allowed for d in verification.differences}
     assert min(errors["output"], errors["gradient"]) > 5, str(verification)
+
+
+def test_verify_tells_of_a_layer_that_is_called_twice_since_it_is_iterated_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = spectral_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.Linear(192, 1)
+
+        def forward(self, x):
+            return self.last(self.conv(F.relu(self.conv(x))).flatten(1))
+
+    torch.manual_seed(0)
+    report = fastgan.convert(Twice())
+    assert "a weight used twice in a forward is iterated once" in str(report)
+    assert not report.verify(IMAGES).equal
+
+
+def test_verify_compares_values_and_gradients_where_no_penalty_reaches_the_input():
+    class Detached(BigConv):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    differences = fastgan.convert(Detached(3, 5, 3)).verify(IMAGES).differences
+    assert {d.kind: d.error <= d.allowed for d in differences} == dict.fromkeys(
+        ("output", "gradient", "penalty", "state"), True
+    )

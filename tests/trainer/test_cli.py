@@ -45,6 +45,7 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     assert f"(default: {config.optim.d_lr})" in words
     assert f"(default: {config.model.width})" in words
     assert f"example: fastgan train {preset}" in words
+    assert ("--data PATH --steps 500" in words) == (preset == "folder")
 
 
 def test_flags_change_the_preset():

@@ -66,7 +66,8 @@ def gradient_penalty(
         generator: where alpha and the noise come from.
 
     Returns:
-        () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters.
+        () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters. Those that it
+        does not depend on, such as biases before ReLUs, get no gradient where PyTorch gives them zeros.
 
     Raises:
         ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input.
