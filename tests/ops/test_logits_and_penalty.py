@@ -150,6 +150,9 @@ ELIGIBLE = {
     "torch spectral norm": nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1)
     ),
+    "sequence": nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(124, 1)
+    ),
     "flat logits": nn.Sequential(convolutional(), nn.Flatten(0)),
     "frozen": convolutional(),
 }
