@@ -108,7 +108,7 @@ class _Reroute(TorchFunctionMode):
 def _checkpointed() -> bool:
     """Inside torch.utils.checkpoint: what it runs again, outside of any mode, must save what was saved at first."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 class _Uncompiled:

@@ -243,6 +243,15 @@ def test_an_error_in_the_forward_leaves_nothing_behind():
     assert_same(copy.deepcopy(fused), model, IMAGES)
 
 
+@pytest.mark.parametrize("form", [torch_hook, parametrizations.spectral_norm])
+def test_a_part_that_was_fused_before_the_whole_iterates_once(form):
+    model = nn.Sequential(discriminator(form)[:3], *discriminator(form)[3:])
+    fused = copy.deepcopy(model)
+    utils.fuse_spectral_norm(fused[0])
+    assert_same(utils.fuse_spectral_norm(fused), model, IMAGES)
+    assert_same(fused[0], model[0], IMAGES)
+
+
 def test_fusing_twice_computes_once():
     model = discriminator(utils.spectral_norm)
     fused = utils.fuse_spectral_norm(utils.fuse_spectral_norm(copy.deepcopy(model)))
@@ -329,10 +338,19 @@ def test_a_checkpoint_that_lacks_a_vector_is_refused_by_name():
         utils.convert_spectral_norm_state_dict(state, "old")
 
 
-def test_the_hook_can_be_removed_from_a_fused_model():
-    fused = utils.fuse_spectral_norm(discriminator(torch_hook))
+@pytest.mark.parametrize("form", [torch_hook, parametrizations.spectral_norm, utils.spectral_norm])
+def test_a_norm_removed_from_a_fused_model_is_gone(form):
+    fused = utils.fuse_spectral_norm(discriminator(form))
     fused(IMAGES)
-    module = fused[0]
-    expected = module.weight.clone()
-    remove_spectral_norm(module)
-    assert_close(module.weight, expected.double(), order=0)
+    model, module = fused.eval(), fused[0]
+    expected, weight = model(IMAGES), module.weight.clone()
+    if form is torch_hook:
+        remove_spectral_norm(module)
+    else:
+        parametrize.remove_parametrizations(module, "weight")
+    assert_close(module.weight, weight.double(), order=0)
+    assert_close(model(IMAGES), expected.double(), order=0)
+    with torch.no_grad():
+        module.weight.neg_()
+    form(module)
+    assert_close(model(IMAGES), nn.Sequential(*model)(IMAGES).double(), order=0)

@@ -310,6 +310,12 @@ def test_twice_differentiable_reroutes_functions_modules_and_methods():
         assert_close(ours, plain.double(), order=0)
 
 
+def test_saved_tensors_may_be_packed_by_anything_callable():
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
+        fastgan.gradient_penalty(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), x, kind="r1").backward()
+
+
 def test_without_gradients_the_plain_functions_run():
     with fastgan.twice_differentiable(), torch.no_grad():
         assert not nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 5, 5)).requires_grad

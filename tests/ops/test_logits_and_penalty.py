@@ -27,7 +27,7 @@ class Then(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 6, 4, 2, 1), nn.Linear(96, 1)
         self.modules_ = nn.ModuleDict(modules)
-        self.row = nn.Parameter(torch.randn(1, 96))
+        self.row, self.halved = nn.Parameter(torch.randn(1, 96)), Halved(torch.randn(96, 96))
         self.offset = nn.Parameter(torch.randn(6, 1, 1))
         self.register_buffer("scale", torch.tensor(1.5))
         self.middle = middle
@@ -46,6 +46,17 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * 2
+
+
+class Halved(nn.Parameter):
+    """A weight of which layers see the half."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear:
+                args = (args[0], args[1].as_subclass(torch.Tensor) / 2, *args[2:])
+            return func(*args, **kwargs or {})
 
 
 class Filter(Hidden):
@@ -114,6 +125,7 @@ INELIGIBLE = {
     "part without gradients": (Then(lambda net, h: h + without_gradients(net, h)), "torch.no_grad()"),
     "in place without gradients": (Then(lambda net, h: in_place_without_gradients(net, h * 1)), "torch.no_grad()"),
     "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight is made from the input"),
+    "weight of a class of its own": (Then(lambda net, h: F.linear(h.flatten(1), net.halved)), "linear"),
     "bias of two dimensions": (
         Then(lambda net, h: F.linear(h.flatten(1), torch.eye(96, dtype=h.dtype), net.row)),
         "linear",
@@ -137,6 +149,9 @@ ELIGIBLE = {
     "spectral norm": DISCRIMINATORS["spectral norm"](),
     "torch spectral norm": nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1)
+    ),
+    "sequence": nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(124, 1)
     ),
     "flat logits": nn.Sequential(convolutional(), nn.Flatten(0)),
     "frozen": convolutional(),

@@ -23,10 +23,12 @@ def fuse_spectral_norm(model: M) -> M:
     Finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
     (``torch.nn.utils.spectral_norm``), in ``model`` and everything below it, and changes them in place. The state_dict
     and the results stay as they were, but for this: within one forward, a weight that is used several times is
-    iterated once. A sub-module that is called by itself still normalises its own weights.
+    iterated once; and between forwards the ``weight`` of an older hook is detached, so that the model can be copied. A
+    sub-module that is called by itself still normalises its own weights, fused or not before.
 
-    Call it again after adding layers. Wrap in DistributedDataParallel, FSDP or torch.compile afterwards. Of layers that
-    FSDP shards one by one, each normalises its own weight when that has been gathered.
+    Call it again after adding layers; remove a spectral norm as ever. Wrap in DistributedDataParallel, FSDP or
+    torch.compile afterwards. Of layers that FSDP shards one by one, each normalises its own weight when that has been
+    gathered.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -36,14 +38,15 @@ def fuse_spectral_norm(model: M) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
-            del hooks[key]
     members: list[_Member] = []
     for module in model.modules():
         members += [*_parametrizations(module), *_hooks(module)]
     if not members:
         raise ValueError(f"{type(model).__name__} has no spectrally normalised weight")
+    for module in model.modules():  # a part that was fused before would iterate once more in the forward of the whole
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
+                del hooks[key]
     fused = _Fused(members)
     model.register_forward_pre_hook(fused.before)
     model.register_forward_hook(fused.after, always_call=True)
@@ -56,6 +59,10 @@ class _Parametrized:
     def __init__(self, module: nn.Module, name: str, tensors: parametrize.ParametrizationList) -> None:
         self.module, self.name, self.tensors = module, name, tensors
         self.norm = _become(SpectralNorm, tensors[0])
+
+    def is_there(self) -> bool:
+        lists = self.module._modules.get("parametrizations")
+        return lists is not None and lists._modules.get(self.name) is self.tensors
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
         # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
@@ -99,6 +106,9 @@ class _Hook(TorchHook):
                     v_first=v_first,
                 )[0]
             )
+
+    def is_there(self) -> bool:
+        return any(hook is self for hook in self.module._forward_pre_hooks.values())
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
         weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
@@ -144,6 +154,8 @@ class _Fused:
         groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
         recomputing = is_recomputing()
         for member in self.members:
+            if not member.is_there():
+                continue  # somebody has removed it
             operands = member.operands()
             if is_sharded(operands[0]):
                 continue  # FSDP gathers it at its own module's forward, which then normalises it

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 # A rule takes the arguments of a call and says whether it is affine and per sample in its first argument.
 Rule = Callable[..., bool]
 
@@ -88,7 +89,7 @@ class Tracer(TorchFunctionMode):
         return result
 
     def _view(self, parameter: Any) -> Any:
-        if not isinstance(parameter, Tensor) or not parameter.requires_grad:
+        if type(parameter) not in _PLAIN or not parameter.requires_grad:
             return parameter
         view = parameter.view_as(parameter)
         self.parameters.append((parameter, view))
@@ -165,8 +166,9 @@ def _nodes(output: Tensor) -> set[Node]:
 
 
 def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> bool:
-    plain_bias = bias is None or (bias.ndim == 1 and bias not in tracer)  # a row of it a sample, linear would take
-    return input in tracer and input.ndim > 1 and weight not in tracer and plain_bias
+    plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+    one_bias = bias is None or (bias.ndim == 1 and bias not in tracer)  # a row of it a sample, linear would take
+    return input in tracer and input.ndim > 1 and weight not in tracer and one_bias and plain
 
 
 def _conv(n: int) -> Rule:

@@ -39,7 +39,7 @@ def avg_pool1d(
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
     kernel, step, pad = (_sizes(1, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
     flat = avg_pool2d(input[:, :, None], (1, *kernel), (1, *step), (0, *pad), ceil_mode, count_include_pad)
-    return flat[:, :, 0]  # (N, C, L')
+    return flat.squeeze(2)  # (N, C, L')
 
 
 def avg_pool2d(
