@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastgan.trainer.cache import cache_folder
 from fastgan.trainer.toys import Stacked
 
 STEPS = 400
@@ -32,7 +33,7 @@ def digit_classifier(images: Tensor, labels: Tensor, cache: Path | None = None) 
     """A convolutional classifier of images (N, 1, S, S) uint8 into 10 classes, from `cache` where it is there."""
     model = network(images.shape[-1])
     key = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:16]
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+    cache = cache or cache_folder()
     path = cache / f"classifier-{key}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -6,6 +6,8 @@ import copy
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -216,22 +218,35 @@ def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -
 
 
 def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, 1, 32, 32) and labels (N,), which may be missing where no labels are needed."""
+    """Images (N, 1, 32, 32) and labels (N,), which may be missing where no labels are needed.
+
+    The images are unpacked once, and mapped from the cache until the file changes.
+    """
+    from fastgan.trainer.cache import cache_path, kept, stamp
     from fastgan.trainer.idx import read_idx
 
     path = folder / FASHION_MNIST_IMAGES
-    images = read_idx(path)
-    if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
-    padded = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
-    padded[:, 0, 2:30, 2:30] = torch.tensor(images)
+    pixels = kept(cache_path("fashion-mnist-32", *stamp(path)), partial(padded_images, path))
+    images = torch.from_numpy(pixels).view(-1, 1, 32, 32)
     path = folder / FASHION_MNIST_LABELS
     if not path.exists():
-        return padded, None
+        return images, None
     labels = read_idx(path)
     if labels.shape != (len(images),):
         raise DataError(f"{path} has shape {labels.shape}, wanted ({len(images)},)")
-    return padded, torch.tensor(labels).long()
+    return images, torch.tensor(labels).long()
+
+
+def padded_images(path: Path) -> Iterator[bytes]:
+    """The images of an IDX file (N, 28, 28) as (N, 32, 32), in one part."""
+    from fastgan.trainer.idx import read_idx
+
+    images = read_idx(path)
+    if images.ndim != 3 or images.shape[1:] != (28, 28):
+        raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
+    padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8)
+    padded[:, 2:30, 2:30] = torch.tensor(images)
+    yield padded.numpy().tobytes()
 
 
 def stacked(seed: int, device: torch.device, folder: Path | None = None) -> Source:
@@ -250,9 +265,10 @@ def find_fashion_mnist(folder: Path | None = None) -> Path:
 
     A folder that was named and does not hold the file is an error, not a reason to look elsewhere.
     """
+    from fastgan.trainer.cache import cache_folder
+
     named = folder or (Path(value) if (value := os.environ.get("FASTGAN_DATA")) else None)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    candidates = [named] if named else [cache / "fastgan" / "fashion-mnist", DEBIAN_FOLDER]
+    candidates = [named] if named else [cache_folder() / "fashion-mnist", DEBIAN_FOLDER]
     for candidate in candidates:
         if (candidate / FASHION_MNIST_IMAGES).is_file():
             return candidate

