@@ -26,6 +26,7 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
         and grad.is_contiguous()
         and weight.is_contiguous()
         and is_eager(grad)
+        and is_eager(weight)
         and backends.forced() in ("auto", "cpu")
         and backends.native() is not None
     )
