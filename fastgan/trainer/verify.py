@@ -90,9 +90,9 @@ def verify(config: VerifyConfig) -> bool:
         f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
         f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
     )
-    # At kinks only a penalty's double backward differs from what float32 shows.
+    # At kinks only a penalty's double backward and minibatch discrimination differ from what float32 shows.
     lengths = {torch.float32: config.steps}
-    if config.optim.penalty != "none":
+    if config.optim.penalty != "none" or config.model.minibatch == "discrimination":
         lengths[torch.float64] = max(1, config.steps // 4)
     with backends.use_backend(config.backend):
         with exact_convolutions():
