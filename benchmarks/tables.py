@@ -27,21 +27,38 @@ def _table(record: str, prefix: str | None) -> str:
         origin = measured["environment"]
         where = f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}: `{measured['command']}`"
         return "\n".join([*measured["table"], "", where, ""])
-    rows = [_row(case) for case in measured["cases"] if case["name"].startswith(prefix)]
-    if not rows:
+    cases = [case for case in measured["cases"] if case["name"].startswith(prefix)]
+    if not cases:
         raise ValueError(f"{record} has no case that begins with {prefix}")
     origin = measured["provenance"]
     return "\n".join(
         [
-            "| case | PyTorch, ms | fastgan, ms | speed-up |",
-            "|---|---:|---:|---:|",
-            *rows,
+            *(_memory(cases) if measured["suite"] == "memory" else _speed(cases)),
             "",
             f"{origin['cpu'] if origin['device_type'] == 'cpu' else origin['device']}, {origin['threads']} threads,"
             f" torch {origin['torch']}, commit {origin['commit']}: `{origin['command']}`",
             "",
         ]
     )
+
+
+def _memory(cases: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for case in cases for name in case["variants"]))
+    lines = [f"| case | {' | '.join(f'{name}: ms, MB' for name in names)} |", "|---" + "|---:" * len(names) + "|"]
+    for case in cases:
+        found = (case["variants"].get(name) for name in names)
+        cells = (
+            "-"
+            if variant is None
+            else f"{_digits(1e3 * variant['seconds']['median'])}, {_digits(variant['peak_bytes'] / 1e6)}"
+            for variant in found
+        )
+        lines.append(f"| {case['name'].removeprefix('memory/')} | {' | '.join(cells)} |")
+    return lines
+
+
+def _speed(cases: list[dict[str, Any]]) -> list[str]:
+    return ["| case | PyTorch, ms | fastgan, ms | speed-up |", "|---|---:|---:|---:|", *map(_row, cases)]
 
 
 def _row(case: dict[str, Any]) -> str:

@@ -117,9 +117,8 @@ def _case(samples: int, dims: int, order: str, device_types: tuple[str, ...]) ->
     )
 
 
-def _memory_case(samples: int, order: str) -> Case:
+def _memory_case(samples: int, dims: int, order: str) -> Case:
     """The whole of an order, of which the memory counts."""
-    dims = 16
     return Case(
         name=f"memory/minibatch_discrimination/{samples}x{KERNELS}x{dims}/{order}",
         op="minibatch_discrimination",
@@ -149,5 +148,8 @@ CASES = [
     for order in ORDERS
 ]
 CASES += [
-    _memory_case(samples, order) for samples in (64, 256, 1024, 4096) for order in ("forward_backward", "second_order")
+    _memory_case(samples, dims, order)
+    for samples in (64, 256, 1024, 4096)
+    for dims in (5, 16)
+    for order in ("forward", "forward_backward", "second_order")
 ]
