@@ -35,6 +35,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_name(tensor: Tensor) -> str:
+    """As the native modules call a tensor's dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def stored(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory, where kernels read them.
 

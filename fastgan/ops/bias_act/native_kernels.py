@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.bias_act.layout import Layout, Options
+from fastgan.ops.library import dtype_name
 
 
 def piecewise_forward(
@@ -19,7 +20,7 @@ def piecewise_forward(
     options: Options,
 ) -> None:
     tensors = _addresses(x, bias, y, signs, inside)
-    backends.native().piecewise_forward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+    backends.native().piecewise_forward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
 def piecewise_apply(
@@ -34,12 +35,12 @@ def piecewise_apply(
 ) -> None:
     typed = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
     tensors = _addresses(g, bias, signs, inside, out, sums)
-    backends.native().piecewise_apply(_NAMES[typed.dtype], tensors, layout, options, torch.get_num_threads())
+    backends.native().piecewise_apply(dtype_name(typed), tensors, layout, options, torch.get_num_threads())
 
 
 def smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Layout, options: Options) -> None:
     tensors = _addresses(x, bias, y)
-    backends.native().smooth_forward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+    backends.native().smooth_forward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
 def smooth_backward(
@@ -52,7 +53,7 @@ def smooth_backward(
     options: Options,
 ) -> None:
     tensors = _addresses(dy, x, bias, dx, dbias)
-    backends.native().smooth_backward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
+    backends.native().smooth_backward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
 def smooth_double_backward(
@@ -68,15 +69,7 @@ def smooth_double_backward(
     options: Options,
 ) -> None:
     tensors = _addresses(h, h_bias, dy, x, bias, by_dy, by_x, by_bias)
-    backends.native().smooth_double_backward(_NAMES[x.dtype], tensors, layout, options, torch.get_num_threads())
-
-
-_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+    backends.native().smooth_double_backward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

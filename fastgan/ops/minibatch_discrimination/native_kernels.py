@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import dtype_name
 
 
 class Native:
@@ -57,7 +58,7 @@ class Native:
             sizes = (samples, kernels, dims, *rows)
         module = backends.native() if self.on_cpu else backends.native_cuda()
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        name = str(m.dtype).removeprefix("torch.")
+        name = dtype_name(m)
         getattr(module, f"minibatch_discrimination_{order}")(name, addresses, sizes, *options, self._where(m))
 
     def _where(self, m: Tensor) -> int:

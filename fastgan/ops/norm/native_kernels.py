@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import dtype_name
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
-
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
 def forward(t: Forward, layout: Layout, eps: float) -> None:
     tensors = [*_addresses(t[:-1]), *_rows(t.statistics, 3)]
-    backends.native().norm_forward(_name(t.x), tensors, layout, eps, torch.get_num_threads())
+    backends.native().norm_forward(dtype_name(t.x), tensors, layout, eps, torch.get_num_threads())
 
 
 def backward(t: Backward, layout: Layout) -> None:
     tensors = [*_addresses(t[:2]), *_rows(t.statistics, 2), *_addresses(t[3:])]
-    backends.native().norm_backward(_name(t.x), tensors, layout, torch.get_num_threads())
+    backends.native().norm_backward(dtype_name(t.x), tensors, layout, torch.get_num_threads())
 
 
 def double_backward(t: DoubleBackward, layout: Layout) -> None:
     tensors = [*_addresses(t[:5]), *_rows(t.statistics, 2), *_addresses(t[6:])]
-    backends.native().norm_double_backward(_name(t.x), tensors, layout, torch.get_num_threads())
+    backends.native().norm_double_backward(dtype_name(t.x), tensors, layout, torch.get_num_threads())
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
@@ -35,7 +34,3 @@ def _rows(statistics: Tensor, count: int) -> list[int]:
     kept, rows = statistics.shape
     begin, step = statistics.data_ptr(), rows * statistics.itemsize
     return [begin + i * step if i < kept else 0 for i in range(count)]
-
-
-def _name(x: Tensor) -> str:
-    return _NAMES.get(x.dtype, "float64")

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-
-_NAMES = {
-    dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-}
+from fastgan.ops.library import dtype_name
 
 
 def pool(x: Tensor, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor:
@@ -37,4 +34,4 @@ def _run(
     ahead = (1,) * (3 - len(window))
     shape = (source.shape[0] * source.shape[1], *ahead, *pooled, *ahead, *window)
     number = prod(window) if divisor is None else divisor
-    kernel(_NAMES[source.dtype], source.data_ptr(), target.data_ptr(), shape, number, torch.get_num_threads())
+    kernel(dtype_name(source), source.data_ptr(), target.data_ptr(), shape, number, torch.get_num_threads())

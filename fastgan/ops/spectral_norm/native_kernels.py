@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import dtype_name
 from fastgan.ops.spectral_norm.layout import Layout
 
 
@@ -33,7 +34,7 @@ class Native:
     ) -> None:
         rows = forward_rows(weights, outputs, us, vs, saved, layout)
         where = self._where(weights[0])
-        self.module.spectral_norm_forward(_NAMES[weights[0].dtype], rows, n_power_iterations, eps, v_first, where)
+        self.module.spectral_norm_forward(dtype_name(weights[0]), rows, n_power_iterations, eps, v_first, where)
 
     def backward(
         self,
@@ -48,19 +49,11 @@ class Native:
             (w.data_ptr(), o.data_ptr(), 0, 0, base + at * size, g.data_ptr(), *matrix)
             for g, w, o, at, matrix in zip(grads, weights, outputs, layout.offsets, layout.matrices, strict=True)
         ]
-        self.module.spectral_norm_backward(_NAMES[weights[0].dtype], rows, self._where(weights[0]))
+        self.module.spectral_norm_backward(dtype_name(weights[0]), rows, self._where(weights[0]))
 
     def _where(self, weight: Tensor) -> int:
         """A number of threads, or a CUDA stream."""
         return torch.get_num_threads() if self.on_cpu else torch.cuda.current_stream(weight.device).cuda_stream
-
-
-_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 
 def forward_rows(
