@@ -8,6 +8,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace fastgan {
 namespace FASTGAN_ISA {
@@ -41,19 +44,31 @@ inline void ask_for_huge_pages(void* begin, std::int64_t bytes) {
 #endif
 }
 
+// No barrier waits for stores past the caches (cpu/stream.h).
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // body(i) for i in [0, n).  The static schedule gives a thread the same indices in every loop over the same n, so
 // that what one phase left in its core's cache the next one finds there.
 template <class Body>
 void parallel_for(std::int64_t n, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && n > 1) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (std::int64_t i = 0; i < n; ++i) body(i);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+      for (std::int64_t i = 0; i < n; ++i) body(i);
+      finish_streams();
+    }
     return;
   }
 #endif
   (void)threads;
   for (std::int64_t i = 0; i < n; ++i) body(i);
+  finish_streams();
 }
 
 }  // namespace FASTGAN_ISA

@@ -16,6 +16,7 @@
 //
 // Bytes: each of the three reads its operands once for the sums of a row and once, from the cache where a row fits
 // there, for the results: forward 1 read + 1 write, backward 2 + 1, double backward 3 + 2 of the size of x.
+// Large results are written past the caches (stream.h): a plain write is a read too.
 //
 // This file: rows with a weight and a bias an element (LayerNorm, GroupNorm of vectors).  norm_channels.cpp: a weight
 // for many elements, which takes the sums apart by channel.
@@ -38,7 +39,7 @@ struct Operator : Lines<A> {
   using Accumulator = A;
   const NormShape& shape;
 
-  Operator(Dtype dtype, const NormShape& s) : Lines<A>{dtype}, shape(s) {}
+  Operator(Dtype dtype, const NormShape& s) : Lines<A>(dtype, s), shape(s) {}
 
   Line line(std::int64_t index) const {
     const std::int64_t begin = index * kLine;

@@ -45,7 +45,7 @@ struct Operator : Lines<A> {
 
   Operator(Dtype dtype, const NormShape& shape) : Operator(dtype, shape, shape) {}
   Operator(Dtype dtype, const NormShape& shape, const NormShape& of_sums)
-      : Lines<A>{dtype}, walk(shape), summed(of_sums) {}
+      : Lines<A>(dtype, shape), walk(shape), summed(of_sums) {}
 
   // body(row, first channel in the block, first channel of weight and bias) for each row of a block.
   template <class Body>

@@ -9,6 +9,7 @@
 #include "common/dtype.h"
 #include "common/workspace.h"
 #include "cpu/norm.h"
+#include "cpu/stream.h"
 
 namespace fastgan {
 namespace FASTGAN_ISA {
@@ -64,6 +65,9 @@ FASTGAN_ONE_COPY void put(const float* from, std::int64_t n, T* to) {
 template <class A>
 struct Lines {
   Dtype dtype;
+  bool streamed;
+
+  Lines(Dtype d, const NormShape& shape) : dtype(d), streamed(is_streamed(d, shape.size())) {}
 
   // The n elements from `at`; in `buffer` if they have to be converted.
   const A* read(const void* tensor, std::int64_t at, std::int64_t n, A* buffer) const {
@@ -77,12 +81,13 @@ struct Lines {
 
   // Where results are written before they go through `write`.
   A* target(void* tensor, std::int64_t at, A* buffer) const {
-    if (tensor == nullptr || dtype == Dtype::f16 || dtype == Dtype::bf16) return buffer;
+    if (tensor == nullptr || streamed || dtype == Dtype::f16 || dtype == Dtype::bf16) return buffer;
     return static_cast<A*>(tensor) + at;
   }
 
   void write(void* tensor, std::int64_t at, std::int64_t n, const A* values) const {
     if (tensor == nullptr) return;
+    if (streamed) return stream(values, n, static_cast<A*>(tensor) + at);
     if constexpr (std::is_same_v<A, float>) {
       if (dtype == Dtype::f16) put(values, n, static_cast<Half*>(tensor) + at);
       if (dtype == Dtype::bf16) put(values, n, static_cast<BFloat16*>(tensor) + at);

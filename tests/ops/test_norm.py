@@ -224,10 +224,10 @@ def test_the_cpu_kernels_give_the_same_bits_on_any_number_of_threads(case):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_same(isa, dtype, monkeypatch):
-    native = fastgan.backends.native()
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def forced_isa(request, monkeypatch):
+    """The kernels of one instruction set; yields the names of those that are called."""
+    native, isa = fastgan.backends.native(), request.param
     available = ["baseline", "avx2", "avx512"]
     if available.index(isa) > available.index(native.isa()):
         pytest.skip(f"this processor's best instruction set is {native.isa()}")
@@ -239,6 +239,27 @@ def test_every_instruction_set_computes_the_same(isa, dtype, monkeypatch):
             return lambda *arguments: getattr(native, name)(*arguments, isa=isa)
 
     monkeypatch.setattr(fastgan.backends, "native", Forced)
+    yield used
+    assert {"norm_forward", "norm_backward", "norm_double_backward"} <= set(used)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_computes_the_same(dtype, forced_isa):
     compare(values_and_gradients, problem_of("group, 2-D", dtype=dtype), "cpu", dtype)
     compare(penalty_gradients, problem_of("group, 2-D", dtype=dtype), "cpu", dtype)
-    assert {"norm_forward", "norm_backward", "norm_double_backward"} <= set(used)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("layer_norm", (41, 102407), (102407,)),
+        ("instance_norm", (2, 3, 853, 821), None),
+    ],
+    ids=lambda case: f"cpu-{case[0]}",
+)
+def test_results_that_are_written_past_the_caches_are_whole(case, forced_isa):
+    """From 16 MB on; lines begin and end anywhere."""
+    problem = problem_of(case, dtype=torch.float32)
+    assert problem.x.nbytes >= 16 << 20
+    compare(values_and_gradients, problem, "cpu", torch.float32)
+    compare(penalty_gradients, problem, "cpu", torch.float32)

@@ -1,0 +1,67 @@
+// Stores past the caches, for results that are larger than what the caches keep until somebody reads them: a plain
+// store first reads the line that it overwrites, and pushes out what the kernel is about to read.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fastgan {
+namespace FASTGAN_ISA {
+namespace {
+
+// On a Xeon with 2 MB a core of its own, two threads copy 8 MB as fast either way, 16 MB 1.6 times as fast past the
+// caches, the reads of the next copy included.
+constexpr std::int64_t kStreamed = std::int64_t{16} << 20;  // bytes
+
+#if defined(__AVX512F__)
+constexpr std::uintptr_t kStreamBytes = 64;
+inline void stream_vector(const char* from, char* to) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif defined(__AVX__)
+constexpr std::uintptr_t kStreamBytes = 32;
+inline void stream_vector(const char* from, char* to) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(__SSE2__)
+constexpr std::uintptr_t kStreamBytes = 16;
+inline void stream_vector(const char* from, char* to) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
+// Results of half precision are converted as they are stored: they go through the caches.
+inline bool is_streamed([[maybe_unused]] Dtype dtype, [[maybe_unused]] std::int64_t elements) {
+#if defined(__SSE2__)
+  return (dtype == Dtype::f32 && elements * 4 >= kStreamed) || (dtype == Dtype::f64 && elements * 8 >= kStreamed);
+#else
+  return false;
+#endif
+}
+
+// The n values of a line in the nearest cache.  `parallel_for` makes them visible to other threads.
+template <class A>
+void stream(const A* values, std::int64_t n, A* to) {
+  const char* from = reinterpret_cast<const char*>(values);
+  char* at = reinterpret_cast<char*>(to);
+  std::size_t left = sizeof(A) * static_cast<std::size_t>(n);
+#if defined(__SSE2__)
+  const std::size_t skewed = (kStreamBytes - reinterpret_cast<std::uintptr_t>(at) % kStreamBytes) % kStreamBytes;
+  const std::size_t head = skewed < left ? skewed : left;
+  std::memcpy(at, from, head);
+  for (at += head, from += head, left -= head; left >= kStreamBytes;
+       at += kStreamBytes, from += kStreamBytes, left -= kStreamBytes)
+    stream_vector(from, at);
+#endif
+  std::memcpy(at, from, left);
+}
+
+}  // namespace
+}  // namespace FASTGAN_ISA
+}  // namespace fastgan
