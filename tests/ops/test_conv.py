@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from fastgan import backends, ops, use_backend
-from fastgan.ops.conv import native_kernels
+from fastgan.ops.conv import native_kernels, pointwise
 from tests.harness import assert_close
 
 # (function, input, weight, arguments): strides, dilation, groups, named and odd padding, one to three dimensions.
@@ -153,7 +153,7 @@ def test_piecewise_linear_functions_send_nothing_through_their_derivative(functi
 
 # Inputs of few channels: more and fewer columns than a vector has lanes, and all that a convolution's rows may do.
 NARROW = {
-    "1x1": ((2, 3, 40, 36), (40, 3, 1, 1), {}),
+    "dilated": ((2, 3, 40, 36), (40, 3, 2, 1), dict(dilation=3)),
     "3x3": ((2, 3, 33, 37), (20, 3, 3, 3), dict(padding=1)),
     "halving": ((2, 1, 46, 70), (16, 1, 4, 4), dict(stride=2, padding=1)),
     "few columns": ((3, 6, 24, 9), (32, 6, 3, 2), dict(stride=(1, 2))),
@@ -230,3 +230,68 @@ def test_what_the_cpu_kernel_does_not_take_is_the_vendors(change, narrow_calls):
     assert not narrow_calls
     (expected,) = torch.autograd.grad(F.conv2d(x, w, **options).sum(), x)
     assert_close(grad, expected.double(), order=1)
+
+
+# Of few channels and of many: one product a sample, or one of all samples, for the weight.
+POINTWISE = {
+    "1d": ((3, 5, 70), (4, 5, 1)),
+    "2d": ((2, 3, 9, 8), (6, 3, 1, 1)),
+    "2d, many channels": ((3, 40, 3, 2), (30, 40, 1, 1)),
+    "3d": ((2, 3, 4, 3, 5), (2, 3, 1, 1, 1)),
+    "one sample": ((1, 4, 6, 6), (3, 4, 1, 1)),
+}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The functions of pointwise.py that ran."""
+    calls = set()
+    for name in ("forward", "input_gradient", "weight_gradient"):
+        function = getattr(pointwise, name)
+
+        def noted(*arguments, function=function, name=name):
+            calls.add(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(pointwise, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("shape", "weight"), POINTWISE.values(), ids=POINTWISE)
+def test_kernels_of_size_one_are_matrix_products_on_a_cpu(shape, weight, bias, dtype, products):
+    name = f"conv{len(shape) - 2}d"
+    leaves = operands(name, shape, weight, {}, bias=bias, dtype=dtype)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for function, (x, w, b) in ((getattr(ops, name), leaves), (getattr(F, name), exact)):
+        y = function(x, w, b)
+        inputs = [t for t in (x, w, b) if t is not None]
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        results.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    assert products == {"forward", "input_gradient", "weight_gradient"}
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert actual.is_contiguous()
+        assert_close(actual, expected, order=0 if i == 0 else 1 if i <= len(inputs) else 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(stride=2), dict(padding=1), dict(groups=3), "channels_last", "bfloat16", "reference", "3x3"],
+    ids=str,
+)
+def test_other_convolutions_are_no_matrix_products(options, products):
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 1, 1)
+    if options == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    if options == "bfloat16":
+        x, w = x.bfloat16(), w.bfloat16()
+    if options == "3x3":
+        w = torch.randn(6, 3, 3, 3)
+    options, backend = (options, "auto") if isinstance(options, dict) else ({}, options)
+    w = w[:, :1] if "groups" in options else w
+    with use_backend("reference" if backend == "reference" else "auto"):
+        y = ops.conv2d(x, w, **options)
+    assert not products
+    assert torch.equal(y, F.conv2d(x, w, **options))

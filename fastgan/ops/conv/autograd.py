@@ -1,8 +1,9 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
-The convolutions are the vendor's, but for the gradient of an input of few channels on a CPU. PyTorch's own double
-backward returns a gradient for the input even where there is none (dense zeros, which then run back through the whole
-forward): two of the six forwards' work of a penalty.
+The convolutions are the vendor's, but for its two slowest on a CPU: the gradient of an input of few channels is a
+kernel of ours, and kernels of size 1 are matrix products. PyTorch's own double backward returns a gradient for the
+input even where there is none (dense zeros, which then run back through the whole forward): two of the six forwards'
+work of a penalty.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.conv import native_kernels
+from fastgan.ops.conv import native_kernels, pointwise
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import last_order, stored
 from fastgan.ops.needed import needed
@@ -34,8 +35,9 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    output: Tensor = torch.ops.aten.convolution(input, weight, bias, *geometry)
-    return output
+    if pointwise.takes(input, weight, geometry):
+        return pointwise.forward(input, weight, bias)
+    return torch.convolution(input, weight, bias, *geometry)
 
 
 def _backward(
@@ -43,9 +45,16 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not any(mask):
         return None, None, None
-    if mask[0] and native_kernels.takes(grad, input, weight, geometry):
+    by_input = None
+    if mask[0] and pointwise.takes(grad, weight, geometry):
+        by_input = pointwise.input_gradient(grad, weight)
+    elif mask[0] and native_kernels.takes(grad, input, weight, geometry):
         by_input = native_kernels.input_gradient(stored(grad), input.shape, stored(weight), geometry)
+    if by_input is not None:
         return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
+    if mask[1] and pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry):
+        by_bias = grad.flatten(2).sum((0, 2)) if mask[2] else None
+        return None, pointwise.weight_gradient(grad, input, weight), by_bias
     channels = grad.shape[1]
     grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry, mask)
     return grads[0], grads[1], grads[2]

@@ -1,0 +1,50 @@
+"""A convolution of kernel size 1 as matrix products, which on a CPU are the faster way to the same sums.
+
+oneDNN's convolution first brings its operands into an order of its own, which costs more than these products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.conv.geometry import Geometry
+
+
+def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """``images`` is the input, or the gradient of the output."""
+    return (
+        images.device.type == "cpu"
+        and images.dtype == weight.dtype
+        and images.dtype in (torch.float32, torch.float64)
+        and set(weight.shape[2:]) == set(geometry.stride) == {1}
+        and set(geometry.padding) == {0}
+        and geometry.groups == 1
+        and not geometry.transposed
+        and images.is_contiguous()  # of channels_last, oneDNN has nothing to bring into order
+        and backends.forced() in ("auto", "cpu")
+    )
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, C_in, *S), (C_out, C_in, 1, ..) -> (N, C_out, *S)."""
+    matrices, images = weight.flatten(1).expand(len(input), -1, -1), input.flatten(2)
+    output = torch.bmm(matrices, images) if bias is None else torch.baddbmm(bias[:, None], matrices, images)
+    return output.view(*output.shape[:2], *input.shape[2:])
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """(N, C_out, *S), (C_out, C_in, 1, ..) -> (N, C_in, *S)."""
+    return forward(grad, weight.transpose(0, 1), None)
+
+
+def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """(N, C_out, *S), (N, C_in, *S) -> (C_out, C_in, 1, ..), the sum of a product of each sample."""
+    by, images = grad.flatten(2), input.flatten(2)
+    (_, outputs, size), inputs = by.shape, images.shape[1]
+    if outputs * inputs > (outputs + inputs) * size:  # a product is larger than what it is of: all samples in one
+        total = torch.mm(by.transpose(0, 1).flatten(1), images.transpose(1, 2).flatten(0, 1))
+    else:
+        total = torch.bmm(by, images.transpose(1, 2)).sum(0)
+    return total.view_as(weight)
