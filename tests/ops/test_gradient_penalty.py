@@ -140,7 +140,7 @@ class CountConvolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if name == "aten::convolution":
+        if name in ("aten::convolution", "aten::bmm", "aten::baddbmm"):  # products are convolutions of size 1
             self.count += 1
         elif name == "aten::convolution_backward":
             self.count += sum(args[-1][:2])
