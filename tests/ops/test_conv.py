@@ -295,3 +295,15 @@ def test_other_convolutions_are_no_matrix_products(options, products):
         y = ops.conv2d(x, w, **options)
     assert not products
     assert torch.equal(y, F.conv2d(x, w, **options))
+
+
+@pytest.mark.parametrize("channels", [3, 40], ids=["few channels", "many channels"])
+def test_an_activation_in_place_may_follow_a_kernel_of_size_one(channels):
+    leaves = operands("conv2d", (2, channels, 3, 2), (30, channels, 1, 1), {}, dtype=torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for conv, (x, w, b) in ((ops.conv2d, leaves), (F.conv2d, exact)):
+        first = torch.autograd.grad(conv(x, w, b).tanh_().sum(), (x, w), create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square_().sum() for g in first), (x, w, b))])
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert_close(actual, expected.double(), order=1 if i < 2 else 2)

@@ -27,11 +27,18 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     )
 
 
+# Results are made whole and filled: a Function that returned a view would refuse an activation in place behind it.
+
+
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(N, C_in, *S), (C_out, C_in, 1, ..) -> (N, C_out, *S)."""
-    matrices, images = weight.flatten(1).expand(len(input), -1, -1), input.flatten(2)
-    output = torch.bmm(matrices, images) if bias is None else torch.baddbmm(bias[:, None], matrices, images)
-    return output.view(*output.shape[:2], *input.shape[2:])
+    output = input.new_empty((len(input), len(weight), *input.shape[2:]))
+    matrices, images, out = weight.flatten(1).expand(len(input), -1, -1), input.flatten(2), output.flatten(2)
+    if bias is None:
+        torch.bmm(matrices, images, out=out)
+    else:
+        torch.baddbmm(bias[:, None], matrices, images, out=out)
+    return output
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -41,10 +48,11 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """(N, C_out, *S), (N, C_in, *S) -> (C_out, C_in, 1, ..), the sum of a product of each sample."""
-    by, images = grad.flatten(2), input.flatten(2)
+    total = grad.new_empty(weight.shape)
+    by, images, out = grad.flatten(2), input.flatten(2), total.flatten(1)
     (_, outputs, size), inputs = by.shape, images.shape[1]
     if outputs * inputs > (outputs + inputs) * size:  # a product is larger than what it is of: all samples in one
-        total = torch.mm(by.transpose(0, 1).flatten(1), images.transpose(1, 2).flatten(0, 1))
+        torch.mm(by.transpose(0, 1).flatten(1), images.transpose(1, 2).flatten(0, 1), out=out)
     else:
-        total = torch.bmm(by, images.transpose(1, 2)).sum(0)
-    return total.view_as(weight)
+        torch.sum(torch.bmm(by, images.transpose(1, 2)), 0, out=out)
+    return total
