@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastgan.bench.case import Case
 from fastgan.bench.cases import (
     bias_act,
+    conv,
     gradient_penalty,
     growth,
     minibatch_discrimination,
@@ -22,6 +23,7 @@ _FILES = (
     minibatch_discrimination,
     minibatch_stddev,
     norm,
+    conv,
     bias_act,
     growth,
 )
