@@ -55,6 +55,14 @@ class VerifyConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.quick and not self.matrix:
+            raise ValueError("quick is a third of the matrix: it goes with matrix")
+        if self.matrix:
+            kept = ("device", "threads", "backend", "matrix", "quick")
+            others = [f for f in dataclasses.fields(self) if f.name not in kept]
+            given = [f.name for f in others if getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(f"the matrix has games of its own: leave out {', '.join(given)}")
 
     @property
     def optim(self) -> OptimConfig:

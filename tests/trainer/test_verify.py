@@ -58,6 +58,21 @@ def test_a_kernel_that_is_wrong_by_a_thousandth_makes_verify_exit_non_zero(fault
     assert f"BREACH step 1: {kind} of " in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--matrix", "--steps", "3", "--out", "here"], "leave out steps, out"),
+        (["--matrix", "--dataset", "ring8"], "leave out dataset"),
+        (["--quick"], "quick is a third of the matrix"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", *arguments])
+    words = capsys.readouterr().err.replace("│", " ").split()
+    assert message in " ".join(words)
+
+
 def test_every_step_starts_from_the_pure_copys_state():
     reference, fused = build(CONFIG, "torch", CPU), build(CONFIG, "fastgan", CPU)
     for _ in range(2):
