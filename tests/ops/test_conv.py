@@ -276,6 +276,14 @@ def test_kernels_of_size_one_are_matrix_products_on_a_cpu(shape, weight, bias, d
         assert_close(actual, expected, order=0 if i == 0 else 1 if i <= len(inputs) else 2)
 
 
+def test_a_large_result_of_a_kernel_of_size_one_is_whole():
+    """Its memory is asked for in huge pages."""
+    x, w = torch.randn(2, 3, 512, 512), torch.randn(20, 3, 1, 1)
+    y = ops.conv2d(x, w)
+    assert y.nbytes >= native_kernels._MAPPED
+    assert_close(y, F.conv2d(x.double(), w.double()), order=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [dict(stride=2), dict(padding=1), dict(groups=3), "channels_last", "bfloat16", "reference", "3x3"],

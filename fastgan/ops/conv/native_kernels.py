@@ -11,6 +11,7 @@ from fastgan.ops.library import is_eager
 
 _MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
 _LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+_MAPPED = 32 << 20  # bytes, from which glibc maps memory anew for each tensor
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -42,4 +43,15 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
     channels = weight.shape[1], weight.shape[0]
     backends.native().conv_input_gradient(*addresses, shape[0], *channels, dimensions, torch.get_num_threads())
+    return result
+
+
+def new_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor to be filled, of the dtype and device of ``like``: on a CPU in huge pages, if it is large.
+
+    Memory that was just mapped is zeroed where it is first touched: by 4 KB, that takes as long as a product.
+    """
+    result = like.new_empty(shape)
+    if result.nbytes >= _MAPPED and result.device.type == "cpu" and is_eager(result) and backends.native() is not None:
+        backends.native().ask_for_huge_pages(result.data_ptr(), result.nbytes)
     return result

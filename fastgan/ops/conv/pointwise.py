@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.conv.native_kernels import new_images
 
 
 def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -32,7 +33,7 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(N, C_in, *S), (C_out, C_in, 1, ..) -> (N, C_out, *S)."""
-    output = input.new_empty((len(input), len(weight), *input.shape[2:]))
+    output = new_images(input, (len(input), len(weight), *input.shape[2:]))
     matrices, images, out = weight.flatten(1).expand(len(input), -1, -1), input.flatten(2), output.flatten(2)
     if bias is None:
         torch.bmm(matrices, images, out=out)
