@@ -48,7 +48,17 @@ def stored(tensor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return tensor  # whatever runs the graph stores them
+    if is_batched(tensor):
+        raise RuntimeError(
+            "kernels take no batched gradients (is_grads_batched=True, vectorize=True): "
+            "run the forward inside fastgan.use_backend('reference')"
+        )
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether this stands for several gradients that autograd sends through a graph at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def returns_nothing(*operators: str) -> None:

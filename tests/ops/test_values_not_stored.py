@@ -99,3 +99,27 @@ def _backend_of(op, backend):
     if backend not in own.get(op, (backend,)):
         pytest.skip(f"{op} has no {backend} kernel")
     return fastgan.use_backend(backend)
+
+
+def batched(function, x):
+    """The input's gradient for three of the output at once, and one by one."""
+    y = function(x)
+    by = torch.randn(3, *y.shape)
+    one_by_one = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in by]
+    return torch.autograd.grad(y, x, by, is_grads_batched=True)[0], torch.stack(one_by_one)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batched_gradients_are_refused_by_name_and_the_reference_takes_them(op):
+    function, shape, arguments = OPS[op]
+    x = torch.randn(128, *shape[1:], requires_grad=True)  # fewer elements are PyTorch's own
+    with pytest.raises(RuntimeError, match=r"kernels take no batched gradients .*use_backend\('reference'\)"):
+        batched(lambda x: function(x, *arguments), x)
+    with fastgan.use_backend("reference"):
+        torch.testing.assert_close(*batched(lambda x: function(x, *arguments), x))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_take_batched_gradients(size):
+    weight = torch.randn(16, 3, size, size)
+    torch.testing.assert_close(*batched(lambda x: ops.conv2d(x, weight), torch.randn(2, 3, 20, 20, requires_grad=True)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.library import is_eager
+from fastgan.ops.library import is_batched, is_eager
 
 _MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
 _LEAST = 4096  # elements, under which calling a kernel costs more than it brings
@@ -28,6 +28,7 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
         and weight.is_contiguous()
         and is_eager(grad)
         and is_eager(weight)
+        and not is_batched(grad)
         and backends.forced() in ("auto", "cpu")
         and backends.native() is not None
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import new_images
+from fastgan.ops.library import is_batched
 
 
 def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -24,6 +25,7 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and geometry.groups == 1
         and not geometry.transposed
         and images.is_contiguous()  # of channels_last, oneDNN has nothing to bring into order
+        and not is_batched(images)
         and backends.forced() in ("auto", "cpu")
     )
 

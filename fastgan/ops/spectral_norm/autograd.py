@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.library import (
+    LIBRARY,
+    accumulation_dtype,
+    is_batched,
+    is_eager,
+    last_order,
+    returns_nothing,
+    stored,
+)
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import layout_of, split_saved
 
@@ -78,7 +86,9 @@ def _kernels(backend: str) -> Any:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    if all(map(Tensor.is_contiguous, tensors)) and not any(t._is_zerotensor() or t.is_neg() for t in tensors):
+    if all(map(Tensor.is_contiguous, tensors)) and not any(
+        t._is_zerotensor() or t.is_neg() or is_batched(t) for t in tensors
+    ):
         return tensors
     return [stored(t).contiguous() for t in tensors]
 
