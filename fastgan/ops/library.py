@@ -27,6 +27,7 @@ def is_eager(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
+        and torch._C._has_storage(tensor)  # has none: a batch of gradients, of ``is_grads_batched``
     )
 
 
