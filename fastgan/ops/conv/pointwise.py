@@ -20,12 +20,12 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """``images`` is the input, or the gradient of the output."""
     ones, zeros = (1,) * (weight.ndim - 2), (0,) * (weight.ndim - 2)
     return (
-        is_eager(images)
+        weight.shape[2:] == ones
+        and is_eager(images)
         and is_eager(weight)
         and images.device.type == "cpu"
         and images.dtype == weight.dtype
         and images.dtype in (torch.float32, torch.float64)
-        and weight.shape[2:] == ones
         and geometry == Geometry(ones, zeros, ones, False, zeros, 1)
         and _in_order(images)
         and weight.stride(-1) == 1
