@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/dtype.h"
+#include "common/dtype_tag.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastgan import backends, ops, use_backend
 from fastgan.ops.conv import native_kernels, pointwise
@@ -315,3 +316,123 @@ def test_an_activation_in_place_may_follow_a_kernel_of_size_one(channels):
         results.append([*first, *torch.autograd.grad(sum(g.square_().sum() for g in first), (x, w, b))])
     for i, (actual, expected) in enumerate(zip(*results, strict=True)):
         assert_close(actual, expected.double(), order=1 if i < 2 else 2)
+
+
+def pointwise_operands():
+    return operands("conv2d", (2, 3, 9, 8), (6, 3, 1, 1), {}, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "bias", "options"),
+    [
+        ((2, 4, 5, 5), (6, 3, 1, 1), None, {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), torch.randn(1), {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), torch.randn(6, 1), {}),
+        ((2, 3, 5, 5), (0, 3, 1, 1), None, {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), None, dict(dilation=0)),
+        ((2, 3, 5, 5), (6, 3, 1, 1), None, dict(stride=(1, 1, 1))),
+    ],
+    ids=["channels", "one bias", "bias of two dimensions", "no outputs", "dilation", "strides"],
+)
+def test_what_pytorch_refuses_of_a_kernel_of_size_one_is_refused_alike(shape, weight, bias, options):
+    x, w = torch.randn(shape), torch.randn(weight)
+    with pytest.raises(RuntimeError) as expected, use_backend("reference"):
+        ops.conv2d(x, w, bias, **options)
+    with pytest.raises(RuntimeError) as actual:
+        ops.conv2d(x, w, bias, **options)
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("spatial", [(4, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("which", ["input", "weight", "both", "neither"])
+def test_a_kernel_of_size_one_gives_the_memory_format_that_pytorchs_does(which, channels, spatial):
+    results = []
+    for conv in (ops.conv2d, F.conv2d):
+        x, w, _ = operands("conv2d", (2, channels, *spatial), (6, channels, 1, 1), {}, dtype=torch.float32)
+        x, w = (
+            t.detach().to(memory_format=torch.channels_last).requires_grad_() if which in (name, "both") else t
+            for name, t in (("input", x), ("weight", w))
+        )
+        y = conv(x, w)
+        results.append([t.stride() for t in (y, *torch.autograd.grad(y.flatten(1).sin().sum(), (x, w)))])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_the_precision_of_matrix_products_is_not_that_of_convolutions(precision, products):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ops.conv2d(*pointwise_operands()).sin().sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not products
+
+
+def test_autocast_around_a_backward_leaves_kernels_of_size_one_in_single_precision():
+    x, w, b = pointwise_operands()
+    y = ops.conv2d(x, w, b).sin().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = torch.autograd.grad(y, (x, w, b), create_graph=True)
+        actual = [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b))]
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    first = torch.autograd.grad(F.conv2d(*exact).sin().sum(), exact, create_graph=True)
+    expected = [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), exact)]
+    for i, (result, by) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(result, by, order=1 if i < 3 else 2)
+
+
+@pytest.mark.parametrize("weight", [(16, 8, 1, 1), (16, 3, 3, 3), (16, 8, 3, 3)], ids=str)
+def test_gradients_may_come_in_batches(weight):
+    x, w, _ = operands("conv2d", (2, weight[1], 32, 32), weight, {}, dtype=torch.float32)
+    y = ops.conv2d(x, w)
+    grads = torch.randn(3, *y.shape)
+    actual = torch.autograd.grad(y, (x, w), grads, is_grads_batched=True)
+    expected = torch.autograd.grad(F.conv2d(x, w), (x, w), grads, is_grads_batched=True)
+    for result, by in zip(actual, expected, strict=True):
+        assert_close(result, by.double(), order=1)
+
+
+@pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, products):
+    """Their class says what a convolution of them is, and what it gives."""
+    inputs = [t.detach() for t in pointwise_operands()]
+    expected = F.conv2d(*inputs)
+    inputs[wrapped] = TwoTensor(inputs[wrapped], inputs[wrapped])
+    y = ops.conv2d(*inputs)
+    assert not products
+    assert isinstance(y, TwoTensor)
+    assert torch.equal(y.a, expected)
+
+
+class SizeOne(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 3, 1, 1))
+
+    def forward(self, x):
+        return ops.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_kernels_of_size_one_are_exported_for_any_batch(strict, monkeypatch):
+    monkeypatch.undo()  # poisoned memory cannot be traced
+    model = SizeOne()
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(model, (torch.randn(4, 3, 5, 5),), dynamic_shapes=sizes, strict=strict)
+    x = torch.randn(7, 3, 5, 5)
+    assert_close(program.module()(x), F.conv2d(x.double(), model.weight.double()), order=0)
+
+
+def test_one_graph_of_kernels_of_size_one_serves_batches_of_any_size(monkeypatch):
+    monkeypatch.undo()
+    torch.compiler.reset()
+    model = SizeOne()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (4, 7):
+        x = torch.randn(batch, 3, 5, 5, requires_grad=True)
+        actual = torch.autograd.grad(compiled(x).sin().sum(), (x, model.weight))
+        expected = torch.autograd.grad(F.conv2d(x, model.weight).sin().sum(), (x, model.weight))
+        for result, by in zip(actual, expected, strict=True):
+            assert_close(result, by.double(), order=1)

@@ -35,7 +35,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if pointwise.takes(input, weight, geometry):
+    if pointwise.takes(input, weight, geometry) and pointwise.fits(input, weight, bias):
         return pointwise.forward(input, weight, bias)
     return torch.convolution(input, weight, bias, *geometry)
 
@@ -45,14 +45,15 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not any(mask):
         return None, None, None
+    products = pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry)
     by_input = None
-    if mask[0] and pointwise.takes(grad, weight, geometry):
+    if mask[0] and products:
         by_input = pointwise.input_gradient(grad, weight)
     elif mask[0] and native_kernels.takes(grad, input, weight, geometry):
         by_input = native_kernels.input_gradient(stored(grad), input.shape, stored(weight), geometry)
     if by_input is not None:
         return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
-    if mask[1] and pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry):
+    if mask[1] and products:
         by_bias = grad.flatten(2).sum((0, 2)) if mask[2] else None
         return None, pointwise.weight_gradient(grad, input, weight), by_bias
     channels = grad.shape[1]

@@ -48,11 +48,11 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
 
 
 def new_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor to be filled, of the dtype and device of ``like``: on a CPU in huge pages, if it is large.
+    """A tensor to be filled, of the dtype and device of ``like``, which is eager: in huge pages, if it is large.
 
     Memory that was just mapped is zeroed where it is first touched: by 4 KB, that takes as long as a product.
     """
     result = like.new_empty(shape)
-    if result.nbytes >= _MAPPED and result.device.type == "cpu" and is_eager(result) and backends.native() is not None:
+    if result.nbytes >= _MAPPED and backends.native() is not None:
         backends.native().ask_for_huge_pages(result.data_ptr(), result.nbytes)
     return result

@@ -5,28 +5,56 @@ oneDNN's convolution first brings its operands into an order of its own, which c
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import new_images
-from fastgan.ops.library import is_batched
+from fastgan.ops.library import is_batched, is_eager
 
 
 def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """``images`` is the input, or the gradient of the output."""
+    ones, zeros = (1,) * (weight.ndim - 2), (0,) * (weight.ndim - 2)
     return (
-        images.device.type == "cpu"
+        weight.shape[2:] == ones
+        and is_eager(images)
+        and is_eager(weight)
+        and not is_batched(images)
+        and images.device.type == "cpu"
         and images.dtype == weight.dtype
         and images.dtype in (torch.float32, torch.float64)
-        and set(weight.shape[2:]) == set(geometry.stride) == {1}
-        and set(geometry.padding) == {0}
-        and geometry.groups == 1
-        and not geometry.transposed
-        and images.is_contiguous()  # of channels_last, oneDNN has nothing to bring into order
-        and not is_batched(images)
+        and geometry == Geometry(ones, zeros, ones, False, zeros, 1)
+        and _in_order(images)
+        and weight.stride(-1) == 1
         and backends.forced() in ("auto", "cpu")
+        and _as_exact_as_convolutions()
+    )
+
+
+def _in_order(images: Tensor) -> bool:
+    """Not channels_last, of which oneDNN has nothing to bring into order; nor what is both, and stays channels_last."""
+    return images.is_contiguous() and images.stride(-1) == 1 and images.stride(1) == prod(images.shape[2:])
+
+
+def _as_exact_as_convolutions() -> bool:
+    """Not where autocast, or what torch.set_float32_matmul_precision says, would round the products' operands."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if hasattr(torch._C, "_get_fp32_precision_getter"):  # since PyTorch 2.9; what is there for 2.8 may raise
+        return torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch takes these together: products would take more, and say other things of the rest."""
+    return (
+        input.shape[1] == weight.shape[1]
+        and len(weight) > 0
+        and (bias is None or (is_eager(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
     )
 
 
