@@ -436,3 +436,13 @@ def test_one_graph_of_kernels_of_size_one_serves_batches_of_any_size(monkeypatch
         expected = torch.autograd.grad(F.conv2d(x, model.weight).sin().sum(), (x, model.weight))
         for result, by in zip(actual, expected, strict=True):
             assert_close(result, by.double(), order=1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_backward_is_of_its_forwards_backend(size, products, narrow_calls):
+    x, w = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randn(9, 3, size, size)
+    with use_backend("reference"):
+        y = ops.conv2d(x, w)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not products
+    assert not narrow_calls

@@ -38,7 +38,7 @@ def _conv(n: int) -> Callable[..., Tensor]:
             input, padded = _pad(input, weight, padding, *sizes)
         else:
             padded = _tuple(padding, n)
-        geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups)
+        geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups, _may_choose())
         return convolve(*_autocast(input, weight, bias), geometry)
 
     return _named(conv, torch_conv, f"conv{n}d", "(C_out, C_in / groups, *K)")
@@ -60,7 +60,7 @@ def _conv_transpose(n: int) -> Callable[..., Tensor]:
         if not _ours(input, weight, n):
             return torch_conv(input, weight, bias, stride, padding, output_padding, groups, dilation)
         steps, padded, dilations, further = (_tuple(size, n) for size in (stride, padding, dilation, output_padding))
-        geometry = Geometry(steps, padded, dilations, True, further, groups)
+        geometry = Geometry(steps, padded, dilations, True, further, groups, _may_choose())
         return convolve(*_autocast(input, weight, bias), geometry)
 
     return _named(conv_transpose, torch_conv, f"conv_transpose{n}d", "(C_in, C_out / groups, *K)")
@@ -92,6 +92,10 @@ def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
         and 0 not in input.shape
         and not backends.in_transform()
     )
+
+
+def _may_choose() -> bool:
+    return backends.forced() in ("auto", "cpu")
 
 
 def _tuple(size: Size, n: int) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     if pointwise.takes(input, weight, geometry) and pointwise.fits(input, weight, bias):
         return pointwise.forward(input, weight, bias)
-    return torch.convolution(input, weight, bias, *geometry)
+    return torch.convolution(input, weight, bias, *geometry.arguments)
 
 
 def _backward(
@@ -45,19 +45,17 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not any(mask):
         return None, None, None
-    products = pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry)
-    by_input = None
-    if mask[0] and products:
-        by_input = pointwise.input_gradient(grad, weight)
-    elif mask[0] and native_kernels.takes(grad, input, weight, geometry):
+    if pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry):
+        return (
+            pointwise.input_gradient(grad, weight) if mask[0] else None,
+            pointwise.weight_gradient(grad, input, weight) if mask[1] else None,
+            grad.flatten(2).sum((0, 2)) if mask[2] else None,
+        )
+    if mask[0] and native_kernels.takes(grad, input, weight, geometry):
         by_input = native_kernels.input_gradient(stored(grad), input.shape, stored(weight), geometry)
-    if by_input is not None:
         return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
-    if mask[1] and products:
-        by_bias = grad.flatten(2).sum((0, 2)) if mask[2] else None
-        return None, pointwise.weight_gradient(grad, input, weight), by_bias
     channels = grad.shape[1]
-    grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry, mask)
+    grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry.arguments, mask)
     return grads[0], grads[1], grads[2]
 
 

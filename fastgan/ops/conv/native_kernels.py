@@ -29,7 +29,7 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)
-        and backends.forced() in ("auto", "cpu")
+        and geometry.ours
         and backends.native() is not None
     )
 

@@ -10,7 +10,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import new_images
 from fastgan.ops.library import is_batched, is_eager
@@ -27,10 +26,9 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and images.device.type == "cpu"
         and images.dtype == weight.dtype
         and images.dtype in (torch.float32, torch.float64)
-        and geometry == Geometry(ones, zeros, ones, False, zeros, 1)
+        and geometry == Geometry(ones, zeros, ones, False, zeros, 1, ours=True)
         and _in_order(images)
         and weight.stride(-1) == 1
-        and backends.forced() in ("auto", "cpu")
         and _as_exact_as_convolutions()
     )
 
