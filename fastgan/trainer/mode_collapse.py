@@ -6,7 +6,8 @@ batches of 100; the discriminator minimises softplus(-D(x)) + softplus(D(G(z))),
 2500 samples, one is of high quality within 3 sigma of its nearest mode; a mode is found if a sample of high quality is
 nearest to it; reverse KL is that of the shares of the samples nearest to each mode, from equal ones.
 
-The same question may be asked of the trainer's own presets, whose plain GAN is the preset without spectral norm.
+The same question may be asked of the trainer's own presets. They have spectral norm, which every variant but the plain
+GAN, "none", keeps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.quality import latents
 
-Variant = Literal["none", "stddev", "discrimination", "pack2"]
+Variant = Literal["none", "spectral-norm", "stddev", "discrimination", "pack2"]
 Toy = Literal["ring8", "grid25"]
 Protocol = Literal["pacgan", "preset"]
 
@@ -72,6 +73,8 @@ def settings(dataset: Toy, variant: Variant, protocol: Protocol) -> tuple[ModelC
         model, optim = PRESETS[dataset][1].model, PRESETS[dataset][1].optim
     if variant == "none":
         return replace(model, spectral_norm="none"), optim
+    if variant == "spectral-norm":
+        return replace(model, spectral_norm="fused"), optim
     if variant == "pack2":
         return replace(model, pack=2), optim
     return replace(model, minibatch=variant), optim
@@ -119,8 +122,8 @@ def table(outcomes: Iterable[Outcome]) -> str:
     for outcome in outcomes:
         groups.setdefault((outcome.dataset, outcome.variant), []).append(outcome)
     lines = [
-        "| data | variant | seeds | steps | modes | high quality | reverse KL | modes, PacGAN's paper |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | variant | seeds | steps | seconds | modes | high quality | reverse KL | modes, PacGAN's paper |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (dataset, variant), group in sorted(groups.items()):
         modes = spread([o.modes for o in group], ".1f")
@@ -128,8 +131,9 @@ def table(outcomes: Iterable[Outcome]) -> str:
         divergence = spread([o.reverse_kl for o in group], ".2f")
         published = PUBLISHED.get((dataset, variant)) if group[0].protocol == "pacgan" else None
         steps = "/".join(str(n) for n in sorted({o.steps for o in group}))
+        seconds = statistics.fmean(o.seconds for o in group)
         lines.append(
-            f"| {dataset} | {variant} | {len(group)} | {steps} | {modes} | {quality} % | {divergence} "
+            f"| {dataset} | {variant} | {len(group)} | {steps} | {seconds:.0f} | {modes} | {quality} % | {divergence} "
             f"| {'' if published is None else published} |"
         )
     return "\n".join(lines)
