@@ -51,8 +51,7 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
     terms += [node.bias_term for node, _ in convolutions if node.bias_term is not None]
     for delta, (_, bias, dim) in zip(deltas, others, strict=True):
         if delta is not None:
-            delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias))
-            terms.append((delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1))
+            terms.append(_bias_term(delta, bias, dim))
     affine = torch.stack(terms).sum(0)
     penalty = penalise(kind, grad, weight)
     parameters, views = zip(*tracer.parameters, strict=True)
@@ -60,6 +59,14 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
         _Graph(affine, penalty, views), logits.detach(), penalty.detach(), *parameters
     )
     return results
+
+
+def _bias_term(delta: Tensor, bias: Tensor, dim: int) -> Tensor:
+    """<delta_i, bias> of each sample (N,), the bias along ``dim``."""
+    if delta.ndim == 2 and delta.dtype == bias.dtype and not torch.is_autocast_enabled(delta.device.type):
+        return torch.mv(delta, bias)  # of a linear layer: one operator for three, and in its derivative
+    delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias))
+    return (delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
