@@ -32,18 +32,39 @@ def _largest(grad: Tensor) -> Tensor:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    """(N,): reads the gradient once and makes no squares of it; so does its derivative, which is zero at zero."""
+    norm: Tensor = _Norm.apply(grad)  # type: ignore[no-untyped-call]
+    return norm
+
+
+def _read_norm(grad: Tensor) -> Tensor:
+    """(N,): reads the gradient once and makes no squares of it."""
     norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))
     return norm
 
 
+class _Norm(torch.autograd.Function):
+    """(N, M) -> (N,): one read, and one read and one write back, zero at zero; PyTorch goes over it twice more."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        norm = _read_norm(grad)
+        ctx.save_for_backward(grad, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        grad, norm = ctx.saved_tensors
+        factor = (by / norm).masked_fill(norm == 0, 0)  # (N,)
+        return (grad * factor[:, None]).to(grad.dtype)  # type: ignore[no-any-return]
+
+
 class _SquaredNorm(torch.autograd.Function):
-    """(N, M) -> (N,): one read, and one read and one write back, where a norm's derivative minds the zero besides."""
+    """(N, M) -> (N,): likewise, with no zero to mind."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
-        return _norm(grad).square()
+        return _read_norm(grad).square()
 
     @staticmethod
     def backward(ctx: Any, by: Tensor) -> Tensor:
