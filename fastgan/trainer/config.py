@@ -210,22 +210,22 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(dataset="voxels", name="voxels", steps=2000, model=CRITIC, optim=WGAN_GP),
     ),
     "ring8": (
-        "8 Gaussians on a circle; MLP.",
+        "8 Gaussians on a circle; MLP that judges pairs.",
         TrainConfig(
             dataset="ring8",
             name="ring8",
             steps=3000,
-            model=ModelConfig(width=64, latent_dim=16),
+            model=ModelConfig(width=64, latent_dim=16, pack=2),
             optim=POINT_OPTIM,
         ),
     ),
     "grid25": (
-        "25 Gaussians on a square grid; MLP.",
+        "25 Gaussians on a square grid; MLP that judges pairs.",
         TrainConfig(
             dataset="grid25",
             name="grid25",
             steps=10_000,
-            model=ModelConfig(width=128, latent_dim=16),
+            model=ModelConfig(width=128, latent_dim=16, pack=2),
             optim=POINT_OPTIM,
         ),
     ),

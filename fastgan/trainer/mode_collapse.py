@@ -7,7 +7,7 @@ batches of 100; the discriminator minimises softplus(-D(x)) + softplus(D(G(z))),
 nearest to it; reverse KL is that of the shares of the samples nearest to each mode, from equal ones.
 
 The same question may be asked of the trainer's own presets. They have spectral norm, which every variant but the plain
-GAN, "none", keeps.
+GAN, "none", keeps, and packs of two, which only "pack2" does: that is the preset.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def settings(dataset: Toy, variant: Variant, protocol: Protocol) -> tuple[ModelC
     if protocol == "pacgan":
         model, optim = ModelConfig(architecture="pacgan", latent_dim=2, spectral_norm="none"), OPTIM
     else:
-        model, optim = PRESETS[dataset][1].model, PRESETS[dataset][1].optim
+        model, optim = replace(PRESETS[dataset][1].model, pack=1), PRESETS[dataset][1].optim
     if variant == "none":
         return replace(model, spectral_norm="none"), optim
     if variant == "spectral-norm":

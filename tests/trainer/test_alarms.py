@@ -31,7 +31,7 @@ def alarms_of(
     source = source or load_source("ring8", 2, CPU)
     optim_config = dataclasses.replace(RING8.optim, **optim)
     held_out = held_out or hold_out(source, optim_config.batch_size, 7)
-    model_config = dataclasses.replace(RING8.model, **{"width": 32, **(model or {})})
+    model_config = dataclasses.replace(RING8.model, **{"width": 32, "pack": 1, **(model or {})})
     gan = GAN(model_config, optim_config, source, 0, CPU)
     diagnostics, watch = Diagnostics(gan, held_out, 8), Watch()
     for step in range(1, steps + 1):

@@ -21,7 +21,7 @@ RING8 = PRESETS["ring8"][1]
 
 
 def ring8_gan(**optim: object) -> GAN:
-    model = dataclasses.replace(RING8.model, width=16)
+    model = dataclasses.replace(RING8.model, width=16, pack=1)
     optim_config = dataclasses.replace(RING8.optim, **{"batch_size": 32, **optim})
     return GAN(model, optim_config, load_source("ring8", 0, CPU), 0, CPU)
 

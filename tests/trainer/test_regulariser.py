@@ -121,7 +121,7 @@ def test_random_points_lie_between_reals_and_fakes_or_around_the_reals(penalty):
 def test_a_penalty_changes_the_discriminators_step_and_keeps_its_gradient_small():
     def slope(**optim: Any) -> float:
         preset = PRESETS["ring8"][1]
-        model = dataclasses.replace(preset.model, spectral_norm="none", width=16)
+        model = dataclasses.replace(preset.model, spectral_norm="none", width=16, pack=1)
         game = GAN(model, dataclasses.replace(preset.optim, **optim), load_source("ring8", 2, CPU), 0, CPU)
         for _ in range(60):
             game.step()
