@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from fastgan.trainer.config import PRESETS
 from fastgan.trainer.data import load_source
-from fastgan.trainer.mode_collapse import Outcome, judge, play, table
+from fastgan.trainer.mode_collapse import Outcome, judge, play, settings, table
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,22 @@ def test_a_collapsed_generator_is_seen_in_every_number():
 def test_every_variant_trains_and_a_seed_repeats(variant, protocol):
     first, second = (play("ring8", variant, 1, 3, CPU, protocol) for _ in range(2))
     assert (first.modes, first.high_quality, first.reverse_kl) == (second.modes, second.high_quality, second.reverse_kl)
+
+
+@pytest.mark.parametrize("dataset", ["ring8", "grid25"])
+def test_of_the_presets_variants_each_has_its_remedy_alone_and_the_preset_is_the_packs(dataset):
+    remedies = {}
+    for variant in ("none", "spectral-norm", "stddev", "discrimination", "pack2"):
+        model = settings(dataset, variant, "preset")[0]
+        remedies[variant] = model.spectral_norm, model.minibatch, model.pack
+    assert remedies == {
+        "none": ("none", "none", 1),
+        "spectral-norm": ("fused", "none", 1),
+        "stddev": ("fused", "stddev", 1),
+        "discrimination": ("fused", "discrimination", 1),
+        "pack2": ("fused", "none", 2),
+    }
+    assert settings(dataset, "pack2", "preset") == (PRESETS[dataset][1].model, PRESETS[dataset][1].optim)
 
 
 def test_the_table_shows_mean_and_standard_error_beside_the_paper():
