@@ -21,7 +21,7 @@ import torch
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import CRITIC, PRESETS, R3GAN, RESIDUAL, WGAN_GP, ModelConfig, OptimConfig
 from fastgan.trainer.data import load_source
-from fastgan.trainer.device import choose_device, environment
+from fastgan.trainer.device import choose_device, environment, keep_freed_memory
 from fastgan.trainer.gan import GAN
 
 DCGAN, DCGAN_OPTIM = PRESETS["discs"][1].model, PRESETS["discs"][1].optim
@@ -71,6 +71,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
+    keep_freed_memory()  # as `fastgan train` does
     results = []
     for name in options.games:
         results.append(compare(name, options.turns, device))

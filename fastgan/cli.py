@@ -31,8 +31,10 @@ REQUIREMENT_OF = {
 def train(arguments: Sequence[str]) -> int:
     """Train a GAN on real images or on a toy distribution."""
     config = parse_train(arguments)
+    from fastgan.trainer.device import keep_freed_memory
     from fastgan.trainer.loop import Trainer
 
+    keep_freed_memory()
     number = Trainer(config).train()
     if number is None:
         print(f"{config.folder / 'report.html'}")
@@ -118,6 +120,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a pure PyTorch copy in lockstep, and compare every step."""
     import tyro
 
+    from fastgan.trainer.device import keep_freed_memory
     from fastgan.trainer.verify import VerifyConfig
     from fastgan.trainer.verify import verify as run
 
@@ -128,6 +131,7 @@ def verify(arguments: Sequence[str]) -> int:
         args=list(arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    keep_freed_memory()
     return 0 if run(config) else 1
 
 

@@ -34,6 +34,9 @@ constexpr std::uintptr_t kStreamBytes = 16;
 inline void stream_vector(const char* from, char* to) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+#else
+constexpr std::uintptr_t kStreamBytes = 16;
+inline void stream_vector(const char* from, char* to) { std::memcpy(to, from, kStreamBytes); }
 #endif
 
 // Results of half precision are converted as they are stored: they go through the caches.

@@ -54,9 +54,13 @@ def _cases() -> Iterator[Case]:
     yield step_case("dcgan", dcgan, (8, *images), "wgan-gp", _ANYWHERE)
     layer_norm = partial(discriminators.layer_norm_critic, 32)
     yield step_case("layernorm", layer_norm, (8, *images), "wgan-gp", _ANYWHERE)
-    for width, batch, where in ((16, 2, _ANYWHERE), (64, 32, _ON_GPU)):
+    for width, batch, where in ((16, 2, _ANYWHERE), (64, 4, _ANYWHERE), (64, 32, _ON_GPU)):
         sngan = partial(discriminators.SNGANResNet, width)
         yield step_case(f"sngan-width{width}-", sngan, (batch, 3, 128, 128), "loss+r1", where)
+    large_critic = partial(discriminators.critic, (3, 32, 64, 128, 256), 256)
+    yield step_case("critic", large_critic, (8, 3, 256, 256), "wgan-gp", _ANYWHERE)
+    style = partial(discriminators.StyleGAN2, 128, 32, 128)
+    yield step_case("stylegan2-", style, (8, 3, 128, 128), "loss+r1", _ANYWHERE)
     for stddev in (False, True):
         style = partial(discriminators.StyleGAN2, 32, 32, 128, stddev=stddev)
         yield step_case(f"stylegan2-{'' if stddev else 'no-stddev-'}", style, (8, 3, 32, 32), "loss+r1", _ANYWHERE)

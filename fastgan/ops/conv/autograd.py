@@ -1,9 +1,9 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
-The convolutions are the vendor's, but for its two slowest on a CPU: the gradient of an input of few channels is a
-kernel of ours, and kernels of size 1 are matrix products. PyTorch's own double backward returns a gradient for the
-input even where there is none (dense zeros, which then run back through the whole forward): two of the six forwards'
-work of a penalty.
+The convolutions are the vendor's, but for its slowest on a CPU: the gradient of an input of few channels is a kernel of
+ours, that of a convolution with steps goes through channels last, and kernels of size 1 are matrix products. PyTorch's
+own double backward returns a gradient for the input even where there is none (dense zeros, which then run back through
+the whole forward): two of the six forwards' work of a penalty.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.conv import native_kernels, pointwise
+from fastgan.ops.conv import native_kernels, pointwise, strided
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import last_order, stored
 from fastgan.ops.needed import needed
@@ -51,9 +51,10 @@ def _backward(
             pointwise.weight_gradient(grad, input, weight) if mask[1] else None,
             grad.flatten(2).sum((0, 2)) if mask[2] else None,
         )
-    if mask[0] and native_kernels.takes(grad, input, weight, geometry):
-        by_input = native_kernels.input_gradient(stored(grad), input.shape, stored(weight), geometry)
-        return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
+    for way in (native_kernels, strided) if mask[0] else ():
+        if way.takes(grad, input, weight, geometry):
+            by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
+            return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
     channels = grad.shape[1]
     grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry.arguments, mask)
     return grads[0], grads[1], grads[2]

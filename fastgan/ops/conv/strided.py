@@ -1,0 +1,61 @@
+"""The input's gradient of a convolution with steps, through channels last, the order in which a CPU computes it.
+
+oneDNN takes and gives channels last here whatever it is given, and PyTorch brings its result back by a copy that may
+take as long as the convolution. Given channels last, and brought back by a kernel of ours, it is the same product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.library import is_batched, is_eager
+
+_LEAST = 1 << 21  # elements of dx, under which the copy is fast enough (docs/decisions.md)
+_ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
+
+
+def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether `input_gradient` is the faster way to this gradient."""
+    return (
+        geometry.ours
+        and max(geometry.stride) > 1
+        and not geometry.transposed
+        and geometry.groups == 1
+        and grad.ndim == 4
+        and grad.device.type == "cpu"
+        and grad.dtype == input.dtype == weight.dtype == torch.float32
+        and input.numel() >= max(_LEAST, weight.numel())
+        and grad.is_contiguous()
+        and input.is_contiguous()
+        and weight.is_contiguous()
+        and is_eager(grad)
+        and is_eager(weight)
+        and not is_batched(grad)
+        and bool(torch.backends.mkldnn.enabled)
+        and backends.native() is not None
+        and backends.native().isa() in _ISAS
+    )
+
+
+def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
+    """dx of ``shape`` (N, C_in, H, W) from grad (N, C_out, H', W') and weight (C_out, C_in, kH, kW)."""
+    sizes = (shape[2:], grad.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
+    left = [s - ((o - 1) * step - 2 * p + d * (k - 1) + 1) for s, o, k, step, p, d in zip(*sizes, strict=True)]
+    turned = torch.empty_like(grad, memory_format=torch.channels_last)
+    _transpose(grad, turned, grad.shape[1])
+    dx = torch.convolution(turned, weight, None, *geometry[:3], True, left, 1)
+    if not dx.is_contiguous(memory_format=torch.channels_last):
+        return dx.contiguous()
+    result = grad.new_empty(shape)
+    _transpose(dx, result, shape[2] * shape[3])
+    return result
+
+
+def _transpose(source: Tensor, target: Tensor, rows: int) -> None:
+    """Each sample of the source, whose memory is (rows, columns), as (columns, rows)."""
+    samples = len(source)
+    columns = source.numel() // (samples * rows)
+    backends.native().transpose(source.data_ptr(), target.data_ptr(), samples, rows, columns, torch.get_num_threads())

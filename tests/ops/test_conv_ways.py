@@ -1,0 +1,391 @@
+"""Convolutions on a CPU that are not the vendor's: of few channels, with steps, of size one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+
+from fastgan import backends, ops, use_backend
+from fastgan.ops.conv import native_kernels, pointwise, strided
+from tests.harness import assert_close
+from tests.ops.conv_problem import operands
+
+# Inputs of few channels: more and fewer columns than a vector has lanes, and all that a convolution's rows may do.
+NARROW = {
+    "dilated": ((2, 3, 40, 36), (40, 3, 2, 1), dict(dilation=3)),
+    "3x3": ((2, 3, 33, 37), (20, 3, 3, 3), dict(padding=1)),
+    "halving": ((2, 1, 46, 70), (16, 1, 4, 4), dict(stride=2, padding=1)),
+    "few columns": ((3, 6, 24, 9), (32, 6, 3, 2), dict(stride=(1, 2))),
+    "rows left over": ((1, 3, 68, 68), (12, 3, 5, 3), dict(stride=3, padding=(4, 0), dilation=(2, 3))),
+    "kernel beyond stride": ((2, 2, 50, 50), (48, 2, 2, 2), dict(stride=(5, 4))),
+    "1d": ((4, 2, 600), (8, 2, 9), dict(stride=3, padding=4, dilation=2)),
+}
+
+
+@pytest.fixture
+def narrow_calls(monkeypatch):
+    """How often the kernel ran."""
+    calls = []
+    kernel = native_kernels.input_gradient
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(native_kernels, "input_gradient", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("shape", "weight", "options"), NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_cpu_kernel_gives_the_gradient_of_an_input_of_few_channels(shape, weight, options, threads, narrow_calls):
+    name = f"conv{len(shape) - 2}d"
+    x, w, b = operands(name, shape, weight, options, dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = orders(getattr(ops, name), (x, w, b), options)
+    finally:
+        torch.set_num_threads(before)
+    assert narrow_calls
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    for order, (result, expected) in enumerate(zip(actual, orders(getattr(F, name), exact, options), strict=True)):
+        assert_close(result, expected, order=min(order, 2))
+
+
+def orders(function, inputs, options):
+    """The input's gradient, and the gradients of a penalty of it by each that it depends on."""
+    y = function(*inputs, **options)
+    by = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).requires_grad_()
+    (grad,) = torch.autograd.grad(y, inputs[0], by, create_graph=True)
+    return [grad, *torch.autograd.grad(grad.square().sum(), [by, inputs[1]])]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_the_cpu_kernel_gives_that_gradient(isa):
+    grad, weight, x = torch.randn(2, 16, 20, 21), torch.randn(16, 3, 4, 4), torch.empty(2, 3, 40, 42)
+    dimensions = [(40, 20, 4, 2, 1, 1), (42, 21, 4, 2, 1, 1)]
+    addresses = grad.data_ptr(), weight.data_ptr(), x.data_ptr()
+    try:
+        backends.native().conv_input_gradient(*addresses, 2, 3, 16, dimensions, 2, isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert_close(x, F.conv_transpose2d(grad.double(), weight.double(), stride=2, padding=1), order=1)
+
+
+@pytest.mark.parametrize("change", ["double", "channels_last", "reference", "groups", "small", "many channels"])
+def test_what_the_cpu_kernel_does_not_take_is_the_vendors(change, narrow_calls):
+    channels = 8 if change == "many channels" else 3
+    x = torch.randn(2, channels, 4 if change == "small" else 32, 32, requires_grad=True)
+    w = torch.randn(9, 1 if change == "groups" else channels, 3, 3)
+    if change == "double":
+        x, w = x.detach().double().requires_grad_(), w.double()
+    if change == "channels_last":
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    options = dict(padding=1, groups=3 if change == "groups" else 1)
+    with use_backend("reference" if change == "reference" else "auto"):
+        y = ops.conv2d(x, w, **options)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not narrow_calls
+    (expected,) = torch.autograd.grad(F.conv2d(x, w, **options).sum(), x)
+    assert_close(grad, expected.double(), order=1)
+
+
+# All that a convolution with steps may do; of the last, rows and columns of the input are left over.
+STRIDED = {
+    "halving": ((2, 8, 20, 12), (12, 8, 4, 4), dict(stride=2, padding=1)),
+    "3x3": ((2, 7, 9, 11), (5, 7, 3, 3), dict(stride=2, padding=1)),
+    "kernel beyond stride": ((1, 8, 15, 16), (8, 8, 2, 2), dict(stride=(5, 4))),
+    "steps one way": ((3, 8, 12, 40), (24, 8, 5, 3), dict(stride=(1, 3), padding=(2, 1), dilation=(1, 2))),
+    "rows left over": ((2, 9, 19, 20), (4, 9, 3, 3), dict(stride=4, padding=(2, 0))),
+}
+
+
+@pytest.fixture
+def strided_calls(monkeypatch):
+    """How often the input's gradient went through channels last, which it does whatever its size."""
+    calls = []
+    way = strided.input_gradient
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return way(*arguments)
+
+    monkeypatch.setattr(strided, "input_gradient", counted)
+    monkeypatch.setattr(strided, "_LEAST", 0)
+    return calls
+
+
+needs_channels_last = pytest.mark.skipif(
+    backends.native() is None or backends.native().isa() == "baseline", reason="on this processor it is the vendor's"
+)
+
+
+@needs_channels_last
+@pytest.mark.parametrize(("shape", "weight", "options"), STRIDED.values(), ids=STRIDED)
+def test_the_cpu_kernel_gives_the_input_gradient_of_a_convolution_with_steps(shape, weight, options, strided_calls):
+    x, w, b = operands("conv2d", shape, weight, options, dtype=torch.float32)
+    if w.numel() > x.numel():
+        w = w.detach()[:, :, :1].requires_grad_()
+    actual = orders(ops.conv2d, (x, w, b), options)
+    assert strided_calls
+    assert actual[0].is_contiguous()
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    for order, (result, expected) in enumerate(zip(actual, orders(F.conv2d, exact, options), strict=True)):
+        assert_close(result, expected, order=min(order, 2))
+
+
+@pytest.mark.parametrize(
+    "change", ["double", "channels_last", "reference", "groups", "small", "no steps", "without oneDNN", "large weight"]
+)
+def test_what_does_not_go_through_channels_last_is_the_vendors(change, strided_calls, monkeypatch):
+    if change == "small":
+        monkeypatch.setattr(strided, "_LEAST", 1 << 20)
+    dtype = torch.float64 if change == "double" else torch.float32
+    x = torch.randn(2, 8, 12, 12, dtype=dtype)
+    w = torch.randn(99 if change == "large weight" else 8, 2 if change == "groups" else 8, 3, 3, dtype=dtype)
+    if change == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    options = dict(stride=1 if change == "no steps" else 2, padding=1, groups=4 if change == "groups" else 1)
+    with use_backend("reference" if change == "reference" else "auto"):
+        y = ops.conv2d(x, w, **options)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", change != "without oneDNN")
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not strided_calls
+    (expected,) = torch.autograd.grad(F.conv2d(x, w, **options).sum(), x)
+    assert_close(grad, expected.double(), order=1)
+
+
+# Squares in registers and what is left over on either side; the last is large enough to go past the caches.
+MATRICES = [(1, 1, 1), (3, 16, 16), (2, 17, 33), (2, 5, 40), (2, 48, 100), (1, 128, 15), (1, 1024, 2056)]
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_the_cpu_kernel_transposes_matrices(shape, isa):
+    samples, rows, columns = shape
+    matrices = torch.randn(shape)
+    result = torch.full((samples, columns, rows), torch.nan)
+    try:
+        backends.native().transpose(matrices.data_ptr(), result.data_ptr(), *shape, 2, isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert torch.equal(result, matrices.mT)
+
+
+# Of few channels and of many: one product a sample, or one of all samples, for the weight.
+POINTWISE = {
+    "1d": ((3, 5, 70), (4, 5, 1)),
+    "2d": ((2, 3, 9, 8), (6, 3, 1, 1)),
+    "2d, many channels": ((3, 40, 3, 2), (30, 40, 1, 1)),
+    "3d": ((2, 3, 4, 3, 5), (2, 3, 1, 1, 1)),
+    "one sample": ((1, 4, 6, 6), (3, 4, 1, 1)),
+}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The functions of pointwise.py that ran."""
+    calls = set()
+    for name in ("forward", "input_gradient", "weight_gradient"):
+        function = getattr(pointwise, name)
+
+        def noted(*arguments, function=function, name=name):
+            calls.add(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(pointwise, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("shape", "weight"), POINTWISE.values(), ids=POINTWISE)
+def test_kernels_of_size_one_are_matrix_products_on_a_cpu(shape, weight, bias, dtype, products):
+    name = f"conv{len(shape) - 2}d"
+    leaves = operands(name, shape, weight, {}, bias=bias, dtype=dtype)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for function, (x, w, b) in ((getattr(ops, name), leaves), (getattr(F, name), exact)):
+        y = function(x, w, b)
+        inputs = [t for t in (x, w, b) if t is not None]
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        results.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    assert products == {"forward", "input_gradient", "weight_gradient"}
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert actual.is_contiguous()
+        assert_close(actual, expected, order=0 if i == 0 else 1 if i <= len(inputs) else 2)
+
+
+def test_a_large_result_of_a_kernel_of_size_one_is_whole():
+    """Its memory is asked for in huge pages."""
+    x, w = torch.randn(2, 3, 512, 512), torch.randn(20, 3, 1, 1)
+    y = ops.conv2d(x, w)
+    assert y.nbytes >= native_kernels._MAPPED
+    assert_close(y, F.conv2d(x.double(), w.double()), order=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(stride=2), dict(padding=1), dict(groups=3), "channels_last", "bfloat16", "reference", "3x3"],
+    ids=str,
+)
+def test_other_convolutions_are_no_matrix_products(options, products):
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 1, 1)
+    if options == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    if options == "bfloat16":
+        x, w = x.bfloat16(), w.bfloat16()
+    if options == "3x3":
+        w = torch.randn(6, 3, 3, 3)
+    options, backend = (options, "auto") if isinstance(options, dict) else ({}, options)
+    w = w[:, :1] if "groups" in options else w
+    with use_backend("reference" if backend == "reference" else "auto"):
+        y = ops.conv2d(x, w, **options)
+    assert not products
+    assert torch.equal(y, F.conv2d(x, w, **options))
+
+
+@pytest.mark.parametrize("channels", [3, 40], ids=["few channels", "many channels"])
+def test_an_activation_in_place_may_follow_a_kernel_of_size_one(channels):
+    leaves = operands("conv2d", (2, channels, 3, 2), (30, channels, 1, 1), {}, dtype=torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for conv, (x, w, b) in ((ops.conv2d, leaves), (F.conv2d, exact)):
+        first = torch.autograd.grad(conv(x, w, b).tanh_().sum(), (x, w), create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square_().sum() for g in first), (x, w, b))])
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert_close(actual, expected.double(), order=1 if i < 2 else 2)
+
+
+def pointwise_operands():
+    return operands("conv2d", (2, 3, 9, 8), (6, 3, 1, 1), {}, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "bias", "options"),
+    [
+        ((2, 4, 5, 5), (6, 3, 1, 1), None, {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), torch.randn(1), {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), torch.randn(6, 1), {}),
+        ((2, 3, 5, 5), (0, 3, 1, 1), None, {}),
+        ((2, 3, 5, 5), (6, 3, 1, 1), None, dict(dilation=0)),
+        ((2, 3, 5, 5), (6, 3, 1, 1), None, dict(stride=(1, 1, 1))),
+    ],
+    ids=["channels", "one bias", "bias of two dimensions", "no outputs", "dilation", "strides"],
+)
+def test_what_pytorch_refuses_of_a_kernel_of_size_one_is_refused_alike(shape, weight, bias, options):
+    x, w = torch.randn(shape), torch.randn(weight)
+    with pytest.raises(RuntimeError) as expected, use_backend("reference"):
+        ops.conv2d(x, w, bias, **options)
+    with pytest.raises(RuntimeError) as actual:
+        ops.conv2d(x, w, bias, **options)
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("spatial", [(4, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("which", ["input", "weight", "both", "neither"])
+def test_a_kernel_of_size_one_gives_the_memory_format_that_pytorchs_does(which, channels, spatial):
+    results = []
+    for conv in (ops.conv2d, F.conv2d):
+        x, w, _ = operands("conv2d", (2, channels, *spatial), (6, channels, 1, 1), {}, dtype=torch.float32)
+        x, w = (
+            t.detach().to(memory_format=torch.channels_last).requires_grad_() if which in (name, "both") else t
+            for name, t in (("input", x), ("weight", w))
+        )
+        y = conv(x, w)
+        results.append([t.stride() for t in (y, *torch.autograd.grad(y.flatten(1).sin().sum(), (x, w)))])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_the_precision_of_matrix_products_is_not_that_of_convolutions(precision, products):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ops.conv2d(*pointwise_operands()).sin().sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not products
+
+
+def test_autocast_around_a_backward_leaves_kernels_of_size_one_in_single_precision():
+    x, w, b = pointwise_operands()
+    y = ops.conv2d(x, w, b).sin().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = torch.autograd.grad(y, (x, w, b), create_graph=True)
+        actual = [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b))]
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    first = torch.autograd.grad(F.conv2d(*exact).sin().sum(), exact, create_graph=True)
+    expected = [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), exact)]
+    for i, (result, by) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(result, by, order=1 if i < 3 else 2)
+
+
+@pytest.mark.parametrize("weight", [(16, 8, 1, 1), (16, 3, 3, 3), (16, 8, 3, 3)], ids=str)
+def test_gradients_may_come_in_batches(weight):
+    x, w, _ = operands("conv2d", (2, weight[1], 32, 32), weight, {}, dtype=torch.float32)
+    y = ops.conv2d(x, w)
+    grads = torch.randn(3, *y.shape)
+    actual = torch.autograd.grad(y, (x, w), grads, is_grads_batched=True)
+    expected = torch.autograd.grad(F.conv2d(x, w), (x, w), grads, is_grads_batched=True)
+    for result, by in zip(actual, expected, strict=True):
+        assert_close(result, by.double(), order=1)
+
+
+@pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, products):
+    """Their class says what a convolution of them is, and what it gives."""
+    inputs = [t.detach() for t in pointwise_operands()]
+    expected = F.conv2d(*inputs)
+    inputs[wrapped] = TwoTensor(inputs[wrapped], inputs[wrapped])
+    y = ops.conv2d(*inputs)
+    assert not products
+    assert isinstance(y, TwoTensor)
+    assert torch.equal(y.a, expected)
+
+
+class SizeOne(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 3, 1, 1))
+
+    def forward(self, x):
+        return ops.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_kernels_of_size_one_are_exported_for_any_batch(strict, monkeypatch):
+    monkeypatch.undo()  # poisoned memory cannot be traced
+    model = SizeOne()
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(model, (torch.randn(4, 3, 5, 5),), dynamic_shapes=sizes, strict=strict)
+    x = torch.randn(7, 3, 5, 5)
+    assert_close(program.module()(x), F.conv2d(x.double(), model.weight.double()), order=0)
+
+
+def test_one_graph_of_kernels_of_size_one_serves_batches_of_any_size(monkeypatch):
+    monkeypatch.undo()
+    torch.compiler.reset()
+    model = SizeOne()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (4, 7):
+        x = torch.randn(batch, 3, 5, 5, requires_grad=True)
+        actual = torch.autograd.grad(compiled(x).sin().sum(), (x, model.weight))
+        expected = torch.autograd.grad(F.conv2d(x, model.weight).sin().sum(), (x, model.weight))
+        for result, by in zip(actual, expected, strict=True):
+            assert_close(result, by.double(), order=1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_backward_is_of_its_forwards_backend(size, products, narrow_calls):
+    x, w = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randn(9, 3, size, size)
+    with use_backend("reference"):
+        y = ops.conv2d(x, w)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not products
+    assert not narrow_calls
