@@ -12,6 +12,8 @@ import torch
 from fastgan._version import __version__
 from fastgan.bench.provenance import ROOT, commit_of, device_name
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one."""
@@ -28,11 +30,10 @@ def keep_freed_memory() -> None:
     glibc gives large blocks back to the system, and each tensor's pages are mapped and zeroed anew, which on a CPU may
     take longer than the convolution that fills them (docs/recipes.md). What comes late stays resident until the end.
     """
-    malloc_options = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in malloc_options.values():
-            mallopt(option, value)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_MMAP_MAX, 0)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
