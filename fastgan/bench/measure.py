@@ -25,7 +25,7 @@ from fastgan.bench.record import SCHEMA, Results, save
 
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 UNTIMED = "memory"  # the suite of which the memory counts: a call a variant is timed
-LONGEST = 60.0  # seconds that a case may take where what fails is passed over
+LONGEST = 60.0  # seconds that a case may take where what fails is passed over; compiling, ten times that
 STOPPED = 75  # the exit status of a process that cannot go on; --resume can
 
 
@@ -98,7 +98,7 @@ def _try(case: Case, device: torch.device, results: Results, path: Path | None) 
     results["begun"] = case.name
     if path is not None:
         save(results, path)
-    end = Timer(LONGEST, _end, [case.name])
+    end = Timer(LONGEST * (10 if results["compile"] else 1), _end, [case.name])
     end.daemon = True
     end.start()
     try:
@@ -111,6 +111,8 @@ def _try(case: Case, device: torch.device, results: Results, path: Path | None) 
     finally:
         end.cancel()
         del results["begun"]
+        if path is not None:
+            save(results, path)  # an interruption too
     gc.collect()  # what the error's frames held
 
 
@@ -121,7 +123,7 @@ def _fail(results: Results, name: str, reason: str) -> None:
 
 
 def _end(name: str) -> None:
-    print(f"{name} did not end in {LONGEST:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name} does not end", file=sys.stderr, flush=True)
     os._exit(STOPPED)
 
 
