@@ -73,7 +73,7 @@ tests() {
 
 # Compiling is most of the work, and a crash ends one process.
 many_tests() {
-    has xdist && set -- --numprocesses 12 --max-worker-restart 100 "$@"
+    has xdist && set -- --numprocesses "$(nproc)" --max-worker-restart 100 "$@"
     tests "$@"
 }
 
