@@ -23,7 +23,7 @@ from setuptools.command.build import build
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"native": "_native", "cuda": "_native_cuda"}
+MODULES = {"cuda": "_native_cuda", "native": "_native"}  # in the order in which they are built
 
 
 class CannotBuild(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,6 +39,26 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact_convolutions() -> None:
+    """On a GPU these round their operands to TF32, and add up in any order, unless they are told not to."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+@pytest.fixture(autouse=True)
+def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an error in a kernel a process can do nothing more on its GPU: of several, the others go on."""
+    yield
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu"):
+        try:
+            torch.rand(1, device="cuda").sum().item()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            pytest.exit(f"the GPU is lost: {error}".partition("\n")[0])
 
 
 LONG = ("aot", "cuda", "native", "install", "distributed")  # folders whose tests take minutes

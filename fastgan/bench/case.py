@@ -76,9 +76,11 @@ def on_backend(backend: str, run: Run) -> Run:
 
 
 def prepare(
-    case: Case, device: torch.device, *, optional: bool = False
+    case: Case, device: torch.device, *, optional: bool = False, failed: dict[str, str] | None = None
 ) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
     """The variants of a case, their errors relative to BASELINE, and why others are left out.
+
+    ``failed``: takes the reasons of variants that raise or are wrong, which are left out; else that is an error.
 
     Raises:
         ArithmeticError: a variant's result is not BASELINE's, or that is not finite. Nothing wrong is timed.
@@ -101,9 +103,11 @@ def prepare(
                 left_out[name] = str(error).partition("\n")[0]
                 continue
             except Exception as error:
-                if name not in OPTIONAL:
+                if name not in OPTIONAL and (failed is None or name == BASELINE):
                     raise
                 left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                if failed is not None and name not in OPTIONAL:
+                    failed[name] = left_out[name]
                 continue
             if not expected:
                 expected, against = result, name
@@ -111,9 +115,13 @@ def prepare(
             if name == against and math.isnan(errors[name]):
                 raise FloatingPointError(f"{case.name}: {name} gives numbers that are not finite")
             if not errors[name] <= case.tolerance:  # NaN is wrong too
-                raise ArithmeticError(
+                wrong = (
                     f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
                 )
+                if failed is None:
+                    raise ArithmeticError(wrong)
+                left_out[name] = failed[name] = wrong
+                del variants[name], errors[name]
     for backend in BY_NAME:
         if case.suite == "ops" and case.op and device.type == "cuda" and backend not in variants:
             left_out.setdefault(backend, backends.why_not(case.op, backend, device.type, case.dtype) or "not declared")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -21,6 +25,12 @@ from fastgan.bench.record import SCHEMA, Results, save
 
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 UNTIMED = "memory"  # the suite of which the memory counts: a call a variant is timed
+LONGEST = 60.0  # seconds that a case may take where what fails is passed over; compiling, ten times that
+STOPPED = 75  # the exit status of a process that cannot go on; --resume can
+
+
+class DeviceLost(RuntimeError):
+    """The process can no longer use its device, after an error in a kernel or in a graph's capture."""
 
 
 def begin(
@@ -52,8 +62,20 @@ def go_on(
     path: Path | None = None,
     *,
     minutes: float | None = None,
+    keep_going: bool = False,
 ) -> None:
-    """Measure what is not yet run, in place. ``minutes``: no case begins later than that."""
+    """Measure what is not yet run, in place.
+
+    Args:
+        minutes: no case begins later than that.
+        keep_going: what fails is written down and passed over. A case that does not end ends the process.
+
+    Raises:
+        DeviceLost: another process can go on with the rest.
+    """
+    tried = False
+    if keep_going and "begun" in results:
+        _fail(results, results.pop("begun"), "the process ended in it")
     end = None if minutes is None else time.monotonic() + 60 * minutes
     if path is not None:
         save(results, path)
@@ -61,10 +83,61 @@ def go_on(
         if end is not None and time.monotonic() > end:
             print(f"fastgan bench: {len(results['not_yet_run'])} cases not run, time is up", file=sys.stderr)
             break
-        results["cases"].append(measure(cases[name], device, results))
-        results["not_yet_run"] = results["not_yet_run"][1:]
+        if not keep_going:
+            results["cases"].append(measure(cases[name], device, results))
+            results["not_yet_run"] = results["not_yet_run"][1:]
+        elif name in results["not_yet_run"]:
+            _refuse_lost(device, tried)
+            _try(cases[name], device, results, path)
+            tried = True
         if path is not None:
             save(results, path)
+
+
+def _try(case: Case, device: torch.device, results: Results, path: Path | None) -> None:
+    results["begun"] = case.name
+    if path is not None:
+        save(results, path)
+    end = Timer(LONGEST * (10 if results["compile"] else 1), _end, [case.name])
+    end.daemon = True
+    end.start()
+    try:
+        found = measure(case, device, results, keep_going=True)
+    except Exception as error:
+        _fail(results, case.name, f"{type(error).__name__}: {error}".partition("\n")[0])
+    else:
+        results["cases"].append(found)
+        results["not_yet_run"] = results["not_yet_run"][1:]
+    finally:
+        end.cancel()
+        del results["begun"]
+        if path is not None:
+            save(results, path)  # an interruption too
+    gc.collect()  # what the error's frames held
+
+
+def _fail(results: Results, name: str, reason: str) -> None:
+    print(f"FAILED {name}: {reason}", file=sys.stderr, flush=True)
+    results.setdefault("failed", {})[name] = reason
+    results["not_yet_run"] = [other for other in results["not_yet_run"] if other != name]
+
+
+def _end(name: str) -> None:
+    print(f"{name} does not end", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
+
+
+def _refuse_lost(device: torch.device, tried: bool) -> None:
+    """A failed capture leaves the generator and the allocator as they were in it, a failed kernel nothing at all."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.rand(1, device=device).sum().item()
+        torch.cuda.empty_cache()  # what is free is asked of the driver
+    except RuntimeError as error:
+        if not tried:
+            raise
+        raise DeviceLost(str(error).partition("\n")[0]) from None
 
 
 def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
@@ -87,10 +160,26 @@ def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
         yield name
 
 
-def measure(case: Case, device: torch.device, results: Results) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, results: Results, keep_going: bool = False) -> dict[str, Any]:
     """Check that the variants agree, then time them as ``results`` says; on CUDA also as graphs, where they can be."""
+    with _stream(device):
+        return _measure(case, device, results, keep_going)
+
+
+def _stream(device: torch.device) -> AbstractContextManager[Any]:
+    """One that can be captured: a backward runs on the stream of its forward, which may have been long before."""
+    return torch.cuda.stream(_capturable(device)) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _capturable(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _measure(case: Case, device: torch.device, results: Results, keep_going: bool) -> dict[str, Any]:
     timer, rounds, seconds = _timer(device), results["rounds"], SAMPLE_SECONDS[device.type]
-    variants, errors, left_out = prepare(case, device, optional=results["compile"])
+    failed: dict[str, str] | None = {} if keep_going else None
+    variants, errors, left_out = prepare(case, device, optional=results["compile"], failed=failed)
     untimed = results["suite"] == UNTIMED
     samples = timing.once(variants, timer) if untimed else timing.in_turns(variants, timer, rounds, seconds)
     measured = timing.compare(samples, BASELINE)
@@ -119,7 +208,7 @@ def measure(case: Case, device: torch.device, results: Results) -> dict[str, Any
         "growth": None if case.growth is None else {of: _plain(value) for of, value in vars(case.growth).items()},
         "variants": measured,
         "left_out": left_out,
-    }
+    } | ({"failed": sorted(failed)} if failed else {})
 
 
 def _plain(value: Any) -> Any:

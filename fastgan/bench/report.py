@@ -77,6 +77,7 @@ def left_out(results: Results) -> list[str]:
     reasons = [
         f"{case['name']}, {name}: {reason}" for case in results["cases"] for name, reason in case["left_out"].items()
     ]
+    reasons += [f"{name}: {reason}" for name, reason in results.get("failed", {}).items()]
     return reasons + [f"{name}: not run" for name in results["not_yet_run"]]
 
 

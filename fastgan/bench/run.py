@@ -38,7 +38,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the result is the exit status: 1 if ``--compare`` found a regression.
+    """Run the command line; the result is the exit status: 1 if ``--compare`` found a regression or something failed.
 
     Raises:
         ValueError: an unknown suite, case or device; a file that does not fit; a model that cannot be benched.
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only = [name for name in record.names(old) if fnmatch(name, results["pattern"])]
         comparison.refuse_others(old, options.compare, results, only)
     try:
-        measure.go_on(results, cases, device, path, minutes=options.minutes)
+        measure.go_on(results, cases, device, path, minutes=options.minutes, keep_going=options.keep_going)
+    except measure.DeviceLost as error:
+        print(f"fastgan bench: {error}; --resume goes on", file=sys.stderr)
+        return measure.STOPPED
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: {shlex.join(['fastgan', 'bench', '--resume', str(path)])}", file=sys.stderr)
         return INTERRUPTED
@@ -73,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report is not None:
         folder = path.parent if options.report is _BESIDE else options.report
         print("\n".join(map(str, report.write(results, folder, path.stem))))
+    failed = bool(results.get("failed")) or any(case.get("failed") for case in results["cases"])
     if old is None:
-        return 0
+        return int(failed)
     found = comparison.changes(old, results)
     print(f"\nAgainst {options.compare}:\n\n{comparison.table(found)}")
-    return 1 if comparison.regressed(found) else 0
+    return int(failed or comparison.regressed(found))
 
 
 _BESIDE = Path()  # --report without a folder: beside the JSON
@@ -105,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add("--compile", action="store_true", help="time torch.compile of the baseline too; it takes minutes")
     add("--minutes", type=_minutes, metavar="M", help="begin no case later than that; --resume runs the others")
+    add("--keep-going", action="store_true", help="pass over what fails; the exit status is then 1, or 75 to resume")
     add(
         "--report",
         type=Path,

@@ -41,6 +41,7 @@ class Objective:
     plain: Callable[[Logits, Tensor, Tensor, Tensor, Gradient], Tensor]
     fast: Callable[[nn.Module, Tensor, Tensor], Tensor]
     whole: bool = False
+    draws: bool = False  # alpha, by a generator of its own, which no CUDA graph takes
 
 
 def _squares(g: Tensor) -> Tensor:
@@ -102,12 +103,12 @@ def _fast_non_saturating_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Ten
 
 
 OBJECTIVES = {
-    "wgan-gp": Objective(_wgan_gp, _fast_wgan_gp),
+    "wgan-gp": Objective(_wgan_gp, _fast_wgan_gp, draws=True),
     "loss+r1": Objective(_loss_r1, _fast_loss_r1),
     RELATIVISTIC: Objective(_relativistic, _fast_relativistic),
     "d-step/hinge": Objective(_hinge, _hinge, whole=True),
     "d-step/non-saturating": Objective(_non_saturating, _non_saturating, whole=True),
-    "d-step/wgan-gp": Objective(_critic, _fast_critic, whole=True),
+    "d-step/wgan-gp": Objective(_critic, _fast_critic, whole=True, draws=True),
     "d-step/r1": Objective(_non_saturating_r1, _fast_non_saturating_r1, whole=True),
     f"d-step/{RELATIVISTIC}": Objective(_relativistic, _fast_relativistic, whole=True),
 }
@@ -129,11 +130,19 @@ def _by_func(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    if name == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    if device.type == "cuda":
-        return lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=name == "tf32")
-    return nullcontext
+    """Of what is differentiated."""
+    return (lambda: torch.autocast(device.type, torch.bfloat16)) if name == "bf16" else nullcontext
+
+
+def _rounding(make: Make, precision: str) -> Run:
+    """The convolutions of forward and backward with their operands rounded to TF32, or exact."""
+    run = make()
+
+    def rounding() -> Sequence[Tensor]:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "float32"):
+            return run()
+
+    return rounding if torch.cuda.is_available() else run
 
 
 def seeded(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
@@ -172,6 +181,8 @@ def d_step(
     context = _precision(precision, device)
 
     def draw() -> Tensor:
+        if not objective.draws:
+            return real
         generator = torch.Generator(device).manual_seed(SEED)
         return torch.rand(size, dtype=dtype, device=device, generator=generator)
 
@@ -206,7 +217,8 @@ def d_step(
 
         return run
 
-    return {BASELINE: eager, "torch.compile": compiled, "fastgan": fastgans}
+    variants = {BASELINE: eager, "torch.compile": compiled, "fastgan": fastgans}
+    return {name: partial(_rounding, make, precision) for name, make in variants.items()}
 
 
 def g_step(
@@ -227,11 +239,12 @@ def g_step(
         return training(net, lambda: F.softplus(-logits(z)).mean(), context, whole=True)
 
     leave: Callable[[nn.Module], object] = lambda net: None  # noqa: E731
-    return {
+    variants: dict[str, Make] = {
         BASELINE: partial(variant, leave),
         "torch.compile": compiled,
         "fastgan": partial(variant, fastgan.convert),
     }
+    return {name: partial(_rounding, make, precision) for name, make in variants.items()}
 
 
 def training(

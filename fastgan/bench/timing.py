@@ -112,16 +112,24 @@ class ColdCache:
 
 
 def captured(run: Call) -> Call:
-    """A CUDA graph's replay of ``run``. Raises RuntimeError if it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    """A CUDA graph's replay of ``run``. Raises RuntimeError if it cannot be captured.
+
+    A stream of one's own that is the current one is captured: a backward goes to the stream that its forward was on.
+    """
+    before = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if before == torch.cuda.default_stream() else before
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(before)  # which it leaves undone where the capture was broken off
+        raise
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay

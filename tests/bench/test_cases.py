@@ -88,6 +88,27 @@ def test_a_wrong_result_is_refused_before_it_is_timed(factor):
         prepare(dataclasses.replace(case, setup=with_wrong), CPU)
 
 
+@pytest.mark.parametrize("broken", ["fails", "wrong"])
+def test_a_variant_that_fails_or_is_wrong_is_left_out_where_that_is_asked_for(broken):
+    case = CASES["spectral_norm/small/forward"]
+    setup = case.setup
+
+    def with_broken(device, dtype):
+        makes = setup(device, dtype)
+
+        def make():
+            run = makes["fastgan"]()
+            return lambda: [1.01 * weight for weight in run()] if broken == "wrong" else run(1)
+
+        return makes | {"fastgan": make}
+
+    failed: dict[str, str] = {}
+    variants, errors, left_out = prepare(dataclasses.replace(case, setup=with_broken), CPU, failed=failed)
+    assert list(variants) == list(errors) == [BASELINE, "reference"]
+    assert failed == left_out
+    assert ("differs from torch" if broken == "wrong" else "TypeError") in failed["fastgan"]
+
+
 def test_an_optional_variant_that_fails_is_left_out_with_its_reason():
     case = CASES["spectral_norm/small/forward"]
     setup = case.setup

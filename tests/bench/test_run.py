@@ -43,7 +43,7 @@ def measured(monkeypatch):
     """Measuring takes no time, and fails where the test says so."""
     fails: set[str] = set()
 
-    def instead(case, device, results):
+    def instead(case, device, results, **options):
         if case.name in fails:
             raise Broken(case.name)
         quantiles = {"low": 1.0, "median": 1.0, "high": 1.0}
@@ -134,6 +134,43 @@ def test_a_bar_is_shown_where_somebody_watches(monkeypatch):
     assert list(measure.announced(["first", "second"], done=1)) == ["first", "second"]
     assert "first: " in terminal.getvalue()
     assert "/3" in terminal.getvalue()
+
+
+def test_what_fails_is_passed_over_where_that_is_asked_for(measured, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    measured.add(CASE)
+    assert run.main([*ARGUMENTS, "--keep-going", "--output", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert [case["name"] for case in found["cases"]] == [f"{CASE}_backward"]
+    assert found["failed"] == {CASE: f"Broken: {CASE}"}
+    assert found["not_yet_run"] == []
+    assert "begun" not in found
+    assert f"- {CASE}: Broken: {CASE}" in capsys.readouterr().out
+
+
+def test_a_case_in_which_the_process_ended_is_passed_over_when_it_goes_on(measured, tmp_path):
+    path = tmp_path / "result.json"
+    assert run.main([*ARGUMENTS, "--minutes", "0", "--output", str(path)]) == 0
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"begun": CASE}))
+    assert run.main(["--keep-going", "--resume", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert found["failed"] == {CASE: "the process ended in it"}
+    assert [case["name"] for case in found["cases"]] == [f"{CASE}_backward"]
+
+
+def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path):
+    path = tmp_path / "result.json"
+
+    def lost(device, tried):
+        if tried:
+            raise measure.DeviceLost("an illegal memory access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_refuse_lost", lost)
+        assert run.main([*ARGUMENTS, "--keep-going", "--output", str(path)]) == measure.STOPPED
+    assert json.loads(path.read_text())["not_yet_run"] == [f"{CASE}_backward"]
+    assert run.main(["--keep-going", "--resume", str(path)]) == 0
+    assert json.loads(path.read_text())["not_yet_run"] == []
 
 
 @pytest.mark.parametrize(

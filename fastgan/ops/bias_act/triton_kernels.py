@@ -110,8 +110,9 @@ def _plus(u, values_ptr, at, inner, channels, valid):
 def _columns(outer_tiled, channels_tiled, INDEX: tl.constexpr, TILE_C: tl.constexpr):
     """Of this program: its channels, its range of what is outside of them, and where the first of it begins."""
     c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    begin = outer_tiled * tl.program_id(1) // tl.num_programs(1)
-    end = outer_tiled * (tl.program_id(1) + 1) // tl.num_programs(1)
+    part = tl.program_id(1).to(tl.int64)
+    begin = outer_tiled * part // tl.num_programs(1)
+    end = outer_tiled * (part + 1) // tl.num_programs(1)
     return c, begin, end, begin.to(INDEX) * channels_tiled + c
 
 

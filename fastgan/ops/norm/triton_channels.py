@@ -24,9 +24,11 @@ from fastgan.ops.triton_language import rounded, typed
 @triton.jit
 def _channels(channels, groups, TILE_C: tl.constexpr):
     """Of this program: its sample, its channels, the row that each is in, and how many rows there are."""
-    sample = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    return sample, c, sample * groups + c // (channels // groups), tl.num_programs(2) * groups
+    tiles = tl.cdiv(channels, TILE_C)  # of each sample, beside each other: a grid's other axes are short
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    c = tl.program_id(0) % tiles * TILE_C + tl.arange(0, TILE_C)
+    rows = (tl.num_programs(0) // tiles).to(tl.int64) * groups
+    return sample, c, sample * groups + c // (channels // groups), rows
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def channel_moments(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = moments_ptr.dtype.element_ty
-    sample, c, _row, _rows = _channels(channels, 1, TILE_C)
+    sample, c, _row, samples = _channels(channels, 1, TILE_C)
     x = typed(x_ptr, DTYPE)
     begin, end = _part(positions)
     total = tl.zeros([TILE_C, TILE_Q], ACC)
@@ -94,7 +96,7 @@ def channel_moments(
     off = tl.sum(rest, 1) / count  # what rounding took from `near`
     to = moments_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(to, near + off, mask=c < channels)
-    behind = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * channels
+    behind = samples * tl.num_programs(1) * channels
     tl.store(to + behind, tl.sum(squares, 1) - off * off * count, mask=c < channels)
 
 
@@ -116,7 +118,7 @@ def row_statistics(
     of_row = channels // groups
     mean_ptr = moments_ptr + row // groups * parts * channels + row % groups * of_row
     squares_ptr = mean_ptr + (rows // groups).to(tl.int64) * parts * channels
-    size = positions.to(ACC) * of_row
+    size = tl.cast(positions, ACC) * of_row
     total = tl.zeros([BLOCK], ACC)
     for m0 in range(0, parts * of_row, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
@@ -194,7 +196,7 @@ def channel_products(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
-    sample, c, row, _rows = _channels(channels, groups, TILE_C)
+    sample, c, row, rows = _channels(channels, groups, TILE_C)
     mean = _column(statistics_ptr, row, c, channels)
     begin, end = _part(positions)
     dy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
@@ -215,7 +217,7 @@ def channel_products(
             hd_sum += h * d
             hdy_sum += h * dy
     to = sums_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
-    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * channels
+    step = rows // groups * tl.num_programs(1) * channels
     tl.store(to, tl.sum(dy_sum, 1), mask=c < channels)
     tl.store(to + step, tl.sum(dyd_sum, 1), mask=c < channels)
     if h_ptr is not None:
@@ -261,7 +263,7 @@ def row_means(
     of_sample = sums_ptr + row // groups * parts * channels + first
     step = (rows // groups).to(tl.int64) * parts * channels
     r = tl.load(statistics_ptr + rows + row)
-    size = positions.to(ACC) * of_row
+    size = tl.cast(positions, ACC) * of_row
     g_sum = tl.zeros([BLOCK_C], ACC)
     gx_sum = tl.zeros([BLOCK_C], ACC)
     h_sum = tl.zeros([BLOCK_C], ACC)

@@ -24,6 +24,7 @@ from fastgan.ops.triton_language import DTYPES, addresses, device_of
 _BLOCK = 1024
 _PROGRAMS = 512  # of a sum over samples or positions that are enough for any GPU
 _SMALL = 256  # values of a sum over parts
+_LONGEST = 65535  # programs of a grid's second axis
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -222,7 +223,7 @@ def _positions(layout: Layout) -> int:
     return layout.segments * layout.inner
 
 
-def _by_row(tiles: tuple[int, int, int], layout: Layout) -> tuple[int, int, int, int]:
+def _by_row(tiles: tuple[int, int], layout: Layout) -> tuple[int, int, int, int]:
     return _positions(layout), tiles[1], layout.channels, layout.groups
 
 
@@ -246,11 +247,10 @@ def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
     return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": DTYPES[x.dtype]}
 
 
-def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int, int]:
-    """The grid (tiles of channels, parts of the positions, samples): a few programs whose sums are added up, or every
-    program that finds a tile to map."""
+def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
+    """The grid (tiles of channels of each sample, parts of the positions): a few programs whose sums are added up, or
+    every program that finds a tile to map."""
     tile = _tile(x, layout)
-    of_channels, of_positions = triton.cdiv(layout.channels, tile["TILE_C"]), _positions(layout)
-    parts = triton.cdiv(of_positions, tile["TILE_Q"])
-    enough = triton.cdiv(_PROGRAMS, of_channels * layout.samples)
-    return of_channels, triton.cdiv(parts, 4) if every else min(parts, enough), layout.samples
+    tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
+    parts = triton.cdiv(_positions(layout), tile["TILE_Q"])
+    return tiles, min(triton.cdiv(parts, 4), _LONGEST) if every else min(parts, triton.cdiv(_PROGRAMS, tiles))

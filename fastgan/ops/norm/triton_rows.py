@@ -220,14 +220,14 @@ def affine_sums(
 ):
     """Sums over samples and positions for a tile of all ``channels`` of a sample, ``of_row`` of which are a row."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    part = tl.program_id(1)
+    part = tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(1)
     c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
     begin = samples * part // parts
     end = samples * (part + 1) // parts
     rows = channels // of_row
-    row = begin.to(tl.int64) * rows + c // of_row
-    column = begin.to(tl.int64) * channels + c
+    row = begin * rows + c // of_row
+    column = begin * channels + c
     weight_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     bias_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     for _ in range(begin, end):
@@ -250,7 +250,7 @@ def affine_sums(
                 bias_sum += dy
         row += rows
         column += channels
-    to = part.to(tl.int64) * channels + c
+    to = part * channels + c
     if weight_sums_ptr is not None:
         tl.store(weight_sums_ptr + to, tl.sum(weight_sum, 1), mask=c < channels)
     if bias_sums_ptr is not None:

@@ -382,7 +382,7 @@ def forward(
     v_first: bool,
 ) -> None:
     plan = _plan_of(layout, weights, outputs)
-    layers = plans.table_of(plan, _addresses(layout, saved, weights, outputs, us, vs, None), saved.device)
+    addresses = _addresses(layout, saved, weights, outputs, us, vs, None)
     scratch = saved.new_empty(plan.scratch)
     dtype = _TYPES[weights[0].dtype]
 
@@ -392,6 +392,7 @@ def forward(
         _product[(len(tiles),)](tiles, layers, scratch, **constants)
 
     with _on(saved.device):
+        layers = plans.table_of(plan, addresses, saved.device)
         if n_power_iterations == 0:
             product(of_t=False, stored=True, weighted=True)
         for i in range(n_power_iterations):
@@ -409,10 +410,11 @@ def backward(
     layout: Layout,
 ) -> None:
     plan = _plan_of(layout, weights, outputs, grads)
-    layers = plans.table_of(plan, _addresses(layout, saved, weights, outputs, None, None, grads), saved.device)
+    addresses = _addresses(layout, saved, weights, outputs, None, None, grads)
     scratch = saved.new_empty(plan.chunk_sums)
     dtype = _TYPES[weights[0].dtype]
     with _on(saved.device):
+        layers = plans.table_of(plan, addresses, saved.device)
         _inner_products[(len(plan.chunks),)](plan.chunks, layers, scratch, DTYPE=dtype)
         _grad_weights[(len(plan.chunks),)](plan.chunks_back, layers, scratch, DTYPE=dtype)
 

@@ -120,18 +120,24 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# Tables made while a CUDA graph is captured: the graph reads the host's copy at each replay.
-_captured: list[tuple[Tensor, Tensor]] = []
+# What CUDA graphs read at each replay: the host's copy of a table, the table, and the plan that goes with it.
+_captured: list[tuple[Tensor, Tensor, Plan]] = []
+# Page-locked memory cannot be had during a capture, so calls before it leave some; what a graph took is never reused.
+_SPARE = 2**15  # numbers: 120 tables of a discriminator of 11 layers
+_spare: list[Tensor] = []
 
 
 def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device) -> Tensor:
-    """The table of weights on the device. Steps that meet the same addresses again upload nothing."""
+    """The table of weights on the device, which is the current one. Steps that meet the same addresses again upload
+    nothing."""
     if device.type != "cuda":
         return _table(plan.rows, addresses, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        host = _pinned(plan.rows, addresses)
-        _captured.append((host, host.to(device, non_blocking=True)))
+        host = _from_spare(_entries(plan.rows, addresses))
+        _captured.append((host, host.to(device, non_blocking=True), plan))
         return _captured[-1][1]
+    if not _spare or len(_spare[0]) < _SPARE // 2:
+        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True)]
     return _table(plan.rows, addresses, device, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -140,10 +146,18 @@ def _table(
     rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...], device: torch.device, stream: int
 ) -> Tensor:
     # The stream is part of the key: on another one, the copy might not have arrived.
-    if device.type == "cuda":
-        return _pinned(rows, addresses).to(device, non_blocking=True)
-    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device=device)
+    entries = _entries(rows, addresses)
+    return entries.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else entries
 
 
-def _pinned(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
-    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], pin_memory=True)
+def _entries(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
+    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)])
+
+
+def _from_spare(entries: Tensor) -> Tensor:
+    """A page-locked copy."""
+    size = entries.numel()
+    if not _spare or len(_spare[0]) < size:
+        return entries.pin_memory()  # of which PyTorch before 2.11 may say that a capture forbids it
+    taken, _spare[0] = _spare[0][:size], _spare[0][size:]
+    return taken.view_as(entries).copy_(entries)

@@ -1,0 +1,52 @@
+"""Sizes that no test has the memory for: how the Triton kernels share them out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
+
+from fastgan.ops.bias_act import triton_kernels as bias_act  # noqa: E402
+from fastgan.ops.norm import triton_kernels as norm  # noqa: E402
+from fastgan.ops.norm.layout import Layout  # noqa: E402
+from tests.harness import BACKENDS, device_of  # noqa: E402
+
+_columns = bias_act._columns
+_LONGEST = 65535  # of a grid's second axis on NVIDIA; the first has 2^31 - 1
+
+
+@triton.jit
+def _ranges(ranges_ptr, outer):
+    _c, begin, end, _column = _columns(outer, 1, tl.int64, 1)
+    tl.store(ranges_ptr + 2 * tl.program_id(1), begin)
+    tl.store(ranges_ptr + 2 * tl.program_id(1) + 1, end)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:3])
+def test_parts_of_more_positions_than_32_bits_count_are_whole(backend):
+    outer, parts = 33_554_432, 512  # channels_last: 32 images of 1024 x 1024
+    ranges = torch.zeros(parts, 2, dtype=torch.int64, device=device_of(backend))
+    _ranges[(1, parts)](ranges, outer)
+    assert ranges[0, 0] == 0
+    assert ranges[-1, 1] == outer
+    assert torch.equal(ranges[1:, 0], ranges[:-1, 1])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, 1, 64, 32 * 1024 * 1024, 64, True),  # a batch norm over many positions
+        Layout(100_000, 1, 64, 16, 8, True),  # many samples
+        Layout(1, 100_000, 64, 64, 64),
+        Layout(1, 16, 4_000_000, 64, 4_000_000),
+    ],
+)
+def test_every_grid_of_channels_can_be_launched(layout):
+    x = torch.empty(0)
+    for every in (False, True):
+        grid = norm._tiles(x, layout, every=every)
+        assert len(grid) == 2
+        assert grid[0] < 2**31
+        assert 1 <= grid[1] <= _LONGEST
