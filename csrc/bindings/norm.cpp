@@ -8,20 +8,20 @@ namespace {
 // The fields of NormShape in their order; addresses in the order of the fields of the structs.
 using Sizes = std::array<std::int64_t, 6>;
 
-NormShape shape_of(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5] != 0}; }
+NormShape norm_shape_of(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5] != 0}; }
 
 void norm_forward(const std::string& dtype, const std::array<std::int64_t, 7>& a, const Sizes& sizes, double eps,
                   int threads, const std::string& isa) {
   const NormForward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
                             pointer(a[4]), pointer(a[5]), pointer(a[6])};
-  FASTGAN_DISPATCH(isa_of(isa), norm_forward(dtype_of(dtype), tensors, shape_of(sizes), eps, threads))
+  FASTGAN_DISPATCH(isa_of(isa), norm_forward(dtype_of(dtype), tensors, norm_shape_of(sizes), eps, threads))
 }
 
 void norm_backward(const std::string& dtype, const std::array<std::int64_t, 8>& a, const Sizes& sizes, int threads,
                    const std::string& isa) {
   const NormBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
                              pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7])};
-  FASTGAN_DISPATCH(isa_of(isa), norm_backward(dtype_of(dtype), tensors, shape_of(sizes), threads))
+  FASTGAN_DISPATCH(isa_of(isa), norm_backward(dtype_of(dtype), tensors, norm_shape_of(sizes), threads))
 }
 
 void norm_double_backward(const std::string& dtype, const std::array<std::int64_t, 11>& a, const Sizes& sizes,
@@ -29,7 +29,7 @@ void norm_double_backward(const std::string& dtype, const std::array<std::int64_
   const NormDoubleBackward tensors{pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]),
                                    pointer(a[4]), pointer(a[5]), pointer(a[6]), pointer(a[7]),
                                    pointer(a[8]), pointer(a[9]), pointer(a[10])};
-  FASTGAN_DISPATCH(isa_of(isa), norm_double_backward(dtype_of(dtype), tensors, shape_of(sizes), threads))
+  FASTGAN_DISPATCH(isa_of(isa), norm_double_backward(dtype_of(dtype), tensors, norm_shape_of(sizes), threads))
 }
 
 }  // namespace

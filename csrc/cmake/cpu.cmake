@@ -53,6 +53,8 @@ endforeach()
 
 file(GLOB bindings CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/bindings/*.cpp)
 pybind11_add_module(_native MODULE NO_EXTRAS native.cpp ${bindings} ${objects})
+# As one file: each alone takes almost as long, most of it in pybind11's headers.
+set_target_properties(_native PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
 target_link_libraries(_native PRIVATE cpu_flags)
 if(NOT FASTGAN_SANITIZE AND NOT APPLE)
   target_link_options(_native PRIVATE -s)

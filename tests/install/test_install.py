@@ -204,8 +204,9 @@ def test_without_a_compiler_auto_builds_a_pure_wheel_and_records_why(unpacked: P
 def test_auto_survives_sources_that_do_not_compile(unpacked: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(unpacked, tmp_path / "broken", ignore=BUILT)
     (broken / "csrc" / "native.cpp").write_text("#error deliberately broken\n")
-    for op in (broken / "csrc" / "cpu").glob("*.cpp"):
-        op.write_text("")
+    for folder in ("bindings", "cpu"):
+        for source in (broken / "csrc" / folder).glob("*.cpp"):
+            source.write_text("")
     wheel = only_wheel(build_wheel(broken, tmp_path), tmp_path)
     assert "deliberately broken" in str(build_info(wheel)["native"]["reason"])
 

@@ -35,7 +35,7 @@ def instrumented(tmp_path_factory) -> Path:
         "FASTGAN_SANITIZE": "ON",
         "FASTGAN_WERROR": "ON",
         "FASTGAN_ISAS": "avx2",  # one with vectors: the sources are the same
-        "CMAKE_CXX_FLAGS_RELEASE": "-O1",
+        "CMAKE_CXX_FLAGS_RELEASE": "-Og",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
