@@ -24,18 +24,21 @@ NARROW = {
 }
 
 
+def noted(monkeypatch, way):
+    """The calls of a way to the input's gradient, from now on."""
+    calls, function = [], way.input_gradient
+
+    def note(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(way, "input_gradient", note)
+    return calls
+
+
 @pytest.fixture
 def narrow_calls(monkeypatch):
-    """How often the kernel ran."""
-    calls = []
-    kernel = native_kernels.input_gradient
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return kernel(*arguments)
-
-    monkeypatch.setattr(native_kernels, "input_gradient", counted)
-    return calls
+    return noted(monkeypatch, native_kernels)
 
 
 @pytest.mark.parametrize(("shape", "weight", "options"), NARROW.values(), ids=NARROW)
@@ -105,17 +108,9 @@ STRIDED = {
 
 @pytest.fixture
 def strided_calls(monkeypatch):
-    """How often the input's gradient went through channels last, which it does whatever its size."""
-    calls = []
-    way = strided.input_gradient
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return way(*arguments)
-
-    monkeypatch.setattr(strided, "input_gradient", counted)
+    """Which go through channels last whatever their size."""
     monkeypatch.setattr(strided, "_LEAST", 0)
-    return calls
+    return noted(monkeypatch, strided)
 
 
 needs_channels_last = pytest.mark.skipif(
@@ -153,7 +148,8 @@ def test_what_does_not_go_through_channels_last_is_the_vendors(change, strided_c
     with use_backend("reference" if change == "reference" else "auto"):
         y = ops.conv2d(x, w, **options)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", change != "without oneDNN")
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    (grad,) = torch.autograd.grad(y, x, torch.ones(y.shape, dtype=dtype))
+    assert grad.stride() == x.stride()
     assert not strided_calls
     (expected,) = torch.autograd.grad(F.conv2d(x, w, **options).sum(), x)
     assert_close(grad, expected.double(), order=1)

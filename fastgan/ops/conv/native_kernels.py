@@ -18,18 +18,25 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
     """Whether `input_gradient` is the faster way to this gradient."""
     return (
         input.shape[1] <= _MOST_CHANNELS
-        and grad.device.type == "cpu"
+        and are_plain(grad, weight, geometry)
         and 3 <= grad.ndim <= 4
         and grad.numel() >= _LEAST
-        and geometry.groups == 1
-        and not geometry.transposed
-        and grad.dtype == weight.dtype == torch.float32
-        and grad.is_contiguous()
-        and weight.is_contiguous()
+    )
+
+
+def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a kernel that knows nothing but contiguous float32 may read these."""
+    return (
+        geometry.ours
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)
-        and geometry.ours
+        and not geometry.transposed
+        and geometry.groups == 1
+        and grad.device.type == "cpu"
+        and grad.dtype == weight.dtype == torch.float32
+        and grad.is_contiguous()
+        and weight.is_contiguous()
         and backends.native() is not None
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.library import is_batched, is_eager
+from fastgan.ops.conv.native_kernels import are_plain
 
 _LEAST = 1 << 21  # elements of dx, under which the copy is fast enough (docs/decisions.md)
 _ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
@@ -20,22 +20,12 @@ _ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether `input_gradient` is the faster way to this gradient."""
     return (
-        geometry.ours
-        and max(geometry.stride) > 1
-        and not geometry.transposed
-        and geometry.groups == 1
+        max(geometry.stride) > 1
+        and are_plain(grad, weight, geometry)
         and grad.ndim == 4
-        and grad.device.type == "cpu"
-        and grad.dtype == input.dtype == weight.dtype == torch.float32
         and input.numel() >= max(_LEAST, weight.numel())
-        and grad.is_contiguous()
         and input.is_contiguous()
-        and weight.is_contiguous()
-        and is_eager(grad)
-        and is_eager(weight)
-        and not is_batched(grad)
         and bool(torch.backends.mkldnn.enabled)
-        and backends.native() is not None
         and backends.native().isa() in _ISAS
     )
 
@@ -47,8 +37,7 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
     turned = torch.empty_like(grad, memory_format=torch.channels_last)
     _transpose(grad, turned, grad.shape[1])
     dx = torch.convolution(turned, weight, None, *geometry[:3], True, left, 1)
-    if not dx.is_contiguous(memory_format=torch.channels_last):
-        return dx.contiguous()
+    dx = dx.contiguous(memory_format=torch.channels_last)  # which it is where oneDNN has made it
     result = grad.new_empty(shape)
     _transpose(dx, result, shape[2] * shape[3])
     return result
