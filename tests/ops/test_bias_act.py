@@ -30,7 +30,7 @@ SHAPES = {
     "many channels": ((3, 1100), 1),
 }
 FEW = ("images", "no bias")
-CUTS = {"plain": {}, "scaled and cut off": dict(gain=1.5, clamp=0.75)}
+CUTS = {"plain": {}, "scaled and cut off": dict(gain=1.5, clamp=0.7)}
 
 
 @dataclass

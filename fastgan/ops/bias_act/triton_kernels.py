@@ -94,7 +94,7 @@ def _scale(f, GAIN: tl.constexpr, CLAMP: tl.constexpr):
     """gain where gain f is not cut off."""
     scale = tl.full(f.shape, GAIN, f.dtype)
     if CLAMP is not None:
-        scale = tl.where(tl.abs(GAIN * f) <= CLAMP, scale, 0.0)
+        scale = tl.where(tl.abs(GAIN * f) <= tl.full(f.shape, CLAMP, f.dtype), scale, 0.0)
     return scale
 
 
@@ -168,10 +168,11 @@ def _activate(
         signs = tl.sum(tl.where(u <= 0.0, 0, 1 << bit), 1)
         tl.store(signs_ptr + row, signs.to(tl.uint8), mask=row * 8 < size)
     if CLAMP is not None:
+        limit = tl.full(y.shape, CLAMP, y.dtype)  # a number by itself is compared as float32 knows it
         if inside_ptr is not None:
-            inside = tl.sum(tl.where(tl.abs(y) <= CLAMP, 1 << bit, 0), 1)
+            inside = tl.sum(tl.where(tl.abs(y) <= limit, 1 << bit, 0), 1)
             tl.store(inside_ptr + row, inside.to(tl.uint8), mask=row * 8 < size)
-        y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
+        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
     tl.store(typed(y_ptr, DTYPE) + at, rounded(y, DTYPE), mask=at < size)
 
 
