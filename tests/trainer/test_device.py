@@ -6,18 +6,17 @@ import sys
 
 import pytest
 
-# Pages that are mapped anew while tensors of 48 MB come and go.
+# Pages that are mapped anew while large tensors come and go. Each is smaller than the one before, so that it fits into
+# what that one left, whatever else the allocator cut from it.
 FAULTS = """
 import resource, torch
 from fastgan.trainer.device import keep_freed_memory
 if {kept}:
     keep_freed_memory()
-def use():
-    torch.zeros(12 << 20)
-use()
+torch.zeros(16 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    use()
+for millions in (15, 14, 13):
+    torch.zeros(millions << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -28,4 +27,4 @@ def test_memory_that_is_freed_is_kept_for_the_next_tensor():
         int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], capture_output=True, check=True).stdout)
         for kept in (False, True)
     )
-    assert kept < 100 < by_default
+    assert kept < by_default / 10, f"{kept} pages, by default {by_default}"
