@@ -6,6 +6,9 @@
 //   product (ci, l)[ow] = sum over (k, oh), co of W[co, ci, k, l] dy[co, oh, ow]     a matrix product
 //   dx[ci, h, stride ow + dilation l - padding] += product (ci, l)[ow]               a few shifted sums
 //
+// Columns of dx that are equal modulo the stride are sums of the same products, each shifted by a number of columns of
+// its own; products lie between zeros, so that all are summed by whole vectors.
+//
 // The floor: dy read once, and 2 kh kw / stride^2 operations for each element of dx and channel of dy.  Rows of dy are
 // packed, so that the channels of one, which lie a plane apart in memory, do not fight for the same lines of the cache.
 // Sums are taken in the same order whatever the number of threads.
@@ -48,7 +51,15 @@ class InputGradient {
         blocks_(over(s_.columns.out, kColumns)),
         // Rows of dy that meet one row of dx: consecutive but for a remainder, so that `oh % slots_` tells them apart.
         slots_((s_.rows.kernel - 1) * s_.rows.dilation / s_.rows.stride + 1),
+        phase_(over(over(s_.columns.size, s_.columns.stride), kLanes<float>) * kLanes<float>),
         weight_(s_.rows.kernel * groups_ * s_.out_channels * kRows) {
+    const ConvDimension& d = s_.columns;
+    for (std::int64_t l = 0; l < d.kernel; ++l) {
+      const std::int64_t shift = l * d.dilation - d.padding, of = (shift % d.stride + d.stride) % d.stride;
+      taps_.push_back({of, (shift - of) / d.stride});
+      before_ = std::max(before_, taps_.back().ahead);
+      after_ = std::max(after_, phase_ - taps_.back().ahead - blocks_ * kColumns);
+    }
     // (row of the kernel, group, out_channel, product of the group), zeros after the last product
     const std::int64_t taps = s_.columns.kernel;
     for (std::int64_t i = 0; i < s_.rows.kernel * groups_ * s_.out_channels * kRows; ++i) {
@@ -62,9 +73,9 @@ class InputGradient {
   // Rows of dx, of all samples.
   void run(std::int64_t begin, std::int64_t end) {
     Buffer<float> packed(slots_ * blocks_ * s_.out_channels * kColumns);
-    Buffer<float> products(groups_ * kRows * blocks_ * kColumns);
-    const std::int64_t phase = over(s_.columns.size, s_.columns.stride);  // of each column modulo the stride
-    std::vector<float> phases(static_cast<std::size_t>(phase * s_.columns.stride));
+    const std::int64_t length = before_ + blocks_ * kColumns + after_;
+    std::vector<float> products(static_cast<std::size_t>(groups_ * kRows * length));
+    Buffer<float> phases(phase_ * s_.columns.stride);
     std::vector<std::int64_t> held(static_cast<std::size_t>(slots_), -1);  // which row of dy a slot holds
     std::vector<Meeting> meetings;
     for (std::int64_t row = begin; row < end; ++row) {
@@ -81,9 +92,9 @@ class InputGradient {
       }
       for (std::int64_t block = 0; block < blocks_; ++block)
         for (std::int64_t group = 0; group < groups_; ++group)
-          multiply(meetings, block, group, products.data() + (group * kRows * blocks_ + block) * kColumns);
+          multiply(meetings, block, group, products.data() + group * kRows * length + before_ + block * kColumns, length);
       for (std::int64_t ci = 0; ci < s_.in_channels; ++ci)
-        spread(products.data() + ci * s_.columns.kernel * blocks_ * kColumns, phases.data(), phase,
+        sum_up(products.data() + ci * s_.columns.kernel * length + before_, length, phases.data(),
                dx_ + ((n * s_.in_channels + ci) * s_.rows.size + h) * s_.columns.size);
     }
   }
@@ -94,6 +105,9 @@ class InputGradient {
     const float* packed;  // (block, out_channel, column)
     const float* weight;  // (group, out_channel, product)
   };
+  struct Tap {
+    std::int64_t phase, ahead;  // its product's column ow is a term of column stride (ow + ahead) + phase of dx
+  };
 
   // A row of dy as (block, out_channel, column), zeros after the last column.
   void pack(std::int64_t n, std::int64_t oh, float* packed) const {
@@ -103,15 +117,20 @@ class InputGradient {
       // The next row, which lies in another page than this channel's neighbours: no hardware sees that coming.
       for (std::int64_t ow = 0; ow < width; ow += 16) __builtin_prefetch(row + width + ow, 0, 2);
       for (std::int64_t first = 0; first < width; first += kColumns) {
-        float* target = packed + (first * s_.out_channels) + co * kColumns;
-        const std::int64_t size = std::min(kColumns, width - first);
-        std::memcpy(target, row + first, static_cast<std::size_t>(size) * sizeof(float));
-        std::fill(target + size, target + kColumns, 0.0f);
+        float* target = packed + first * s_.out_channels + co * kColumns;
+        if (width - first >= kColumns) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v)
+            store_vector(target + v * kLanes<float>, load_vector(row + first + v * kLanes<float>));
+        } else {
+          for (std::int64_t i = 0; i < kColumns; ++i) target[i] = first + i < width ? row[first + i] : 0;
+        }
       }
     }
   }
 
-  void multiply(const std::vector<Meeting>& meetings, std::int64_t block, std::int64_t group, float* products) const {
+  void multiply(const std::vector<Meeting>& meetings, std::int64_t block, std::int64_t group, float* products,
+                std::int64_t length) const {
     Vec<float> sums[kRows][kVectors] = {};
     for (const Meeting& meeting : meetings) {
       const float* x = meeting.packed + block * s_.out_channels * kColumns;
@@ -129,32 +148,42 @@ class InputGradient {
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v)
-        store_vector(products + r * blocks_ * kColumns + v * kLanes<float>, sums[r][v]);
+        store_vector(products + r * length + v * kLanes<float>, sums[r][v]);
   }
 
-  // Columns that are equal modulo the stride lie side by side in `phases`, and so each product is added in one piece.
-  void spread(const float* products, float* phases, std::int64_t phase, float* dx) const {
-    const ConvDimension& d = s_.columns;
-    if (d.stride == 1) phases = dx;
-    std::fill(phases, phases + phase * d.stride, 0.0f);
-    for (std::int64_t l = 0; l < d.kernel; ++l, products += blocks_ * kColumns) {
-      const std::int64_t shift = l * d.dilation - d.padding;
-      const std::int64_t of = (shift % d.stride + d.stride) % d.stride, ahead = (shift - of) / d.stride;
-      const std::int64_t begin = std::max<std::int64_t>(0, -ahead);
-      const std::int64_t end = std::min(d.out, over(d.size - of, d.stride) - ahead);
-      float* target = phases + of * phase + ahead;
-#pragma omp simd
-      for (std::int64_t ow = begin; ow < end; ++ow) target[ow] += products[ow];
-    }
-    if (d.stride == 1) return;
-    for (std::int64_t w = 0, at = 0; w < d.size; ++at)
-      for (std::int64_t of = 0; of < d.stride && w < d.size; ++of, ++w) dx[w] = phases[of * phase + at];
+  // A row of dx from the products of its channel.
+  void sum_up(const float* products, std::int64_t length, float* phases, float* dx) const {
+    const std::int64_t stride = s_.columns.stride;
+    for (std::int64_t of = 0; of < stride; ++of)
+      for (std::int64_t at = 0; at < phase_; at += kLanes<float>) {
+        Vec<float> sum = {};
+        for (std::size_t l = 0; l < taps_.size(); ++l)
+          if (taps_[l].phase == of)
+            sum += load_vector(products + static_cast<std::int64_t>(l) * length + at - taps_[l].ahead);
+        store_vector(phases + of * phase_ + at, sum);
+      }
+    if (stride == 1)
+      std::copy(phases, phases + s_.columns.size, dx);
+    else if (stride == 2)
+      interleave(phases, 2, dx);
+    else
+      interleave(phases, stride, dx);
+  }
+
+  void interleave(const float* phases, std::int64_t stride, float* dx) const {
+    std::int64_t w = 0, at = 0;
+    for (; w + stride <= s_.columns.size; w += stride, ++at)
+      for (std::int64_t of = 0; of < stride; ++of) dx[w + of] = phases[of * phase_ + at];
+    for (std::int64_t of = 0; w < s_.columns.size; ++of, ++w) dx[w] = phases[of * phase_ + at];
   }
 
   const ConvShape s_;
   const float* const dy_;
   float* const dx_;
   const std::int64_t products_, groups_, blocks_, slots_;
+  const std::int64_t phase_;  // columns of dx that are equal modulo the stride, in whole vectors
+  std::vector<Tap> taps_;
+  std::int64_t before_ = 0, after_ = 0;  // zeros around a product
   Buffer<float> weight_;
 };
 

@@ -13,7 +13,7 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain
 
-_LEAST = 1 << 21  # elements of dx, under which the copy is fast enough (docs/decisions.md)
+_LEAST = 1 << 20  # elements of dx, under which the copy is fast enough (docs/decisions.md)
 _ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
 
 
