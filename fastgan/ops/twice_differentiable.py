@@ -137,7 +137,7 @@ class _Uncompiled:
                 self._stance = None
 
 
-_uncompiled = _Uncompiled()
+uncompiled = _Uncompiled()
 
 
 @contextmanager
@@ -153,5 +153,5 @@ def twice_differentiable() -> Iterator[None]:
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with _uncompiled, _Reroute():
+    with uncompiled, _Reroute():
         yield

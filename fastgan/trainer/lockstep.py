@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.nn import MinibatchDiscrimination
+from fastgan.ops.gradient_penalty.small import at_any_size
 from fastgan.trainer.gan import GAN, Batch
 from fastgan.trainer.losses import LOSSES
 
@@ -150,8 +151,9 @@ def lockstep(
 
 
 def half_step(gan: GAN, name: str, batch: Batch) -> float:
-    """Take the step of one player; its loss."""
-    loss: Tensor = getattr(gan, f"{name}_step")(batch)
+    """Take the step of one player; its loss. However small the networks are, a fused copy's penalty is fastgan's."""
+    with at_any_size():
+        loss: Tensor = getattr(gan, f"{name}_step")(batch)
     return loss.item()
 
 

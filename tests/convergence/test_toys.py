@@ -9,6 +9,8 @@ from fastgan.trainer.config import PRESETS
 from fastgan.trainer.data import load_source
 from fastgan.trainer.gan import GAN
 
+pytestmark = pytest.mark.small
+
 CPU = torch.device("cpu")
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from fastgan.ops.gradient_penalty.small import at_any_size
+
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 
@@ -36,5 +38,6 @@ def as_rank(work: Callable[[int], Any]) -> None:
     """In such a process: work(rank), within a process group."""
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save(work(rank), folder / f"{rank}.pt")
+    with at_any_size():  # as in tests/conftest.py
+        torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()

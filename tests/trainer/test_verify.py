@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -56,6 +57,21 @@ def test_a_kernel_that_is_wrong_by_a_thousandth_makes_verify_exit_non_zero(fault
     output = capsys.readouterr().out
     assert "FAIL: 1 steps" in output
     assert f"BREACH step 1: {kind} of " in output
+
+
+@pytest.mark.small
+def test_the_penalty_that_is_verified_is_fastgans_however_small_the_discriminator(monkeypatch):
+    arguments = ["--dataset", "ring8", "--penalty", "r1", "--steps", "1", "--timed-steps", "1", "--device", "cpu"]
+    assert cli.main(["verify", *arguments]) == 0
+    penalties = sys.modules["fastgan.ops.gradient_penalty"]
+    correct = penalties.one_pass
+
+    def broken(*arguments):
+        logits, penalty = correct(*arguments)
+        return logits, 1.001 * penalty
+
+    monkeypatch.setattr(penalties, "one_pass", broken)
+    assert cli.main(["verify", *arguments]) == 1
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def _cases() -> Iterator[Case]:
     for objective in ("wgan-gp", "loss+r1"):
         yield step_case("critic", discriminators.critic, (4, *images), objective, _ANYWHERE)
         yield step_case("mlp512", discriminators.mlp, (256, 2), objective, _ANYWHERE)
+        yield step_case("mlp16", partial(discriminators.mlp, 16, 2), (16, 2), objective, _ANYWHERE)
     dcgan = partial(discriminators.critic, (3, 64, 128, 256, 512))
     yield step_case("dcgan", dcgan, (8, *images), "wgan-gp", _ANYWHERE)
     layer_norm = partial(discriminators.layer_norm_critic, 32)

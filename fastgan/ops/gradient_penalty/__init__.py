@@ -15,9 +15,10 @@ from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import twice_differentiable
+from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -55,6 +56,8 @@ def gradient_penalty(
     a norm of zero is zero. Convolutions, ReLUs and poolings inside D take four forwards' work for the penalty and its
     gradient where PyTorch takes six (see ``twice_differentiable``); everything else is PyTorch's. Where D is piecewise
     affine, what its forward kept is freed at once: a feature that D stashed there cannot be differentiated afterwards.
+    A module so small that all this costs more than it saves on a CPU is left to PyTorch, unless ``use_backend`` says
+    otherwise.
 
     Args:
         discriminator: called as ``discriminator(x, *args, **kwargs)``; returns logits of any shape, or a sequence of
@@ -67,7 +70,7 @@ def gradient_penalty(
 
     Returns:
         () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters. Those that it
-        does not depend on, such as biases before ReLUs, get no gradient where PyTorch gives them zeros.
+        does not depend on, such as biases before ReLUs, get no gradient where PyTorch may give them zeros.
 
     Raises:
         ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input.
@@ -83,7 +86,7 @@ def gradient_penalty(
     for x in points(kind, real, fake, generator):
         x = x.detach().requires_grad_()
         _require_grad_mode()
-        with twice_differentiable():
+        with uncompiled if is_small(discriminator, x) else twice_differentiable():
             logits = discriminator(x, *args, **(kwargs or {}))
         penalty = _penalty(logits, x, kind, weight, ours=True)
         leave_unread(x)
@@ -146,8 +149,8 @@ def logits_and_penalty(
 
     Where the discriminator is made of convolutions, linear layers, ReLUs, average poolings, sums and reshapes, with one
     logit a sample, loss and penalty together take four forwards' work instead of six; ``explain_penalty`` says whether.
-    Elsewhere it is ``penalty_from_logits``. The numbers are the same. In one pass, what the forward kept is freed at
-    once, as by ``gradient_penalty``.
+    Elsewhere, and where D is small (see ``gradient_penalty``), it is ``penalty_from_logits``. The numbers are the same.
+    In one pass, what the forward kept is freed at once, as by ``gradient_penalty``.
 
         logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
         (softplus(-logits).mean() + penalty).backward()
@@ -166,7 +169,7 @@ def logits_and_penalty(
     """
     check_kind(kind)
     logits, x, tracer, reason = _traced(discriminator, inputs, args, kwargs)
-    if reason is None:
+    if tracer is not None and reason is None:
         return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)
     penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
     leave_unread(x)
@@ -188,11 +191,15 @@ def explain_penalty(
 
 def _traced(
     discriminator: Callable[..., Any], inputs: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[Any, Tensor, Tracer, str | None]:
+) -> tuple[Any, Tensor, Tracer | None, str | None]:
+    """The logits, the inputs that they came from, what was seen on the way and, if there is one, why not one pass."""
     check_input("inputs", inputs)
     refuse_sharded(discriminator)
     _require_grad_mode()
     x = inputs.detach().requires_grad_()
+    if is_small(discriminator, x):
+        with uncompiled:
+            return discriminator(x, *args, **(kwargs or {})), x, None, REASON
     with twice_differentiable(), Tracer(x) as tracer:
         logits = discriminator(x, *args, **(kwargs or {}))
     return logits, x, tracer, tracer.judge(logits)
