@@ -57,8 +57,7 @@ class InputGradient {
     for (std::int64_t l = 0; l < d.kernel; ++l) {
       const std::int64_t shift = l * d.dilation - d.padding, of = (shift % d.stride + d.stride) % d.stride;
       taps_.push_back({of, (shift - of) / d.stride});
-      before_ = std::max(before_, taps_.back().ahead);
-      after_ = std::max(after_, phase_ - taps_.back().ahead - blocks_ * kColumns);
+      gap_ = std::max({gap_, taps_.back().ahead, phase_ - taps_.back().ahead - blocks_ * kColumns});
     }
     // (row of the kernel, group, out_channel, product of the group), zeros after the last product
     const std::int64_t taps = s_.columns.kernel;
@@ -73,8 +72,8 @@ class InputGradient {
   // Rows of dx, of all samples.
   void run(std::int64_t begin, std::int64_t end) {
     Buffer<float> packed(slots_ * blocks_ * s_.out_channels * kColumns);
-    const std::int64_t length = before_ + blocks_ * kColumns + after_;
-    std::vector<float> products(static_cast<std::size_t>(groups_ * kRows * length));
+    const std::int64_t length = blocks_ * kColumns + gap_;
+    std::vector<float> products(static_cast<std::size_t>(gap_ + groups_ * kRows * length));  // zeros in the gaps
     Buffer<float> phases(phase_ * s_.columns.stride);
     std::vector<std::int64_t> held(static_cast<std::size_t>(slots_), -1);  // which row of dy a slot holds
     std::vector<Meeting> meetings;
@@ -92,9 +91,9 @@ class InputGradient {
       }
       for (std::int64_t block = 0; block < blocks_; ++block)
         for (std::int64_t group = 0; group < groups_; ++group)
-          multiply(meetings, block, group, products.data() + group * kRows * length + before_ + block * kColumns, length);
+          multiply(meetings, block, group, products.data() + gap_ + group * kRows * length + block * kColumns, length);
       for (std::int64_t ci = 0; ci < s_.in_channels; ++ci)
-        sum_up(products.data() + ci * s_.columns.kernel * length + before_, length, phases.data(),
+        sum_up(products.data() + gap_ + ci * s_.columns.kernel * length, length, phases.data(),
                dx_ + ((n * s_.in_channels + ci) * s_.rows.size + h) * s_.columns.size);
     }
   }
@@ -147,8 +146,7 @@ class InputGradient {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        store_vector(products + r * length + v * kLanes<float>, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) store_vector(products + r * length + v * kLanes<float>, sums[r][v]);
   }
 
   // A row of dx from the products of its channel.
@@ -183,7 +181,7 @@ class InputGradient {
   const std::int64_t products_, groups_, blocks_, slots_;
   const std::int64_t phase_;  // columns of dx that are equal modulo the stride, in whole vectors
   std::vector<Tap> taps_;
-  std::int64_t before_ = 0, after_ = 0;  // zeros around a product
+  std::int64_t gap_ = 0;  // between two products
   Buffer<float> weight_;
 };
 

@@ -21,6 +21,8 @@ NARROW = {
     "rows left over": ((1, 3, 68, 68), (12, 3, 5, 3), dict(stride=3, padding=(4, 0), dilation=(2, 3))),
     "kernel beyond stride": ((2, 2, 50, 50), (48, 2, 2, 2), dict(stride=(5, 4))),
     "1d": ((4, 2, 600), (8, 2, 9), dict(stride=3, padding=4, dilation=2)),
+    "whole vectors": ((2, 3, 8, 64), (16, 3, 3, 3), dict(padding=1)),
+    "whole vectors of steps": ((2, 3, 16, 64), (16, 3, 4, 4), dict(stride=2, padding=1)),
 }
 
 
@@ -109,7 +111,8 @@ STRIDED = {
 @pytest.fixture
 def strided_calls(monkeypatch):
     """Which go through channels last whatever their size."""
-    monkeypatch.setattr(strided, "_LEAST", 0)
+    for least in ("_LEAST", "_LEAST_OF_CHANNEL"):
+        monkeypatch.setattr(strided, least, 0)
     return noted(monkeypatch, strided)
 
 
@@ -132,12 +135,16 @@ def test_the_cpu_kernel_gives_the_input_gradient_of_a_convolution_with_steps(sha
         assert_close(result, expected, order=min(order, 2))
 
 
+LARGER = {"small": ("_LEAST", 2 * 8 * 12 * 12 + 1), "small channels": ("_LEAST_OF_CHANNEL", 2 * 12 * 12 + 1)}
+
+
 @pytest.mark.parametrize(
-    "change", ["double", "channels_last", "reference", "groups", "small", "no steps", "without oneDNN", "large weight"]
+    "change",
+    ["double", "channels_last", "reference", "groups", *LARGER, "no steps", "without oneDNN", "large weight"],
 )
 def test_what_does_not_go_through_channels_last_is_the_vendors(change, strided_calls, monkeypatch):
-    if change == "small":
-        monkeypatch.setattr(strided, "_LEAST", 1 << 20)
+    if change in LARGER:
+        monkeypatch.setattr(strided, *LARGER[change])
     dtype = torch.float64 if change == "double" else torch.float32
     x = torch.randn(2, 8, 12, 12, dtype=dtype)
     w = torch.randn(99 if change == "large weight" else 8, 2 if change == "groups" else 8, 3, 3, dtype=dtype)

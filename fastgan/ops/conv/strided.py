@@ -13,7 +13,8 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain
 
-_LEAST = 1 << 20  # elements of dx, under which the copy is fast enough (docs/decisions.md)
+# Elements of dx, and of each of its channels, under which the copy is fast enough (docs/decisions.md).
+_LEAST, _LEAST_OF_CHANNEL = 1 << 20, 1 << 14
 _ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
 
 
@@ -23,7 +24,7 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
         max(geometry.stride) > 1
         and are_plain(grad, weight, geometry)
         and grad.ndim == 4
-        and input.numel() >= max(_LEAST, weight.numel())
+        and input.numel() >= max(_LEAST, _LEAST_OF_CHANNEL * input.shape[1], weight.numel())
         and input.is_contiguous()
         and bool(torch.backends.mkldnn.enabled)
         and backends.native().isa() in _ISAS
