@@ -91,9 +91,11 @@ void transpose(const float* from, float* to, std::int64_t batch, std::int64_t ro
   const std::int64_t elements = batch * rows * columns;
   ask_for_huge_pages(to, elements * std::int64_t{sizeof(float)});
   if (elements < kSerial) threads = 1;
+  // Past the caches a line must be written at once: in halves, others begun in between, it takes ten times as long.
+  constexpr bool whole = kSide == kBand;
   const bool aligned = rows % kBand == 0 && reinterpret_cast<std::uintptr_t>(to) % kLine == 0;
-  if (aligned && elements >= kLeastStreamed)
-    run<true>(from, to, batch, rows, columns, threads);
+  if (whole && aligned && elements >= kLeastStreamed)
+    run<whole>(from, to, batch, rows, columns, threads);
   else
     run<false>(from, to, batch, rows, columns, threads);
 }
