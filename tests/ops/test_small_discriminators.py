@@ -68,18 +68,20 @@ def test_a_large_one_and_what_is_no_module_are_not_small():
     assert not is_small(nn.Conv2d(3, 8, 4), torch.randn(128, 3, 64, 64)), "a weight is used at every position"
     assert is_small(nn.Conv2d(3, 8, 4), torch.randn(2, 3, 64, 64))
     assert not is_small(lambda x: x.square(), x), "nobody knows its parameters"
+    assert not is_small(nn.Flatten(), x), "nor these"
+    assert not is_small(nn.LazyLinear(1), x), "nor is their number known"
     assert not is_small(mlp(16), x.to("meta"))
     found = []
     torch.func.grad(lambda x: (found.append(is_small(mlp(16), x)), x.sum())[1])(x)
     assert found == [False], "inside a transform"
 
 
-class Constant(nn.Module):
+class Constant(nn.Linear):
     def forward(self, x):
-        return torch.ones(len(x))
+        return self.bias.expand(len(x))
 
 
-class Named(nn.Module):
+class Named(nn.Linear):
     def forward(self, x):
         return {"logits": x}
 
@@ -88,8 +90,8 @@ class Named(nn.Module):
 def test_errors_are_those_of_any_discriminator(call):
     x = torch.randn(4, 2)
     with pytest.raises(ValueError, match="does not depend on its input"):
-        call(Constant(), x, kind="r1")
+        call(Constant(2, 1), x, kind="r1")
     with torch.no_grad(), pytest.raises(RuntimeError, match="needs gradients"):
         call(mlp(16), x, kind="r1")
     with pytest.raises(TypeError, match="tensor or a sequence of tensors"):
-        call(Named(), x, kind="r1")
+        call(Named(2, 1), x, kind="r1")
