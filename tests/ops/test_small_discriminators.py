@@ -16,8 +16,8 @@ from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition
 pytestmark = pytest.mark.small
 
 
-def mlp(width, inputs=2):
-    return nn.Sequential(nn.Linear(inputs, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+def mlp(width):
+    return nn.Sequential(nn.Linear(2, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
