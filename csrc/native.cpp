@@ -39,9 +39,8 @@ PYBIND11_MODULE(_native, m) {
   fastgan::bind_minibatch_discrimination(m);
   fastgan::bind_minibatch_stddev(m);
   fastgan::bind_avg_pool(m);
-  fastgan::bind_conv_input_gradient(m);
+  fastgan::bind_conv(m);
   fastgan::bind_bias_act(m);
   fastgan::bind_norm(m);
   fastgan::bind_spectral_norm(m);
-  fastgan::bind_transpose(m);
 }

@@ -17,12 +17,11 @@ namespace py = pybind11;
 Isa isa_of(const std::string& name);
 
 void bind_avg_pool(py::module_& m);
-void bind_conv_input_gradient(py::module_& m);
+void bind_conv(py::module_& m);
 void bind_minibatch_discrimination(py::module_& m);
 void bind_minibatch_stddev(py::module_& m);
 void bind_bias_act(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_spectral_norm(py::module_& m);
-void bind_transpose(py::module_& m);
 
 }  // namespace fastgan

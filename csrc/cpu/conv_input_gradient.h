@@ -1,20 +1,9 @@
 #pragma once
 
-#include <cstdint>
-
 #include "common/isa.h"
+#include "cpu/conv_shape.h"
 
 namespace fastgan {
-
-// A convolution without groups of x (batch, in_channels, height, width) to y (batch, out_channels, ...): along each of
-// its two dimensions the sizes of x, y and the kernel, and the step, the zeros in front and the dilation of the kernel.
-struct ConvDimension {
-  std::int64_t size, out, kernel, stride, padding, dilation;
-};
-struct ConvShape {
-  std::int64_t batch, in_channels, out_channels;
-  ConvDimension rows, columns;
-};
 
 // dx, contiguous, from dy and the weight (out_channels, in_channels, rows, columns), contiguous.  For few in_channels.
 #define FASTGAN_DECLARE(isa)                                                                                      \

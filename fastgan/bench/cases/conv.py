@@ -20,6 +20,7 @@ CONVOLUTIONS: dict[str, tuple[Shape, Shape, int, int]] = {
     "rgb-64-4x4": ((32, 3, 64, 64), (32, 3, 4, 4), 2, 1),  # a critic's first layer: few input channels
     "rgb-128-3x3": ((8, 3, 128, 128), (64, 3, 3, 3), 1, 1),
     "strided-64-4x4": ((8, 64, 64, 64), (128, 64, 4, 4), 2, 1),  # a critic's second layer, at 128 px
+    "strided-8-4x4": ((32, 256, 8, 8), (512, 256, 4, 4), 2, 1),  # its last layer: more weights than anything else
     "strided-256-4x4": ((4, 32, 256, 256), (64, 32, 4, 4), 2, 1),  # and at 512 px
     "expand-32-1x1": ((8, 32, 32, 32), (64, 32, 1, 1), 1, 0),  # a bottleneck's outer layers: size 1
     "project-32-1x1": ((8, 64, 32, 32), (32, 64, 1, 1), 1, 0),

@@ -1,9 +1,9 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
-The convolutions are the vendor's, but for its slowest on a CPU: the gradient of an input of few channels is a kernel of
-ours, that of a convolution with steps goes through channels last, and kernels of size 1 are matrix products. PyTorch's
-own double backward returns a gradient for the input even where there is none (dense zeros, which then run back through
-the whole forward): two of the six forwards' work of a penalty.
+The convolutions are the vendor's, but for its slowest on a CPU: kernels of ours compute the gradient of an input of few
+channels and convolutions with steps, and kernels of size 1 are matrix products. PyTorch's own double backward returns a
+gradient for the input even where there is none (dense zeros, which then run back through the whole forward): two of the
+six forwards' work of a penalty.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
@@ -37,6 +37,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     if pointwise.takes(input, weight, geometry) and pointwise.fits(input, weight, bias):
         return pointwise.forward(input, weight, bias)
+    if strided.takes_forward(input, weight, bias, geometry):
+        return strided.forward(stored(input), stored(weight), None if bias is None else stored(bias), geometry)
     return torch.convolution(input, weight, bias, *geometry.arguments)
 
 

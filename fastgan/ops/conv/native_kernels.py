@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)
+        and not is_batched(weight)
         and not geometry.transposed
         and geometry.groups == 1
         and grad.device.type == "cpu"
@@ -41,17 +44,26 @@ def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     )
 
 
+def in_order(images: Tensor) -> bool:
+    """Contiguous, not channels_last; nor what is both, and stays channels_last."""
+    return images.is_contiguous() and images.stride(-1) == 1 and images.stride(1) == prod(images.shape[2:])
+
+
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S') and weight (C_out, C_in, *K), one or two dimensions."""
     result = grad.new_empty(shape)
-    sizes = (shape[2:], grad.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    dimensions = list(zip(*sizes, strict=True))
+    dimensions = dimensions_of(shape, grad.shape, weight, geometry)
     if len(dimensions) == 1:
         dimensions.insert(0, (1, 1, 1, 1, 0, 1))
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
     channels = weight.shape[1], weight.shape[0]
     backends.native().conv_input_gradient(*addresses, shape[0], *channels, dimensions, torch.get_num_threads())
     return result
+
+
+def dimensions_of(input: torch.Size, output: torch.Size, weight: Tensor, geometry: Geometry) -> list[tuple[int, ...]]:
+    """Of each spatial dimension, sizes of input, output and kernel, stride, padding and dilation."""
+    return list(zip(input[2:], output[2:], weight.shape[2:], *geometry[:3], strict=True))
 
 
 def new_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:

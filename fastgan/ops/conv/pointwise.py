@@ -5,13 +5,11 @@ oneDNN's convolution first brings its operands into an order of its own, which c
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.conv.native_kernels import new_images
+from fastgan.ops.conv.native_kernels import in_order, new_images
 from fastgan.ops.library import is_batched, is_eager
 
 
@@ -27,15 +25,10 @@ def takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and images.dtype == weight.dtype
         and images.dtype in (torch.float32, torch.float64)
         and geometry == Geometry(ones, zeros, ones, False, zeros, 1, ours=True)
-        and _in_order(images)
+        and in_order(images)  # of channels_last oneDNN has nothing to bring into order
         and weight.stride(-1) == 1
         and _as_exact_as_convolutions()
     )
-
-
-def _in_order(images: Tensor) -> bool:
-    """Not channels_last, of which oneDNN has nothing to bring into order; nor what is both, and stays channels_last."""
-    return images.is_contiguous() and images.stride(-1) == 1 and images.stride(1) == prod(images.shape[2:])
 
 
 def _as_exact_as_convolutions() -> bool:

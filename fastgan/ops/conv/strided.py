@@ -1,8 +1,4 @@
-"""The input's gradient of a convolution with steps, through channels last, the order in which a CPU computes it.
-
-oneDNN takes and gives channels last here whatever it is given, and PyTorch brings its result back by a copy that may
-take as long as the convolution. Given channels last, and brought back by a kernel of ours, it is the same product.
-"""
+"""Convolutions with steps between many channels, on a CPU: the forward and the input's gradient by a kernel of ours."""
 
 from __future__ import annotations
 
@@ -11,41 +7,89 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.conv.native_kernels import are_plain
+from fastgan.ops.conv.native_kernels import are_plain, dimensions_of, in_order, new_images
+from fastgan.ops.library import is_eager
 
-# Elements of dx, and of each of its channels, under which the copy is fast enough (docs/decisions.md).
-_LEAST, _LEAST_OF_CHANNEL = 1 << 20, 1 << 14
-_ISAS = ("avx2", "avx512")  # where oneDNN's kernels are those of channels last
+_BLOCK = {"avx2": 16, "avx512": 32}  # channels of the result that the kernel sums together
+_FORWARD = "avx512"  # by half as many lanes the vendor's forward is as fast
+_LEAST_CHANNELS = 16  # of what is summed over
+_LEAST_POSITIONS = 256  # of an output, under which ordering the weights takes longer than the forward
+
+
+def takes_forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Whether `forward` is the faster way to this output."""
+    if not (_takes(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
+        return False
+    shape = _output_shape(input, weight, geometry)
+    return (
+        input.shape[1] == weight.shape[1] >= _LEAST_CHANNELS
+        and _fills_blocks(len(weight))
+        and min(shape) > 0
+        and shape[0] * shape[2] * shape[3] >= _LEAST_POSITIONS
+        and (bias is None or (is_eager(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
+    )
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether `input_gradient` is the faster way to this gradient."""
     return (
-        max(geometry.stride) > 1
-        and are_plain(grad, weight, geometry)
-        and grad.ndim == 4
-        and input.numel() >= max(_LEAST, _LEAST_OF_CHANNEL * input.shape[1], weight.numel())
-        and input.is_contiguous()
-        and bool(torch.backends.mkldnn.enabled)
-        and backends.native().isa() in _ISAS
+        _takes(grad, weight, geometry)
+        and in_order(input)
+        and len(weight) >= _LEAST_CHANNELS
+        and _fills_blocks(weight.shape[1])
     )
+
+
+def _takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """``images`` is the input, or the gradient of the output."""
+    return (
+        max(geometry.stride) > 1
+        and are_plain(images, weight, geometry)
+        and images.ndim == 4
+        and len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == 2
+        and min(*geometry.stride, *geometry.dilation) > 0 <= min(geometry.padding)
+        and weight.stride(-1) == 1
+    )
+
+
+def _fills_blocks(channels: int) -> bool:
+    """At most a quarter of the lanes are idle."""
+    block = _BLOCK.get(backends.native().isa())
+    return block is not None and 4 * channels >= 3 * block * -(-channels // block)
+
+
+def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    sizes = zip(input.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+    return len(input), len(weight), *((size + 2 * p - d * (k - 1) - 1) // step + 1 for size, k, step, p, d in sizes)
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """(N, C_in, H, W), (C_out, C_in, kH, kW), (C_out,) or None -> (N, C_out, H', W')."""
+    output = new_images(input, _output_shape(input, weight, geometry))
+    bias = None if bias is None else bias.contiguous()
+    backends.native().conv_strided_forward(
+        input.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        len(input),
+        *weight.shape[1::-1],
+        dimensions_of(input.shape, output.shape, weight, geometry),
+        torch.get_num_threads(),
+    )
+    return output
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx of ``shape`` (N, C_in, H, W) from grad (N, C_out, H', W') and weight (C_out, C_in, kH, kW)."""
-    sizes = (shape[2:], grad.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    left = [s - ((o - 1) * step - 2 * p + d * (k - 1) + 1) for s, o, k, step, p, d in zip(*sizes, strict=True)]
-    turned = torch.empty_like(grad, memory_format=torch.channels_last)
-    _transpose(grad, turned, grad.shape[1])
-    dx = torch.convolution(turned, weight, None, *geometry[:3], True, left, 1)
-    dx = dx.contiguous(memory_format=torch.channels_last)  # which it is where oneDNN has made it
     result = grad.new_empty(shape)
-    _transpose(dx, result, shape[2] * shape[3])
+    backends.native().conv_strided_input_gradient(
+        grad.data_ptr(),
+        weight.data_ptr(),
+        result.data_ptr(),
+        len(grad),
+        *weight.shape[1::-1],
+        dimensions_of(shape, grad.shape, weight, geometry),
+        torch.get_num_threads(),
+    )
     return result
-
-
-def _transpose(source: Tensor, target: Tensor, rows: int) -> None:
-    """Each sample of the source, whose memory is (rows, columns), as (columns, rows)."""
-    samples = len(source)
-    columns = source.numel() // (samples * rows)
-    backends.native().transpose(source.data_ptr(), target.data_ptr(), samples, rows, columns, torch.get_num_threads())
