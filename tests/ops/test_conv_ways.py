@@ -197,6 +197,9 @@ UNFIT = {
     "idle lanes of the input": ((4, 17, 20, 20), (32, 17, 3, 3), {"forward"}),
     "idle lanes of the output": ((4, 32, 20, 20), (17, 32, 3, 3), {"input_gradient"}),
     "few positions": ((3, 32, 18, 20), (32, 32, 3, 3), {"input_gradient"}),
+    # Both contiguous and channels_last, which the results then are.
+    "channels_last of one pixel": ((300, 32, 1, 1), (32, 32, 1, 1), set()),
+    "channels_last weight of one pixel": ((4, 32, 20, 20), (32, 32, 1, 1), set()),
 }
 VENDORS = ["double", "channels_last", "channels_last weight", "reference", "groups", "no steps", "3d", *UNFIT]
 
@@ -209,10 +212,10 @@ def test_what_the_cpu_kernel_of_steps_does_not_take_is_the_vendors(change, strid
         shape, kernel = (*shape, 4), (*kernel, 2)
     dtype = torch.float64 if change == "double" else torch.float32
     x, w = torch.randn(shape, dtype=dtype), torch.randn(kernel, dtype=dtype)
-    if change == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    if change == "channels_last weight":
+    if change.startswith("channels_last weight"):
         w = w.to(memory_format=torch.channels_last)
+    elif change.startswith("channels_last"):
+        x = x.to(memory_format=torch.channels_last)
     x.requires_grad_()
     name = "conv3d" if change == "3d" else "conv2d"
     options = dict(stride=1 if change == "no steps" else 2, groups=4 if change == "groups" else 1)
@@ -234,7 +237,9 @@ def test_what_the_cpu_kernel_of_steps_does_not_take_is_the_vendors(change, strid
         ((4, 31, 20, 20), None, dict(stride=2)),
         ((4, 32, 20, 20), torch.randn(1), dict(stride=2)),
         ((4, 32, 20, 20), torch.randn(32, 1), dict(stride=2)),
+        ((4, 32, 20, 20), torch.randn(32, dtype=torch.float64), dict(stride=2)),
         ((400, 32, 2, 20), None, dict(stride=2)),
+        ((400, 32, 1, 1), None, dict(stride=2, dilation=3)),
         ((4, 32, 20, 20), None, dict(stride=(2, 2, 2))),
         ((4, 32, 20, 20), None, dict(stride=(2, 0))),
         ((4, 32, 20, 20), None, dict(stride=2, padding=-1)),
@@ -244,6 +249,8 @@ def test_what_the_cpu_kernel_of_steps_does_not_take_is_the_vendors(change, strid
         "channels",
         "one bias",
         "bias of two dimensions",
+        "bias of another dtype",
+        "rows of the kernel beyond input",
         "kernel beyond input",
         "strides",
         "zero",
@@ -257,6 +264,15 @@ def test_what_pytorch_refuses_of_a_convolution_with_steps_is_refused_alike(shape
         ops.conv2d(x, w, bias, **options)
     with pytest.raises(RuntimeError) as actual:
         ops.conv2d(x, w, bias, **options)
+    assert str(actual.value) == str(expected.value)
+
+
+def test_the_steps_of_a_plane_are_refused_for_a_volume_as_pytorch_does():
+    x, w = torch.randn(4, 32, 9, 9, 9), torch.randn(32, 32, 3, 3, 3)
+    with pytest.raises(RuntimeError) as expected, use_backend("reference"):
+        ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
+    with pytest.raises(RuntimeError) as actual:
+        ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
     assert str(actual.value) == str(expected.value)
 
 
@@ -412,14 +428,15 @@ def test_gradients_may_come_in_batches(weight):
         assert_close(result, by.double(), order=1)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["input", "weight", "bias"])
-def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, products):
+def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, stride):
     """Their class says what a convolution of them is, and what it gives."""
-    inputs = [t.detach() for t in pointwise_operands()]
-    expected = F.conv2d(*inputs)
+    leaves = operands("conv2d", (2, 32, 24, 24), (32, 32, 1, 1), {}, dtype=torch.float32)
+    inputs = [t.detach() for t in leaves]
+    expected = F.conv2d(*inputs, stride)
     inputs[wrapped] = TwoTensor(inputs[wrapped], inputs[wrapped])
-    y = ops.conv2d(*inputs)
-    assert not products
+    y = ops.conv2d(*inputs, stride)
     assert isinstance(y, TwoTensor)
     assert torch.equal(y.a, expected)
 

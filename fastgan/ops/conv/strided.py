@@ -45,8 +45,7 @@ def _takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return (
         max(geometry.stride) > 1
         and are_plain(images, weight, geometry)
-        and images.ndim == 4
-        and len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == 2
+        and images.ndim - 2 == len(geometry.stride) == len(geometry.padding) == len(geometry.dilation) == 2
         and min(*geometry.stride, *geometry.dilation) > 0 <= min(geometry.padding)
         and weight.stride(-1) == 1
     )
