@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.conv import native_kernels, pointwise, strided
+from fastgan.ops.conv import few_positions, native_kernels, pointwise, strided
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import last_order, stored
 from fastgan.ops.needed import needed
@@ -57,6 +57,10 @@ def _backward(
         if way.takes(grad, input, weight, geometry):
             by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
             return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
+    if mask[1] and few_positions.takes(grad, input, weight, geometry):
+        by_weight = few_positions.weight_gradient(grad, input, weight, geometry)
+        by_input, _, by_bias = _backward(grad, input, weight, geometry, (mask[0], False, mask[2]))
+        return by_input, by_weight, by_bias
     channels = grad.shape[1]
     grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry.arguments, mask)
     return grads[0], grads[1], grads[2]

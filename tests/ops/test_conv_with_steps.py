@@ -1,0 +1,208 @@
+"""Convolutions with steps, and the weight's gradient of few positions, on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgan import backends, ops, use_backend
+from fastgan.ops.conv import few_positions, strided
+from tests.harness import assert_close
+from tests.ops.conv_problem import operands, orders, set_of_calls
+
+# All that a convolution with steps may do; channels fill blocks of lanes, and squares of them, or leave some idle.
+STRIDED = {
+    "halving": ((2, 32, 20, 28), (64, 32, 4, 4), dict(stride=2, padding=1)),
+    "many small samples": ((70, 32, 4, 4), (32, 32, 4, 4), dict(stride=2, padding=1)),
+    "3x3": ((9, 29, 9, 11), (61, 29, 3, 3), dict(stride=2, padding=1)),
+    "5x5": ((4, 48, 18, 18), (48, 48, 5, 5), dict(stride=2, padding=2)),
+    "kernel beyond stride": ((4, 32, 39, 40), (32, 32, 2, 2), dict(stride=(5, 4))),
+    "steps one way": ((3, 32, 12, 40), (32, 32, 5, 3), dict(stride=(1, 3), padding=(2, 1), dilation=(1, 2))),
+    "rows left over": ((11, 30, 19, 20), (31, 30, 3, 3), dict(stride=4, padding=(2, 0))),
+    "more zeros than kernel": ((9, 32, 9, 9), (32, 32, 2, 2), dict(stride=2, padding=4)),
+    "one pixel of the kernel": ((4, 32, 17, 16), (32, 32, 1, 1), dict(stride=2)),
+}
+
+
+@pytest.fixture
+def strided_calls(monkeypatch):
+    """The functions of strided.py that ran, on any processor as on one of long vectors."""
+    isa = backends.native().isa()
+    monkeypatch.setattr(strided, "_BLOCK", {isa: 32})
+    monkeypatch.setattr(strided, "_FORWARD", isa)
+    return set_of_calls(monkeypatch, strided, "forward", "input_gradient")
+
+
+needs_kernel = pytest.mark.skipif(backends.native() is None, reason="there is no native module")
+
+
+@needs_kernel
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("shape", "weight", "options"), STRIDED.values(), ids=STRIDED)
+def test_the_cpu_kernel_gives_convolutions_with_steps(shape, weight, options, bias, strided_calls):
+    x, w, b = operands("conv2d", shape, weight, options, bias=bias, dtype=torch.float32)
+    actual = orders(ops.conv2d, (x, w, b), options)
+    assert strided_calls == {"forward", "input_gradient"}
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+    for order, (result, expected) in enumerate(zip(actual, orders(F.conv2d, exact, options), strict=True)):
+        assert result.is_contiguous()
+        assert_close(result, expected, order=min(order, 2))
+    assert_close(ops.conv2d(x, w, b, **options), F.conv2d(*exact, **options), order=0)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("shape", "weight", "options"), STRIDED.values(), ids=STRIDED)
+def test_every_instruction_set_of_the_cpu_kernel_gives_convolutions_with_steps(shape, weight, options, threads, isa):
+    x, w, b = operands("conv2d", shape, weight, options, dtype=torch.float32)
+    y = F.conv2d(x.double(), w.double(), b.double(), **options)
+    grad = torch.randn(y.shape)
+    by_x, by_y = torch.full_like(x, torch.nan), torch.full_like(grad, torch.nan)
+    given = options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1)
+    stride, padding, dilation = ((size, size) if isinstance(size, int) else size for size in given)
+    dimensions = list(zip(x.shape[2:], y.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
+    sizes = len(x), x.shape[1], len(w), dimensions, threads, isa
+    native = backends.native()
+    try:
+        native.conv_strided_forward(x.data_ptr(), w.data_ptr(), b.data_ptr(), by_y.data_ptr(), *sizes)
+    except ValueError as error:
+        pytest.skip(str(error))
+    native.conv_strided_input_gradient(grad.data_ptr(), w.data_ptr(), by_x.data_ptr(), *sizes)
+    assert_close(by_y, y, order=0)
+    (expected,) = torch.autograd.grad(y, x, grad.double())
+    assert_close(by_x, expected.double(), order=1)
+
+
+@needs_kernel
+def test_convolutions_with_steps_are_the_same_bits_for_any_number_of_threads():
+    x, w, b = operands("conv2d", (5, 32, 36, 36), (64, 32, 3, 3), dict(stride=2), dtype=torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = ops.conv2d(x, w, b, stride=2)
+            results.append([y, *torch.autograd.grad(y, x, torch.ones_like(y))])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+# name -> shapes of input and weight, which of the two functions takes them nevertheless
+UNFIT = {
+    "few channels of the input": ((4, 15, 20, 20), (32, 15, 3, 3), set()),
+    "few channels of the output": ((4, 32, 20, 20), (15, 32, 3, 3), set()),
+    "idle lanes of the input": ((4, 17, 20, 20), (32, 17, 3, 3), {"forward"}),
+    "idle lanes of the output": ((4, 32, 20, 20), (17, 32, 3, 3), {"input_gradient"}),
+    "few positions": ((3, 32, 18, 20), (32, 32, 3, 3), {"input_gradient"}),
+    # Both contiguous and channels_last, which the results then are.
+    "channels_last of one pixel": ((300, 32, 1, 1), (32, 32, 1, 1), set()),
+    "channels_last weight of one pixel": ((4, 32, 20, 20), (32, 32, 1, 1), set()),
+}
+VENDORS = ["double", "channels_last", "channels_last weight", "reference", "groups", "no steps", "3d", *UNFIT]
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", VENDORS)
+def test_what_the_cpu_kernel_of_steps_does_not_take_is_the_vendors(change, strided_calls):
+    shape, kernel, taken = UNFIT.get(change, ((4, 32, 20, 20), (32, 8 if change == "groups" else 32, 3, 3), set()))
+    if change == "3d":
+        shape, kernel = (*shape, 4), (*kernel, 2)
+    dtype = torch.float64 if change == "double" else torch.float32
+    x, w = torch.randn(shape, dtype=dtype), torch.randn(kernel, dtype=dtype)
+    if change.startswith("channels_last weight"):
+        w = w.to(memory_format=torch.channels_last)
+    elif change.startswith("channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    name = "conv3d" if change == "3d" else "conv2d"
+    options = dict(stride=1 if change == "no steps" else 2, groups=4 if change == "groups" else 1)
+    with use_backend("reference" if change == "reference" else "auto"):
+        y = getattr(ops, name)(x, w, **options)
+    (grad,) = torch.autograd.grad(y, x, torch.ones(y.shape, dtype=dtype))
+    assert strided_calls == taken
+    expected = getattr(F, name)(x, w, **options)
+    (by_x,) = torch.autograd.grad(expected.sum(), x)
+    assert y.stride() == expected.stride()
+    assert grad.stride() == by_x.stride()
+    assert_close(y, expected.double(), order=0)
+    assert_close(grad, by_x.double(), order=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "options"),
+    [
+        ((4, 31, 20, 20), None, dict(stride=2)),
+        ((4, 32, 20, 20), torch.randn(1), dict(stride=2)),
+        ((4, 32, 20, 20), torch.randn(32, 1), dict(stride=2)),
+        ((4, 32, 20, 20), torch.randn(32, dtype=torch.float64), dict(stride=2)),
+        ((400, 32, 2, 20), None, dict(stride=2)),
+        ((400, 32, 1, 1), None, dict(stride=2, dilation=3)),
+        ((4, 32, 20, 20), None, dict(stride=(2, 2, 2))),
+        ((4, 32, 20, 20), None, dict(stride=(2, 0))),
+        ((4, 32, 20, 20), None, dict(stride=2, padding=-1)),
+        ((4, 32, 20, 20), None, dict(stride=2, dilation=0)),
+    ],
+    ids=[
+        "channels",
+        "one bias",
+        "bias of two dimensions",
+        "bias of another dtype",
+        "rows of the kernel beyond input",
+        "kernel beyond input",
+        "strides",
+        "zero",
+        "padding",
+        "dilation",
+    ],
+)
+def test_what_pytorch_refuses_of_a_convolution_with_steps_is_refused_alike(shape, bias, options):
+    x, w = torch.randn(shape), torch.randn(32, 32, 3, 3)
+    with pytest.raises(RuntimeError) as expected, use_backend("reference"):
+        ops.conv2d(x, w, bias, **options)
+    with pytest.raises(RuntimeError) as actual:
+        ops.conv2d(x, w, bias, **options)
+    assert str(actual.value) == str(expected.value)
+
+
+def test_the_steps_of_a_plane_are_refused_for_a_volume_as_pytorch_does():
+    x, w = torch.randn(4, 32, 9, 9, 9), torch.randn(32, 32, 3, 3, 3)
+    with pytest.raises(RuntimeError) as expected, use_backend("reference"):
+        ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
+    with pytest.raises(RuntimeError) as actual:
+        ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
+    assert str(actual.value) == str(expected.value)
+
+
+# name -> shapes of input and weight, options, whether the weight's gradient is a convolution of the batch as channels
+POSITIONS = {
+    "one": ((3, 9, 4, 4), (5, 9, 4, 4), {}, True),
+    "a row": ((2, 4, 9), (6, 4, 3), dict(stride=2), True),
+    "four": ((3, 8, 6, 6), (5, 8, 3, 3), dict(stride=3, padding=1), True),
+    "four, dilated": ((3, 8, 5, 7), (5, 8, 3, 3), dict(padding=(0, 1), dilation=(2, 4)), True),
+    "five": ((3, 8, 7, 3), (5, 8, 3, 3), {}, False),
+    "sixteen of steps": ((33, 8, 9, 8), (5, 8, 4, 4), dict(stride=2, padding=1), True),
+    "sixteen of steps, few samples": ((31, 8, 8, 8), (5, 8, 4, 4), dict(stride=2, padding=1), False),
+    "sixteen without steps": ((33, 8, 6, 6), (5, 8, 3, 3), {}, False),
+    "groups": ((3, 8, 4, 4), (6, 4, 4, 4), dict(groups=2), False),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("shape", "weight", "options", "taken"), POSITIONS.values(), ids=POSITIONS)
+def test_the_weights_gradient_of_few_positions_is_a_convolution(shape, weight, options, taken, monkeypatch):
+    calls = set_of_calls(monkeypatch, few_positions, "weight_gradient")
+    name = f"conv{len(shape) - 2}d"
+    leaves = operands(name, shape, weight, options, dtype=torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for function, inputs in ((getattr(ops, name), leaves), (getattr(F, name), exact)):
+        y = function(*inputs, **options)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    assert bool(calls) == taken
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert actual.is_contiguous()
+        assert_close(actual, expected, order=1 if i < 3 else 2)
