@@ -206,3 +206,16 @@ def test_the_weights_gradient_of_few_positions_is_a_convolution(shape, weight, o
     for i, (actual, expected) in enumerate(zip(*results, strict=True)):
         assert actual.is_contiguous()
         assert_close(actual, expected, order=1 if i < 3 else 2)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("which", ["input", "weight", "both", "neither"])
+def test_the_weights_gradient_of_few_positions_has_the_memory_format_of_pytorchs(which, size):
+    results = []
+    for conv in (ops.conv2d, F.conv2d):
+        x, w = torch.randn(3, 9, size, size), torch.randn(5, 9, size, size)
+        x = x.to(memory_format=torch.channels_last) if which in ("input", "both") else x
+        w = w.to(memory_format=torch.channels_last) if which in ("weight", "both") else w
+        y = conv(x, w.requires_grad_())
+        results.append(torch.autograd.grad(y, w, torch.ones_like(y))[0].stride())
+    assert results[0] == results[1]

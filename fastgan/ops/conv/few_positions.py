@@ -21,7 +21,7 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
     """Whether `weight_gradient` is the faster way to this gradient."""
     positions = prod(grad.shape[2:])
     few = positions <= _FEW or (positions <= _FEW_OF_STEPS and max(geometry.stride) > 1 and len(grad) >= _LEAST_SAMPLES)
-    return few and are_plain(grad, weight, geometry) and all(map(in_order, (grad, input, weight)))
+    return few and are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)
 
 
 def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
