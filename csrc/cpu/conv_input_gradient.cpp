@@ -30,14 +30,6 @@ constexpr std::int64_t kTasks = 64;        // rows of dy that two tasks share ar
 
 std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-Vec<float> load_vector(const float* from) {
-  Vec<float> x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-void store_vector(float* to, Vec<float> x) { std::memcpy(to, &x, sizeof x); }
-
 // The rows of one product that are kept in registers, times kVectors vectors of columns.
 template <int kRows, int kVectors>
 class InputGradient {

@@ -40,14 +40,6 @@ constexpr std::int64_t kPositions = 256;                // a task: enough for it
 
 std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-Vec<float> load_vector(const float* from) {
-  Vec<float> x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-void store_vector(float* to, Vec<float> x) { std::memcpy(to, &x, sizeof x); }
-
 // Of two rows of which one has this bit set in its number and the other has not: swaps the lanes of the one that have
 // it not with those of the other that have it.
 template <int kBit, int... kLane>

@@ -42,6 +42,18 @@ template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
 template <class A>
+Vec<A> load_vector(const A* from) {
+  Vec<A> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class A>
+void store_vector(A* to, Vec<A> x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+template <class A>
 Vec<A> magnitude(Vec<A> x) {
   return reinterpret_cast<Vec<A>>(reinterpret_cast<typename Simd<A>::bits>(x) & ~Bits<A>::sign);
 }

@@ -35,9 +35,9 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if pointwise.takes(input, weight, geometry) and pointwise.fits(input, weight, bias):
+    if pointwise.takes(input, weight, geometry) and native_kernels.fits(input, weight, bias):
         return pointwise.forward(input, weight, bias)
-    if strided.takes_forward(input, weight, bias, geometry):
+    if strided.takes_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
         return strided.forward(stored(input), stored(weight), None if bias is None else stored(bias), geometry)
     return torch.convolution(input, weight, bias, *geometry.arguments)
 

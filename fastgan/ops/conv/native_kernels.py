@@ -49,6 +49,15 @@ def in_order(images: Tensor) -> bool:
     return images.is_contiguous() and images.stride(-1) == 1 and images.stride(1) == prod(images.shape[2:])
 
 
+def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch takes these together: other ways would take more, and say other things of the rest."""
+    return (
+        input.shape[1] == weight.shape[1]
+        and len(weight) > 0
+        and (bias is None or (is_eager(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
+    )
+
+
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S') and weight (C_out, C_in, *K), one or two dimensions."""
     result = grad.new_empty(shape)

@@ -40,15 +40,6 @@ def _as_exact_as_convolutions() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether PyTorch takes these together: products would take more, and say other things of the rest."""
-    return (
-        input.shape[1] == weight.shape[1]
-        and len(weight) > 0
-        and (bias is None or (is_eager(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
-    )
-
-
 # Results are made whole and filled: a Function that returned a view would refuse an activation in place behind it.
 
 

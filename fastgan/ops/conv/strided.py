@@ -8,7 +8,6 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain, dimensions_of, in_order, new_images
-from fastgan.ops.library import is_eager
 
 _BLOCK = {"avx2": 16, "avx512": 32}  # channels of the result that the kernel sums together
 _FORWARD = "avx512"  # by half as many lanes the vendor's forward is as fast
@@ -16,17 +15,16 @@ _LEAST_CHANNELS = 16  # of what is summed over
 _LEAST_POSITIONS = 256  # of an output, under which ordering the weights takes longer than the forward
 
 
-def takes_forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+def takes_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether `forward` is the faster way to this output."""
     if not (_takes(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
         return False
     shape = _output_shape(input, weight, geometry)
     return (
-        input.shape[1] == weight.shape[1] >= _LEAST_CHANNELS
+        weight.shape[1] >= _LEAST_CHANNELS
         and _fills_blocks(len(weight))
         and min(shape) > 0
         and shape[0] * shape[2] * shape[3] >= _LEAST_POSITIONS
-        and (bias is None or (is_eager(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
     )
 
 
