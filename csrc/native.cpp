@@ -4,9 +4,6 @@
 
 #include <stdexcept>
 
-#define FASTGAN_ISA native  // the namespace here of what is compiled once an instruction set
-#include "common/workspace.h"
-
 namespace fastgan {
 
 Isa isa_of(const std::string& name) {
@@ -33,9 +30,6 @@ const char* name_of(fastgan::Isa isa) {
 
 PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name_of(fastgan::best_isa()); });
-  m.def("ask_for_huge_pages", [](std::int64_t address, std::int64_t bytes) {
-    fastgan::native::ask_for_huge_pages(fastgan::pointer(address), bytes);
-  });
   fastgan::bind_minibatch_discrimination(m);
   fastgan::bind_minibatch_stddev(m);
   fastgan::bind_avg_pool(m);

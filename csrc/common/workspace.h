@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <new>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -69,6 +72,20 @@ void parallel_for(std::int64_t n, int threads, const Body& body) {
   (void)threads;
   for (std::int64_t i = 0; i < n; ++i) body(i);
   finish_streams();
+}
+
+// body(i, thread) for i in [0, n), thread in [0, threads): whichever thread is free takes the next.
+template <class Body>
+void each_task(std::int64_t n, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (std::int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  (void)threads;
+  for (std::int64_t i = 0; i < n; ++i) body(i, 0);
 }
 
 }  // namespace FASTGAN_ISA

@@ -22,61 +22,15 @@
 #include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "common/workspace.h"
-#include "cpu/simd.h"
+#include "cpu/conv_tile.h"
 
 namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr int kSide = kLanes<float>;
-constexpr int kVectors = 2, kBlock = kVectors * kSide;  // channels of the target that are summed together
-constexpr int kTile = kVectorBytes == 64 ? 8 : 6;       // by as many positions: what the registers hold
-constexpr std::int64_t kPositions = 256;                // a task: enough for its weights to come from memory once
-
-std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Of two rows of which one has this bit set in its number and the other has not: swaps the lanes of the one that have
-// it not with those of the other that have it.
-template <int kBit, int... kLane>
-void swap_halves(Vec<float>& low, Vec<float>& high, std::integer_sequence<int, kLane...>) {
-  const Vec<float> a = low, b = high;
-#if defined(__clang__)
-  low = __builtin_shufflevector(a, b, (kLane & kBit ? kSide + (kLane ^ kBit) : kLane)...);
-  high = __builtin_shufflevector(a, b, (kLane & kBit ? kSide + kLane : kLane | kBit)...);
-#else
-  using Lanes = Simd<float>::bits;
-  low = __builtin_shuffle(a, b, Lanes{(kLane & kBit ? kSide + (kLane ^ kBit) : kLane)...});
-  high = __builtin_shuffle(a, b, Lanes{(kLane & kBit ? kSide + kLane : kLane | kBit)...});
-#endif
-}
-
-template <int kBit>
-void turn(Vec<float> (&rows)[kSide]) {
-  if constexpr (kBit > 0) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kSide; ++r)
-      if (!(r & kBit)) swap_halves<kBit>(rows[r], rows[r | kBit], std::make_integer_sequence<int, kSide>());
-    turn<kBit / 2>(rows);
-  }
-}
-
-// A square of kSide rows turned in registers: row r is read at from(r), column c, of the first `columns`, written to
-// to(c).
-template <class From, class To>
-void transpose_square(const From& from, const To& to, std::int64_t columns = kSide) {
-  Vec<float> rows[kSide];
-#pragma GCC unroll 16
-  for (int r = 0; r < kSide; ++r) rows[r] = load_vector(from(r));
-  turn<kSide / 2>(rows);
-#pragma GCC unroll 16
-  for (int c = 0; c < kSide; ++c)
-    if (c < columns) store_vector(to(c), rows[c]);
-}
+// A tile is kTile positions of a target by kBlock of its channels.
+constexpr std::int64_t kPositions = 256;  // a task: enough for its weights to come from memory once
 
 struct Tap {
   std::int64_t kernel, ahead;
@@ -157,18 +111,11 @@ class Strided {
     const std::int64_t packed = (most * rows_.step + samples * rows_.span(1)) * line_;
     const std::int64_t size = packed + columns_.phases * over(most * columns_.groups, kTile) * kTile * kBlock;
     Buffer<float> scratch(threads * size);
-    const auto run_task = [&](std::int64_t task, float* own) {
+    each_task(tasks, threads, [&](std::int64_t task, int thread) {
+      float* own = scratch.data() + thread * size;
       run_groups(groups_ * task / tasks, groups_ * (task + 1) / tasks, source, weight.data(), bias, target, own,
                  own + packed);
-    };
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-      for (std::int64_t task = 0; task < tasks; ++task) run_task(task, scratch.data() + omp_get_thread_num() * size);
-      return;
-    }
-#endif
-    for (std::int64_t task = 0; task < tasks; ++task) run_task(task, scratch.data());
+    });
   }
 
  private:
@@ -288,17 +235,7 @@ class Strided {
       const float* x[kTile];
 #pragma GCC unroll 16
       for (int i = 0; i < kTile; ++i) x[i] = source + at[i] + tap.ahead * channels_;
-      for (std::int64_t c = 0; c < channels_; ++c) {
-        Vec<float> line[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) line[v] = load_vector(lines + c * kBlock + v * kSide);
-#pragma GCC unroll 16
-        for (int i = 0; i < kTile; ++i) {
-          const float value = x[i][c];
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) total[i][v] += value * line[v];
-        }
-      }
+      add_products(x, 1, channels_, lines, total);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i)

@@ -1,6 +1,8 @@
-"""Convolutions on a CPU that are not the vendor's: of few channels, of size one."""
+"""Convolutions on a CPU that are not the vendor's: of few channels, of one pixel."""
 
 from __future__ import annotations
+
+from math import prod
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastgan import backends, ops, use_backend
-from fastgan.ops.conv import native_kernels, pointwise
+from fastgan.ops.conv import native_kernels, pointwise, weight_gradient
 from tests.harness import assert_close
 from tests.ops.conv_problem import operands, orders, set_of_calls
 
@@ -90,28 +92,40 @@ def test_what_the_cpu_kernel_does_not_take_is_the_vendors(change, narrow_calls):
     assert_close(grad, expected.double(), order=1)
 
 
-# Of few channels and of many: one product a sample, or one of all samples, for the weight.
+# Rows and lanes that are full, idle or left over; samples that share a panel of positions, and panels of one sample.
 POINTWISE = {
-    "1d": ((3, 5, 70), (4, 5, 1)),
-    "2d": ((2, 3, 9, 8), (6, 3, 1, 1)),
-    "2d, many channels": ((3, 40, 3, 2), (30, 40, 1, 1)),
-    "3d": ((2, 3, 4, 3, 5), (2, 3, 1, 1, 1)),
-    "one sample": ((1, 4, 6, 6), (3, 4, 1, 1)),
+    "1d": ((3, 33, 70), (40, 33, 1)),
+    "2d": ((2, 32, 9, 8), (64, 32, 1, 1)),
+    "3d": ((2, 40, 4, 3, 5), (9, 40, 1, 1, 1)),
+    "small samples": ((21, 36, 2, 3), (35, 36, 1, 1)),
+    "quarters of a panel": ((5, 8, 4, 4), (48, 8, 1, 1)),
+    "one position": ((3, 70, 1), (34, 70, 1)),
+    "one output": ((4, 64, 7, 5), (1, 64, 1, 1)),
+    "many positions": ((2, 3, 48, 47), (32, 3, 1, 1)),
 }
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """The functions of pointwise.py that ran."""
-    return set_of_calls(monkeypatch, pointwise, "forward", "input_gradient", "weight_gradient")
+def pointwise_calls(monkeypatch):
+    """The functions of one pixel that ran, on any processor as on one of long vectors."""
+    monkeypatch.setattr(pointwise, "_TAKEN", (backends.native().isa(),))
+    calls = set_of_calls(monkeypatch, pointwise, "forward", "input_gradient")
+    return calls, set_of_calls(monkeypatch, weight_gradient, "weight_gradient")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def all_of(calls):
+    return set.union(*calls)
+
+
+needs_kernel = pytest.mark.skipif(backends.native() is None, reason="there is no native module")
+
+
+@needs_kernel
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("shape", "weight"), POINTWISE.values(), ids=POINTWISE)
-def test_kernels_of_size_one_are_matrix_products_on_a_cpu(shape, weight, bias, dtype, products):
+def test_the_cpu_kernel_gives_convolutions_of_one_pixel(shape, weight, bias, pointwise_calls):
     name = f"conv{len(shape) - 2}d"
-    leaves = operands(name, shape, weight, {}, bias=bias, dtype=dtype)
+    leaves = operands(name, shape, weight, {}, bias=bias, dtype=torch.float32)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     results = []
     for function, (x, w, b) in ((getattr(ops, name), leaves), (getattr(F, name), exact)):
@@ -119,38 +133,86 @@ def test_kernels_of_size_one_are_matrix_products_on_a_cpu(shape, weight, bias, d
         inputs = [t for t in (x, w, b) if t is not None]
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         results.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
-    assert products == {"forward", "input_gradient", "weight_gradient"}
+    few_channels = weight[1] <= 6  # the input's gradient is then of the kernel of few channels
+    assert all_of(pointwise_calls) == {"forward", "weight_gradient"} | (set() if few_channels else {"input_gradient"})
     for i, (actual, expected) in enumerate(zip(*results, strict=True)):
         assert actual.is_contiguous()
         assert_close(actual, expected, order=0 if i == 0 else 1 if i <= len(inputs) else 2)
 
 
-def test_a_large_result_of_a_kernel_of_size_one_is_whole():
-    """Its memory is asked for in huge pages."""
-    x, w = torch.randn(2, 3, 512, 512), torch.randn(20, 3, 1, 1)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("shape", "weight"), POINTWISE.values(), ids=POINTWISE)
+def test_every_instruction_set_of_the_cpu_kernel_gives_convolutions_of_one_pixel(shape, weight, threads, isa):
+    name = f"conv{len(shape) - 2}d"
+    x, w, b = operands(name, shape, weight, {}, dtype=torch.float32)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    y = getattr(F, name)(*exact)
+    grad = torch.randn(y.shape)
+    by_y, by_x, by_w = (torch.full(t.shape, torch.nan) for t in (y, x, w))
+    pixels = prod(shape[2:])
+    sizes = len(x), x.shape[1], len(w)
+    native = backends.native()
+    addresses = x.data_ptr(), w.data_ptr(), b.data_ptr(), by_y.data_ptr()
+    try:
+        native.conv_pointwise_forward(*addresses, *sizes, pixels, threads, isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    addresses = grad.data_ptr(), w.data_ptr(), by_x.data_ptr()
+    native.conv_pointwise_input_gradient(*addresses, *sizes, pixels, threads, isa)
+    plane = [native_kernels.ONE_ROW, (pixels, pixels, 1, 1, 0, 1)]
+    native.conv_weight_gradient(grad.data_ptr(), x.data_ptr(), by_w.data_ptr(), *sizes, plane, threads, isa)
+    assert_close(by_y, y, order=0)
+    for actual, expected in zip((by_x, by_w), torch.autograd.grad(y, exact[:2], grad.double()), strict=True):
+        assert_close(actual, expected, order=1)
+
+
+@needs_kernel
+def test_convolutions_of_one_pixel_are_the_same_bits_for_any_number_of_threads(pointwise_calls):
+    x, w, b = operands("conv2d", (5, 40, 9, 33), (72, 40, 1, 1), {}, dtype=torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = ops.conv2d(x, w, b)
+            results.append([y, *torch.autograd.grad(y, (x, w), torch.ones_like(y))])
+    finally:
+        torch.set_num_threads(before)
+    assert all_of(pointwise_calls) == {"forward", "input_gradient", "weight_gradient"}
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+@needs_kernel
+def test_the_weights_gradient_of_one_pixel_keeps_its_digits_over_many_positions(pointwise_calls):
+    """Sums of sums: a hundred thousand products that are added up one by one lose half of float32's digits."""
+    x, w = torch.rand(2, 32, 256, 256), torch.randn(8, 32, 1, 1, requires_grad=True)
     y = ops.conv2d(x, w)
-    assert y.nbytes >= native_kernels._MAPPED
-    assert_close(y, F.conv2d(x.double(), w.double()), order=0)
+    (actual,) = torch.autograd.grad(y, w, torch.ones_like(y))
+    assert "weight_gradient" in all_of(pointwise_calls)
+    expected = x.double().sum((0, 2, 3)).expand(8, -1)
+    assert ((actual.flatten(1) - expected).abs() / expected).max() < 2e-6
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(stride=2), dict(padding=1), dict(groups=3), "channels_last", "bfloat16", "reference", "3x3"],
+    [dict(stride=2), dict(padding=1), dict(groups=3), "channels_last", "double", "bfloat16", "reference", "3x3"],
     ids=str,
 )
-def test_other_convolutions_are_no_matrix_products(options, products):
+def test_other_convolutions_are_not_of_that_kernel(options, pointwise_calls):
     x, w = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 1, 1)
     if options == "channels_last":
         x = x.to(memory_format=torch.channels_last)
-    if options == "bfloat16":
-        x, w = x.bfloat16(), w.bfloat16()
+    if options in ("double", "bfloat16"):
+        x, w = (t.to(getattr(torch, options)) for t in (x, w))
     if options == "3x3":
         w = torch.randn(6, 3, 3, 3)
     options, backend = (options, "auto") if isinstance(options, dict) else ({}, options)
     w = w[:, :1] if "groups" in options else w
     with use_backend("reference" if backend == "reference" else "auto"):
         y = ops.conv2d(x, w, **options)
-    assert not products
+    assert not all_of(pointwise_calls)
     assert torch.equal(y, F.conv2d(x, w, **options))
 
 
@@ -207,15 +269,18 @@ def test_a_kernel_of_size_one_gives_the_memory_format_that_pytorchs_does(which, 
     assert results[0] == results[1]
 
 
+@needs_kernel
 @pytest.mark.parametrize("precision", ["medium", "high"])
-def test_the_precision_of_matrix_products_is_not_that_of_convolutions(precision, products):
+def test_the_precision_of_matrix_products_does_not_round_convolutions_of_one_pixel(precision, pointwise_calls):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        ops.conv2d(*pointwise_operands()).sin().sum().backward()
+        x, w, b = pointwise_operands()
+        y = ops.conv2d(x, w, b)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert not products
+    assert all_of(pointwise_calls) == {"forward"}
+    assert_close(y, F.conv2d(x.double(), w.double(), b.double()), order=0)
 
 
 def test_autocast_around_a_backward_leaves_kernels_of_size_one_in_single_precision():
@@ -288,10 +353,10 @@ def test_one_graph_of_kernels_of_size_one_serves_batches_of_any_size(monkeypatch
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_backward_is_of_its_forwards_backend(size, products, narrow_calls):
+def test_a_backward_is_of_its_forwards_backend(size, pointwise_calls, narrow_calls):
     x, w = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randn(9, 3, size, size)
     with use_backend("reference"):
         y = ops.conv2d(x, w)
     torch.autograd.grad(y, x, torch.ones_like(y))
-    assert not products
+    assert not all_of(pointwise_calls)
     assert not narrow_calls

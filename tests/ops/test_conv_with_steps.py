@@ -1,4 +1,4 @@
-"""Convolutions with steps, and the weight's gradient of few positions, on a CPU."""
+"""Convolutions with steps, on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgan import backends, ops, use_backend
-from fastgan.ops.conv import few_positions, strided
+from fastgan.ops.conv import strided
 from tests.harness import assert_close
 from tests.ops.conv_problem import operands, orders, set_of_calls
 
@@ -174,48 +174,3 @@ def test_the_steps_of_a_plane_are_refused_for_a_volume_as_pytorch_does():
     with pytest.raises(RuntimeError) as actual:
         ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
     assert str(actual.value) == str(expected.value)
-
-
-# name -> shapes of input and weight, options, whether the weight's gradient is a convolution of the batch as channels
-POSITIONS = {
-    "one": ((3, 9, 4, 4), (5, 9, 4, 4), {}, True),
-    "a row": ((2, 4, 9), (6, 4, 3), dict(stride=2), True),
-    "four": ((3, 8, 6, 6), (5, 8, 3, 3), dict(stride=3, padding=1), True),
-    "four, dilated": ((3, 8, 5, 7), (5, 8, 3, 3), dict(padding=(0, 1), dilation=(2, 4)), True),
-    "five": ((3, 8, 7, 3), (5, 8, 3, 3), {}, False),
-    "sixteen of steps": ((33, 8, 9, 8), (5, 8, 4, 4), dict(stride=2, padding=1), True),
-    "sixteen of steps, few samples": ((31, 8, 8, 8), (5, 8, 4, 4), dict(stride=2, padding=1), False),
-    "sixteen without steps": ((33, 8, 6, 6), (5, 8, 3, 3), {}, False),
-    "groups": ((3, 8, 4, 4), (6, 4, 4, 4), dict(groups=2), False),
-}
-
-
-@needs_kernel
-@pytest.mark.parametrize(("shape", "weight", "options", "taken"), POSITIONS.values(), ids=POSITIONS)
-def test_the_weights_gradient_of_few_positions_is_a_convolution(shape, weight, options, taken, monkeypatch):
-    calls = set_of_calls(monkeypatch, few_positions, "weight_gradient")
-    name = f"conv{len(shape) - 2}d"
-    leaves = operands(name, shape, weight, options, dtype=torch.float32)
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    results = []
-    for function, inputs in ((getattr(ops, name), leaves), (getattr(F, name), exact)):
-        y = function(*inputs, **options)
-        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
-        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
-    assert bool(calls) == taken
-    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
-        assert actual.is_contiguous()
-        assert_close(actual, expected, order=1 if i < 3 else 2)
-
-
-@pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("which", ["input", "weight", "both", "neither"])
-def test_the_weights_gradient_of_few_positions_has_the_memory_format_of_pytorchs(which, size):
-    results = []
-    for conv in (ops.conv2d, F.conv2d):
-        x, w = torch.randn(3, 9, size, size), torch.randn(5, 9, size, size)
-        x = x.to(memory_format=torch.channels_last) if which in ("input", "both") else x
-        w = w.to(memory_format=torch.channels_last) if which in ("weight", "both") else w
-        y = conv(x, w.requires_grad_())
-        results.append(torch.autograd.grad(y, w, torch.ones_like(y))[0].stride())
-    assert results[0] == results[1]

@@ -1,7 +1,7 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
 The convolutions are the vendor's, but for its slowest on a CPU: kernels of ours compute the gradient of an input of few
-channels and convolutions with steps, and kernels of size 1 are matrix products. PyTorch's own double backward returns a
+channels, convolutions with steps and those of one pixel. PyTorch's own double backward returns a
 gradient for the input even where there is none (dense zeros, which then run back through the whole forward): two of the
 six forwards' work of a penalty.
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.conv import few_positions, native_kernels, pointwise, strided
+from fastgan.ops.conv import native_kernels, pointwise, strided, weight_gradient
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import last_order, stored
 from fastgan.ops.needed import needed
@@ -35,35 +35,36 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if pointwise.takes(input, weight, geometry) and native_kernels.fits(input, weight, bias):
-        return pointwise.forward(input, weight, bias)
-    if strided.takes_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
-        return strided.forward(stored(input), stored(weight), None if bias is None else stored(bias), geometry)
+    for way in (pointwise, strided):
+        if way.takes_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
+            own_bias = None if bias is None else stored(bias)
+            output: Tensor = way.forward(stored(input), stored(weight), own_bias, geometry)
+            return output
     return torch.convolution(input, weight, bias, *geometry.arguments)
 
 
 def _backward(
     grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: Mask
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not any(mask):
-        return None, None, None
-    if pointwise.takes(grad, weight, geometry) and pointwise.takes(input, weight, geometry):
-        return (
-            pointwise.input_gradient(grad, weight) if mask[0] else None,
-            pointwise.weight_gradient(grad, input, weight) if mask[1] else None,
-            grad.flatten(2).sum((0, 2)) if mask[2] else None,
-        )
-    for way in (native_kernels, strided) if mask[0] else ():
+    by_input = by_weight = by_bias = None
+    for way in (native_kernels, strided, pointwise) if mask[0] else ():
         if way.takes(grad, input, weight, geometry):
             by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
-            return by_input, *_backward(grad, input, weight, geometry, (False, mask[1], mask[2]))[1:]
-    if mask[1] and few_positions.takes(grad, input, weight, geometry):
-        by_weight = few_positions.weight_gradient(grad, input, weight, geometry)
-        by_input, _, by_bias = _backward(grad, input, weight, geometry, (mask[0], False, mask[2]))
+            break
+    if mask[1] and weight_gradient.takes(grad, input, weight, geometry):
+        by_weight = weight_gradient.weight_gradient(stored(grad), stored(input), weight, geometry)
+    left = mask[0] and by_input is None, mask[1] and by_weight is None
+    if mask[2] and not left[1]:  # oneDNN forms it with the weight's gradient, asked for or not
+        by_bias = grad.sum([0, *range(2, grad.ndim)])
+    if not any(left):
         return by_input, by_weight, by_bias
-    channels = grad.shape[1]
-    grads = torch.ops.aten.convolution_backward(grad, input, weight, [channels], *geometry.arguments, mask)
-    return grads[0], grads[1], grads[2]
+    rest = *left, mask[2] and by_bias is None
+    vendors = torch.ops.aten.convolution_backward(grad, input, weight, [grad.shape[1]], *geometry.arguments, rest)
+    return (
+        by_input if by_input is not None else vendors[0],
+        by_weight if by_weight is not None else vendors[1],
+        by_bias if by_bias is not None else vendors[2],
+    )
 
 
 class _Convolution(torch.autograd.Function):

@@ -12,8 +12,8 @@ from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import is_batched, is_eager
 
 _MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
+ONE_ROW = (1, 1, 1, 1, 0, 1)
 _LEAST = 4096  # elements, under which calling a kernel costs more than it brings
-_MAPPED = 32 << 20  # bytes, from which glibc maps memory anew for each tensor
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -61,26 +61,14 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S') and weight (C_out, C_in, *K), one or two dimensions."""
     result = grad.new_empty(shape)
-    dimensions = dimensions_of(shape, grad.shape, weight, geometry)
-    if len(dimensions) == 1:
-        dimensions.insert(0, (1, 1, 1, 1, 0, 1))
+    dimensions = plane_of(shape, grad.shape, weight, geometry)
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
     channels = weight.shape[1], weight.shape[0]
     backends.native().conv_input_gradient(*addresses, shape[0], *channels, dimensions, torch.get_num_threads())
     return result
 
 
-def dimensions_of(input: torch.Size, output: torch.Size, weight: Tensor, geometry: Geometry) -> list[tuple[int, ...]]:
-    """Of each spatial dimension, sizes of input, output and kernel, stride, padding and dilation."""
-    return list(zip(input[2:], output[2:], weight.shape[2:], *geometry[:3], strict=True))
-
-
-def new_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor to be filled, of the dtype and device of ``like``, which is eager: in huge pages, if it is large.
-
-    Memory that was just mapped is zeroed where it is first touched: by 4 KB, that takes as long as a product.
-    """
-    result = like.new_empty(shape)
-    if result.nbytes >= _MAPPED and backends.native() is not None:
-        backends.native().ask_for_huge_pages(result.data_ptr(), result.nbytes)
-    return result
+def plane_of(input: torch.Size, output: torch.Size, weight: Tensor, geometry: Geometry) -> list[tuple[int, ...]]:
+    """Of rows and columns, sizes of input, output and kernel, stride, padding and dilation; one dimension is a row."""
+    dimensions = list(zip(input[2:], output[2:], weight.shape[2:], *geometry[:3], strict=True))
+    return dimensions if len(dimensions) > 1 else [ONE_ROW, *dimensions]

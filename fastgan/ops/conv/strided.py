@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.conv.native_kernels import are_plain, dimensions_of, in_order, new_images
+from fastgan.ops.conv.native_kernels import are_plain, in_order, plane_of
 
 _BLOCK = {"avx2": 16, "avx512": 32}  # channels of the result that the kernel sums together
 _FORWARD = "avx512"  # by half as many lanes the vendor's forward is as fast
@@ -62,7 +62,7 @@ def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[in
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """(N, C_in, H, W), (C_out, C_in, kH, kW), (C_out,) or None -> (N, C_out, H', W')."""
-    output = new_images(input, _output_shape(input, weight, geometry))
+    output = input.new_empty(_output_shape(input, weight, geometry))
     bias = None if bias is None else bias.contiguous()
     backends.native().conv_strided_forward(
         input.data_ptr(),
@@ -71,7 +71,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
         output.data_ptr(),
         len(input),
         *weight.shape[1::-1],
-        dimensions_of(input.shape, output.shape, weight, geometry),
+        plane_of(input.shape, output.shape, weight, geometry),
         torch.get_num_threads(),
     )
     return output
@@ -86,7 +86,7 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
         result.data_ptr(),
         len(grad),
         *weight.shape[1::-1],
-        dimensions_of(shape, grad.shape, weight, geometry),
+        plane_of(shape, grad.shape, weight, geometry),
         torch.get_num_threads(),
     )
     return result

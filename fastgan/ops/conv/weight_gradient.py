@@ -1,0 +1,52 @@
+"""The weight's gradient on a CPU where the vendor's is slow: of kernels of one pixel, and of outputs of few pixels.
+
+Where a layer has more weights than positions, oneDNN orders all of them anew.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.conv import pointwise
+from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.conv.native_kernels import ONE_ROW, are_plain, in_order, plane_of
+
+_FEW = 16  # positions of a sample's output
+_FEW_IN_ALL = 256  # of all samples, or twice as many as channels: of more, packing them takes what it brings
+_LANES = 32  # channels of input or output, under which turning images of many positions takes too long
+
+
+def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether `weight_gradient` is the faster way to this gradient."""
+    if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight) and input.numel() > 0):
+        return False
+    positions = prod(grad.shape[2:])
+    few = positions <= _FEW and len(grad) * positions <= max(_FEW_IN_ALL, 2 * len(weight))
+    if pointwise.is_pointwise(weight, geometry):
+        many = pointwise.takes_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
+        return in_order(grad) and (few or many)
+    return few and 3 <= grad.ndim <= 4
+
+
+def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """(N, C_out, *S'), (N, C_in, *S) -> (C_out, C_in, *K)."""
+    result = grad.new_empty(weight.shape)
+    if pointwise.is_pointwise(weight, geometry):
+        pixels = prod(grad.shape[2:])
+        plane: list[tuple[int, ...]] = [ONE_ROW, (pixels, pixels, 1, 1, 0, 1)]
+    else:
+        plane = plane_of(input.shape, grad.shape, weight, geometry)
+    backends.native().conv_weight_gradient(
+        grad.data_ptr(),
+        input.data_ptr(),
+        result.data_ptr(),
+        len(grad),
+        *weight.shape[1::-1],
+        plane,
+        torch.get_num_threads(),
+    )
+    return result
