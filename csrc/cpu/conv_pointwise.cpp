@@ -82,9 +82,8 @@ class Products {
     each_run(panel * kBlock, std::min((panel + 1) * kBlock, positions_), pixels_, body);
   }
 
-  // (channel, lane); lanes beyond the last position are never read back.
+  // (channel, lane); what is summed in lanes beyond the last position is not stored.
   void pack(std::int64_t panel, const float* source, float* to) const {
-    if ((panel + 1) * kBlock > positions_) std::fill(to, to + channels_ * kBlock, 0.f);
     each_run_of(panel, [&](std::int64_t sample, std::int64_t pixel, std::int64_t lane, std::int64_t count) {
       const float* from = source + sample * channels_ * pixels_ + pixel;
       for (std::int64_t c = 0; c < channels_; ++c) copy(from + c * pixels_, count, to + c * kBlock + lane);

@@ -168,6 +168,14 @@ def test_every_instruction_set_of_the_cpu_kernel_gives_convolutions_of_one_pixel
 
 
 @needs_kernel
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (4, 2)])
+def test_a_bias_may_lie_in_steps(size, stride, pointwise_calls):
+    x, w, _ = operands("conv2d", (4, 32, 20, 20), (32, 32, size, size), {}, dtype=torch.float32)
+    b = torch.randn(64)[::2]
+    assert_close(ops.conv2d(x, w, b, stride), F.conv2d(x.double(), w.double(), b.double(), stride), order=0)
+
+
+@needs_kernel
 def test_convolutions_of_one_pixel_are_the_same_bits_for_any_number_of_threads(pointwise_calls):
     x, w, b = operands("conv2d", (5, 40, 9, 33), (72, 40, 1, 1), {}, dtype=torch.float32)
     results = []

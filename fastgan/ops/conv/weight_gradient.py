@@ -22,13 +22,13 @@ _LANES = 32  # channels of input or output, under which turning images of many p
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether `weight_gradient` is the faster way to this gradient."""
-    if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight) and input.numel() > 0):
+    if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
         return False
     positions = prod(grad.shape[2:])
     few = positions <= _FEW and len(grad) * positions <= max(_FEW_IN_ALL, 2 * len(weight))
     if pointwise.is_pointwise(weight, geometry):
         many = pointwise.takes_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
-        return in_order(grad) and (few or many)
+        return few or many
     return few and 3 <= grad.ndim <= 4
 
 
