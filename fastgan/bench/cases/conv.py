@@ -1,4 +1,4 @@
-"""R1 through one convolution, forward to double backward, where a kernel of ours or a matrix product has a part."""
+"""R1 through one convolution, forward to double backward, where a kernel of ours has a part."""
 
 from __future__ import annotations
 
