@@ -11,6 +11,7 @@
 #include "cpu/conv_pointwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "common/workspace.h"
 #include "cpu/conv_tile.h"

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "common/workspace.h"
 #include "cpu/conv_tile.h"
