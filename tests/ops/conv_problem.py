@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from fastgan import backends
+
+needs_kernel = pytest.mark.skipif(backends.native() is None, reason="there is no native module")
 
 
 def operands(name, shape, weight_shape, options, *, bias=True, dtype=torch.float64):

@@ -9,9 +9,7 @@ from torch.nn import functional as F
 from fastgan import backends, ops, use_backend
 from fastgan.ops.conv import weight_gradient
 from tests.harness import assert_close
-from tests.ops.conv_problem import operands, set_of_calls
-
-needs_kernel = pytest.mark.skipif(backends.native() is None, reason="there is no native module")
+from tests.ops.conv_problem import needs_kernel, operands, set_of_calls
 
 # name -> shapes of input and weight, options: rows of kernels that are copied whole, in parts and value by value;
 # blocks of lanes and tiles of rows that are left over
@@ -51,6 +49,7 @@ def test_the_cpu_kernel_gives_the_weights_gradient_of_few_pixels(shape, weight, 
         assert_close(actual, expected, order=1 if i < 3 else 2)
 
 
+@needs_kernel
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("shape", "weight", "options"), FEW.values(), ids=FEW)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastgan import backends, ops, use_backend
 from fastgan.ops.conv import strided
 from tests.harness import assert_close
-from tests.ops.conv_problem import operands, orders, set_of_calls
+from tests.ops.conv_problem import needs_kernel, operands, orders, set_of_calls
 
 # All that a convolution with steps may do; channels fill blocks of lanes, and squares of them, or leave some idle.
 STRIDED = {
@@ -34,9 +34,6 @@ def strided_calls(monkeypatch):
     return set_of_calls(monkeypatch, strided, "forward", "input_gradient")
 
 
-needs_kernel = pytest.mark.skipif(backends.native() is None, reason="there is no native module")
-
-
 @needs_kernel
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("shape", "weight", "options"), STRIDED.values(), ids=STRIDED)
@@ -51,6 +48,7 @@ def test_the_cpu_kernel_gives_convolutions_with_steps(shape, weight, options, bi
     assert_close(ops.conv2d(x, w, b, **options), F.conv2d(*exact, **options), order=0)
 
 
+@needs_kernel
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("shape", "weight", "options"), STRIDED.values(), ids=STRIDED)

@@ -12,8 +12,10 @@ from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import is_batched, is_eager
 
 _MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
-ONE_ROW = (1, 1, 1, 1, 0, 1)
 _LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+
+
+ONE_ROW = (1, 1, 1, 1, 0, 1)  # what `plane_of` says of rows where there is one alone
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
