@@ -74,6 +74,24 @@ void parallel_for(std::int64_t n, int threads, const Body& body) {
   finish_streams();
 }
 
+// body(thread, threads) once in each of at most so many threads.
+template <class Body>
+void each_thread(int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      body(omp_get_thread_num(), omp_get_num_threads());
+      finish_streams();
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  body(0, 1);
+  finish_streams();
+}
+
 // body(i, thread) for i in [0, n), thread in [0, threads): whichever thread is free takes the next.
 template <class Body>
 void each_task(std::int64_t n, int threads, const Body& body) {

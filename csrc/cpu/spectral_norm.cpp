@@ -90,7 +90,7 @@ template <class T>
 struct Layer {
   using A = typename Accumulate<T>::type;
   const SpectralNormLayer* at;
-  std::int64_t chunk_length, chunks, first_chunk;
+  std::int64_t chunk_length, chunks, line, first_chunk, first_element;
   A *s, *t, *partials;  // partials: (chunks, columns) or (chunks, rows)
 
   bool by_rows() const { return at->outer == 1; }
@@ -102,11 +102,13 @@ struct Layer {
 
   explicit Layer(const SpectralNormLayer* layer) : at(layer) {
     const std::int64_t lines = by_rows() ? at->rows : at->outer;
-    const std::int64_t line = at->size() / lines;
+    line = at->size() / lines;
     chunk_length = by_rows() ? larger(kChunk / line, kLeastRows) : larger(kChunk / line, 1);
     chunk_length = smaller(chunk_length, lines);
     chunks = ceil_div(lines, chunk_length);
   }
+
+  std::int64_t begin_of(std::int64_t chunk) const { return smaller(chunk * chunk_length * line, at->size()); }
 
   void pass(Pass kind, std::int64_t chunk) const {
     const std::int64_t begin = chunk * chunk_length;
@@ -193,9 +195,7 @@ struct Layer {
   }
 
   void scale(std::int64_t chunk) const {
-    const std::int64_t line = at->size() / (by_rows() ? at->rows : at->outer);
-    const std::int64_t begin = chunk * chunk_length * line;
-    const std::int64_t end = smaller(begin + chunk_length * line, at->size());
+    const std::int64_t begin = begin_of(chunk), end = begin_of(chunk + 1);
     const A scale = 1 / *sigma();
     const T* w = weight();
     T* out = static_cast<T*>(at->output);
@@ -214,9 +214,7 @@ struct Layer {
 
   // Backward: <G, W> of a chunk, then the gradient of that chunk.
   double inner_product(std::int64_t chunk) const {
-    const std::int64_t line = at->size() / (by_rows() ? at->rows : at->outer);
-    const std::int64_t begin = chunk * chunk_length * line;
-    const std::int64_t end = smaller(begin + chunk_length * line, at->size());
+    const std::int64_t begin = begin_of(chunk), end = begin_of(chunk + 1);
     const T *g = static_cast<const T*>(at->grad), *w = weight();
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -248,40 +246,72 @@ struct Layer {
   }
 };
 
-// Layers [begin, end) whose chunks are worked on together: phases of a batch are one parallel loop each.
+// Layers whose chunks are worked on together, all phases in one parallel region.
 template <class T>
 class Batch {
  public:
-  using A = typename Accumulate<T>::type;
+  // What one thread does of each phase: layers and chunks next to each other, of about as many elements as another's
+  // and the same in every phase, so that what one left in its core's cache the next one finds there.
+  class Share {
+   public:
+    template <class Body>
+    void each_layer(const Body& body) const {
+      for (std::int64_t l = 0; l < batch_.count_; ++l)
+        if (is_mine(batch_.layers_[l], 0)) body(batch_.layers_[l]);
+      wait();
+    }
+    template <class Body>
+    void each_chunk(const Body& body) const {
+      for (std::int64_t l = 0; l < batch_.count_; ++l) {
+        const Layer<T>& layer = batch_.layers_[l];
+        for (std::int64_t c = 0; c < layer.chunks; ++c)
+          if (is_mine(layer, c)) body(layer, c, layer.first_chunk + c);
+      }
+      wait();
+    }
+
+   private:
+    friend class Batch;
+    Share(const Batch& batch, std::int64_t thread, std::int64_t threads)
+        : batch_(batch), thread_(thread), threads_(threads) {}
+
+    // Whether the middle of the chunk lies in this thread's equal part of all elements.
+    bool is_mine(const Layer<T>& layer, std::int64_t chunk) const {
+      const std::int64_t twice = 2 * layer.first_element + layer.begin_of(chunk) + layer.begin_of(chunk + 1);
+      return twice * threads_ / (2 * batch_.size_) == thread_;
+    }
+    // Until every thread has done its share of the phase.
+    static void wait() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    }
+
+    const Batch& batch_;
+    std::int64_t thread_, threads_;
+  };
 
   Batch(Layer<T>* layers, std::int64_t count, int threads) : layers_(layers), count_(count) {
-    std::int64_t size = 0;
     for (std::int64_t l = 0; l < count; ++l) {
       layers[l].first_chunk = chunks_;
+      layers[l].first_element = size_;
       chunks_ += layers[l].chunks;
-      size += layers[l].at->size();
+      size_ += layers[l].at->size();
     }
-    threads_ = size < kSerial ? 1 : threads;
+    threads_ = size_ < kSerial ? 1 : threads;
   }
 
   std::int64_t chunks() const { return chunks_; }
 
+  // body(share) in each thread.
   template <class Body>
-  void each_layer(const Body& body) const {
-    parallel_for(count_, threads_, [&](std::int64_t l) { body(layers_[l]); });
-  }
-  template <class Body>
-  void each_chunk(const Body& body) const {
-    parallel_for(chunks_, threads_, [&](std::int64_t i) {
-      std::int64_t l = 0;
-      while (l + 1 < count_ && layers_[l + 1].first_chunk <= i) ++l;
-      body(layers_[l], i - layers_[l].first_chunk, i);
-    });
+  void run(const Body& body) const {
+    each_thread(threads_, [&](int thread, int threads) { body(Share(*this, thread, threads)); });
   }
 
  private:
   Layer<T>* layers_;
-  std::int64_t count_, chunks_ = 0;
+  std::int64_t count_, chunks_ = 0, size_ = 0;
   int threads_;
 };
 
@@ -318,37 +348,39 @@ void forward(const SpectralNormLayer* layers, std::int64_t count, const Spectral
       next += work[l].chunks * work[l].partial_length();
     }
 
-    const auto step = [&](Pass kind, auto&& wanted) {
-      batch.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
-        if (wanted(layer)) layer.pass(kind, chunk);
-      });
-      batch.each_layer([&](const Layer<T>& layer) {
-        if (wanted(layer)) layer.finish(kind, options.eps, iterate);
-      });
-    };
     const auto every = [](const Layer<T>&) { return true; };
     const auto by_rows = [](const Layer<T>& layer) { return layer.by_rows(); };
     const auto by_outer = [](const Layer<T>& layer) { return !layer.by_rows(); };
     bool any_by_outer = false;
     for (std::int64_t l = 0; l < n; ++l) any_by_outer |= !work[l].by_rows();
 
-    for (std::int64_t l = 0; l < n; ++l) work[l].read_state();  // less than waking the threads for it
-    if (!iterate) step(Pass::rows, every);
-    for (std::int64_t i = 0; i < options.power_iterations; ++i) {
-      if (options.v_first) {
-        step(Pass::columns, every);
-        step(Pass::rows, every);
-      } else {
-        step(Pass::both, by_rows);
-        if (any_by_outer) {
-          step(Pass::rows, by_outer);
-          step(Pass::columns, by_outer);
+    batch.run([&](const auto& share) {
+      const auto step = [&](Pass kind, auto&& wanted) {
+        share.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
+          if (wanted(layer)) layer.pass(kind, chunk);
+        });
+        share.each_layer([&](const Layer<T>& layer) {
+          if (wanted(layer)) layer.finish(kind, options.eps, iterate);
+        });
+      };
+      share.each_layer([](const Layer<T>& layer) { layer.read_state(); });
+      if (!iterate) step(Pass::rows, every);
+      for (std::int64_t i = 0; i < options.power_iterations; ++i) {
+        if (options.v_first) {
+          step(Pass::columns, every);
+          step(Pass::rows, every);
+        } else {
+          step(Pass::both, by_rows);
+          if (any_by_outer) {
+            step(Pass::rows, by_outer);
+            step(Pass::columns, by_outer);
+          }
         }
       }
-    }
-    batch.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
-      if (iterate && chunk == 0) layer.write_state();
-      layer.scale(chunk);
+      share.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
+        if (iterate && chunk == 0) layer.write_state();
+        layer.scale(chunk);
+      });
     });
   });
 }
@@ -357,12 +389,14 @@ template <class T>
 void backward(const SpectralNormLayer* layers, std::int64_t count, int threads) {
   each_batch<T>(layers, count, threads, [&](Layer<T>*, std::int64_t, const Batch<T>& batch) {
     Buffer<double> products(batch.chunks());
-    batch.each_chunk(
-        [&](const Layer<T>& layer, std::int64_t chunk, std::int64_t i) { products[i] = layer.inner_product(chunk); });
-    batch.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
-      double product = 0;
-      for (std::int64_t c = 0; c < layer.chunks; ++c) product += products[layer.first_chunk + c];
-      layer.grad_weight(chunk, product);
+    batch.run([&](const auto& share) {
+      share.each_chunk(
+          [&](const Layer<T>& layer, std::int64_t chunk, std::int64_t i) { products[i] = layer.inner_product(chunk); });
+      share.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
+        double product = 0;
+        for (std::int64_t c = 0; c < layer.chunks; ++c) product += products[layer.first_chunk + c];
+        layer.grad_weight(chunk, product);
+      });
     });
   });
 }

@@ -53,6 +53,10 @@ def fuse_spectral_norm(model: M) -> M:
     return model
 
 
+Operands = tuple[Tensor, Tensor, Tensor, int]  # weight, u, v, dim
+Settings = tuple[int, float, bool, bool]  # n_power_iterations, eps, training, v_first
+
+
 class _Parametrized:
     """A weight normalised by a parametrization."""
 
@@ -60,17 +64,16 @@ class _Parametrized:
         self.module, self.name, self.tensors = module, name, tensors
         self.norm = _become(SpectralNorm, tensors[0])
 
-    def is_there(self) -> bool:
-        lists = self.module._modules.get("parametrizations")
-        return lists is not None and lists._modules.get(self.name) is self.tensors
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+    def look(self) -> tuple[Operands, Settings] | None:
+        """What there is to normalise, and how; None if somebody has removed it."""
         # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
-        buffers = self.norm._buffers
-        return self.tensors._parameters["original"], buffers["_u"], buffers["_v"], self.norm.dim  # type: ignore[return-value]
-
-    def settings(self) -> tuple[int, float, bool, bool]:
-        return self.norm.n_power_iterations, self.norm.eps, self.norm.training, False
+        lists = self.module._modules.get("parametrizations")
+        if lists is None or lists._modules.get(self.name) is not self.tensors:
+            return None
+        norm = self.norm
+        buffers = norm._buffers
+        operands = self.tensors._parameters["original"], buffers["_u"], buffers["_v"], norm.dim
+        return operands, (norm.n_power_iterations, norm.eps, norm.training, False)  # type: ignore[return-value]
 
     def put(self, weight: Tensor) -> None:
         put(self.module, self.name, weight)
@@ -92,8 +95,8 @@ class _Hook(TorchHook):
                 self.plain = getattr(module, self.name)
             super().__call__(module, inputs)
         elif not self.is_put:
-            weight, u, v, dim = self.operands()
-            n_power_iterations, eps, training, v_first = self.settings()
+            weight, u, v, dim = self._operands()
+            n_power_iterations, eps, training, v_first = self._settings()
             self._set(
                 ops.spectral_norm(
                     [weight],
@@ -107,15 +110,10 @@ class _Hook(TorchHook):
                 )[0]
             )
 
-    def is_there(self) -> bool:
-        return any(hook is self for hook in self.module._forward_pre_hooks.values())
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
-        return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
-
-    def settings(self) -> tuple[int, float, bool, bool]:
-        return self.n_power_iterations, self.eps, self.module.training, True
+    def look(self) -> tuple[Operands, Settings] | None:
+        if not any(hook is self for hook in self.module._forward_pre_hooks.values()):
+            return None
+        return self._operands(), self._settings()
 
     def put(self, weight: Tensor) -> None:
         self._set(weight)
@@ -132,6 +130,13 @@ class _Hook(TorchHook):
     def detach(self) -> None:
         """So that the module can be deep-copied; its next forward sets the weight anew."""
         self._set(getattr(self.module, self.name).detach())
+
+    def _operands(self) -> Operands:
+        weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
+        return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
+
+    def _settings(self) -> Settings:
+        return self.n_power_iterations, self.eps, self.module.training, True
 
     def _set(self, weight: Tensor) -> None:
         original = getattr(self.module, self.name + "_orig")
@@ -151,18 +156,19 @@ class _Fused:
         if backends.in_transform():
             return  # each module normalises its own
         # One call serves the members of the same settings, dtype and device.
-        groups: dict[Any, list[tuple[_Member, tuple[Tensor, Tensor, Tensor, int]]]] = {}
-        recomputing = is_recomputing()
+        groups: dict[Any, list[tuple[_Member, Operands]]] = {}
         for member in self.members:
-            if not member.is_there():
-                continue  # somebody has removed it
-            operands = member.operands()
-            if is_sharded(operands[0]):
+            found = member.look()
+            if found is None:
+                continue
+            operands, settings = found
+            weight = operands[0]
+            if is_sharded(weight):
                 continue  # FSDP gathers it at its own module's forward, which then normalises it
-            key = *member.settings(), operands[0].dtype, operands[0].device
-            groups.setdefault(key, []).append((member, operands))
-        for (n_power_iterations, eps, training, v_first, _, _), group in groups.items():
-            weights, us, vs, dims = zip(*(operands for _, operands in group), strict=True)
+            groups.setdefault((settings, weight.dtype, weight.device), []).append((member, operands))
+        recomputing = is_recomputing()
+        for ((n_power_iterations, eps, training, v_first), _, _), group in groups.items():
+            weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
             normalised = ops.spectral_norm(
                 weights,
                 us,

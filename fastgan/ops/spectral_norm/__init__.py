@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.spectral_norm.autograd import normalise
+from fastgan.ops.spectral_norm.layout import vector_shapes
 
 __all__ = ["spectral_norm"]
 
@@ -68,11 +69,8 @@ def spectral_norm(
     if not weights:
         return []
     rows_at = [0] * len(weights) if dims is None else list(dims)
-    operands = list(zip(weights, us, vs, rows_at, strict=True))
-    if not all(_fits(*of_one, weights[0]) for of_one in operands) or (
-        dims is None and any(w.ndim != 2 for w in weights)
-    ):
-        for i, (weight, u, v, dim) in enumerate(operands):
+    if not _fit(weights, us, vs, rows_at) or (dims is None and any(w.ndim != 2 for w in weights)):
+        for i, (weight, u, v, dim) in enumerate(zip(weights, us, vs, rows_at, strict=True)):
             _check_weight(f"weights[{i}]", weight, weights[0], dim, two_dimensional=dims is None)
             rows = weight.shape[dim]
             _check_vector(f"us[{i}]", u, weight, rows, "rows")
@@ -81,22 +79,19 @@ def spectral_norm(
     return normalise(weights, us, vs, rows_at, n_power_iterations if update else 0, eps, v_first, backend)
 
 
-def _fits(weight: Tensor, u: Tensor, v: Tensor, dim: int, first: Tensor) -> bool:
+def _fit(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]) -> bool:
     """Whether all is as it mostly is. Said once and fast; what is not is looked at below, one thing at a time."""
-    if not (isinstance(weight, Tensor) and isinstance(u, Tensor) and isinstance(v, Tensor)):
+    tensors = [*weights, *us, *vs]
+    if not all(isinstance(t, Tensor) for t in tensors):
         return False
-    shape, size = weight.shape, weight.numel()
-    if not (size and 0 <= dim < len(shape) > 1):
-        return False
-    rows, dtype, device = shape[dim], first.dtype, first.device
+    first = weights[0]
     return (
-        weight.dtype is u.dtype is v.dtype is dtype
-        and dtype in _DTYPES
-        and weight.device == u.device == v.device == device
-        and u.shape == (rows,)
-        and v.shape == (size // rows,)
-        and u.is_contiguous()
-        and v.is_contiguous()
+        first.dtype in _DTYPES
+        and {t.dtype for t in tensors} == {first.dtype}
+        and {t.device for t in tensors} == {first.device}
+        and tuple([t.shape for t in tensors[len(weights) :]]) == vector_shapes(weights, dims)
+        and all(map(Tensor.is_contiguous, us))
+        and all(map(Tensor.is_contiguous, vs))
     )
 
 

@@ -14,14 +14,13 @@ from fastgan import backends
 from fastgan.ops.library import (
     LIBRARY,
     accumulation_dtype,
-    is_batched,
     is_eager,
     last_order,
     returns_nothing,
     stored,
 )
 from fastgan.ops.spectral_norm import native_kernels, reference
-from fastgan.ops.spectral_norm.layout import layout_of, split_saved
+from fastgan.ops.spectral_norm.layout import Layout, layout_of, split_saved
 
 # Both write into tensors that they are given: an operator that renews its arguments may not also return a list.
 LIBRARY.define(
@@ -51,8 +50,22 @@ def _forward(
     v_first: bool,
     backend: str,
 ) -> None:
+    _run_forward(weights, us, vs, outputs, saved, layout_of(weights, dims), n_power_iterations, eps, v_first, backend)
+
+
+def _run_forward(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    layout: Layout,
+    n_power_iterations: int,
+    eps: float,
+    v_first: bool,
+    backend: str,
+) -> None:
     inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
-    layout = layout_of(weights, dims)
     _kernels(backend).forward(inputs, targets, us, vs, saved, layout, n_power_iterations, eps, v_first)
     _copy_back(targets, outputs)
 
@@ -68,6 +81,17 @@ def _backward(
     backend: str,
 ) -> None:
     layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # of some of the weights of a forward
+    _run_backward(grads, weights, saved, outputs, layout, backend)
+
+
+def _run_backward(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Tensor,
+    outputs: Sequence[Tensor],
+    layout: Layout,
+    backend: str,
+) -> None:
     inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
     _kernels(backend).backward(_contiguous(grads), inputs, targets, saved, layout)
     _copy_back(targets, outputs)
@@ -86,11 +110,16 @@ def _kernels(backend: str) -> Any:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    if all(map(Tensor.is_contiguous, tensors)) and not any(
-        t._is_zerotensor() or t.is_neg() or is_batched(t) for t in tensors
-    ):
-        return tensors
-    return [stored(t).contiguous() for t in tensors]
+    return tensors if _in_memory(tensors) else [stored(t).contiguous() for t in tensors]
+
+
+def _in_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether the values of each lie there as they are, in order. Three calls a tensor: a small model feels more."""
+    try:
+        there = all(map(Tensor.data_ptr, tensors))  # zeros that lie nowhere have no address
+    except RuntimeError:  # nor have batched gradients
+        return False
+    return there and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -114,7 +143,7 @@ class _SpectralNorm(torch.autograd.Function):
         ctx: Any,
         us: list[Tensor],
         vs: list[Tensor],
-        dims: list[int],
+        layout: Layout,
         n_power_iterations: int,
         eps: float,
         v_first: bool,
@@ -123,82 +152,80 @@ class _SpectralNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = list(map(torch.empty_like, weights))
         dtype = accumulation_dtype(weights[0].dtype)
-        saved = torch.empty(layout_of(weights, dims).total, dtype=dtype, device=weights[0].device)
-        run = _forward if is_eager(weights[0]) else torch.ops.fastgan.spectral_norm_fwd
-        run(weights, us, vs, outputs, saved, dims, n_power_iterations, eps, v_first, backend)
+        saved = torch.empty(layout.total, dtype=dtype, device=weights[0].device)
+        settings = n_power_iterations, eps, v_first, backend
+        if is_eager(weights[0]):
+            _run_forward(weights, us, vs, outputs, saved, layout, *settings)
+        else:
+            torch.ops.fastgan.spectral_norm_fwd(weights, us, vs, outputs, saved, layout.dims, *settings)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *weights)
-        ctx.dims, ctx.backend = dims, backend
+        ctx.layout, ctx.backend = layout, backend
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *weights = ctx.saved_tensors
-        offsets: Sequence[int] = layout_of(weights, ctx.dims).offsets
-        dims: Sequence[int] = ctx.dims
         # Without create_graph nothing will be asked of the backward's own graph.
-        run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _run_backward
+        run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _grads_of_weights
         needed = ctx.needs_input_grad[7:]
         if all(needed) and not any(map(_is_none, grads)):
             all_grads = cast(tuple[Tensor, ...], grads)
-            return *(None,) * 7, *run(saved, offsets, dims, ctx.backend, *all_grads, *weights)
+            return *(None,) * 7, *run(saved, ctx.layout, ctx.backend, *all_grads, *weights)
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
         result: list[Tensor | None] = [None] * len(weights)
         if wanted:
             tensors = [grads[i] for i in wanted] + [weights[i] for i in wanted]
-            call = saved, [offsets[i] for i in wanted], [dims[i] for i in wanted], ctx.backend
-            for i, grad in zip(wanted, run(*call, *tensors), strict=True):
+            for i, grad in zip(wanted, run(saved, ctx.layout.of(wanted), ctx.backend, *tensors), strict=True):
                 result[i] = grad
         return (None,) * 7 + tuple(result)
 
 
-def _run_backward(
-    saved: Tensor, offsets: Sequence[int], dims: Sequence[int], backend: str, *grads_and_weights: Tensor
-) -> list[Tensor]:
-    grads, weights = grads_and_weights[: len(dims)], grads_and_weights[len(dims) :]
+def _grads_of_weights(saved: Tensor, layout: Layout, backend: str, *grads_and_weights: Tensor) -> list[Tensor]:
+    half = len(layout.dims)
+    grads, weights = grads_and_weights[:half], grads_and_weights[half:]
     outputs = list(map(torch.empty_like, weights))
-    run = _backward if is_eager(grads[0]) else torch.ops.fastgan.spectral_norm_bwd
-    run(grads, weights, saved, outputs, offsets, dims, backend)
+    if is_eager(grads[0]):
+        _run_backward(grads, weights, saved, outputs, layout, backend)
+    else:
+        torch.ops.fastgan.spectral_norm_bwd(grads, weights, saved, outputs, layout.offsets, layout.dims, backend)
     return outputs
 
 
 class _SpectralNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, saved: Tensor, offsets: Sequence[int], dims: Sequence[int], backend: str, *grads_and_weights: Tensor
+        ctx: Any, saved: Tensor, layout: Layout, backend: str, *grads_and_weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, *grads_and_weights)
-        ctx.offsets, ctx.dims = offsets, dims
-        return tuple(_run_backward(saved, offsets, dims, backend, *grads_and_weights))
+        ctx.layout = layout
+        return tuple(_grads_of_weights(saved, layout, backend, *grads_and_weights))
 
     @staticmethod
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *grads_and_weights = ctx.saved_tensors
         with torch.no_grad():
-            results = _double_backward(saved, ctx.offsets, ctx.dims, grads_of_grads, grads_and_weights)
+            results = _double_backward(saved, ctx.layout, grads_of_grads, grads_and_weights)
         if torch.is_grad_enabled():
             message = "spectral_norm: the third derivative is not supported; use_backend('reference') has every order"
             results = last_order(message, results, [*grads_of_grads, *grads_and_weights])
-        return None, None, None, None, *results
+        return None, None, None, *results
 
 
 def _double_backward(
-    saved: Tensor,
-    offsets: Sequence[int],
-    dims: Sequence[int],
-    grads_of_grads: Sequence[Tensor | None],
-    grads_and_weights: Sequence[Tensor],
+    saved: Tensor, layout: Layout, grads_of_grads: Sequence[Tensor | None], grads_and_weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The derivatives by each gradient, then by each weight."""
-    half = len(dims)
+    half = len(layout.dims)
     grads, weights = grads_and_weights[:half], grads_and_weights[half:]
-    matrices = layout_of(weights, dims).matrices
     results: list[Tensor | None] = [None] * (2 * half)
-    for i, h in enumerate(grads_of_grads):
+    for i, (h, dim, matrix, offset) in enumerate(
+        zip(grads_of_grads, layout.dims, layout.matrices, layout.offsets, strict=True)
+    ):
         if h is not None:
-            sigma, u, v = split_saved(saved, offsets[i], matrices[i])
-            results[i], results[half + i] = reference.double_backward(h, grads[i], weights[i], sigma, u, v, dims[i])
+            sigma, u, v = split_saved(saved, offset, matrix)
+            results[i], results[half + i] = reference.double_backward(h, grads[i], weights[i], sigma, u, v, dim)
     return results
 
 
@@ -216,5 +243,6 @@ def normalise(
     chosen = backends.select("spectral_norm", weights[0].device, weights[0].dtype, backend)
     if chosen == "reference":
         return reference.spectral_norm(weights, us, vs, dims, n_power_iterations, eps, v_first)
-    outputs = _SpectralNorm.apply(list(us), list(vs), list(dims), n_power_iterations, eps, v_first, chosen, *weights)
+    layout = layout_of(weights, dims)
+    outputs = _SpectralNorm.apply(list(us), list(vs), layout, n_power_iterations, eps, v_first, chosen, *weights)
     return list(outputs)

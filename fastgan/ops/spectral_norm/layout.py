@@ -17,15 +17,20 @@ class Layout(NamedTuple):
     Row r of the matrix is index r of the weight's dimension ``dim``; its column is outer_index * inner + inner_index.
     """
 
+    dims: tuple[int, ...]
     matrices: tuple[tuple[int, int, int], ...]
     offsets: tuple[int, ...]
     total: int
 
-
-def layout_of(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
-    # The compiler would go past a cache, and warn of it.
-    layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
-    return layout(tuple([w.shape for w in weights]), tuple(dims))
+    def of(self, chosen: Sequence[int]) -> Layout:
+        """Of some of the weights, in the buffer of all."""
+        dims, matrices, offsets, total = self
+        return Layout(
+            tuple(dims[i] for i in chosen),
+            tuple(matrices[i] for i in chosen),
+            tuple(offsets[i] for i in chosen),
+            total,
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -37,7 +42,27 @@ def _layout(shapes: tuple[torch.Size, ...], dims: tuple[int, ...]) -> Layout:
     for outer, rows, inner in matrices:
         offsets.append(total)
         total += 1 + rows + outer * inner
-    return Layout(matrices, tuple(offsets), total)
+    return Layout(dims, matrices, tuple(offsets), total)
+
+
+@lru_cache(maxsize=1024)
+def _vector_shapes(shapes: tuple[torch.Size, ...], dims: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
+    if not all(0 <= dim < len(shape) > 1 and prod(shape) for shape, dim in zip(shapes, dims, strict=True)):
+        return None
+    rows = [shape[dim] for shape, dim in zip(shapes, dims, strict=True)]
+    return *((r,) for r in rows), *((prod(shape) // r,) for shape, r in zip(shapes, rows, strict=True))
+
+
+# The compiler would go past a cache, and warn of it.
+def layout_of(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
+    layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
+    return layout(tuple([w.shape for w in weights]), tuple(dims))
+
+
+def vector_shapes(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
+    """Of all u, then of all v; None if a weight is no matrix: one dimension, or no element, or no such ``dim``."""
+    shapes = _vector_shapes.__wrapped__ if torch.compiler.is_compiling() else _vector_shapes
+    return shapes(tuple([w.shape for w in weights]), tuple(dims))
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
