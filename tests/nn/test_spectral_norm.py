@@ -354,3 +354,13 @@ def test_a_norm_removed_from_a_fused_model_is_gone(form):
         module.weight.neg_()
     form(module)
     assert_close(model(IMAGES), nn.Sequential(*model)(IMAGES).double(), order=0)
+
+
+def test_a_removed_norm_is_not_iterated():
+    fused = utils.fuse_spectral_norm(discriminator(utils.spectral_norm))
+    fused(IMAGES)
+    norm = fused[0].parametrizations.weight[0]
+    parametrize.remove_parametrizations(fused[0], "weight")
+    u = norm._u.clone()
+    fused(IMAGES)
+    assert torch.equal(norm._u, u)

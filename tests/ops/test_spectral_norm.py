@@ -250,17 +250,31 @@ def test_two_forwards_before_one_backward_use_their_own_u_and_v(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_weights_that_a_gradient_came_for_get_one(backend):
-    weights, us, vs, _, _ = operands([((4, 3), 0), ((5, 2), 0), ((2, 2), 0)], torch.float32, device_of(backend))
+    shapes = [((4, 3), 0), ((5, 2), 0), ((2, 6, 3), 1)]
+    weights, us, vs, dims, _ = operands(shapes, torch.float32, device_of(backend))
     weights[0].requires_grad_()
     weights[2].requires_grad_()
-    outputs = ops.spectral_norm(weights, us, vs, backend=backend)
-    outputs[2].square().sum().backward()
+    outputs = ops.spectral_norm(weights, us, vs, dims=dims, backend=backend)
+    (grad,) = torch.autograd.grad(outputs[2].square().sum(), weights[2], create_graph=True)
+    grad.square().sum().backward()
     assert weights[0].grad is None
     assert weights[1].grad is None
     u, v = us[2].double(), vs[2].double()
     expected = weights[2].detach().double().requires_grad_()
-    ops.spectral_norm([expected], [u], [v], update=False, backend="reference")[0].square().sum().backward()
-    assert_close(weights[2].grad, expected.grad, order=1)
+    (output,) = ops.spectral_norm([expected], [u], [v], dims=[1], update=False, backend="reference")
+    (expected_grad,) = torch.autograd.grad(output.square().sum(), expected, create_graph=True)
+    expected_grad.square().sum().backward()
+    assert_close(grad, expected_grad, order=1)
+    assert_close(weights[2].grad, expected.grad, order=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dim_counts_from_the_end_as_well(backend):
+    weights, us, vs, _, _ = operands([((4, 3, 6), 2)], torch.float32, device_of(backend))
+    from_the_end, from_the_start = (
+        ops.spectral_norm(weights, us, vs, dims=[dim], update=False, backend=backend)[0] for dim in (-1, 2)
+    )
+    assert torch.equal(from_the_end, from_the_start)
 
 
 @settings(max_examples=60, deadline=None)
@@ -289,9 +303,19 @@ BAD = {
     "a tensor for a list": (dict(weights=W), TypeError, "weights must be a list"),
     "not a tensor": (dict(weights=[W.tolist()]), TypeError, r"weights\[0\] must be a tensor"),
     "one dimension": (dict(weights=[U]), ValueError, r"weights\[0\] must be \(rows, columns\)"),
+    "one dimension, dims given": (
+        dict(weights=[U], vs=[V[:1]], dims=[0]),
+        ValueError,
+        r"weights\[0\] must have two dimensions",
+    ),
     "three dimensions": (dict(weights=[W[None]]), ValueError, r"weights\[0\] must be \(rows, columns\)"),
     "empty": (dict(weights=[W[:0]], us=[U[:0]]), ValueError, r"weights\[0\] must not be empty"),
     "integers": (dict(weights=[W.long()]), TypeError, r"weights\[0\] must be float"),
+    "integers throughout": (
+        dict(weights=[W.long()], us=[U.long()], vs=[V.long()]),
+        TypeError,
+        r"weights\[0\] must be float",
+    ),
     "complex": (dict(weights=[W.cfloat()]), TypeError, r"weights\[0\] must be float"),
     "mixed dtypes": (
         dict(weights=[W, W.double()], us=[U, U], vs=[V, V]),
@@ -307,6 +331,7 @@ BAD = {
     "wrong length of u": (dict(us=[U[:3]]), ValueError, r"us\[0\] must have shape \(4,\), the weight's rows"),
     "wrong length of v": (dict(vs=[U]), ValueError, r"vs\[0\] must have shape \(6,\), the weight's columns"),
     "dtype of u": (dict(us=[U.double()]), TypeError, r"us\[0\] must have its weight's dtype"),
+    "strided u": (dict(us=[torch.randn(8)[::2]]), ValueError, r"us\[0\] must be contiguous"),
     "strided v": (dict(vs=[torch.randn(12)[::2]]), ValueError, r"vs\[0\] must be contiguous"),
     "lengths of lists": (dict(us=[U, U]), ValueError, "1 weights, 2 us, 1 vs"),
     "no iterations": (
