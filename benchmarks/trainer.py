@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from fastgan.bench.heap import keep_freed_memory
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import CRITIC, PRESETS, R3GAN, RESIDUAL, WGAN_GP, ModelConfig, OptimConfig
 from fastgan.trainer.data import load_source
-from fastgan.trainer.device import choose_device, environment, keep_freed_memory
+from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
 
 DCGAN, DCGAN_OPTIM = PRESETS["discs"][1].model, PRESETS["discs"][1].optim

@@ -31,7 +31,7 @@ REQUIREMENT_OF = {
 def train(arguments: Sequence[str]) -> int:
     """Train a GAN on real images or on a toy distribution."""
     config = parse_train(arguments)
-    from fastgan.trainer.device import keep_freed_memory
+    from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
 
     keep_freed_memory()
@@ -120,7 +120,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a pure PyTorch copy in lockstep, and compare every step."""
     import tyro
 
-    from fastgan.trainer.device import keep_freed_memory
+    from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.verify import VerifyConfig
     from fastgan.trainer.verify import verify as run
 

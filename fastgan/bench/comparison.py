@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgan.bench.case import BASELINE, OPTIONAL
+from fastgan.bench.heap import GIVEN_BACK
 from fastgan.bench.record import Results, listed, names
 
 REGRESSION, IMPROVEMENT = "REGRESSION", "improvement"
@@ -55,12 +56,15 @@ def refuse_others(old: Results, path: object, new: Results, only: Sequence[str] 
         only: of the old cases those that are asked for; None: all.
 
     Raises:
-        ValueError: another device or number of threads; or other cases.
+        ValueError: another device or number of threads; freed memory kept in one alone; or other cases.
     """
     then, now = old["provenance"], new["provenance"]
     for what in ("device", "threads") if now["device_type"] == "cpu" else ("device",):
         if then[what] != now[what]:
             raise ValueError(f"{path} is of {what} {then[what]}, this is of {now[what]}: they cannot be compared")
+    was, is_now = (about.get("freed_memory", GIVEN_BACK) for about in (then, now))  # older files do not say
+    if now["device_type"] == "cpu" and was != is_now:
+        raise ValueError(f"in {path} freed memory was {was}, here it is {is_now}: they cannot be compared")
     before = [name for name in names(old) if only is None or name in only]
     measured = [case["name"] for case in old["cases"]]
     missing = [name for name in names(new) if name not in measured]

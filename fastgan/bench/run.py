@@ -15,6 +15,7 @@ import torch
 from fastgan.bench import comparison, measure, record, report, user_model
 from fastgan.bench.case import Case
 from fastgan.bench.cases import CASES, SUITES
+from fastgan.bench.heap import GIVEN_BACK, KEPT, keep_freed_memory
 from fastgan.bench.provenance import ROOT, commit_of, slug
 from fastgan.bench.record import Results
 
@@ -107,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=_positive, help=f"samples of each variant (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
+    add(
+        "--give-memory-back",
+        action="store_true",
+        help="leave freed memory to glibc: a time then hangs on what the process did before (default: keep it)",
+    )
     add("--compile", action="store_true", help="time torch.compile of the baseline too; it takes minutes")
     add("--minutes", type=_minutes, metavar="M", help="begin no case later than that; --resume runs the others")
     add("--keep-going", action="store_true", help="pass over what fails; the exit status is then 1, or 75 to resume")
@@ -148,9 +154,13 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    given = [name for name in ("suite", "case", "rounds", "compile", "model", "output") if getattr(options, name)]
+    given = [
+        name
+        for name in ("suite", "case", "rounds", "give_memory_back", "compile", "model", "output")
+        if getattr(options, name)
+    ]
     if options.resume and given:
-        raise ValueError(f"--resume goes on as the file says: leave out --{', --'.join(given)}")
+        raise ValueError(f"--resume goes on as the file says: leave out --{', --'.join(given).replace('_', '-')}")
     if options.model and (options.suite or options.case):
         raise ValueError("--model is a suite of its own: leave out --suite and --case")
     if not options.model and (options.input or options.batch):
@@ -161,6 +171,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 
 def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
     device = choose_device(options.device)
+    if not options.give_memory_back:
+        keep_freed_memory()
     suite = "model" if options.model else options.suite or "ops"
     if options.model:
         model, real = user_model.load(options.model, options.input, options.batch, device)
@@ -172,6 +184,7 @@ def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], to
     rounds = options.rounds or ROUNDS[suite]
     names = [case.name for case in chosen]
     results = measure.begin(suite, names, device, rounds, command=_command(options), optional=options.compile)
+    results["provenance"]["freed_memory"] = GIVEN_BACK if options.give_memory_back else KEPT
     results["pattern"] = options.case or "*"
     return results, {case.name: case for case in chosen}, device, path
 
@@ -184,6 +197,8 @@ def _resumed(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], 
     results.setdefault("pattern", "*")  # older files have none
     about = results["provenance"]
     device = choose_device(about["device_type"] if options.device == "auto" else options.device)
+    if about.get("freed_memory", GIVEN_BACK) == KEPT:
+        keep_freed_memory()
     if not options.threads:
         torch.set_num_threads(about["threads"])
     record.refuse_other_conditions(results, path, device, ROOT)
@@ -200,6 +215,7 @@ def _command(options: argparse.Namespace) -> str:
     words += [f"--input {','.join(map(str, options.input))}"] if options.input else []
     words += [f"--batch {options.batch}"] if options.batch else []
     words += [f"--threads {options.threads}"] if options.threads else []
+    words += ["--give-memory-back"] if options.give_memory_back else []
     words += ["--compile"] if options.compile else []
     return " ".join(words)
 

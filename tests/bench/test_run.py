@@ -123,6 +123,27 @@ def test_a_result_goes_on_only_under_the_conditions_that_it_began_with(results, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "freed", "calls"),
+    [((), "kept", 2), (("--give-memory-back",), "given back", 0)],
+    ids=["kept", "given back"],
+)
+def test_freed_memory_is_kept_unless_asked_otherwise_and_resuming_does_as_the_file_says(
+    flags, freed, calls, measured, tmp_path, monkeypatch
+):
+    kept = []
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: kept.append(True))
+    path = tmp_path / "result.json"
+    assert run.main([*ARGUMENTS, *flags, "--minutes", "0", "--output", str(path)]) == 0
+    about = json.loads(path.read_text())["provenance"]
+    assert about["freed_memory"] == freed
+    assert about["command"].endswith("--give-memory-back") == bool(flags)
+    assert run.main(["--resume", str(path)]) == 0
+    assert len(kept) == calls
+    with pytest.raises(ValueError, match="leave out --give-memory-back"):
+        run.main(["--give-memory-back", "--resume", str(path)])
+
+
 def test_a_bar_is_shown_where_somebody_watches(monkeypatch):
     pytest.importorskip("tqdm")
 

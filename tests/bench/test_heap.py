@@ -10,7 +10,7 @@ import pytest
 # what that one left, whatever else the allocator cut from it.
 FAULTS = """
 import resource, torch
-from fastgan.trainer.device import keep_freed_memory
+from fastgan.bench.heap import keep_freed_memory
 if {kept}:
     keep_freed_memory()
 torch.zeros(16 << 20)
