@@ -13,9 +13,11 @@
 #include "spectral_norm.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/workspace.h"
+#include "cpu/stream.h"
 
 namespace fastgan {
 namespace FASTGAN_ISA {
@@ -77,6 +79,27 @@ void axpy4(std::int64_t n, const A* s, const T* w, std::int64_t stride, A* t) {
             s3 * static_cast<A>(load(w3[i]));
 }
 
+// out[i] = value(i); past the caches where `streamed`, for storage that is what sums are kept in.
+template <class T, class Value>
+void write(std::int64_t n, [[maybe_unused]] bool streamed, T* out, const Value& value) {
+  using A = typename Accumulate<T>::type;
+  if constexpr (std::is_same_v<T, A>) {
+    if (streamed) {
+      constexpr std::int64_t line = 512;
+      alignas(64) A values[line];
+      for (std::int64_t begin = 0; begin < n; begin += line) {
+        const std::int64_t count = smaller(n - begin, line);
+#pragma omp simd
+        for (std::int64_t i = 0; i < count; ++i) values[i] = value(begin + i);
+        stream(values, count, out + begin);
+      }
+      return;
+    }
+  }
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) store(out[i], value(i));
+}
+
 // What one pass over W computes.
 enum class Pass {
   rows,     // s = W v
@@ -92,6 +115,7 @@ struct Layer {
   const SpectralNormLayer* at;
   std::int64_t chunk_length, chunks, line, first_chunk, first_element;
   A *s, *t, *partials;  // partials: (chunks, columns) or (chunks, rows)
+  bool streamed;        // the outputs of all layers are more than the caches keep
 
   bool by_rows() const { return at->outer == 1; }
   std::int64_t partial_length() const { return by_rows() ? at->columns() : at->rows; }
@@ -100,7 +124,7 @@ struct Layer {
   A* u() const { return sigma() + 1; }
   A* v() const { return u() + at->rows; }
 
-  explicit Layer(const SpectralNormLayer* layer) : at(layer) {
+  Layer(const SpectralNormLayer* layer, bool stream) : at(layer), streamed(stream) {
     const std::int64_t lines = by_rows() ? at->rows : at->outer;
     line = at->size() / lines;
     chunk_length = by_rows() ? larger(kChunk / line, kLeastRows) : larger(kChunk / line, 1);
@@ -197,10 +221,9 @@ struct Layer {
   void scale(std::int64_t chunk) const {
     const std::int64_t begin = begin_of(chunk), end = begin_of(chunk + 1);
     const A scale = 1 / *sigma();
-    const T* w = weight();
-    T* out = static_cast<T*>(at->output);
-#pragma omp simd
-    for (std::int64_t i = begin; i < end; ++i) store(out[i], static_cast<A>(load(w[i])) * scale);
+    const T* w = weight() + begin;
+    write(end - begin, streamed, static_cast<T*>(at->output) + begin,
+          [&](std::int64_t i) { return static_cast<A>(load(w[i])) * scale; });
   }
 
   void read_state() const {
@@ -240,9 +263,9 @@ struct Layer {
       grad_line(inner, g + i * inner, scale, rank_one * u()[i % rows], v() + i / rows * inner, out + i * inner);
   }
 
-  static void grad_line(std::int64_t n, const T* g, A scale, A factor, const A* x, T* out) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) store(out[i], static_cast<A>(load(g[i])) * scale + factor * x[i]);
+  void grad_line(std::int64_t n, const T* g, A scale, A factor, const A* x, T* out) const {
+    write(n, streamed && by_rows(), out,
+          [&](std::int64_t i) { return static_cast<A>(load(g[i])) * scale + factor * x[i]; });
   }
 };
 
@@ -260,13 +283,17 @@ class Batch {
         if (is_mine(batch_.layers_[l], 0)) body(batch_.layers_[l]);
       wait();
     }
+    // To and fro: what one pass read last is what the caches still have when the next begins.
     template <class Body>
-    void each_chunk(const Body& body) const {
-      for (std::int64_t l = 0; l < batch_.count_; ++l) {
-        const Layer<T>& layer = batch_.layers_[l];
-        for (std::int64_t c = 0; c < layer.chunks; ++c)
-          if (is_mine(layer, c)) body(layer, c, layer.first_chunk + c);
+    void each_chunk(const Body& body) {
+      for (std::int64_t i = 0; i < batch_.count_; ++i) {
+        const Layer<T>& layer = batch_.layers_[fro_ ? batch_.count_ - 1 - i : i];
+        for (std::int64_t k = 0; k < layer.chunks; ++k) {
+          const std::int64_t chunk = fro_ ? layer.chunks - 1 - k : k;
+          if (is_mine(layer, chunk)) body(layer, chunk, layer.first_chunk + chunk);
+        }
       }
+      fro_ = !fro_;
       wait();
     }
 
@@ -289,6 +316,7 @@ class Batch {
 
     const Batch& batch_;
     std::int64_t thread_, threads_;
+    bool fro_ = false;
   };
 
   Batch(Layer<T>* layers, std::int64_t count, int threads) : layers_(layers), count_(count) {
@@ -306,7 +334,10 @@ class Batch {
   // body(share) in each thread.
   template <class Body>
   void run(const Body& body) const {
-    each_thread(threads_, [&](int thread, int threads) { body(Share(*this, thread, threads)); });
+    each_thread(threads_, [&](int thread, int threads) {
+      Share share(*this, thread, threads);
+      body(share);
+    });
   }
 
  private:
@@ -319,7 +350,10 @@ class Batch {
 template <class T, class Body>
 void each_batch(const SpectralNormLayer* layers, std::int64_t count, int threads, const Body& body) {
   Buffer<Layer<T>> work(count);
-  for (std::int64_t l = 0; l < count; ++l) ::new (&work[l]) Layer<T>(layers + l);
+  std::int64_t elements = 0;
+  for (std::int64_t l = 0; l < count; ++l) elements += layers[l].size();
+  const bool streamed = is_streamed(elements * static_cast<std::int64_t>(sizeof(T)));
+  for (std::int64_t l = 0; l < count; ++l) ::new (&work[l]) Layer<T>(layers + l, streamed);
   for (std::int64_t begin = 0; begin < count;) {
     std::int64_t bytes = 0, end = begin;
     do bytes += layers[end++].size() * static_cast<std::int64_t>(sizeof(T));
@@ -354,7 +388,7 @@ void forward(const SpectralNormLayer* layers, std::int64_t count, const Spectral
     bool any_by_outer = false;
     for (std::int64_t l = 0; l < n; ++l) any_by_outer |= !work[l].by_rows();
 
-    batch.run([&](const auto& share) {
+    batch.run([&](auto& share) {
       const auto step = [&](Pass kind, auto&& wanted) {
         share.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {
           if (wanted(layer)) layer.pass(kind, chunk);
@@ -389,7 +423,7 @@ template <class T>
 void backward(const SpectralNormLayer* layers, std::int64_t count, int threads) {
   each_batch<T>(layers, count, threads, [&](Layer<T>*, std::int64_t, const Batch<T>& batch) {
     Buffer<double> products(batch.chunks());
-    batch.run([&](const auto& share) {
+    batch.run([&](auto& share) {
       share.each_chunk(
           [&](const Layer<T>& layer, std::int64_t chunk, std::int64_t i) { products[i] = layer.inner_product(chunk); });
       share.each_chunk([&](const Layer<T>& layer, std::int64_t chunk, std::int64_t) {

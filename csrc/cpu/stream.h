@@ -39,16 +39,19 @@ constexpr std::uintptr_t kStreamBytes = 16;
 inline void stream_vector(const char* from, char* to) { std::memcpy(to, from, kStreamBytes); }
 #endif
 
-// Results of half precision are converted as they are stored: they go through the caches.
-inline bool is_streamed([[maybe_unused]] Dtype dtype, [[maybe_unused]] std::int64_t elements) {
+inline bool is_streamed([[maybe_unused]] std::int64_t bytes) {
 #if defined(__SSE2__)
-  return (dtype == Dtype::f32 && elements * 4 >= kStreamed) || (dtype == Dtype::f64 && elements * 8 >= kStreamed);
+  return bytes >= kStreamed;
 #else
   return false;
 #endif
 }
+// Results of half precision are converted as they are stored: they go through the caches.
+inline bool is_streamed(Dtype dtype, std::int64_t elements) {
+  return (dtype == Dtype::f32 && is_streamed(elements * 4)) || (dtype == Dtype::f64 && is_streamed(elements * 8));
+}
 
-// The n values of a line in the nearest cache.  `parallel_for` makes them visible to other threads.
+// The n values of a line in the nearest cache.  `parallel_for` and `each_thread` make them visible to other threads.
 template <class A>
 void stream(const A* values, std::int64_t n, A* to) {
   const char* from = reinterpret_cast<const char*>(values);

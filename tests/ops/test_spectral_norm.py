@@ -201,6 +201,17 @@ def test_the_same_inputs_give_the_same_bits(backend):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_that_are_stored_past_the_caches_match(dtype):
+    shapes = [((1100, 1001, 2, 2), 0), ((7, 27), 0), ((33, 5, 4, 4), 1)]  # lines that begin anywhere
+    problem = operands(shapes, dtype)
+    assert sum(weight.nbytes for weight in problem[0]) >= 16 << 20
+    exact = run("reference", problem, torch.float64)
+    for order, (actual, expected) in enumerate(zip(run("cpu", problem, dtype), exact, strict=True)):
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, order=int(order == 3))
+
+
 def test_the_cpu_kernels_give_the_same_bits_on_any_number_of_threads():
     problem = operands(LISTS["large"], torch.float32)
     threads = torch.get_num_threads()
