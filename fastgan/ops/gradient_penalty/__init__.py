@@ -14,7 +14,7 @@ from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.gradient_penalty.sharding import refuse_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
@@ -86,10 +86,12 @@ def gradient_penalty(
     for x in points(kind, real, fake, generator):
         x = x.detach().requires_grad_()
         _require_grad_mode()
-        with uncompiled if is_small(discriminator, x) else twice_differentiable():
+        small = is_small(discriminator, x)
+        with uncompiled if small else twice_differentiable():
             logits = discriminator(x, *args, **(kwargs or {}))
-        penalty = _penalty(logits, x, kind, weight, ours=True)
-        leave_unread(x)
+        penalty = _penalty(logits, x, kind, weight, ours=not small)
+        if not small:
+            leave_unread(x)
         total = penalty if total is None else total + penalty
     assert total is not None
     return total
@@ -120,14 +122,16 @@ def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", wei
 
 
 def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *, ours: bool = False) -> Tensor:
-    """``ours``: nobody else has these logits, so that what their forward kept may be let go."""
+    """``ours``: nobody else has these logits, so that what their forward kept may be let go, if it is worth a look."""
     outputs = list(_flatten(logits))
     connected = [output for output in outputs if output.requires_grad]
     grad: Tensor | None = None
     if connected:
-        path = paths(connected, inputs)
-        refuse_sharded_graph(path)
-        keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
+        keep = True
+        if ours or may_be_sharded():
+            path = paths(connected, inputs)
+            refuse_sharded_graph(path)
+            keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
         ones = [torch.ones_like(output) for output in connected]
         (grad,) = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
     if grad is None:
@@ -172,7 +176,8 @@ def logits_and_penalty(
     if tracer is not None and reason is None:
         return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)
     penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
-    leave_unread(x)
+    if tracer is not None:
+        leave_unread(x)
     return logits, penalty
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_LEAST = 2**14  # elements, from which reading them less often is worth a Python function
 
 
 def _two_sided(grad: Tensor) -> Tensor:
@@ -18,8 +21,7 @@ def _one_sided(grad: Tensor) -> Tensor:
 
 
 def _squared(grad: Tensor) -> Tensor:
-    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
-    return squares.mean()
+    return _squared_norm(grad).mean()
 
 
 def _half_squared(grad: Tensor) -> Tensor:
@@ -27,19 +29,33 @@ def _half_squared(grad: Tensor) -> Tensor:
 
 
 def _largest(grad: Tensor) -> Tensor:
-    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
-    return squares.max()
+    return _squared_norm(grad).max()
 
 
 def _norm(grad: Tensor) -> Tensor:
-    norm: Tensor = _Norm.apply(grad)  # type: ignore[no-untyped-call]
+    norm: Tensor = _read_norm(grad) if _is_small(grad) else _Norm.apply(grad)  # type: ignore[no-untyped-call]
     return norm
+
+
+def _squared_norm(grad: Tensor) -> Tensor:
+    if _is_small(grad):
+        return grad.to(_at_least_float32(grad)).square().sum(1)
+    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
+    return squares
+
+
+def _is_small(grad: Tensor) -> bool:
+    return grad.is_cpu and grad.numel() < _LEAST
 
 
 def _read_norm(grad: Tensor) -> Tensor:
     """(N,): reads the gradient once and makes no squares of it."""
-    norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=_at_least_float32(grad))
     return norm
+
+
+def _at_least_float32(grad: Tensor) -> torch.dtype:
+    return torch.promote_types(grad.dtype, torch.float32)
 
 
 class _Norm(torch.autograd.Function):
@@ -91,7 +107,9 @@ def check_kind(kind: str) -> None:
 
 def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
     """weight * penalty of the gradients (N, *S), in float32 or better: a half-precision square would overflow."""
-    with torch.autocast(grad.device.type, enabled=False):
+    device_type = grad.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]  # (N, prod S)
         return weight * KINDS[kind](flat)
 

@@ -15,6 +15,11 @@ MESSAGE = (
 )
 
 
+def may_be_sharded() -> bool:
+    """Whether anything of this process can be."""
+    return "torch.distributed.fsdp" in sys.modules and distributed.is_initialized()
+
+
 def refuse_sharded(discriminator: Any) -> None:
     """Raise for one that FSDP shards.
 
@@ -22,9 +27,9 @@ def refuse_sharded(discriminator: Any) -> None:
     gradients, only where a backward reaches an output of the forward. That of a penalty has no path there: the memory
     of the weights would be read after it is gone.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(discriminator, nn.Module) or not distributed.is_initialized():
+    if not may_be_sharded() or not isinstance(discriminator, nn.Module):
         return
+    fsdp = sys.modules["torch.distributed.fsdp"]
     kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
     if any(isinstance(module, kinds) for module in discriminator.modules()):
         raise RuntimeError(MESSAGE)
