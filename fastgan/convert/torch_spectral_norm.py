@@ -62,7 +62,7 @@ def restore(model: nn.Module) -> None:
             if norm.__dict__.pop(_CONVERTED, False):
                 norm.__class__ = _SpectralNorm if isinstance(norm, SpectralNorm) else TorchHook
                 norm.__dict__.pop("module", None)
-                norm.__dict__.pop("is_put", None)
+                norm.__dict__.pop("ready", None)
 
 
 def _norms(module: nn.Module) -> list[Any]:

@@ -77,6 +77,18 @@ def copy_back(target: Tensor | None, output: Tensor | None) -> None:
         output.copy_(target)
 
 
+def checkpointed_region() -> object | None:
+    """Which call of torch.utils.checkpoint this is inside of, by an object of its own; None: of none.
+
+    What it runs again, outside of any mode, must save what was saved at first.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    inside = hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+    return hooks[0] if inside else None
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
     apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called

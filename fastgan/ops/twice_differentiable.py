@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgan.ops import conv, norm, pool
 from fastgan.ops.bias_act import functions as activations
+from fastgan.ops.library import checkpointed_region
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,15 +101,10 @@ class _Reroute(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         route = _ROUTES.get(func)
-        if route is None or not torch.is_grad_enabled() or not _PLAIN.issuperset(types) or _checkpointed():
+        plain = route is None or not torch.is_grad_enabled() or not _PLAIN.issuperset(types)
+        if route is None or plain or checkpointed_region() is not None:
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
-
-
-def _checkpointed() -> bool:
-    """Inside torch.utils.checkpoint: what it runs again, outside of any mode, must save what was saved at first."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 class _Uncompiled:

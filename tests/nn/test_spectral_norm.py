@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm
 from torch.nn.utils import spectral_norm as torch_hook
+from torch.utils.checkpoint import checkpoint
 
 from fastgan.nn import utils
 from tests.harness import assert_close
@@ -23,6 +25,11 @@ MODULES = {
     "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 2, 3, 3, 3)),
     "embedding": (lambda: nn.Embedding(11, 4), None),
 }
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
 
 
 def inputs_of(shape):
@@ -160,7 +167,10 @@ def test_models_can_be_copied_and_pickled_at_any_time(moment, form, fuse):
     "form", [utils.spectral_norm, parametrizations.spectral_norm, torch_hook], ids=["fastgan", "torch", "torch hook"]
 )
 def test_a_fused_model_trains_as_the_model_did(form, training):
-    model = discriminator(form).train(training)
+    model = discriminator(form)
+    with torch.no_grad():
+        model(IMAGES)  # a hook's first u and v are random, and so is its first sigma: it may be about zero
+    model.train(training)
     fused = utils.fuse_spectral_norm(copy.deepcopy(model))
     keys = list(model.state_dict())
     for _ in range(3):
@@ -259,16 +269,129 @@ def test_fusing_twice_computes_once():
     assert_same(fused, model, IMAGES)
 
 
-def test_a_recomputed_forward_keeps_u_and_v():
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("form", [utils.spectral_norm, torch_hook], ids=["parametrization", "hook"])
+@pytest.mark.parametrize("part", ["whole", "layers", "nested"])
+def test_a_recomputed_forward_keeps_u_and_v(part, form):
+    def layers(run):
+        def forward(x):
+            for layer in run:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
 
-    plain = discriminator(utils.spectral_norm)
-    recomputed = utils.fuse_spectral_norm(copy.deepcopy(plain))
+        return forward
+
+    plain = discriminator(form)
+    with torch.no_grad():
+        plain(IMAGES)
+    fused = utils.fuse_spectral_norm(copy.deepcopy(plain))
+    calls = []
+    if part != "whole":
+        fused.forward = layers(list(fused))  # type: ignore[method-assign]
+    for module in fused.modules():
+        module.register_forward_pre_hook(lambda module, inputs: calls.append(module))
     x = IMAGES.clone().requires_grad_()
-    checkpoint(recomputed, x, use_reentrant=False).square().sum().backward()
-    actual = [*(p.grad for p in recomputed.parameters()), *recomputed.buffers()]
+    output = fused(x) if part == "layers" else checkpoint(fused, x, use_reentrant=False)
+    forward_calls = len(calls)
+    output.square().sum().backward()
+    assert len(calls) > forward_calls, "nothing was run again"
+    actual = [*(p.grad for p in fused.parameters()), *fused.buffers()]
     for a, b in zip(actual, step(plain, IMAGES)[1:], strict=True):
         assert_close(a, b.double(), order=1)
+
+
+@pytest.mark.parametrize("form", [utils.spectral_norm, torch_hook], ids=["parametrization", "hook"])
+def test_a_forward_in_another_thread_does_not_disturb_this_one(form):
+    model = nn.Sequential(form(nn.Linear(3, 4)), nn.Identity(), form(nn.Linear(4, 2))).eval()
+    fused = utils.fuse_spectral_norm(model)
+    x = torch.ones(2, 3)
+    fused(x).sum().backward()
+    expected = [p.grad.clone() for p in fused.parameters()]
+    fused.zero_grad()
+    half_way, finished = threading.Event(), threading.Event()
+
+    def preview():
+        with torch.no_grad():
+            fused(x)
+
+    other = threading.Thread(target=preview)
+
+    def in_the_middle(*_):
+        if threading.current_thread() is other:
+            half_way.set()
+            finished.wait(60)
+        else:
+            other.start()
+            assert half_way.wait(60)
+
+    fused[1].register_forward_pre_hook(in_the_middle)
+    fused(x).sum().backward()
+    finished.set()
+    other.join()
+    for parameter, wanted in zip(fused.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted)
+
+
+@pytest.mark.parametrize("form", [utils.spectral_norm, torch_hook], ids=["parametrization", "hook"])
+def test_a_replica_of_a_fused_model_normalises_its_own_weights(form):
+    """As torch.nn.DataParallel makes them: copies whose parameters have a path back to the model's."""
+    plain = nn.Sequential(form(nn.Linear(3, 4)), form(nn.Linear(4, 2))).eval()
+    fused = utils.fuse_spectral_norm(copy.deepcopy(plain))
+
+    def replica(module):
+        copied = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            copied._modules[name] = replica(child)
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, parameter * 1)
+        return copied
+
+    for model in (plain, fused):
+        replica(model)(torch.ones(2, 3)).square().sum().backward()
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_parametrization_added_after_fusing_counts():
+    model = discriminator(parametrizations.spectral_norm)
+    fused = utils.fuse_spectral_norm(copy.deepcopy(model))
+    for net in (model, fused):
+        parametrize.register_parametrization(net[0], "weight", Double())
+        net.zero_grad()
+    assert_same(fused, model, IMAGES)
+
+
+def test_a_weight_changed_in_the_forward_is_normalised_as_it_is_then():
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = parametrizations.spectral_norm(nn.Linear(4, 2))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.layer.parametrizations.weight.original.clamp_(-0.1, 0.1)
+            return self.layer(x)
+
+    model = Clamped().eval()
+    fused = utils.fuse_spectral_norm(copy.deepcopy(model))
+    assert_same(fused, model, torch.randn(3, 4))
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_that_stays():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    fused = utils.fuse_spectral_norm(nn.Sequential(utils.spectral_norm(nn.Linear(3, 3)), Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        fused(torch.ones(1, 3))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(fused[0])))
+    for layer in (fused[0], copied):
+        with torch.no_grad():
+            layer.parametrizations.weight.original.copy_(2 * torch.eye(3))
+        layer.eval()
+        torch.testing.assert_close(
+            layer.weight, torch.eye(3) / layer.parametrizations.weight[0]._u.dot(layer.parametrizations.weight[0]._v)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -290,10 +413,6 @@ def test_autocast_multiplies_in_half_precision_and_normalises_in_single():
 
 
 def test_a_weight_with_a_second_parametrization_is_left_to_itself():
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
     model = discriminator(utils.spectral_norm)
     parametrize.register_parametrization(model[0], "weight", Double())
     fused = utils.fuse_spectral_norm(copy.deepcopy(model))

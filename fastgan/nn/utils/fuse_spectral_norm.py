@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastgan import backends, ops
-from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, is_recomputing, is_sharded, put, take
+from fastgan.nn.utils.spectral_norm import (
+    Ready,
+    SpectralNorm,
+    adapt,
+    is_recomputing,
+    is_sharded,
+    put,
+    take,
+    thread_and_region,
+    version_of,
+)
+from fastgan.ops.library import checkpointed_region
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -47,7 +59,7 @@ def fuse_spectral_norm(model: M) -> M:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
                 del hooks[key]
-    fused = _Fused(members)
+    fused = _Fused(model, members)
     model.register_forward_pre_hook(fused.before)
     model.register_forward_hook(fused.after, always_call=True)
     return model
@@ -65,18 +77,19 @@ class _Parametrized:
         self.norm = _become(SpectralNorm, tensors[0])
 
     def look(self) -> tuple[Operands, Settings] | None:
-        """What there is to normalise, and how; None if somebody has removed it."""
+        """What there is to normalise, and how; None if somebody has removed it, or added another."""
         # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
         lists = self.module._modules.get("parametrizations")
-        if lists is None or lists._modules.get(self.name) is not self.tensors:
+        if lists is None or lists._modules.get(self.name) is not self.tensors or len(self.tensors._modules) > 1:
             return None
         norm = self.norm
         buffers = norm._buffers
         operands = self.tensors._parameters["original"], buffers["_u"], buffers["_v"], norm.dim
         return operands, (norm.n_power_iterations, norm.eps, norm.training, False)  # type: ignore[return-value]
 
-    def put(self, weight: Tensor) -> None:
-        put(self.module, self.name, weight)
+    def put(self, weight: Tensor, thread: int, region: object | None) -> None:
+        original: Tensor = self.tensors._parameters["original"]  # type: ignore[assignment]
+        put(self.module, self.name, Ready(weight, original, version_of(original), thread, region))
 
     def clear(self) -> None:
         take(self.module, self.name)
@@ -86,43 +99,54 @@ class _Hook(TorchHook):
     """PyTorch's older hook; `put` by the model's forward, it does nothing at its own module's."""
 
     module: nn.Module
-    is_put = False
+    ready: Ready | None = None
     plain: Tensor | None = None  # the attribute before a transform of torch.func left its own tensor there
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if backends.in_transform():
+        if module is not self.module:  # a replica
+            super().__call__(module, inputs)
+        elif backends.in_transform():
             if self.plain is None:
                 self.plain = getattr(module, self.name)
             super().__call__(module, inputs)
-        elif not self.is_put:
-            weight, u, v, dim = self._operands()
-            n_power_iterations, eps, training, v_first = self._settings()
-            self._set(
-                ops.spectral_norm(
-                    [weight],
-                    [u],
-                    [v],
-                    dims=[dim],
-                    n_power_iterations=n_power_iterations,
-                    eps=eps,
-                    update=training and not is_recomputing(),
-                    v_first=v_first,
-                )[0]
-            )
+        elif self.ready is None or not self.ready.is_valid():
+            self._normalise(renew=True)
+        elif not torch.compiler.is_compiling():
+            if self.ready.region is not checkpointed_region():  # which is run again, without what made the weight
+                self._normalise(renew=False)
+            elif getattr(self.module, self.name) is not self.ready.weight:
+                setattr(self.module, self.name, self.ready.weight)  # another thread's is there
+
+    def _normalise(self, renew: bool) -> None:
+        weight, u, v, dim = self._operands()
+        n_power_iterations, eps, training, v_first = self._settings()
+        normalised = ops.spectral_norm(
+            [weight],
+            [u],
+            [v],
+            dims=[dim],
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+            update=renew and training and not is_recomputing(),
+            v_first=v_first,
+        )
+        self._set(normalised[0])
 
     def look(self) -> tuple[Operands, Settings] | None:
         if not any(hook is self for hook in self.module._forward_pre_hooks.values()):
             return None
         return self._operands(), self._settings()
 
-    def put(self, weight: Tensor) -> None:
+    def put(self, weight: Tensor, thread: int, region: object | None) -> None:
         self._set(weight)
-        self.is_put = True
+        original = self._original()
+        self.ready = Ready(getattr(self.module, self.name), original, version_of(original), thread, region)
 
     def clear(self) -> None:
-        if self.is_put:
-            self.detach()
-            self.is_put = False
+        if self.ready is not None:
+            if self.ready.is_mine():
+                self.detach()
+                self.ready = None
         elif self.plain is not None:  # a transform's tensor is dead after it, and can be neither copied nor saved
             setattr(self.module, self.name, self.plain)
         self.plain = None
@@ -139,8 +163,11 @@ class _Hook(TorchHook):
         return self.n_power_iterations, self.eps, self.module.training, True
 
     def _set(self, weight: Tensor) -> None:
-        original = getattr(self.module, self.name + "_orig")
-        setattr(self.module, self.name, weight.view_as(original))
+        setattr(self.module, self.name, weight.view_as(self._original()))
+
+    def _original(self) -> Tensor:
+        original: Tensor = getattr(self.module, self.name + "_orig")
+        return original
 
 
 _Member = _Parametrized | _Hook
@@ -149,12 +176,12 @@ _Member = _Parametrized | _Hook
 class _Fused:
     """The hooks of a model whose normalised weights are computed together."""
 
-    def __init__(self, members: list[_Member]) -> None:
-        self.members = members
+    def __init__(self, model: nn.Module, members: list[_Member]) -> None:
+        self.model, self.members = model, members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
-        if backends.in_transform():
-            return  # each module normalises its own
+        if model is not self.model or backends.in_transform():
+            return  # each module of a replica, or in a transform, normalises its own
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, Operands]]] = {}
         for member in self.members:
@@ -167,6 +194,7 @@ class _Fused:
                 continue  # FSDP gathers it at its own module's forward, which then normalises it
             groups.setdefault((settings, weight.dtype, weight.device), []).append((member, operands))
         recomputing = is_recomputing()
+        thread, region = thread_and_region()
         for ((n_power_iterations, eps, training, v_first), _, _), group in groups.items():
             weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
             normalised = ops.spectral_norm(
@@ -180,9 +208,11 @@ class _Fused:
                 v_first=v_first,
             )
             for (member, _), weight in zip(group, normalised, strict=True):
-                member.put(weight)
+                member.put(weight, thread, region)
 
     def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        if model is not self.model:
+            return
         for member in self.members:
             member.clear()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from threading import get_ident
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan import backends, ops
+from fastgan.ops.library import checkpointed_region
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +23,8 @@ class SpectralNorm(_SpectralNorm):
     the forward.
     """
 
+    is_renewed = False  # for this forward: u and v stay as they are
+
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1 or backends.in_transform():  # PyTorch's own renews u and v inside torch.func.grad
             return super().forward(weight)
@@ -31,7 +35,7 @@ class SpectralNorm(_SpectralNorm):
             dims=[self.dim],
             n_power_iterations=self.n_power_iterations,
             eps=self.eps,
-            update=self.training and not is_recomputing(),
+            update=self.training and not self.is_renewed and not is_recomputing(),
         )[0]
 
     def extra_repr(self) -> str:
@@ -84,6 +88,36 @@ def spectral_norm(
     return module
 
 
+class Ready(NamedTuple):
+    """A weight that a model's forward has normalised for one of its layers."""
+
+    weight: Tensor
+    original: Tensor
+    version: int  # of the original then
+    thread: int  # whose forward it is
+    region: object | None  # of torch.utils.checkpoint that it was made in
+
+    def is_valid(self) -> bool:
+        """For who asks now: another thread has a forward of its own, with or without a graph."""
+        return torch.compiler.is_compiling() or (
+            self.thread == get_ident() and self.version == version_of(self.original)
+        )
+
+    def is_mine(self) -> bool:
+        return torch.compiler.is_compiling() or self.thread == get_ident()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # in a copy of a model whose forward was broken off
+
+
+def version_of(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def thread_and_region() -> tuple[int, object | None]:
+    return (0, None) if torch.compiler.is_compiling() else (get_ident(), checkpointed_region())
+
+
 def adapt(module: nn.Module, name: str) -> None:
     """Give the class that PyTorch makes for a parametrized module what it lacks.
 
@@ -95,20 +129,32 @@ def adapt(module: nn.Module, name: str) -> None:
     cls.__reduce_ex__ = _reduce  # type: ignore[method-assign, assignment]
 
     def weight(self: nn.Module) -> Tensor:
-        there: Tensor | None = self.__dict__.get(key)
-        return computed.fget(self) if there is None else there
+        there: Ready | None = self.__dict__.get(key)
+        if there is None or not there.is_valid():
+            return computed.fget(self)  # type: ignore[no-any-return]
+        if there.region is checkpointed_region():
+            return there.weight
+        # Checkpointing runs this part of the forward again, and not what made the weight: both times, of the same u, v.
+        norm: SpectralNorm = self.parametrizations[name][0]  # type: ignore[index, assignment]
+        norm.is_renewed = True
+        try:
+            return computed.fget(self)  # type: ignore[no-any-return]
+        finally:
+            norm.is_renewed = False
 
     if getattr(computed.fget, "__module__", "") != __name__:
         setattr(cls, name, property(weight, computed.fset))
 
 
-def put(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Let ``module.<name>`` be this weight until `take` removes it."""
-    module.__dict__[_key(name)] = weight
+def put(module: nn.Module, name: str, ready: Ready) -> None:
+    """Let ``module.<name>`` be this weight in this thread until `take` removes it."""
+    module.__dict__[_key(name)] = ready
 
 
 def take(module: nn.Module, name: str) -> None:
-    module.__dict__.pop(_key(name), None)
+    there: Ready | None = module.__dict__.get(_key(name))
+    if there is not None and there.is_mine():
+        module.__dict__.pop(_key(name), None)
 
 
 def _key(name: str) -> str:
