@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastgan._version import __version__
 
@@ -88,8 +89,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def forced() -> str:

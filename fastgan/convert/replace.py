@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 _SETTINGS = "_fastgan"
+_EVERY_MODULES = frozenset(vars(nn.Module())) | frozenset(vars(nn.Module))
 
 
 class Replacement:
@@ -21,8 +22,8 @@ class Replacement:
     replacement: Any
 
     def is_as_compared(self, *args: Any, **kwargs: Any) -> bool:
-        own = self.__dict__
-        return not kwargs and all(own.get(name) == value for name, value in own[_SETTINGS]["attributes"].items())
+        attributes: dict[str, Any] = self.__dict__[_SETTINGS]["attributes"]
+        return not kwargs and all(getattr(self, name, None) == value for name, value in attributes.items())
 
 
 def become(module: nn.Module, mixin: type[Replacement], attribute: str, **settings: Any) -> None:
@@ -32,11 +33,15 @@ def become(module: nn.Module, mixin: type[Replacement], attribute: str, **settin
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers and the like, which whoever has the layer may change between two calls."""
+    """Numbers and the like, the layer's and its classes', which whoever has it may change between two calls."""
+    classes = [cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
+    found = {name: value for owner in (*reversed(classes), module) for name, value in vars(owner).items()}
     return {
         name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
+        for name, value in found.items()
+        if isinstance(value, bool | int | float | str | None)
+        and name not in _EVERY_MODULES
+        and not name.startswith("__")
     }
 
 

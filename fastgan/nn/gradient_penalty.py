@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import gradient_penalty
-from fastgan.ops.gradient_penalty.kinds import check_kind
+from fastgan.ops.gradient_penalty.kinds import check_kind, check_weight
 
 
 class GradientPenalty(nn.Module):
@@ -27,7 +27,8 @@ class GradientPenalty(nn.Module):
         every: calls from one penalty to the next, at least 1.
 
     Raises:
-        ValueError: unknown kind, or ``every`` below 1.
+        ValueError: unknown kind, or ``every`` is no integer of at least 1.
+        TypeError: ``weight`` is not a number.
 
     Differentiable once in the discriminator's parameters. Lazy form: Karras et al., StyleGAN2 (2020).
     """
@@ -35,8 +36,9 @@ class GradientPenalty(nn.Module):
     def __init__(self, kind: str = "wgan-gp", weight: float | None = None, every: int = 1) -> None:
         super().__init__()
         check_kind(kind)
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        check_weight(weight)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self.kind, self.weight, self.every = kind, weight, every
         self.calls = 0
 

@@ -33,7 +33,12 @@ def needed(ctx: Any) -> tuple[bool, ...]:
 
 
 def leave_unread(leaf: Tensor) -> None:
-    """Say of a leaf that requires a gradient, and that nobody else knows: no later backward needs to reach it."""
+    """Say of a leaf that requires a gradient, and that nobody else knows: no later backward needs to reach it.
+
+    Not of one that somebody has left a hook on, who then knows it.
+    """
+    if leaf._backward_hooks:
+        return
     metadata: Any = get_gradient_edge(leaf).node.metadata
     metadata[_UNREAD] = True
 

@@ -44,6 +44,11 @@ def _unless_out(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callabl
     return route
 
 
+def _contiguous(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's layer and instance norm leave a result: `view` is often next."""
+    return lambda *args, **kwargs: ours(*args, **kwargs).contiguous()
+
+
 def _batch_norm(
     input: torch.Tensor,
     weight: torch.Tensor | None,
@@ -74,9 +79,9 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
         for function in functions
     },
-    F.layer_norm: _of_numbers(norm.layer_norm, F.layer_norm),
+    F.layer_norm: _of_numbers(_contiguous(norm.layer_norm), F.layer_norm),
     F.group_norm: _of_numbers(norm.group_norm, F.group_norm),
-    F.instance_norm: _of_numbers(norm.instance_norm, F.instance_norm),
+    F.instance_norm: _of_numbers(_contiguous(norm.instance_norm), F.instance_norm),
     F.batch_norm: _of_numbers(norm.batch_norm, F.batch_norm),
     torch.batch_norm: _batch_norm,
     F.leaky_relu: activations.leaky_relu,

@@ -39,9 +39,50 @@ def test_a_call_that_was_not_compared_is_the_layers_own():
         assert torch.equal(converted(*args, **kwargs), module(*args, **kwargs))
 
 
+class MinibatchStdOfAPrivateGroup(nn.Module):
+    epsilon = 1e-8
+
+    def __init__(self):
+        super().__init__()
+        self._group = 4
+
+    def forward(self, x):
+        group = min(self._group, len(x))
+        while len(x) % group:
+            group = self.less(group)
+        y = x.reshape(group, -1, *x.shape[1:])
+        y = (y.var(0, unbiased=False) + self.epsilon).sqrt().mean((1, 2, 3), keepdim=True)
+        return torch.cat([x, y.repeat(group, 1, *x.shape[2:])], 1)
+
+    def less(self, group):
+        return group - 1
+
+
+class MinibatchStdOfHalves(MinibatchStdOfAPrivateGroup):
+    def less(self, group):
+        return group // 2
+
+
+class MinibatchStdOfOne(MinibatchStdOfAPrivateGroup):
+    def less(self, group):
+        return 1
+
+
+@pytest.mark.parametrize("layer", [MinibatchStdOfHalves, MinibatchStdOfOne])
+def test_another_rule_for_remainders_is_another_layer(layer):
+    assert not fastgan.convert(layer()).replaced
+    assert fastgan.convert(MinibatchStdOfAPrivateGroup()).replaced
+
+
 def test_an_attribute_changed_afterwards_counts():
     stddev, conv = MinibatchStdLayer(4), BigConv(3, 5, 3)
-    for module, name, value in ((stddev, "group_size", 2), (conv, "iterations_", 5)):
+    private, of_the_class = MinibatchStdOfAPrivateGroup(), MinibatchStdOfAPrivateGroup()
+    for module, name, value in (
+        (stddev, "group_size", 2),
+        (conv, "iterations_", 5),
+        (private, "_group", 2),
+        (of_the_class, "epsilon", 0.1),
+    ):
         converted = copy.deepcopy(module)
         assert fastgan.convert(converted).replaced
         setattr(module, name, value)

@@ -9,7 +9,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 
 import fastgan
 from fastgan import nn as fnn
@@ -143,3 +145,24 @@ def test_a_penalty_written_with_grad_runs_inside_twice_differentiable():
     for name, parameter in critic.named_parameters():
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(actual[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_sees_what_it_sees_in_pytorch():
+    x, tangent = torch.randn(2, 128, 16, 16), torch.randn(2, 128, 16, 16)
+    weight = torch.randn(8, 128, 3, 3)
+    functions = {
+        "relu": F.relu,
+        "silu": F.silu,
+        "tanh": lambda x: torch.tanh(x.repeat(1, 1, 4, 4)),
+        "conv2d": lambda x: F.conv2d(x, weight),
+        "group_norm": lambda x: F.group_norm(x, 4),
+        "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
+    }
+    for name, function in functions.items():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            expected = forward_ad.unpack_dual(function(dual))
+            with fastgan.twice_differentiable():
+                actual = forward_ad.unpack_dual(function(dual))
+        assert actual.tangent is not None, name
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -43,5 +43,8 @@ def test_its_place_in_the_round_is_part_of_its_state():
 def test_bad_settings_are_refused_at_once():
     with pytest.raises(ValueError, match="kind must be one of"):
         GradientPenalty("r3")
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        GradientPenalty("r1", every=0)
+    for every in (0, 2.5, "a"):
+        with pytest.raises(ValueError, match=f"every must be an integer of at least 1, got {every!r}"):
+            GradientPenalty("r1", every=every)
+    with pytest.raises(TypeError, match="weight must be a number, got 'a'"):
+        GradientPenalty("r1", weight="a")

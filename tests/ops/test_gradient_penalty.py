@@ -374,6 +374,9 @@ def test_threads_compute_penalties_side_by_side():
 REAL, FAKE = images()
 BAD = {
     "kind": (dict(kind="wgan"), ValueError, "kind must be one of wgan-gp"),
+    "kinds": (dict(kind=["r1"]), ValueError, "kind must be one of wgan-gp"),
+    "weight": (dict(weight="1"), TypeError, "weight must be a number, got '1'"),
+    "weights": (dict(weight=torch.ones(2)), TypeError, "weight must be a number"),
     "no fake": (dict(fake=None), TypeError, "needs fake"),
     "shapes": (dict(fake=FAKE[:2]), ValueError, r"fake must have the shape of real, \(4, 3, 8, 8\), got \(2"),
     "integers": (dict(real=REAL.long()), TypeError, "real must be floating, got torch.int64"),
@@ -398,6 +401,8 @@ def test_gradients_that_are_off_are_named():
         fastgan.gradient_penalty(convolutional(), REAL, kind="r1")
     with pytest.raises(ValueError, match="must require a gradient before"):
         fastgan.penalty_from_logits(convolutional()(REAL), REAL)
+    with pytest.raises(TypeError, match="inputs must be a tensor, got NoneType"):
+        fastgan.penalty_from_logits(convolutional()(REAL), None)
 
 
 def test_the_tests_see_a_broken_second_derivative(monkeypatch):

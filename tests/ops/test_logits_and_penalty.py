@@ -163,7 +163,7 @@ def by_autograd(discriminator, x, loss, weight):
     x = x.detach().requires_grad_()
     logits = discriminator(x)
     (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return loss(logits) + weight / 2 * g.square().flatten(1).sum(1).mean(), logits
+    return loss(logits) + weight / 2 * g.square().reshape(len(g), -1).sum(1).mean(), logits
 
 
 def hinge(logits):
@@ -178,9 +178,9 @@ def quadratic(logits):
     return (logits - logits.mean()).square().sum()
 
 
-def assert_exact(discriminator, *, loss=softplus, dtype=torch.float64):
+def assert_exact(discriminator, x=None, *, loss=softplus, dtype=torch.float64):
     ours, exact = copy.deepcopy(discriminator).to(dtype), copy.deepcopy(discriminator).double()
-    x = images()[0].to(dtype)
+    x = (images()[0] if x is None else x).to(dtype)
     logits, penalty = fastgan.logits_and_penalty(ours, x, kind="r1", weight=3)
     total = loss(logits) + penalty
     expected, plain = by_autograd(exact, x.double(), loss, 3)
@@ -267,6 +267,57 @@ def test_gradients_accumulate_over_calls_and_over_a_retained_graph():
     total.backward()
     for p, g in zip(discriminator.parameters(), once, strict=True):
         assert_close(p.grad, 2 * g, order=0)
+
+
+def assert_takes(way, discriminator, x):
+    assert fastgan.explain_penalty(copy.deepcopy(discriminator), x).startswith(way)
+    assert_exact(discriminator, x)
+
+
+def test_samples_of_one_number_are_samples():
+    discriminator = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
+    assert_takes("one pass", discriminator, torch.randn(5))
+
+
+def test_a_bias_for_all_outputs_is_exact():
+    class OneBias(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias[:1])
+
+    assert_takes("general path", nn.Sequential(OneBias(6, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(5, 6))
+
+
+def test_biases_alone_may_be_trained():
+    discriminator = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    for parameter in discriminator.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    assert_takes("one pass", discriminator, torch.randn(5, 6))
+
+
+def test_a_parameter_added_where_nobody_looks_is_found_in_the_graph():
+    class Offset(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.offset = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            with torch._C.DisableTorchFunction():
+                return x.add_(self.offset)
+
+    assert_takes(
+        "general path", nn.Sequential(nn.Linear(6, 4), Offset(), nn.ReLU(), nn.Linear(4, 1)), torch.randn(5, 6)
+    )
+
+
+def test_a_hook_on_the_input_sees_its_gradient():
+    class Hooked(nn.Module):
+        def forward(self, x):
+            if x.requires_grad:
+                x.register_hook(lambda grad: grad * 2)
+            return x
+
+    seen = nn.Sequential(Hooked(), nn.Conv2d(3, 6, 4, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 1))
+    assert_takes("general path", seen, images()[0])
 
 
 def test_labels_reach_the_discriminator():

@@ -51,6 +51,18 @@ def test_the_memory_format_is_kept_and_strides_do_not_matter(backend, case):
                 assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    "function", [lambda x: F.layer_norm(x, x.shape[1:]), F.instance_norm], ids=["layer", "instance"]
+)
+def test_unchanged_code_gets_the_strides_that_pytorch_gives(function):
+    x = torch.randn(4, 16, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    with fastgan.twice_differentiable():
+        y = function(x)
+    expected = function(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 5),

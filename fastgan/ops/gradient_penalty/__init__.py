@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, penalise, points
+from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, check_weight, penalise, points
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.paths import paths
@@ -81,6 +81,7 @@ def gradient_penalty(
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered).
     """
     check_kind(kind)
+    check_weight(weight)
     refuse_sharded(discriminator)
     total: Tensor | None = None
     for x in points(kind, real, fake, generator):
@@ -115,6 +116,8 @@ def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", wei
     Returns and raises as ``gradient_penalty``.
     """
     check_kind(kind)
+    check_weight(weight)
+    check_input("inputs", inputs)
     _require_grad_mode()
     if not inputs.requires_grad:
         raise ValueError("inputs must require a gradient before the discriminator is called: inputs.requires_grad_()")
@@ -172,6 +175,7 @@ def logits_and_penalty(
     Raises as ``gradient_penalty``. Source: see one_pass.py.
     """
     check_kind(kind)
+    check_weight(weight)
     logits, x, tracer, reason = _traced(discriminator, inputs, args, kwargs)
     if tracer is not None and reason is None:
         return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)

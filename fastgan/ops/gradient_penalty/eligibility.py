@@ -108,10 +108,11 @@ class Tracer(TorchFunctionMode):
         made = (p for p, _ in self.parameters if p.grad_fn is not None)
         if any(leaf is self._inputs for parameter in made for leaf in leaves(parameter)):
             return "a weight is made from the input"
+        nodes = _nodes(logits)
+        if any(getattr(node, "variable", self._inputs) is not self._inputs for node in nodes):
+            return "something beside its layers requires a gradient"
         strange = {
-            name
-            for node in _nodes(logits)
-            if (name := type(node).__name__) not in _NODES and not is_piecewise_affine(node)
+            name for node in nodes if (name := type(node).__name__) not in _NODES and not is_piecewise_affine(node)
         }
         return f"{', '.join(sorted(strange))} in its graph" if strange else None
 
@@ -171,6 +172,10 @@ def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = 
     return input in tracer and input.ndim > 1 and weight not in tracer and one_bias and plain
 
 
+def _linear(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return _layer(tracer, input, weight, bias) and (bias is None or len(bias) == len(weight))
+
+
 def _conv(n: int) -> Rule:
     def rule(tracer: Tracer, input: Tensor, *rest: Any, **named: Any) -> bool:
         return input.ndim == n + 2 and _layer(tracer, input, *rest, **named)
@@ -222,7 +227,7 @@ def _no_dropout(tracer: Tracer, input: Tensor, p: float = 0.5, training: bool = 
 
 
 _LAYERS: dict[Any, Rule] = {
-    F.linear: _layer,
+    F.linear: _linear,
     **{
         function: _conv(n)
         for n in (1, 2, 3)

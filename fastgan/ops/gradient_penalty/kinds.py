@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -101,8 +102,13 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def check_kind(kind: str) -> None:
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def check_weight(weight: Any) -> None:
+    if not (weight is None or isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.ndim == 0)):
+        raise TypeError(f"weight must be a number, got {weight!r}")
 
 
 def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:

@@ -47,7 +47,7 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
     )
     if grad is None:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    terms = [(grad * inputs.detach()).flatten(1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each
+    terms = [(grad * inputs.detach()).reshape(len(grad), -1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each
     terms += [node.bias_term for node, _ in convolutions if node.bias_term is not None]
     for delta, (_, bias, dim) in zip(deltas, others, strict=True):
         if delta is not None:
@@ -94,10 +94,10 @@ class _OnePass(torch.autograd.Function):
         parameters = ctx.saved_tensors
         wanted = [view for view, needed in zip(ctx.graph.views, ctx.needs_input_grad[3:], strict=True) if needed]
         outputs, factors = [], []
-        if by_logits is not None:
+        if by_logits is not None and ctx.graph.affine.requires_grad:
             outputs.append(ctx.graph.affine)
             factors.append(by_logits.detach().reshape(-1).to(ctx.graph.affine.dtype))  # c (N,)
-        if by_penalty is not None:
+        if by_penalty is not None and ctx.graph.penalty.requires_grad:  # biases alone do not change it
             outputs.append(ctx.graph.penalty)
             factors.append(by_penalty.detach())
         keep = torch._C._autograd._get_current_graph_task_keep_graph()  # as whoever called backward said
