@@ -252,7 +252,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _first),
     **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _over_dims),
     **dict.fromkeys((torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view), _shape),
-    **dict.fromkeys((torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze), _shape),
+    **dict.fromkeys((torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.unflatten), _shape),
     **dict.fromkeys((Tensor.contiguous, Tensor.clone, torch.clone), _first),
     F.pad: _pad,
     F.dropout: _no_dropout,
