@@ -1,7 +1,8 @@
-"""Writes the tables of docs/ from the records in benchmarks/results: python benchmarks/tables.py
+"""Writes the tables of README.md and docs/ from the records in benchmarks/results: python benchmarks/tables.py
 
 A page asks for one with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``: the cases whose names begin so; or, of
-an experiment with a script of its own, ``<!-- measured FOLDER/RECORD.json -->``.
+an experiment with a script of its own, ``<!-- measured FOLDER/RECORD.json -->``. A row that begins with a label and
+``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and from RECORD-given-back.json.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- measured (?P<record>\S+)(?: (?P<prefix>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_CASE = re.compile(r"^(\| [^|]*<!-- case (?P<record>\S+) (?P<name>\S+) --> \|).*$", re.MULTILINE)
 
 
 def with_tables(page: str) -> str:
     """The text of a page, its tables made anew."""
-    return _TABLE.sub(lambda found: found[1] + _table(found["record"], found["prefix"]) + found[4], page)
+    page = _TABLE.sub(lambda found: found[1] + _table(found["record"], found["prefix"]) + found[4], page)
+    return _CASE.sub(lambda found: found[1] + _cells(found["record"], found["name"]), page)
 
 
 def _table(record: str, prefix: str | None) -> str:
@@ -42,6 +45,19 @@ def _table(record: str, prefix: str | None) -> str:
     )
 
 
+def _cells(record: str, name: str) -> str:
+    cells: list[str] = []
+    for file in (f"{record}.json", f"{record}-given-back.json"):
+        measured = json.loads((RESULTS / file).read_text())
+        (case,) = [case for case in measured["cases"] if case["name"] == name]
+        cells += _times(case)
+    torch, fastgan = (case["variants"][variant] for variant in ("torch", "fastgan"))
+    for counted, unit in (("flops", 1e9), ("peak_bytes", 1e6)):
+        if measured["suite"] == "steps":
+            cells.append(" -> ".join(_digits(variant[counted] / unit) for variant in (torch, fastgan)))
+    return "".join(f" {cell} |" for cell in cells)
+
+
 def _memory(cases: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for case in cases for name in case["variants"]))
     lines = [f"| case | {' | '.join(f'{name}: ms, MB' for name in names)} |", "|---" + "|---:" * len(names) + "|"]
@@ -62,19 +78,26 @@ def _speed(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _row(case: dict[str, Any]) -> str:
+    return f"| {case['name']} | {' | '.join(_times(case))} |"
+
+
+def _times(case: dict[str, Any]) -> list[str]:
+    """PyTorch's time, fastgan's, and the ratio."""
     variants = case["variants"]
     others = [name for name in variants if name not in ("torch", "reference", "fastgan")]
     ratios = {name: _digits(variant["ratio"]["median"]) for name, variant in variants.items()}
     beside = ", ".join(f"{name}: {ratios[name]}" for name in others)
     speed_up = ratios["fastgan"] + (f" ({beside})" if beside else "")
     torch, fastgan = (_digits(1e3 * variants[name]["seconds"]["median"]) for name in ("torch", "fastgan"))
-    return f"| {case['name']} | {torch} | {fastgan} | {speed_up} |"
+    return [torch, fastgan, speed_up]
 
 
 def _digits(value: float) -> str:
+    if 0 < value < 0.005:
+        return "0"
     return f"{value:.{2 if value < 2 else 1 if value < 20 else 0}f}"
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         path.write_text(with_tables(path.read_text()))

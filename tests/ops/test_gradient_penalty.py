@@ -385,6 +385,11 @@ BAD = {
     "device": (dict(fake=FAKE.to("meta")), ValueError, "fake must be on the device of real"),
     "detached": (dict(discriminator=lambda x: x.detach().sum()), ValueError, "does not depend on its input"),
     "constant": (dict(discriminator=lambda x: torch.ones(4, requires_grad=True)), ValueError, "does not depend"),
+    "heads": (
+        dict(discriminator=lambda x: (x.sum((1, 2, 3)), x.flatten(1))),
+        ValueError,
+        r"logits alone, got outputs of \(4,\), \(4, 192\), which differ in their channels",
+    ),
     "output": (dict(discriminator=lambda x: {"logits": x}), TypeError, "must return a tensor or a sequence"),
 }
 

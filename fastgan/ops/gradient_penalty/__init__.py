@@ -73,8 +73,10 @@ def gradient_penalty(
         does not depend on, such as biases before ReLUs, get no gradient where PyTorch may give them zeros.
 
     Raises:
-        ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input.
-        TypeError: an input is not a floating tensor; ``fake`` is missing for a kind that needs it.
+        ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input; several
+            outputs differ in their number of channels, as logits and features do.
+        TypeError: an input is not a floating tensor; ``weight`` is not a number; ``fake`` is missing for a kind that
+            needs it.
         RuntimeError: gradients are off, or FSDP shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
@@ -127,6 +129,7 @@ def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", wei
 def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *, ours: bool = False) -> Tensor:
     """``ours``: nobody else has these logits, so that what their forward kept may be let go, if it is worth a look."""
     outputs = list(_flatten(logits))
+    _check_scales(outputs)
     connected = [output for output in outputs if output.requires_grad]
     grad: Tensor | None = None
     if connected:
@@ -212,6 +215,16 @@ def _traced(
     with twice_differentiable(), Tracer(x) as tracer:
         logits = discriminator(x, *args, **(kwargs or {}))
     return logits, x, tracer, tracer.judge(logits)
+
+
+def _check_scales(outputs: Sequence[Tensor]) -> None:
+    """Several outputs are the logits of several scales; a head with classes, or features, must not be summed in."""
+    if len({output.shape[1] if output.ndim > 1 else 1 for output in outputs}) > 1:
+        shapes = ", ".join(str(tuple(output.shape)) for output in outputs)
+        raise ValueError(
+            f"the discriminator must return logits alone, got outputs of {shapes}, which differ in their channels:"
+            " choose with discriminator=lambda x: D(x)[0], or join logits of several lengths in one tensor"
+        )
 
 
 def _flatten(logits: Any) -> Any:
