@@ -50,7 +50,7 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def restore(module: nn.Module) -> None:
-    base, _, _ = _made_from(module)
+    base, _, _ = made_from(module)
     del module.__dict__[_SETTINGS]
     module.__class__ = base
 
@@ -79,14 +79,14 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
     return type(base.__name__, (mixin, base), {**names, **made_from, attribute: replacement, "__reduce_ex__": _reduce})
 
 
-def _made_from(module: nn.Module) -> tuple[type[nn.Module], type[Replacement], str]:
+def made_from(module: nn.Module) -> tuple[type[nn.Module], type[Replacement], str]:
     cls: Any = type(module)
     made: tuple[type[nn.Module], type[Replacement], str] = cls._fastgan_made_from
     return made
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    base, mixin, attribute = _made_from(module)
+    base, mixin, attribute = made_from(module)
     if _is_found_by_name(base) and base.__reduce_ex__ is object.__reduce_ex__ and base.__reduce__ is object.__reduce__:
         return _rebuild, (base, mixin, attribute), module.__dict__
     # A class with a way of its own of being pickled, as those that carry their source code with them.

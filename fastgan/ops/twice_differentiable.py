@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastgan.ops import conv, norm, pool
 from fastgan.ops.bias_act import functions as activations
@@ -110,6 +110,10 @@ class _Reroute(TorchFunctionMode):
         if route is None or plain or checkpointed_region() is not None:
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
+
+
+def is_rerouting() -> bool:
+    return any(isinstance(mode, _Reroute) for mode in _get_current_function_mode_stack())
 
 
 class _Uncompiled:

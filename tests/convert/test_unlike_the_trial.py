@@ -133,7 +133,7 @@ def test_frozen_layers_are_replaced_and_stay_frozen():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_modules_that_cannot_be_tried_are_listed_with_the_reason():
     model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 3)), Discrimination(6, 4, 3).to("meta"))
-    compiled, without_data = fastgan.convert(model).rows
+    _, compiled, without_data = fastgan.convert(model).rows
     assert (compiled.replaced_by, compiled.reason) == (None, "compiled by TorchScript")
     assert without_data.replaced_by is None
     assert "could not be tried" in without_data.reason

@@ -59,7 +59,7 @@ def fuse_spectral_norm(model: M) -> M:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
                 del hooks[key]
-    fused = _Fused(model, members)
+    fused = _Fused(members)
     model.register_forward_pre_hook(fused.before)
     model.register_forward_hook(fused.after, always_call=True)
     return model
@@ -103,7 +103,7 @@ class _Hook(TorchHook):
     plain: Tensor | None = None  # the attribute before a transform of torch.func left its own tensor there
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if module is not self.module:  # a replica
+        if _is_replica(module):
             super().__call__(module, inputs)
         elif backends.in_transform():
             if self.plain is None:
@@ -176,12 +176,12 @@ _Member = _Parametrized | _Hook
 class _Fused:
     """The hooks of a model whose normalised weights are computed together."""
 
-    def __init__(self, model: nn.Module, members: list[_Member]) -> None:
-        self.model, self.members = model, members
+    def __init__(self, members: list[_Member]) -> None:
+        self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
-        if model is not self.model or backends.in_transform():
-            return  # each module of a replica, or in a transform, normalises its own
+        if _is_replica(model) or backends.in_transform():
+            return  # each module normalises its own
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, Operands]]] = {}
         for member in self.members:
@@ -211,7 +211,7 @@ class _Fused:
                 member.put(weight, thread, region)
 
     def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        if model is not self.model:
+        if _is_replica(model):
             return
         for member in self.members:
             member.clear()
@@ -235,6 +235,11 @@ def _hooks(module: nn.Module) -> Iterator[_Hook]:
             ours.module = module
             ours.detach()
             yield ours
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether torch.nn.DataParallel made it: its hooks are those of the model that it copies."""
+    return "_is_replica" in module.__dict__
 
 
 def _become(cls: type[T], instance: object) -> T:

@@ -31,17 +31,22 @@ def at_any_size() -> Iterator[None]:
 
 
 def is_small(discriminator: Any, inputs: Tensor) -> bool:
-    """Whether PyTorch's own functions are the better ones on a CPU, and nothing was said about others.
-
-    No forward is run for it: each parameter counts as used once at each position of the images.
-    """
+    """Whether PyTorch's own functions are the better ones on a CPU, and nothing was said about others."""
     if not (inputs.is_cpu and isinstance(discriminator, nn.Module)):
         return False
     if _any_size.get() or backends.is_forced() or backends.in_transform():
         return False
-    left = _LEAST // max(1, len(inputs) * prod(inputs.shape[2:]))
+    return takes_less(discriminator, inputs, _LEAST)
+
+
+def takes_less(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
+    """Whether a forward surely takes less than so many.
+
+    None is run for it: each parameter counts as used once at each position of the images.
+    """
+    left = multiplications // max(1, len(inputs) * prod(inputs.shape[2:]))
     counted = False  # a module without parameters hides them: a function that it calls has them
-    for parameter in discriminator.parameters():
+    for parameter in module.parameters():
         if is_lazy(parameter):
             return False
         counted = True

@@ -1,0 +1,49 @@
+"""A converted model's own forward, with its convolutions, activations, poolings and norms on fastgan's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastgan import backends
+from fastgan.convert.replace import Replacement, become, is_converted, made_from
+from fastgan.ops.gradient_penalty.small import takes_less
+from fastgan.ops.twice_differentiable import is_rerouting, twice_differentiable
+
+_LEAST = 2**36  # multiplications in a forward, as `takes_less` bounds them, from which a step gains on a CPU
+
+
+class Rerouted(Replacement):
+    def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        if backends.is_forced() or backends.in_transform() or is_rerouting():
+            return False
+        images = next(_images((*args, *kwargs.values())), None)
+        return images is not None and images.is_cpu and not takes_less(self, images, _LEAST)
+
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base, _, _ = made_from(self)
+        with twice_differentiable():
+            return base.forward(self, *args, **kwargs)
+
+
+def _images(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    return (value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2)
+
+
+def convert(model: nn.Module) -> bool:
+    """Whether the model is one that a forward of its own is rerouted in from now on."""
+    own = type(model).__module__
+    if is_converted(model) or parametrize.is_parametrized(model):
+        return False
+    if own.startswith("torch.") and own != nn.Sequential.__module__:
+        return False  # a wrapper, or a layer
+    if not model._modules or not any(parameter.ndim > 2 for parameter in model.parameters()):
+        return False
+    become(model, Rerouted, "forward")
+    return True
