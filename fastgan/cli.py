@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastgan.trainer.config import TrainConfig
 
+INTERRUPTED = 128 + signal.SIGINT
 PLACE = {"folder": " --data PATH"}  # what a preset does not start without
 TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
 EXTRAS = {  # what each brings, by the names that are imported
@@ -31,13 +33,18 @@ def train(arguments: Sequence[str]) -> int:
     from fastgan.trainer.loop import Trainer
 
     keep_freed_memory()
-    number = Trainer(config).train()
-    if number is None:
-        print(f"{config.folder / 'report.html'}")
-        return 0
+    trainer = Trainer(config)
     again = shlex.join(
         ["fastgan", "train", config.dataset, "--name", config.name, "--runs", str(config.runs), "--resume"]
     )
+    try:
+        number = trainer.train()
+    except KeyboardInterrupt:  # the second one
+        print(f"\nstopped while it saved; go on from the last whole checkpoint with: {again}")
+        return INTERRUPTED
+    if number is None:
+        print(f"{config.folder / 'report.html'}")
+        return 0
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
     return 128 + number
 
@@ -106,7 +113,12 @@ def tune(arguments: Sequence[str]) -> int:
         description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
         args=list(arguments),
     )
-    best = run(config)
+    try:
+        best = run(config)
+    except KeyboardInterrupt:
+        again = shlex.join(["fastgan", "tune", *arguments])
+        print(f"\nstopped; the same command goes on where this one was: {again}")
+        return INTERRUPTED
     then = shlex.join(["fastgan", "train", best.dataset, "--config", str(config.out / "best.json")])
     print(f"{config.out / 'trials.md'}\n{then}")
     return 0
@@ -194,6 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("\nfastgan: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         message = lacking(arguments[0], (error.name or "").partition(".")[0])
         if message is None:

@@ -12,6 +12,9 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection
@@ -124,26 +127,49 @@ def share(config: TuneConfig) -> None:
     context = multiprocessing.get_context("spawn")  # a forked process has no CUDA and may have no OpenMP
     indices = iter(range(config.workers + config.trials))  # should every setting kill, it ends
 
-    def start() -> multiprocessing.process.BaseProcess:
-        worker = context.Process(target=work, args=(config, next(indices)))
-        worker.start()
-        return worker
+    workers: list[multiprocessing.process.BaseProcess] = []
 
-    workers = [start() for _ in range(config.workers)]
-    while workers:
-        connection.wait([worker.sentinel for worker in workers])
-        for worker in [worker for worker in workers if not worker.is_alive()]:
-            workers.remove(worker)
-            if not worker.exitcode:
-                continue
-            print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
-            study = open_study(config)
-            requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
-            if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
-                with contextlib.suppress(StopIteration):
-                    workers.append(start())
+    def start() -> None:
+        worker = context.Process(target=work, args=(config, next(indices)))
+        with interrupts_ignored():
+            worker.start()
+        workers.append(worker)
+
+    try:
+        for _ in range(config.workers):
+            start()
+        while workers:
+            connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                if not worker.exitcode:
+                    continue
+                print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
+                study = open_study(config)
+                requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
+                if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
+                    with contextlib.suppress(StopIteration):
+                        start()
+    finally:  # should this process be interrupted: it would wait for them before it ends
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
     requeue_orphans(open_study(config))  # should one have been killed before it signed its trial
     work(config, config.workers + config.trials)  # what is left over; an error that ends every worker shows here
+
+
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """A process that starts inside ignores Ctrl-C, which a terminal sends to all of them: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_study(config: TuneConfig) -> optuna.Study:
@@ -214,6 +240,7 @@ def work(config: TuneConfig, index: int) -> None:
             return cost_of(config, trial)
         except KeyboardInterrupt:  # which optuna takes for the trial's failure
             queue_again(study, study.trials[trial.number])
+            optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn with a traceback
             raise
 
     study.optimize(objective, callbacks=[enough])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import fastgan_command
 from fastgan import cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
@@ -114,6 +118,68 @@ def test_an_interrupted_run_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
     assert "fastgan train ring8 --name ring8 --runs runs --resume" in capsys.readouterr().out
     assert cli.main([*RING, "--name", "two words"]) == 130
     assert "--name 'two words' --runs runs --resume" in capsys.readouterr().out
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_second_ctrl_c_is_one_line_that_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", interrupted)
+    assert cli.main(RING) == 130
+    output = capsys.readouterr()
+    assert "last whole checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
+    assert output.err == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        ("fastgan.trainer.verify.compare", ["verify", "--steps", "1", "--device", "cpu"]),
+        ("fastgan.trainer.matrix.compare", ["verify", "--matrix", "--device", "cpu"]),
+        ("fastgan.trainer.loop.Trainer.__init__", RING),
+        ("fastgan.trainer.export.export", ["export", "runs/ring8"]),
+        ("fastgan.info", ["info"]),
+    ],
+)
+def test_ctrl_c_is_one_line(part, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(part, interrupted)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "\nfastgan: interrupted\n"
+
+
+class Interrupted(ModuleType):
+    def __getattr__(self, name: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(capsys, monkeypatch):
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setitem(sys.modules, "fastgan.cli", Interrupted("fastgan.cli"))
+        assert fastgan_command.main() == 130
+    assert capsys.readouterr().err == "\nfastgan: interrupted\n"
+
+
+WITHOUT_NUMPY = """
+import sys
+
+sys.modules["numpy"] = None
+sys.argv[1:] = ["info"]
+import fastgan_command
+
+sys.exit(fastgan_command.main())
+"""
+
+
+def test_pytorchs_warning_of_a_missing_numpy_is_not_shown(in_tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMPY],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fastgan ")
 
 
 WITHOUT_PACKAGES = """
