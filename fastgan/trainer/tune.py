@@ -15,20 +15,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import torch
-import tyro
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan.trainer import tune_report
-from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
@@ -37,42 +34,13 @@ from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
 from fastgan.trainer.quality import LEAST, measures_images, score
 from fastgan.trainer.toys import Stacked
+from fastgan.trainer.tune_config import TuneConfig
 
 RUNGS = 4  # times that a training is judged, the last at its end; tpe stops the unpromising earlier
 CHECK_EVERY = 50  # steps between looks for a loss that is not finite
 DIVERGED = 10.0  # far above the cost of any training that ends, and finite: the optimiser learns from it too
 NO_SCORE = "this preset has no score to tune by: wanted points of a mixture or images"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    preset: tyro.conf.Positional[str] = "ring8"  # whose settings are tuned
-    trials: int = 12  # in all; those that an earlier call finished count
-    workers: int = 1  # processes
-    steps: int | None = None  # generator steps of each training; unset: the preset's
-    seeds: int = 2  # trainings of each trial, whose costs are averaged
-    sampler: Literal["gp", "tpe"] = "gp"  # gp: few trials; tpe: many, with the unpromising stopped by Hyperband
-    extractor: str = "random-conv"  # features of the KID, as for fastgan train
-    data: Path | None = None  # as for fastgan train
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    out: Path = Path("runs/tune")  # folder of the journal, the table, the plot and the best settings
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in ("trials", "workers", "steps", "seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    @property
-    def start(self) -> TrainConfig:
-        """The settings to improve on."""
-        preset = PRESETS[self.preset][1]
-        steps = self.steps or preset.steps
-        return dataclasses.replace(preset, name=f"{preset.name}-tuned", steps=steps, data=self.data, device=self.device)
 
 
 def tune(config: TuneConfig) -> TrainConfig:

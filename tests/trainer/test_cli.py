@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import fastgan_command
-from fastgan import cli
+from fastgan import __version__, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,60 @@ def test_no_command_shows_the_help_and_fails(capsys):
 def test_an_unknown_command_is_one_line_that_names_the_known(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == f"fastgan: no command 'trian': choose from {', '.join(cli.COMMANDS)}\n"
+
+
+def test_the_version_is_shown(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgan {__version__}\n"
+
+
+def test_help_of_train_and_info_is_shown(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in PRESETS)
+    assert cli.main(["info", "--help"]) == 0
+    assert "usage: fastgan info" in capsys.readouterr().out
+
+
+WITHOUT_EXTRAS = """
+import sys
+from fastgan import cli
+
+sys.modules.update((package, None) for packages in cli.EXTRAS.values() for package in packages)
+for command in (*([name] for name in cli.COMMANDS), ["train", "discs"]):
+    try:
+        assert cli.main([*command, "--help"]) == 0
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_help_needs_no_extra(in_tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(cli.COMMANDS) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["nosuch"], "no preset 'nosuch'"), ([], "a preset first"), (["--seed", "1"], "a preset first")],
+)
+def test_an_unknown_preset_is_one_line_that_names_the_known(arguments, says, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"{says}: choose from {', '.join(PRESETS)}\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--stesp", "3"], ["--batch-size", "-1"], ["--optimiser", "sgd"]])
+def test_what_is_wrong_with_a_flag_is_said_of_this_preset_alone(flags, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "discs", *flags])
+    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "fastgan train discs --help" in words
+    assert "fashion-mnist" not in words
+    assert "dummy" not in words
+    assert ("--steps INT generator steps to stop at (default: 2000)" in words) == (flags[0] == "--stesp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
