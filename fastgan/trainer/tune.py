@@ -29,10 +29,9 @@ from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
-from fastgan.trainer.extractors import check_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import LEAST, measures_images, score
+from fastgan.trainer.quality import LEAST, check_scoring, measures_images, score
 from fastgan.trainer.toys import Stacked
 from fastgan.trainer.tune_config import TuneConfig
 
@@ -76,11 +75,11 @@ def check(config: TuneConfig) -> None:
     start = config.start
     device = choose_device(start.device)
     source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    if not measures_images(source.shape) and not isinstance(source, Mixture):
+        raise TrainerError(NO_SCORE)
+    check_scoring(config.extractor, source, device)
     if isinstance(source, Mixture | Stacked):
         return
-    if not measures_images(source.shape):
-        raise TrainerError(NO_SCORE)
-    check_extractor(config.extractor, source.shape, device)
     largest = 2 * start.optim.batch_size  # that a trial may ask for
     held_out = hold_out(source, largest, 0)
     if held_out is None or (held_out.size or LEAST) < LEAST:
