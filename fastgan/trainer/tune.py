@@ -32,6 +32,7 @@ from fastgan.trainer.errors import TrainerError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
 from fastgan.trainer.quality import LEAST, check_scoring, measures_images, score
+from fastgan.trainer.run import make_folder
 from fastgan.trainer.toys import Stacked
 from fastgan.trainer.tune_config import TuneConfig
 
@@ -46,12 +47,13 @@ def tune(config: TuneConfig) -> TrainConfig:
     """Run the study, and leave best.json, trials.md and trials.png in its folder.
 
     Raises:
-        TrainerError: all workers died, the folder holds the study of something else, or no trial could be scored.
+        TrainerError: all workers died, the folder cannot be written to or holds the study of something else, or no
+            trial could be scored.
         ValueError: the extractor does not work.
         ModuleNotFoundError: a package is missing that the sampler or the extractor needs.
     """
     check(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     study = open_study(config)
     requeue_orphans(study)
     if not study.trials:

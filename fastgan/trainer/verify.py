@@ -30,6 +30,7 @@ from fastgan.trainer.lockstep import TOLERANCES, Step, lockstep
 from fastgan.trainer.losses import LossName
 from fastgan.trainer.matrix import verify_matrix
 from fastgan.trainer.regulariser import Kernels, PenaltyName
+from fastgan.trainer.run import make_folder
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def verify(config: VerifyConfig) -> bool:
 
     Raises:
         BackendUnavailable: the backend asked for cannot run here.
+        RunFolderError: the result could not be written.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -94,6 +96,8 @@ def verify(config: VerifyConfig) -> bool:
         with backends.use_backend(config.backend), exact_convolutions():
             return verify_matrix(device, 1 if config.quick else 4, config.quick)
     backend = backends.select("spectral_norm", device, torch.float32, _forced(config))
+    if config.out:
+        make_folder(config.out)
     print(
         f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
         f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
@@ -129,7 +133,6 @@ def verify(config: VerifyConfig) -> bool:
             "environment": environment(device),
             "per_step": [step.to_json() for step in steps],
         }
-        config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
     return not breaches
 

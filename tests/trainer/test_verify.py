@@ -138,6 +138,13 @@ def test_a_backend_that_cannot_run_is_one_line(capsys):
     assert error.count("\n") == 1
 
 
+def test_a_result_that_could_not_be_written_is_one_line_before_the_first_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("fastgan.trainer.verify.compare")
+    (tmp_path / "file").touch()
+    assert cli.main(["verify", "--device", "cpu", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err == f"fastgan: {tmp_path}/file/run cannot be written to: Not a directory\n"
+
+
 def test_nan_counts_as_the_largest_error():
     for order in ([math.nan, 1.0], [1.0, math.nan]):
         errors = Errors()
