@@ -37,6 +37,7 @@ def train(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
+    from fastgan.trainer.report import too_short
 
     keep_freed_memory()
     trainer = Trainer(config)
@@ -48,7 +49,10 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # the second one
         print(f"\nstopped while it saved; go on from the last whole checkpoint with: {again}")
         return INTERRUPTED
+    short = too_short(trainer.step)
     if number is None:
+        if short and trainer.writes:
+            print(short)
         print(f"{config.folder / 'report.html'}")
         return 0
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")

@@ -112,6 +112,8 @@ class Trainer:
                     self._save(bar)
             self._save(bar)
             if self.writes:
+                bar.close()
+                print("scoring, and writing the report…", flush=True)
                 self._draw()
                 self._summarise()
             if self.board:

@@ -133,6 +133,7 @@ def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
 
 def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_settings(in_tmp_path, capsys):
     assert cli.main(RING) == 0
+    assert "Too short to judge: 3 steps" in capsys.readouterr().out
     assert cli.main(RING) == 2
     assert "ring8 exists already" in capsys.readouterr().err
     assert cli.main(["train", "ring8", "--resume", "--steps", "5"]) == 0
