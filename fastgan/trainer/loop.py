@@ -23,10 +23,9 @@ from fastgan.trainer.device import choose_device
 from fastgan.trainer.diagnostics import Diagnostics
 from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
-from fastgan.trainer.extractors import check_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import measures_images, score
+from fastgan.trainer.quality import check_scoring, score
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.run import RunFolder
 
@@ -52,8 +51,7 @@ class Trainer:
         # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
-        if measures_images(source.shape):
-            check_extractor(config.extractor, source.shape, self.device)  # what is wrong should not show hours later
+        check_scoring(config.extractor, source, self.device)  # what is wrong should not show hours later
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
@@ -114,6 +112,8 @@ class Trainer:
                     self._save(bar)
             self._save(bar)
             if self.writes:
+                bar.close()
+                print("scoring, and writing the report…", flush=True)
                 self._draw()
                 self._summarise()
             if self.board:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgan.trainer.classifier import stacked_modes
+from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import Mixture, Source
-from fastgan.trainer.extractors import Extractor, features_of, label, load_extractor
+from fastgan.trainer.extractors import Extractor, check_extractor, features_of, label, load_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import some_reals
 from fastgan.trainer.metrics import count_modes, frechet_distance, kid, modes, neighbours
@@ -48,6 +49,19 @@ def score(
 
 def measures_images(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def check_scoring(extractor: str, source: Source, device: torch.device) -> None:
+    """Try the extractor that `score` would use, and refuse one that it would not.
+
+    Raises:
+        ValueError: the extractor does not work, or such data is not scored by features.
+        ModuleNotFoundError: its weights are not installed.
+    """
+    if measures_images(source.shape) and not isinstance(source, Stacked):
+        check_extractor(extractor, source.shape, device)
+    elif extractor != TrainConfig.extractor:
+        raise ValueError(f"extractor {extractor!r} is for images that are scored by features, which these data are not")
 
 
 def compare(

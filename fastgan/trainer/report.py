@@ -15,6 +15,18 @@ from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.run import RunFolder
 
+SHORT = 1000  # steps below which no preset's samples have settled, and few alarms could have rung
+
+
+def too_short(steps: int) -> str | None:
+    """What to say of a run that cannot be judged yet."""
+    if steps >= SHORT:
+        return None
+    return (
+        f"Too short to judge: {steps:,} steps, where {SHORT:,} are few. Samples and scores are of a generator that has "
+        "hardly begun to learn, and an alarm that did not ring says little. Raise --steps or --minutes"
+    )
+
 
 def header(config: TrainConfig, device: torch.device, step: int) -> dict[str, Any]:
     """The first record of a metrics file, and of each resumption."""
@@ -56,12 +68,14 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
     if run.verify.exists():
         rows.append(("verified", verified(json.loads(run.verify.read_text()))))
-    html_report.write(run, config.name, rows, quality)
+    short = too_short(last["step"])
+    html_report.write(run, config.name, rows, quality, short)
     alarms = [record for record in run.read_metrics() if "alarm" in record]
-    rang = "".join(f"- {describe(alarm)}\n" for alarm in alarms) or "None.\n"
+    rang = "".join(f"- {describe(alarm)}\n" for alarm in alarms) or ("None yet.\n" if short else "None.\n")
+    warning = f"**{short}.**\n\n" if short else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     run.report.write_text(
-        f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# {config.name}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"Samples of the averaged generator from fixed noise; earlier ones are in `{run.history.name}/`.\n\n"
         f"The same with diagnostics, on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n"

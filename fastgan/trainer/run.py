@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class RunFolder:
     def open(self, config: TrainConfig) -> None:
         if config.overwrite:
             self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         replace_text(self.config, json.dumps(config.to_json(), indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
 
@@ -77,6 +78,19 @@ class RunFolder:
         """Drop the metrics of steps that a resumed run takes again."""
         records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
         replace_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, and try to write there: that it cannot be done should not show when there is a result.
+
+    Raises:
+        RunFolderError: it cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written to: {error.strerror}") from error
 
 
 def replace_text(path: Path, text: str) -> None:

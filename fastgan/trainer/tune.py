@@ -12,28 +12,29 @@ import json
 import math
 import multiprocessing
 import os
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from multiprocessing import connection
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import torch
-import tyro
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan.trainer import tune_report
-from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data import Mixture, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
-from fastgan.trainer.extractors import check_extractor
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import LEAST, measures_images, score
+from fastgan.trainer.quality import LEAST, check_scoring, measures_images, score
+from fastgan.trainer.run import make_folder
 from fastgan.trainer.toys import Stacked
+from fastgan.trainer.tune_config import TuneConfig
 
 RUNGS = 4  # times that a training is judged, the last at its end; tpe stops the unpromising earlier
 CHECK_EVERY = 50  # steps between looks for a loss that is not finite
@@ -42,46 +43,17 @@ NO_SCORE = "this preset has no score to tune by: wanted points of a mixture or i
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    preset: tyro.conf.Positional[str] = "ring8"  # whose settings are tuned
-    trials: int = 12  # in all; those that an earlier call finished count
-    workers: int = 1  # processes
-    steps: int | None = None  # generator steps of each training; unset: the preset's
-    seeds: int = 2  # trainings of each trial, whose costs are averaged
-    sampler: Literal["gp", "tpe"] = "gp"  # gp: few trials; tpe: many, with the unpromising stopped by Hyperband
-    extractor: str = "random-conv"  # features of the KID, as for fastgan train
-    data: Path | None = None  # as for fastgan train
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    out: Path = Path("runs/tune")  # folder of the journal, the table, the plot and the best settings
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in ("trials", "workers", "steps", "seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    @property
-    def start(self) -> TrainConfig:
-        """The settings to improve on."""
-        preset = PRESETS[self.preset][1]
-        steps = self.steps or preset.steps
-        return dataclasses.replace(preset, name=f"{preset.name}-tuned", steps=steps, data=self.data, device=self.device)
-
-
 def tune(config: TuneConfig) -> TrainConfig:
     """Run the study, and leave best.json, trials.md and trials.png in its folder.
 
     Raises:
-        TrainerError: all workers died, the folder holds the study of something else, or no trial could be scored.
+        TrainerError: all workers died, the folder cannot be written to or holds the study of something else, or no
+            trial could be scored.
         ValueError: the extractor does not work.
         ModuleNotFoundError: a package is missing that the sampler or the extractor needs.
     """
     check(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     study = open_study(config)
     requeue_orphans(study)
     if not study.trials:
@@ -105,11 +77,11 @@ def check(config: TuneConfig) -> None:
     start = config.start
     device = choose_device(start.device)
     source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    if not measures_images(source.shape) and not isinstance(source, Mixture):
+        raise TrainerError(NO_SCORE)
+    check_scoring(config.extractor, source, device)
     if isinstance(source, Mixture | Stacked):
         return
-    if not measures_images(source.shape):
-        raise TrainerError(NO_SCORE)
-    check_extractor(config.extractor, source.shape, device)
     largest = 2 * start.optim.batch_size  # that a trial may ask for
     held_out = hold_out(source, largest, 0)
     if held_out is None or (held_out.size or LEAST) < LEAST:
@@ -124,26 +96,49 @@ def share(config: TuneConfig) -> None:
     context = multiprocessing.get_context("spawn")  # a forked process has no CUDA and may have no OpenMP
     indices = iter(range(config.workers + config.trials))  # should every setting kill, it ends
 
-    def start() -> multiprocessing.process.BaseProcess:
-        worker = context.Process(target=work, args=(config, next(indices)))
-        worker.start()
-        return worker
+    workers: list[multiprocessing.process.BaseProcess] = []
 
-    workers = [start() for _ in range(config.workers)]
-    while workers:
-        connection.wait([worker.sentinel for worker in workers])
-        for worker in [worker for worker in workers if not worker.is_alive()]:
-            workers.remove(worker)
-            if not worker.exitcode:
-                continue
-            print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
-            study = open_study(config)
-            requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
-            if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
-                with contextlib.suppress(StopIteration):
-                    workers.append(start())
+    def start() -> None:
+        worker = context.Process(target=work, args=(config, next(indices)))
+        with interrupts_ignored():
+            worker.start()
+        workers.append(worker)
+
+    try:
+        for _ in range(config.workers):
+            start()
+        while workers:
+            connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                if not worker.exitcode:
+                    continue
+                print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
+                study = open_study(config)
+                requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
+                if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
+                    with contextlib.suppress(StopIteration):
+                        start()
+    finally:  # should this process be interrupted: it would wait for them before it ends
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
     requeue_orphans(open_study(config))  # should one have been killed before it signed its trial
     work(config, config.workers + config.trials)  # what is left over; an error that ends every worker shows here
+
+
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """A process that starts inside ignores Ctrl-C, which a terminal sends to all of them: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_study(config: TuneConfig) -> optuna.Study:
@@ -214,6 +209,7 @@ def work(config: TuneConfig, index: int) -> None:
             return cost_of(config, trial)
         except KeyboardInterrupt:  # which optuna takes for the trial's failure
             queue_again(study, study.trials[trial.number])
+            optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn with a traceback
             raise
 
     study.optimize(objective, callbacks=[enough])

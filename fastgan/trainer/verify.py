@@ -26,10 +26,17 @@ from fastgan.trainer.config import (
 from fastgan.trainer.data import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.lockstep import TOLERANCES, Step, lockstep
+from fastgan.trainer.lockstep import TOLERANCES, Errors, Step, lockstep
 from fastgan.trainer.losses import LossName
 from fastgan.trainer.matrix import verify_matrix
 from fastgan.trainer.regulariser import Kernels, PenaltyName
+from fastgan.trainer.run import make_folder
+
+PRINTED = 8  # steps from one row to the next; the file has them all
+NAMES = {
+    torch.float32: "float32, with what has kinks (ReLU, hinge) made smooth",
+    torch.float64: "float64, networks and loss as they are",
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def verify(config: VerifyConfig) -> bool:
 
     Raises:
         BackendUnavailable: the backend asked for cannot run here.
+        RunFolderError: the result could not be written.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -94,6 +102,8 @@ def verify(config: VerifyConfig) -> bool:
         with backends.use_backend(config.backend), exact_convolutions():
             return verify_matrix(device, 1 if config.quick else 4, config.quick)
     backend = backends.select("spectral_norm", device, torch.float32, _forced(config))
+    if config.out:
+        make_folder(config.out)
     print(
         f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
         f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
@@ -103,10 +113,12 @@ def verify(config: VerifyConfig) -> bool:
     if config.optim.penalty != "none" or config.model.minibatch == "discrimination":
         lengths[torch.float64] = max(1, config.steps // 4)
     with backends.use_backend(config.backend):
+        print(f"\n{LEGEND}")
         with exact_convolutions():
             steps = [step for dtype, n in lengths.items() for step in compare(config, dtype, device, n)]
         speed = compare_speed(config, device)
     breaches = [f"step {step.number}: {breach}" for step in steps for breach in step.errors.breaches()]
+    print()
     for breach in breaches:
         print(f"BREACH {breach}")
     print(f"{'PASS' if not breaches else 'FAIL'}: {config.steps} steps")
@@ -129,7 +141,6 @@ def verify(config: VerifyConfig) -> bool:
             "environment": environment(device),
             "per_step": [step.to_json() for step in steps],
         }
-        config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
     return not breaches
 
@@ -143,16 +154,26 @@ def _forced(config: VerifyConfig) -> str | None:
     return None if config.backend == "auto" else config.backend
 
 
+LEGEND = """\
+The largest errors since the row above, relative to PyTorch: of the losses, the gradients, spectral norm's u and v (uv)
+and what the optimisers add to the weights (update). drift: how far the weights of a copy that is never set back are
+from PyTorch's, which is not judged."""
+
+
 def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, length: int) -> list[Step]:
-    """The steps of both copies, printed as they are taken."""
+    """The steps of both copies; every eighth and each that breaches a tolerance is printed as it is taken."""
     reference, fused, free = (build(config, kernels, device) for kernels in ("torch", "fastgan", "fastgan"))
     tolerances = TOLERANCES[dtype]
+    print(f"\n{NAMES[dtype]}")
     print(f"{'tolerance':>22}" + "".join(f"{value:10.0e}" for value in tolerances.values()))
     print(f"{'step':>4} {'D loss':>8} {'G loss':>8}" + "".join(f"{kind:>10}" for kind in tolerances) + "     drift")
-    steps = []
+    steps, errors = [], Errors(dtype)
     for step in lockstep(reference, fused, length, dtype, free):
         steps.append(step)
-        worst = step.errors.worst
+        errors.include(step.errors)
+        if step.number % PRINTED and step.number < length and not step.errors.breaches():
+            continue
+        worst, errors = errors.worst, Errors(dtype)
         columns = "".join(f"{worst[kind][0]:10.1e}" if kind in worst else f"{'-':>10}" for kind in tolerances)
         print(f"{step.number:4} {step.losses[0]:8.4f} {step.losses[1]:8.4f}{columns}{step.drift:10.1e}", flush=True)
     return steps

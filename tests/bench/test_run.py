@@ -93,7 +93,7 @@ def test_a_report_without_matplotlib_is_refused_before_anything_is_measured(meas
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = tmp_path / "result.json"
     assert cli.main(["bench", *ARGUMENTS, "--output", str(path), "--report"]) == 2
-    assert capsys.readouterr().err == "fastgan: matplotlib is not installed: pip install 'fastgan[train]'\n"
+    assert capsys.readouterr().err == "fastgan bench needs matplotlib: pip install 'fastgan[train]'\n"
     assert not path.exists()
 
 

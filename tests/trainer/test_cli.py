@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from fastgan import cli
+import fastgan_command
+from fastgan import __version__, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 RING = ["train", "ring8", "--steps", "3", "--width", "8", "--batch-size", "16", "--device", "cpu"]
 
 
@@ -33,6 +39,60 @@ def test_no_command_shows_the_help_and_fails(capsys):
 def test_an_unknown_command_is_one_line_that_names_the_known(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == f"fastgan: no command 'trian': choose from {', '.join(cli.COMMANDS)}\n"
+
+
+def test_the_version_is_shown(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgan {__version__}\n"
+
+
+def test_help_of_train_and_info_is_shown(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in PRESETS)
+    assert cli.main(["info", "--help"]) == 0
+    assert "usage: fastgan info" in capsys.readouterr().out
+
+
+WITHOUT_EXTRAS = """
+import sys
+from fastgan import cli
+
+sys.modules.update((package, None) for packages in cli.EXTRAS.values() for package in packages)
+for command in (*([name] for name in cli.COMMANDS), ["train", "discs"]):
+    try:
+        assert cli.main([*command, "--help"]) == 0
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_help_needs_no_extra(in_tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(cli.COMMANDS) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["nosuch"], "no preset 'nosuch'"), ([], "a preset first"), (["--seed", "1"], "a preset first")],
+)
+def test_an_unknown_preset_is_one_line_that_names_the_known(arguments, says, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"{says}: choose from {', '.join(PRESETS)}\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--stesp", "3"], ["--batch-size", "-1"], ["--optimiser", "sgd"]])
+def test_what_is_wrong_with_a_flag_is_said_of_this_preset_alone(flags, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "discs", *flags])
+    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "fastgan train discs --help" in words
+    assert "fashion-mnist" not in words
+    assert "dummy" not in words
+    assert ("--steps INT generator steps to stop at (default: 2000)" in words) == (flags[0] == "--stesp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -73,6 +133,7 @@ def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
 
 def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_settings(in_tmp_path, capsys):
     assert cli.main(RING) == 0
+    assert "Too short to judge: 3 steps" in capsys.readouterr().out
     assert cli.main(RING) == 2
     assert "ring8 exists already" in capsys.readouterr().err
     assert cli.main(["train", "ring8", "--resume", "--steps", "5"]) == 0
@@ -114,28 +175,123 @@ def test_an_interrupted_run_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
     assert "--name 'two words' --runs runs --resume" in capsys.readouterr().out
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_second_ctrl_c_is_one_line_that_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", interrupted)
+    assert cli.main(RING) == 130
+    output = capsys.readouterr()
+    assert "last whole checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
+    assert output.err == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        ("fastgan.trainer.verify.compare", ["verify", "--steps", "1", "--device", "cpu"]),
+        ("fastgan.trainer.matrix.compare", ["verify", "--matrix", "--device", "cpu"]),
+        ("fastgan.trainer.loop.Trainer.__init__", RING),
+        ("fastgan.trainer.export.export", ["export", "runs/ring8"]),
+        ("fastgan.info", ["info"]),
+    ],
+)
+def test_ctrl_c_is_one_line(part, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(part, interrupted)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "\nfastgan: interrupted\n"
+
+
+class Interrupted(ModuleType):
+    def __getattr__(self, name: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(capsys, monkeypatch):
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setitem(sys.modules, "fastgan.cli", Interrupted("fastgan.cli"))
+        assert fastgan_command.main() == 130
+    assert capsys.readouterr().err == "\nfastgan: interrupted\n"
+
+
+WITHOUT_NUMPY = """
+import sys
+
+sys.modules["numpy"] = None
+sys.argv[1:] = ["info"]
+import fastgan_command
+
+sys.exit(fastgan_command.main())
+"""
+
+
+def test_pytorchs_warning_of_a_missing_numpy_is_not_shown(in_tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMPY],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fastgan ")
+
+
 WITHOUT_PACKAGES = """
 import sys
 from fastgan import cli
 
-for package in ("tqdm", "matplotlib", "PIL", "numpy"):
-    present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
-    sys.modules[package] = None
+for packages in (cli.TRAIN, *([package] for package in cli.TRAIN if package != "fontTools")):
+    present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in packages}
+    sys.modules.update(dict.fromkeys(packages))
     assert cli.main(["train", "fashion-mnist", "--device", "cpu", "--data", sys.argv[1]]) == 2
-    del sys.modules[package]
+    for package in packages:
+        del sys.modules[package]
     sys.modules.update(present)
 """
 
 
-def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(in_tmp_path, fashion_mnist_folder):
+def test_missing_packages_are_one_line_with_the_command_that_installs_them_all(in_tmp_path, fashion_mnist_folder):
     command = [sys.executable, "-c", WITHOUT_PACKAGES, str(fashion_mnist_folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr.splitlines() == [
-        f"fastgan: {package} is not installed: pip install 'fastgan[train]'"
-        for package in ("tqdm", "matplotlib", "PIL", "numpy")
+        f"fastgan train needs {packages}: pip install 'fastgan[train]'"
+        for packages in (", ".join(cli.TRAIN), "numpy", "PIL", "matplotlib", "tqdm")
     ]
     assert done.returncode == 0
     assert not (in_tmp_path / "runs").exists()
+
+
+def test_the_extras_that_messages_name_are_those_of_the_package_and_one_has_them_all():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"pillow": "PIL", "fonttools": "fontTools"}
+
+    def packages(extra: str) -> set[str]:
+        found: set[str] = set()
+        for requirement in extras[extra]:
+            name, *others = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+            found |= {names.get(name, name.replace("-", "_"))} if others == [None] else set()
+            found |= {package for other in (others[0] or "").split(",") if other for package in packages(other)}
+        return found
+
+    assert {extra: packages(extra) for extra in cli.EXTRAS} == {e: set(brought) for e, brought in cli.EXTRAS.items()}
+    assert packages("all") == {package for brought in cli.EXTRAS.values() for package in brought}
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "says"),
+    [
+        ("tune", "matplotlib", "fastgan tune needs matplotlib: pip install 'fastgan[tune]'"),
+        ("bench", "matplotlib", "fastgan bench needs matplotlib: pip install 'fastgan[train]'"),
+        ("verify", "numpy", "fastgan verify needs numpy: pip install 'fastgan[train]'"),
+        ("export", "safetensors", "fastgan export needs safetensors: pip install 'fastgan[export]'"),
+        ("train", "somebody_elses", None),
+    ],
+)
+def test_the_extra_is_the_commands_own_where_that_brings_the_package(command, package, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.lacking(command, package) == says
 
 
 def test_info_takes_no_arguments(capsys):

@@ -78,6 +78,20 @@ def test_an_alarm_stands_in_the_report_with_its_remedy(ring8_config, no_plot):
     assert "lower --d-lr and --g-lr" in words
 
 
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_run_too_short_to_judge_says_so_instead_of_that_nothing_went_wrong(
+    ring8_config, no_plot, monkeypatch, capsys, steps
+):
+    monkeypatch.setattr("fastgan.trainer.report.SHORT", 8)
+    run = trained(ring8_config, steps=steps).run
+    words, text = " ".join(Page(run.html.read_text()).words), run.report.read_text()
+    for shown in (words, text):
+        assert (f"Too short to judge: {steps} steps" in shown) == (steps < 8)
+        assert ("None yet." in shown) == (steps < 8)
+    assert ("nothing vanished" in words) == (steps == 8)
+    assert "scoring, and writing the report" in capsys.readouterr().out
+
+
 def test_adas_probability_is_recorded_and_drawn(config, no_plot):
     trainer = trained(config, dataset="discs", optim=dataclasses.replace(config.optim, augment="ada"), steps=4)
     trainer.gan.augment.p.fill_(0.25)

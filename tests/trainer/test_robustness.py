@@ -213,6 +213,15 @@ def test_an_unreadable_run_folder_is_named(toy, monkeypatch):
         Trainer(toy)
 
 
+def test_a_run_folder_that_cannot_be_written_is_named_before_the_first_step(toy, monkeypatch):
+    def refuse(dir: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
+    with pytest.raises(RunFolderError, match=r"ring8 cannot be written to: Permission denied"):
+        Trainer(toy)
+
+
 def test_export_writes_the_averaged_generator(toy):
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
     from safetensors import safe_open

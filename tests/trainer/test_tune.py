@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -145,6 +146,41 @@ def test_a_trial_that_ctrl_c_ends_is_taken_up_by_the_next_call(toy, no_plot, mon
     assert open_study(toy).best_params == values_of(toy.start)
 
 
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
+    def interrupted(game: Game, step: int) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Game, "play_to", interrupted)
+    arguments = ["tune", "ring8", "--steps", "4", "--device", "cpu", "--out", str(toy.out)]
+    assert cli.main(arguments) == 130
+    output = capfd.readouterr()
+    assert output.out == f"\nstopped; the same command goes on where this one was: fastgan {' '.join(arguments)}\n"
+    assert output.err == ""
+
+
+def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, monkeypatch, capfd):
+    def interrupting(game: Game, step: int) -> float:
+        os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to all
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(600)
+        raise AssertionError
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Game, "play_to", interrupting)
+            arguments = ["--trials", "1", "--workers", "2", "--steps", "4", "--seeds", "1", "--device", "cpu"]
+            assert cli.main(["tune", "ring8", *arguments, "--out", str(toy.out)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []
+    output = capfd.readouterr()
+    assert "goes on where this one was" in output.out
+    assert output.err == ""
+    tune(dataclasses.replace(toy, trials=1))
+    assert open_study(toy).best_params == values_of(toy.start)
+
+
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
     toy.out.mkdir()
     study = open_study(toy)
@@ -274,6 +310,9 @@ class TestBeforeTheFirstTrial:
         arguments = ("discs", "--extractor", extractor, "--workers", workers)
         assert re.search(says, self.complaint(capsys, tmp_path, *arguments))
 
+    def test_an_extractor_that_nothing_would_ask_is_one_line(self, capsys, tmp_path):
+        assert "'foo:bar' is for images" in self.complaint(capsys, tmp_path, "grid25", "--extractor", "foo:bar")
+
     @pytest.mark.parametrize(
         ("package", "extra", "arguments"),
         [
@@ -283,7 +322,7 @@ class TestBeforeTheFirstTrial:
     )
     def test_a_missing_package_is_one_line(self, package, extra, arguments, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
-        wanted = f"{package} is not installed: pip install 'fastgan[{extra}]'"
+        wanted = f"fastgan tune needs {package}: pip install 'fastgan[{extra}]'"
         assert wanted in self.complaint(capsys, tmp_path, *arguments)
 
     def test_data_that_nothing_scores_is_one_line(self, capsys, tmp_path):

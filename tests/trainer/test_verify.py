@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import pytest
 import torch
 
 from fastgan import cli, ops
-from fastgan.trainer.lockstep import TOLERANCES, Errors, copy_state, lockstep, smooth
+from fastgan.trainer.lockstep import TOLERANCES, Errors, Step, copy_state, lockstep, smooth
 from fastgan.trainer.verify import VerifyConfig, build, verify
 
 CPU = torch.device("cpu")
@@ -30,6 +31,23 @@ def test_the_fused_copy_keeps_to_the_tolerances_and_the_result_is_written(datase
         assert all(0 <= error <= tolerances[kind] for kind, error in step["errors"].items())
     speed = result["speed"]
     assert speed["fused_over_torch"] == pytest.approx(speed["torch_ms"] / speed["fused_ms"])
+
+
+def test_every_eighth_step_is_shown_below_its_precision_with_the_largest_errors_since_the_last(monkeypatch, capsys):
+    def steps(reference, fused, length, dtype, free):
+        for number in range(1, length + 1):
+            errors = Errors(dtype)
+            errors.add("loss", 1.0 if number == 11 else number * 1e-14, "here")
+            yield Step(number, (0.0, 0.0), errors, 0.0)
+
+    monkeypatch.setattr("fastgan.trainer.verify.lockstep", steps)
+    assert not verify(dataclasses.replace(CONFIG, steps=20, penalty="r1"))
+    single, double = re.split("\nfloat64.*\n", capsys.readouterr().out.partition("\nfloat32")[2].partition("BREACH")[0])
+    rows = [line.split() for table in (single, double) for line in table.splitlines() if re.match(" +[0-9]", line)]
+    assert [(row[0], row[3]) for row in rows] == [
+        *(("8", "8.0e-14"), ("11", "1.0e+00"), ("16", "1.6e-13"), ("20", "2.0e-13")),
+        ("5", "5.0e-14"),
+    ]
 
 
 BROKEN = {
@@ -136,6 +154,13 @@ def test_a_backend_that_cannot_run_is_one_line(capsys):
     error = capsys.readouterr().err
     assert error.startswith("fastgan: spectral_norm: backend 'cuda' cannot run on cpu")
     assert error.count("\n") == 1
+
+
+def test_a_result_that_could_not_be_written_is_one_line_before_the_first_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("fastgan.trainer.verify.compare")
+    (tmp_path / "file").touch()
+    assert cli.main(["verify", "--device", "cpu", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err == f"fastgan: {tmp_path}/file/run cannot be written to: Not a directory\n"
 
 
 def test_nan_counts_as_the_largest_error():
