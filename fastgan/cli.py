@@ -167,7 +167,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's averaged generator as safetensors."""
     import tyro
 
-    from fastgan.trainer.export import ExportConfig
+    from fastgan.trainer.export import ExportConfig, how_to_load
     from fastgan.trainer.export import export as run
 
     config = tyro.cli(
@@ -176,7 +176,8 @@ def export(arguments: Sequence[str]) -> int:
         description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
         args=list(arguments),
     )
-    print(run(config))
+    path = run(config)
+    print(f"{path}\nsamples, in Python: {how_to_load(path)}")
     return 0
 
 

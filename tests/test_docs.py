@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tables import with_tables
+from fastgan import cli
+from fastgan.trainer.loop import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +20,20 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.fixture
+def demo_run(page, tmp_path, monkeypatch):
+    """What the page on training starts from: runs/demo, exported."""
+    if page.name != "training.md":
+        return
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_summarise", lambda trainer: None)
+    flags = ["--name", "demo", "--steps", "1", "--width", "4", "--batch-size", "4", "--device", "cpu"]
+    assert cli.main(["train", "discs", *flags]) == 0
+    assert cli.main(["export", "runs/demo"]) == 0
+
+
+@pytest.mark.usefixtures("demo_run")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_the_python_of_a_page_runs(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)

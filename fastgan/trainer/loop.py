@@ -168,7 +168,9 @@ class Trainer:
 
     def _save(self, bar: tqdm[Any]) -> None:
         self._record(bar)  # a checkpoint never holds a state that was not checked
-        state = {"gan": self.gan.state_dict(), "seconds": self.seconds}
+        source = self.gan.source
+        data = {"shape": list(source.shape), "scale": source.scale, "classes": self.gan.classes}
+        state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": data}
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state)
         if self.board:

@@ -235,3 +235,38 @@ def test_export_writes_the_averaged_generator(toy):
     wanted = trainer.gan.ema.module.state_dict()
     assert weights.keys() == wanted.keys()
     assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_an_exported_generator_is_built_again_by_the_line_that_export_prints(config, monkeypatch, capsys, conditional):
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    from fastgan import cli
+
+    model = dataclasses.replace(config.model, conditional=conditional)
+    trainer = train(config, dataset="waveforms", model=model, optim=dataclasses.replace(config.optim, batch_size=4))
+    assert cli.main(["export", str(config.folder)]) == 0
+    imports, _, line = capsys.readouterr().out.splitlines()[-1].partition(": ")[2].rpartition("; ")
+    scope: dict[str, object] = {}
+    exec(imports, scope)
+    torch.manual_seed(0)
+    z = torch.randn(16, 8)
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *sizes: z if sizes == (16, 8) else draw(*sizes))
+    samples = eval(line, scope)
+    assert torch.equal(samples, trainer.gan.samples(z))
+    assert not samples.requires_grad
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy):
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    from fastgan.trainer.export import ExportConfig, export
+
+    train(toy)
+    path = toy.folder / "checkpoints" / "step-00000012.pt"
+    state = torch.load(path, weights_only=True)
+    del state["data"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="--resume writes it anew"):
+        export(ExportConfig(toy.folder))
+    train(toy, resume=True)
+    export(ExportConfig(toy.folder))
