@@ -52,9 +52,9 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def exact_convolutions() -> None:
+def exact_products() -> None:
     """On a GPU these round their operands to TF32, and add up in any order, unless they are told not to."""
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
 

@@ -397,6 +397,9 @@ void launch(const SpectralNormLayer* layers, std::int64_t count, const SpectralN
   const Machine machine{device.attribute(cudaDevAttrMultiProcessorCount),
                         device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSmallBytes<T>,
                         device.attribute(cudaDevAttrL2CacheSize)};
+  // The most, whatever this launch takes: another thread may be between this and its own.
+  FASTGAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
   for (std::int64_t first = 0; first < count; first += kMaxLayers) {
     const int now = static_cast<int>(std::min<std::int64_t>(count - first, kMaxLayers));
     Plan plan = make_plan(layers + first, now, sizeof(T), machine, backward);
@@ -413,7 +416,6 @@ void launch(const SpectralNormLayer* layers, std::int64_t count, const SpectralN
     arguments.scratch = arguments.sums + plan.sums;
     const int shared_bytes = static_cast<int>(kSmallBytes<T>) + arguments.slots * arguments.slot_bytes;
     void* parameters[] = {&arguments};
-    FASTGAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     FASTGAN_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(kThreads),
                                              parameters, static_cast<std::size_t>(shared_bytes), stream));
   }

@@ -5,8 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -16,6 +14,7 @@ from fastgan import ops
 from fastgan.ops.bias_act import native_kernels
 from fastgan.ops.bias_act.layout import ACTIVATIONS, PIECEWISE, SMOOTH
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
+from tests.hypothesis_if_there import given, settings, st
 
 # (shape, dimension of the bias or None): odd, prime, 1; above a line of the CPU kernels (1024) and a block of the
 # Triton kernels and below them; words of bits that end within a row; few long channels, many short ones.

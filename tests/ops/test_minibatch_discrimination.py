@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -19,6 +17,7 @@ from fastgan import ops
 from fastgan.ops.minibatch_discrimination import native_kernels
 from fastgan.ops.minibatch_discrimination.autograd import packed
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
+from tests.hypothesis_if_there import given, settings, st
 
 ROOT = Path(__file__).parents[2]
 # N, B, C: odd, prime, 1; below a tile of samples and above one; kernels enough to share out among threads, and fewer.

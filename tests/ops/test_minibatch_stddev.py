@@ -4,8 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
@@ -13,6 +11,7 @@ from fastgan import nn as fnn
 from fastgan import ops
 from fastgan.ops.minibatch_stddev import native_kernels
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
+from tests.hypothesis_if_there import given, settings, st
 
 # (shape, group_size, num_channels, eps). Odd, prime, 1; groups of 1, of all, of more than a Triton tile has; lines of
 # the CPU kernels and tiles of the Triton kernels that are not full. Of two members the second derivative by x is

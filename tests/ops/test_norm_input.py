@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fastgan
 from fastgan import ops
 from tests.harness import BACKENDS, assert_close, device_of, relative_error
+from tests.hypothesis_if_there import given, settings, st
 from tests.ops.norm_problem import AFFINE, apply, penalty_gradients, problem_of, values_and_gradients
 
 

@@ -4,8 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
@@ -15,6 +13,7 @@ from fastgan import ops
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import layout_of
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
+from tests.hypothesis_if_there import given, settings, st
 
 # (shape, dim): one row, one column, odd, prime, transposed convolutions, above a block of every kernel and below it.
 LISTS = {

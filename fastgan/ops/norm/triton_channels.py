@@ -126,18 +126,21 @@ def row_statistics(
         count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
         inside = m < parts * of_row
         total += count * tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0)
-    mean = tl.sum(total, 0) / size
+    near = tl.sum(total, 0) / size  # by a GPU's reciprocal, which may be a bit off
+    rest = tl.zeros([BLOCK], ACC)
     squares = tl.zeros([BLOCK], ACC)
     for m0 in range(0, parts * of_row, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
         part = (m // of_row).to(tl.int64)
         count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
         inside = m < parts * of_row
-        apart = tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0) - mean
+        apart = tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0) - near
         own = tl.load(squares_ptr + part * channels + m % of_row, mask=inside, other=0.0)
+        rest += tl.where(inside, count * apart, 0.0)
         squares += tl.where(inside, own + count * apart * apart, 0.0)
-    both = tl.maximum(tl.sum(squares, 0), 0.0)
-    tl.store(statistics_ptr + row, mean)
+    off = tl.sum(rest, 0) / size
+    both = tl.maximum(tl.sum(squares, 0) - off * off * size, 0.0)
+    tl.store(statistics_ptr + row, near + off)
     tl.store(statistics_ptr + rows + row, 1.0 / tl.sqrt(both / size + EPS))
     if VARIANCE:
         tl.store(statistics_ptr + 2 * rows + row, both / (size - 1.0))
