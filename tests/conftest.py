@@ -74,8 +74,16 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 LONG = ("aot", "cuda", "native", "install", "distributed")  # folders whose tests take minutes
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="of the tests chosen, the I-th of N parts, next to each other")
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long tests first: of files that are shared out among processes, a long one at the end keeps the others idle."""
+    if config.option.share:
+        part, parts = map(int, config.option.share.split("/"))
+        items[:] = items[len(items) * (part - 1) // parts : len(items) * part // parts]
     items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:

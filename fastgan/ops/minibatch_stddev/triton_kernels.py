@@ -53,7 +53,13 @@ def _mean(x_ptr, narrow, step, inside, SIZE: tl.constexpr, MEMBERS: tl.constexpr
     for first in range(0, SIZE, MEMBERS):
         g = first + tl.arange(0, MEMBERS)[:, None]
         total += tl.sum(tl.load(x_ptr + g * step + narrow, mask=(g < SIZE) & inside, other=0.0).to(ACC), 0)
-    return total / SIZE
+    near = total / SIZE  # by a GPU's reciprocal, which may be a bit off
+    rest = tl.zeros([narrow.shape[0]], ACC)
+    for first in range(0, SIZE, MEMBERS):
+        g = first + tl.arange(0, MEMBERS)[:, None]
+        real = (g < SIZE) & inside
+        rest += tl.sum(tl.where(real, tl.load(x_ptr + g * step + narrow, mask=real, other=0.0).to(ACC) - near, 0.0), 0)
+    return near + rest / SIZE  # so that samples that are equal do not deviate
 
 
 @triton.jit
