@@ -85,8 +85,9 @@ def checkpointed_region() -> object | None:
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    inside = hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
-    return hooks[0] if inside else None
+    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return hooks[0]
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:

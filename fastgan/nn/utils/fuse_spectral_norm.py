@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -19,9 +18,9 @@ from fastgan.nn.utils.spectral_norm import (
     is_recomputing,
     is_sharded,
     put,
+    ready,
     take,
     thread_and_region,
-    version_of,
 )
 from fastgan.ops.library import checkpointed_region
 
@@ -89,7 +88,7 @@ class _Parametrized:
 
     def put(self, weight: Tensor, thread: int, region: object | None) -> None:
         original: Tensor = self.tensors._parameters["original"]  # type: ignore[assignment]
-        put(self.module, self.name, Ready(weight, original, version_of(original), thread, region))
+        put(self.module, self.name, ready(weight, original, thread, region))
 
     def clear(self) -> None:
         take(self.module, self.name)
@@ -111,7 +110,7 @@ class _Hook(TorchHook):
             super().__call__(module, inputs)
         elif self.ready is None or not self.ready.is_valid():
             self._normalise(renew=True)
-        elif not torch.compiler.is_compiling():
+        elif self.ready.thread:
             if self.ready.region is not checkpointed_region():  # which is run again, without what made the weight
                 self._normalise(renew=False)
             elif getattr(self.module, self.name) is not self.ready.weight:
@@ -139,8 +138,7 @@ class _Hook(TorchHook):
 
     def put(self, weight: Tensor, thread: int, region: object | None) -> None:
         self._set(weight)
-        original = self._original()
-        self.ready = Ready(getattr(self.module, self.name), original, version_of(original), thread, region)
+        self.ready = ready(getattr(self.module, self.name), self._original(), thread, region)
 
     def clear(self) -> None:
         if self.ready is not None:

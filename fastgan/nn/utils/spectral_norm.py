@@ -94,27 +94,28 @@ class Ready(NamedTuple):
     weight: Tensor
     original: Tensor
     version: int  # of the original then
-    thread: int  # whose forward it is
+    thread: int  # whose forward it is: another one has a forward of its own, with or without a graph; 0: anybody's
     region: object | None  # of torch.utils.checkpoint that it was made in
 
     def is_valid(self) -> bool:
-        """For who asks now: another thread has a forward of its own, with or without a graph."""
-        return torch.compiler.is_compiling() or (
-            self.thread == get_ident() and self.version == version_of(self.original)
-        )
+        """For who asks now."""
+        return self.thread == 0 or (self.thread == get_ident() and self.version == self.original._version)
 
     def is_mine(self) -> bool:
-        return torch.compiler.is_compiling() or self.thread == get_ident()
+        return self.thread == 0 or self.thread == get_ident()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # in a copy of a model whose forward was broken off
 
 
-def version_of(tensor: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+def ready(weight: Tensor, original: Tensor, thread: int, region: object | None) -> Ready:
+    if thread == 0 or original.is_inference():  # which has no versions
+        return Ready(weight, original, 0, 0, region)
+    return Ready(weight, original, original._version, thread, region)
 
 
 def thread_and_region() -> tuple[int, object | None]:
+    """Those of now; a graph that is traced takes its weights away itself."""
     return (0, None) if torch.compiler.is_compiling() else (get_ident(), checkpointed_region())
 
 
@@ -132,7 +133,7 @@ def adapt(module: nn.Module, name: str) -> None:
         there: Ready | None = self.__dict__.get(key)
         if there is None or not there.is_valid():
             return computed.fget(self)  # type: ignore[no-any-return]
-        if there.region is checkpointed_region():
+        if there.thread == 0 or there.region is checkpointed_region():
             return there.weight
         # Checkpointing runs this part of the forward again, and not what made the weight: both times, of the same u, v.
         norm: SpectralNorm = self.parametrizations[name][0]  # type: ignore[index, assignment]
@@ -152,9 +153,9 @@ def put(module: nn.Module, name: str, ready: Ready) -> None:
 
 
 def take(module: nn.Module, name: str) -> None:
-    there: Ready | None = module.__dict__.get(_key(name))
-    if there is not None and there.is_mine():
-        module.__dict__.pop(_key(name), None)
+    there: Ready | None = module.__dict__.pop(_key(name), None)
+    if there is not None and not there.is_mine():
+        put(module, name, there)
 
 
 def _key(name: str) -> str:
