@@ -90,7 +90,8 @@ many_tests() (
     return $result
 )
 
-# bench RESERVE FILE ARGUMENTS...: no case begins in the last RESERVE seconds; another process goes on where one has crashed; cases not come to stay listed for --resume.
+# bench RESERVE FILE ARGUMENTS...: no case begins in the last RESERVE seconds; another process goes on where one has
+# crashed; cases not come to stay listed for --resume.
 bench() {
     reserve=$1 file=$out/$2
     shift 2
@@ -123,11 +124,10 @@ stage test-cuda 30 tests tests/ops -k cuda
 stage test 120 many_tests tests/ops -k 'not cuda'
 stage verify 55 limited "$python" -c "$verify" "$out"
 stage bench 100 bench 40 ops.json --rounds 10
-stage bench-steps $(($(left) - 35)) bench 40 steps.json --suite steps --rounds 5
+stage bench-steps $(($(left) - 70)) bench 40 steps.json --suite steps --rounds 5
 stage bench-compiled 35 bench 20 ops-compiled.json --case "$compiled" --compile
 # Last: a capture that fails may take the process's GPU with it.
-[ "$(left)" -lt 20 ] || stage test-more "$(left)" tests tests/bench/test_cases.py tests/bench/test_timing.py \
-    tests/integrations
+stage test-more "$(left)" tests tests/bench/test_cases.py tests/bench/test_timing.py tests/integrations
 
 if [ -n "$failed" ]; then
     echo "failed:$failed"

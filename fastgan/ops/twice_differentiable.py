@@ -106,8 +106,12 @@ class _Reroute(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         route = _ROUTES.get(func)
-        plain = route is None or not torch.is_grad_enabled() or not _PLAIN.issuperset(types)
-        if route is None or plain or checkpointed_region() is not None:
+        if (
+            route is None
+            or not torch.is_grad_enabled()
+            or not _PLAIN.issuperset(types)
+            or checkpointed_region() is not None
+        ):
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
 
