@@ -9,12 +9,27 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_pre_dispatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+
+
+def is_traced() -> bool:
+    """Whether calls are recorded now: by torch.compile, torch.export, torch.jit.trace, ONNX export or make_fx.
+
+    A recorder must see PyTorch's own form of a model: fastgan's reroutes, fused weights and raw kernels stand back.
+    A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    modes = (_get_current_dispatch_mode(), _get_current_dispatch_mode_pre_dispatch())
+    return any(mode is not None and type(mode).__name__ in _RECORDERS for mode in modes)
+
+
+_RECORDERS = frozenset({"ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode"})
 
 
 def is_eager(tensor: Tensor) -> bool:
@@ -26,6 +41,7 @@ def is_eager(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
     )
 
