@@ -9,7 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_pre_dispatch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,11 +26,13 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    modes = (_get_current_dispatch_mode(), _get_current_dispatch_mode_pre_dispatch())
-    return any(mode is not None and type(mode).__name__ in _RECORDERS for mode in modes)
+    modes = (_get_current_dispatch_mode(), *_get_current_function_mode_stack())
+    return any(type(mode).__name__ in _RECORDERS for mode in modes)
 
 
-_RECORDERS = frozenset({"ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode"})
+_RECORDERS = frozenset(
+    ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
+)
 
 
 def is_eager(tensor: Tensor) -> bool:
