@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
+Dims = int | Sequence[int]
 
 
 class _Formula(NamedTuple):
@@ -51,8 +52,9 @@ class Penalty:
     kind: Kind = "r1"
     weight: Number | None = None
     target: Number | None = None
-    dims: int | tuple[int, ...] | None = None
+    dims: Dims | None = None
     reduction: str = "mean"
+    _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -62,7 +64,7 @@ class Penalty:
             raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
-        object.__setattr__(self, "dims", _checked_dims(self.dims))
+        object.__setattr__(self, "_over", _checked_dims(self.dims))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
                 f"{self._name} has no target, got target={self.target}: the kinds with one are wgan-gp, "
@@ -88,17 +90,15 @@ class Penalty:
     def norms(self, grads: Sequence[Tensor]) -> Tensor:
         """(N, *R): the norms over ``dims``, or their squares, whichever this kind is a function of.
 
-        They depend on the gradients alone: what may be learned besides (weight, target, a function's own parameters)
-        comes after them.
+        They depend on the gradients alone. Whatever else may be learned (the weight, the target, a function's own
+        parameters) is applied to them in ``of_norms``, by plain autograd.
         """
-        assert not isinstance(self.dims, int)
         with _full_precision(grads[0]):
-            return norms(grads, self.dims, squared=self._formula.squared)
+            return norms(grads, self._over, squared=self._formula.squared)
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
-        assert not isinstance(self.dims, int)
-        shape = remaining(inputs[0].shape, self.dims) if self.reduction == "none" else []
+        shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
         return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
 
     def of_norms(self, norms: Tensor) -> Tensor:
