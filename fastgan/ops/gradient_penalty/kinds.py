@@ -110,7 +110,8 @@ class Penalty:
             penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
             if isinstance(self.weight, Tensor):
                 return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-            return (10.0 if self.weight is None else self.weight) * formula.factor * penalty
+            factor = (10.0 if self.weight is None else self.weight) * formula.factor
+            return factor * penalty
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
@@ -166,6 +167,6 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
