@@ -181,7 +181,8 @@ def logits_and_penalty(
     check_weight(weight)
     logits, x, tracer, reason = _traced(discriminator, inputs, args, kwargs)
     if tracer is not None and reason is None:
-        return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)
+        factor = 10.0 if weight is None else weight
+        return one_pass(logits, [*_flatten(logits)], (x,), tracer, lambda grads: penalise(kind, grads[0], factor))
     penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
     if tracer is not None:
         leave_unread(x)
@@ -197,8 +198,11 @@ def explain_penalty(
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Run the discriminator once, and say whether ``logits_and_penalty`` takes one pass and, if not, why not."""
-    reason = _traced(discriminator, inputs, args, kwargs)[3]
-    return "one pass" if reason is None else f"general path: {reason}"
+    _, _, tracer, reason = _traced(discriminator, inputs, args, kwargs)
+    if tracer is None or reason is not None:
+        return f"general path: {reason}"
+    remark = tracer.remark()
+    return "one pass" if remark is None else f"one pass, {remark}"
 
 
 def _traced(
@@ -214,7 +218,7 @@ def _traced(
             return discriminator(x, *args, **(kwargs or {})), x, None, REASON
     with twice_differentiable(), Tracer(x) as tracer:
         logits = discriminator(x, *args, **(kwargs or {}))
-    return logits, x, tracer, tracer.judge(logits)
+    return logits, x, tracer, tracer.judge([*_flatten(logits)], logits)
 
 
 def _check_scales(outputs: Sequence[Tensor]) -> None:
