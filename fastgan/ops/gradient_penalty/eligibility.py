@@ -10,7 +10,7 @@ marked. What never passes through a torch function (a custom autograd.Function) 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
-from fastgan.ops.gradient_penalty.let_go import keeps_clear
+from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
@@ -101,16 +101,14 @@ class Tracer(TorchFunctionMode):
             self._mark(result, layout, why)
         return result
 
-    def _known(self, tensor: Tensor) -> _Made | None:
+    def _known(self, tensor: Any) -> _Made | None:
         made = self._made.get(id(tensor))
         return made if made is not None and made.tensor() is tensor else None
 
     def layout(self, tensor: Any) -> Layout | None:
         """How the samples lie in a tensor made from the input; None: it is a constant."""
-        made = self._made.get(id(tensor))
-        if made is None or made.tensor() is not tensor or not tensor.requires_grad:
-            return None
-        return made.layout
+        made = self._known(tensor)
+        return made.layout if made is not None and tensor.requires_grad else None
 
     def counts(self, index: Tensor, size: int) -> bool:
         """Whether these are the numbers 0 to ``size``, each once, in order."""
@@ -157,6 +155,8 @@ class Tracer(TorchFunctionMode):
             return None, self._reason(call.func, str(refused))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             return None, self._reason(call.func, f"was called in a way that one pass has no rule for ({error})")
+        if call.constants and call.func in IN_PLACE and call.result._is_view():
+            return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
         if call.constants:  # of one result
             self.constants += [(edge, constant, layout) for edge, constant in call.constants]
         return layout, None
@@ -221,7 +221,7 @@ class Tracer(TorchFunctionMode):
         for output in outputs:
             known = self._known(output)
             if known is None:
-                return "the output was not made by torch functions from the input"
+                return f"the logits were not made from the input by torch functions alone{self._custom([output])}"
             why = known.why or self._unseen([known])
             if why is not None:
                 return why
@@ -246,7 +246,7 @@ class Tracer(TorchFunctionMode):
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
         if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
-            return "a weight is made from the input"
+            return f"a weight is made from the input{self._custom(parameter for parameter, _ in self.parameters)}"
         if leaves:
             shapes = ", ".join(sorted(str(tuple(leaf.variable.shape)) for leaf in leaves))  # type: ignore[attr-defined]
             return f"a tensor that requires a gradient, of shape {shapes}, enters where no torch function shows it"
@@ -255,6 +255,15 @@ class Tracer(TorchFunctionMode):
             type(node).__name__ for node in self.path if node not in targets and not keeps_clear(node, self.path, also)
         }
         return f"{', '.join(sorted(curved))} in its graph, whose backward reads the forward" if curved else None
+
+    def _custom(self, tensors: Iterable[Tensor]) -> str:
+        """What on the way from the input to these no torch function shows."""
+        targets = {get_gradient_edge(x).node for x in self._inputs}
+        path, _ = follow((tensor.grad_fn for tensor in tensors), targets)
+        names = {
+            type(node).__name__ for node in path if hasattr(node, "_forward_cls") and not is_piecewise_affine(node)
+        }
+        return f": {', '.join(sorted(names))} is a custom autograd.Function" if names else ""
 
     def remark(self) -> str | None:
         """What to say besides, where one pass does."""

@@ -36,7 +36,8 @@ def rows(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
     dim, outer, inner = layout
     if outer == inner == 1:
         return tensor.movedim(dim, 0).reshape(samples, -1)
-    return tensor.unflatten(dim, (outer, samples, inner)).movedim(dim + 1, 0).reshape(samples, -1)
+    apart: Tensor = tensor.unflatten(dim, (outer, samples, inner))
+    return apart.movedim(dim + 1, 0).reshape(samples, -1)
 
 
 def sums(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
