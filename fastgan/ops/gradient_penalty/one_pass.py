@@ -109,7 +109,7 @@ def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int)
     """<delta_i, constant> of each sample (N,)."""
     if not isinstance(constant, Tensor):
         return sums(delta, layout, samples) * constant
-    if constant.ndim == 1 and delta.ndim == 2 and layout == (0, 1, 1) and delta.dtype == constant.dtype:
+    if delta.ndim == 2 and layout == (0, 1, 1) and constant.shape == delta.shape[1:] and delta.dtype == constant.dtype:
         return torch.mv(delta, constant)  # of a linear layer: one operator for three, and in its derivative
     constant = constant.reshape((1,) * (delta.ndim - constant.ndim) + constant.shape)
     once = [d for d in range(delta.ndim) if constant.shape[d] == 1 and delta.shape[d] != 1 and d != layout.dim]
