@@ -14,7 +14,6 @@ from fastgan.ops.bias_act.functions import leaky_relu
 from fastgan.ops.piecewise.autograd import Linear, Step, piecewise, takes
 
 aten: Any = torch.ops.aten
-_TORCH: Any = torch  # what its stubs leave out
 Bound = Any  # a number or a tensor, or None
 Slopes = Callable[..., tuple[Tensor, ...]]
 
@@ -32,7 +31,11 @@ def _chosen(x: Tensor, chosen: Tensor, equal: Tensor) -> Tensor:
     return torch.where(equal, x / 2, torch.where(chosen, x, 0))
 
 
-MASKED, SCALED, CHOSEN = (Linear(slopes, slopes) for slopes in (_masked, _scaled, _chosen))
+def _drawn(x: Tensor, noise: Tensor) -> Tensor:
+    return noise * x  # in this order the result lies as PyTorch's
+
+
+MASKED, SCALED, CHOSEN, DRAWN = (Linear(slopes, slopes) for slopes in (_masked, _scaled, _chosen, _drawn))
 
 
 def elementwise(
@@ -160,12 +163,13 @@ def rrelu(
         return theirs(input, lower, upper, training, generator)  # type: ignore[no-any-return]
     if not training:
         theirs(torch.empty_like(input[:0]), lower, upper)  # raises where the bounds are wrong
-        return leaky_relu(input, (lower + upper) / 2, over)
+        result = leaky_relu(input, (lower + upper) / 2, over)
+        return result if over else result.contiguous()  # as PyTorch's
 
     def run(x: Tensor) -> Step:
         noise = torch.empty_like(x, memory_format=torch.contiguous_format)
         form = aten.rrelu_with_noise_ if over else aten.rrelu_with_noise
-        return Step(form(x, noise, lower, upper, True, generator), SCALED, (noise,))
+        return Step(form(x, noise, lower, upper, True, generator), DRAWN, (noise,))
 
     return piecewise(input, run, over)  # type: ignore[no-any-return]
 
@@ -175,7 +179,7 @@ rrelu_ = partial(rrelu, over=True)
 _CALLS: list[Any] = [  # the last ones write over their input
     (MASKED, _hardtanh, (F.hardtanh,), (F.hardtanh_,)),
     (MASKED, _relu6, (F.relu6,), ()),
-    (MASKED, _threshold, (F.threshold, torch.threshold), (F.threshold_, _TORCH.threshold_)),
+    (MASKED, _threshold, (F.threshold, torch.threshold), (torch.threshold_,)),
     (MASKED, _softshrink, (F.softshrink,), ()),
     (MASKED, _hardshrink, (F.hardshrink, torch.hardshrink, Tensor.hardshrink), ()),
     (

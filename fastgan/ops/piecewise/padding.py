@@ -14,7 +14,7 @@ from fastgan.ops.piecewise.pooling import unread
 
 aten: Any = torch.ops.aten
 
-_KINDS = {"reflect": "reflection", "replicate": "replication"}
+_KINDS = {"reflect": "reflection", "replicate": "replication", "circular": "circular"}
 
 
 def _bordered(input: Tensor, pad: Sequence[int], kind: str) -> Linear:
@@ -39,7 +39,7 @@ def _circular(pad: Sequence[int]) -> Linear:
 
 
 def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    if mode == "constant" or not takes(input) or not _is_plain(input, pad):
+    if mode not in _KINDS or not takes(input) or not _is_plain(input, pad):
         return F.pad(input, pad, mode, value)
 
     def run(x: Tensor) -> Step:
