@@ -31,9 +31,9 @@ _CLEAR = frozenset(
 _BILINEAR = frozenset({"MulBackward0", "MmBackward0", "AddmmBackward0", "BmmBackward0"})
 
 
-def may_let_go(path: set[Node], target: Node) -> bool:
-    """``path``: the nodes that lead from the outputs to ``target``, the node of the inputs."""
-    return all(node is target or _keeps_clear(node, path) for node in path)
+def may_let_go(path: set[Node], *targets: Node) -> bool:
+    """``path``: the nodes that lead from the outputs to ``targets``, the nodes of the inputs."""
+    return all(node in targets or _keeps_clear(node, path) for node in path)
 
 
 def _keeps_clear(node: Node, path: set[Node]) -> bool:
