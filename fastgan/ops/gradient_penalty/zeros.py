@@ -1,9 +1,9 @@
 """Zeros for the parameters that a penalty does not depend on, where PyTorch's own penalty leaves zeros.
 
-The double backward of PyTorch's convolutions, activations and poolings fills zeros for their inputs. These run back
-through the forward and reach every parameter below, such as a bias before a ReLU: its ``grad`` is zeros, so that an
-optimizer with momentum moves it, and DistributedDataParallel sees it. fastgan's Functions send nothing. Those that stand
-for such a function say for which of their inputs by ``fills_zeros``, and what lies below gets its zeros here.
+The double backward of PyTorch's activations and poolings fills zeros for their inputs. These run back through the
+forward and reach every parameter below, such as a bias before a ReLU: its ``grad`` is zeros, so that an optimizer with
+momentum moves it, and DistributedDataParallel sees it. fastgan's Functions send nothing. Those that stand for such a
+function of PyTorch say for which of their inputs by ``fills_zeros``. What lies below these gets its zeros here.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 
-def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Tensor) -> Tensor:
+def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor]) -> Tensor:
     """The penalty, whose backward gives zeros to those leaves that it does not depend on and PyTorch's reaches.
 
     Args:
-        path: the nodes by which the logits depend on ``inputs``, which get none.
+        path: the nodes by which the logits depend on ``inputs``, which get no zeros.
     """
-    filled = [
-        node.next_functions[index][0] for node in path for index in _fills_zeros(node) if index < len(node.next_functions)
-    ]
-    below = _reached(filled)
-    below.pop(get_gradient_edge(inputs).node, None)
-    candidates = [node for node in below if hasattr(node, "variable")]
+    below = reached_by_zeros(path)
+    points = {get_gradient_edge(x).node for x in inputs}
+    candidates = [node for node in below if hasattr(node, "variable") and node not in points]
     if not candidates:
         return penalty
-    reached = _reached([penalty.grad_fn])
-    leaves = [node.variable for node in candidates if node not in reached]
+    depends = _reached([penalty.grad_fn])
+    leaves = [node.variable for node in candidates if node not in depends]
     if not leaves:
         return penalty
     result: Tensor = _WithZeros.apply(penalty, *leaves)  # type: ignore[no-untyped-call]
     return result
+
+
+def reached_by_zeros(path: Iterable[Node]) -> dict[Node, None]:
+    """The nodes, in a fixed order, that the zeros of PyTorch's double backward reach."""
+    return _reached(node.next_functions[index][0] for node in path for index in _fills_zeros(node))
 
 
 def _fills_zeros(node: Node) -> tuple[int, ...]:
@@ -48,7 +50,7 @@ def _fills_zeros(node: Node) -> tuple[int, ...]:
 
 
 def _reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
-    """All nodes that a backward from these reaches, in a fixed order."""
+    """All nodes that a backward from these reaches."""
     seen: dict[Node, None] = {}
     waiting = list(nodes)
     while waiting:

@@ -33,6 +33,7 @@ class Step(NamedTuple):
     linear: Linear
     kept: tuple[Tensor, ...] = ()
     indices: Tensor | None = None  # a further result, not differentiable
+    fills_zeros: bool = True  # whether PyTorch's own double backward does, for the input
 
 
 def takes(input: Any, inplace: bool = False) -> bool:
@@ -61,7 +62,8 @@ class _Piecewise(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, run: Callable[[Tensor], Step], inplace: bool) -> Any:
         if inplace:
             ctx.mark_dirty(input)
-        value, ctx.linear, kept, indices = run(input)
+        value, ctx.linear, kept, indices, filled = run(input)
+        ctx.fills_zeros = (0,) if filled else ()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)
         if indices is None:

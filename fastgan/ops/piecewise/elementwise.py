@@ -43,6 +43,8 @@ def elementwise(
 ) -> Callable[..., Any]:
     """``theirs``, one of PyTorch's functions, with the linear part that ``slopes`` finds for the same arguments."""
 
+    filled = slopes not in (_clamp, _clamp_max)
+
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         over = inplace or _is_inplace(theirs, args, kwargs)
         if not takes(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
@@ -51,9 +53,9 @@ def elementwise(
         def run(x: Tensor) -> Step:
             if over:
                 kept = slopes(x, *args, **kwargs)
-                return Step(theirs(x, *args, **kwargs), linear, kept)
+                return Step(theirs(x, *args, **kwargs), linear, kept, fills_zeros=filled)
             value = theirs(x, *args, **kwargs)  # PyTorch's errors come first
-            return Step(value, linear, slopes(x, *args, **kwargs))
+            return Step(value, linear, slopes(x, *args, **kwargs), fills_zeros=filled)
 
         return piecewise(input, run, over)
 
@@ -135,7 +137,7 @@ def maximum(theirs: Callable[..., Any], largest: bool) -> Callable[..., Any]:
 
         def run(x: Tensor) -> Step:
             passed = x < constant if largest else x > constant  # neither where one is NaN
-            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant))
+            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant), fills_zeros=False)
 
         return piecewise(x, run)
 

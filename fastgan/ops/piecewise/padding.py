@@ -44,7 +44,7 @@ def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float
 
     def run(x: Tensor) -> Step:
         linear = _circular(pad) if mode == "circular" else _bordered(x, pad, _KINDS[mode])
-        return Step(F.pad(x, pad, mode, value), linear)
+        return Step(F.pad(x, pad, mode, value), linear, fills_zeros=mode != "circular")
 
     three_reflected = mode == "reflect" and len(pad) == 6  # autocast does not know this one
     return piecewise(as_autocast(input, mode != "circular" and not three_reflected), run)  # type: ignore[no-any-return]

@@ -41,6 +41,7 @@ class _PReLU(torch.autograd.Function):
     """The input is kept for its weight's gradient alone; otherwise a byte an element is."""
 
     piecewise_affine = True
+    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
