@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -71,7 +72,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by: Tensor) -> Tensor:
         grad, norm = ctx.saved_tensors
-        factor = (by / norm).masked_fill(norm == 0, 0)  # (N,)
+        factor = by / norm.masked_fill(norm == 0, inf)  # (N,); 0 at 0, as are all its derivatives
         return (grad * factor[:, None]).to(grad.dtype)  # type: ignore[no-any-return]
 
 
