@@ -139,7 +139,7 @@ def copyable(weight: Tensor) -> Tensor:
 
     PyTorch refuses both, and a layer that keeps such a tensor as an attribute with them.
     """
-    if weight.grad_fn is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and weight.grad_fn is not None:
         itself = weakref.ref(weight)
         weight.__deepcopy__ = partial(_deepcopy, itself)  # type: ignore[method-assign]
         weight.__reduce_ex__ = partial(_reduce_ex, itself)  # type: ignore[method-assign, assignment]
