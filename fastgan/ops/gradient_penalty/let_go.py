@@ -11,8 +11,9 @@ from collections.abc import Collection
 
 from torch.autograd.graph import Node
 
-# PyTorch's nodes whose backward is linear in the incoming gradient and has no derivative in anything else.
-_LINEAR = frozenset(
+# PyTorch's nodes from whose backward no path leads to their inputs, whatever these are made from: linear ones, and
+# those that choose among elements, by indices or masks.
+_CLEAR = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
     for name in (
@@ -22,14 +23,15 @@ _LINEAR = frozenset(
         *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im"),
         *("Index", "IndexSelect", "Gather", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy"),
         *("Where", "MaskedFill", "NativeDropout", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
-        *("Amax", "Amin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
+        *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
+        *("Cummax", "Cummin", "Frac", "NanToNum"),
         *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "NativeChannelShuffle"),
         *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
         *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
         *("UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBilinear2DAa", "UpsampleTrilinear3D"),
         *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
-) | {"MaxBackward0", "MinBackward0", "LerpBackward0"}
+) | {"LerpBackward0"}
 # Products: their backward by one factor reads the others. The positions of the factors among the node's inputs.
 _FACTORS = {
     **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0"), (0, 1)),
@@ -52,7 +54,7 @@ def keeps_clear(node: Node, path: set[Node], also: Collection[str] = ()) -> bool
     ``also``: names of nodes that are known to, as they are used here.
     """
     name = type(node).__name__
-    if name in _LINEAR or name in also:
+    if name in _CLEAR or name in also:
         return True
     factors = _FACTORS.get(name)
     fixed = _FIXED.get(name)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
-from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
 from fastgan.ops.library import last_order, untraced
 
 
@@ -49,9 +49,7 @@ def one_pass(
     """
     outputs = [output for output in outputs if output.requires_grad]
     refuse_sharded_graph(tracer.path)
-    targets = [get_gradient_edge(x).node for x in inputs]
-    keep = tracer.attached or not tracer.single or not may_let_go(tracer.path, *targets)
-    grads, affine = _differentiate(outputs, inputs, tracer, keep)
+    grads, affine = _differentiate(outputs, inputs, tracer)
     graph = _Graph(outputs, grads, affine, tracer)
     parameters = [parameter for parameter, _ in tracer.parameters]
     results: tuple[Tensor, ...] = _OnePass.apply(graph, *parameters)  # type: ignore[no-untyped-call]
@@ -63,7 +61,7 @@ def one_pass(
 
 
 def _differentiate(
-    outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer, keep: bool
+    outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of the sum of the logits in the inputs, and for each sample (N,) the logits' sum by these."""
     samples = tracer.samples
@@ -75,7 +73,7 @@ def _differentiate(
         outputs,
         [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
         [torch.ones_like(output) for output in outputs],
-        retain_graph=keep,
+        retain_graph=tracer.attached or not tracer.single,  # else what the forward kept is let go
         create_graph=True,
         allow_unused=True,
     )
@@ -127,8 +125,14 @@ class _Graph:
         self.samples = tracer.samples
         self.layouts = [layout for output in outputs if (layout := tracer.layout(output)) is not None]
         self.values = [output.detach() for output in outputs]
+        self.path = tracer.path
         # The logits with their forward, kept where a loss may need it.
         self.outputs: Sequence[Tensor] | None = None
+
+    def zeros(self) -> list[bool]:
+        """Of each view, whether PyTorch leaves zeros where a penalty does not depend on it."""
+        below = reached_by_zeros(self.path)
+        return [view.grad_fn in below for view in self.views]
 
     def shared(self, factors: Sequence[Tensor | None]) -> Tensor | None:
         """The gradient of a loss in each sample's logits (N,); None: these differ within a sample."""
@@ -194,6 +198,10 @@ class _OnePass(torch.autograd.Function):
             found = torch.autograd.grad(tensors, wanted, by, retain_graph=keep, allow_unused=True)
         rest = iter(found)
         grads = [next(rest, None) if needed else None for needed in ctx.needs_input_grad[1:]]
+        missing = [grad is None and needed for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
+        if any(missing) and any(factor is not None for factor in by_grads):
+            as_pytorch = zip(grads, missing, graph.zeros(), parameters, strict=True)
+            grads = [torch.zeros_like(p) if absent and zero else grad for grad, absent, zero, p in as_pytorch]
         if torch.is_grad_enabled():
             message = "logits_and_penalty: its gradient cannot be differentiated again; use gradient_penalty"
             grads = last_order(message, grads, [*factors, *parameters])
