@@ -267,10 +267,12 @@ def test_select_chooses_and_everything_is_returned(discriminator, select, summed
     assert_penalty(call, copy.deepcopy(discriminator), summed, select=select)
 
 
-@pytest.mark.parametrize(("discriminator", "select", "summed"), SELECTED.values(), ids=SELECTED)
-def test_explain_penalty_takes_select(discriminator, select, summed):
+@pytest.mark.parametrize("name", SELECTED)
+def test_explain_penalty_takes_select(name):
+    discriminator, select, _ = SELECTED[name]
     explained = fastgan.explain_penalty(discriminator.double(), images(), select=select)
-    assert explained == "one pass" or explained.startswith("general path: ")
+    reshaped = name in ("a function of one tensor", "rows of patches")  # not what the discriminator returned
+    assert explained.startswith("general path: " if reshaped else "one pass")
 
 
 def test_a_loss_of_everything_that_was_returned_and_a_penalty_of_the_selected_are_exact():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
@@ -19,6 +19,7 @@ from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
 from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
@@ -89,7 +90,8 @@ def gradient_penalty(
     Returns:
         The penalty, () unless ``reduction="none"``, float32, or float64 for float64 inputs. It is differentiable once
         in the discriminator's parameters, and in whatever ``weight``, ``target`` and a function ``kind`` are made from.
-        ``real`` and ``fake`` get no gradient.
+        Parameters that it does not depend on, such as biases before ReLUs, get zeros where PyTorch gives zeros, and
+        none elsewhere. ``real`` and ``fake`` get no gradient.
 
     Raises:
         ValueError: an unknown kind or reduction; real and fake differ in form or shape; an output that need not be a
@@ -113,7 +115,7 @@ def gradient_penalty(
         small = _is_small(discriminator, x)
         with uncompiled if small else twice_differentiable():
             returned = discriminator(given, *args, **(kwargs or {}))
-        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small)
+        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
             for tensor in x:
                 leave_unread(tensor)
@@ -168,17 +170,21 @@ def penalty_from_logits(
     return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
 
-def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False) -> Tensor:
+def _penalty(
+    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False, plain: bool = False
+) -> Tensor:
     """The penalty of the gradients of the logits' sum.
 
     Args:
         ours: nobody else has these logits, so what their forward saved may be freed.
+        plain: the forward was PyTorch's own.
     """
     connected = [output for output in logits if output.requires_grad]
     grads: Sequence[Tensor | None] = ()
+    path: set[Node] = set()
     if connected:
         keep = True
-        if ours or may_be_sharded():
+        if not plain or may_be_sharded():
             path = paths(connected, *inputs)
             refuse_sharded_graph(path)
             keep = not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
@@ -187,7 +193,7 @@ def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Pena
     found = [grad for grad in grads if grad is not None]
     if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return penalty(found)
+    return leave_zeros(penalty(found), path, inputs)
 
 
 @untraced
@@ -209,10 +215,13 @@ def logits_and_penalty(
         logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
         (softplus(-logits).mean() + penalty).backward()
 
-    Where D is affine around each sample, for given masks, and keeps the samples apart, loss and penalty together take
-    the work of four forwards instead of six, and what the forward saved is freed at once. ``explain_penalty`` says
-    whether. Elsewhere, and where D is small (see ``gradient_penalty``), the result is that of ``penalty_from_logits``.
-    The numbers are the same.
+    Where the discriminator is piecewise affine and keeps the samples apart, loss and penalty together take the work of
+    four forwards instead of six. Convolutions, products with weights, ReLUs, clamps, poolings, dropout, sums, masks,
+    slices and reshapes are such operations. Batch statistics, normalizations of the input, smooth activations and
+    attention are not. With several logits a sample (patches, scales), the loss must also have the same gradient in all
+    of them. ``explain_penalty`` says whether one pass is possible. Elsewhere, and where D is small (see
+    ``gradient_penalty``), the result is that of ``penalty_from_logits``. The numbers are the same. One pass frees what
+    the forward saved at once, unless more than one logit a sample was returned.
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
@@ -234,9 +243,8 @@ def logits_and_penalty(
     penalty = Penalty(kind, weight, target, dims, reduction)
     returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
     if tracer is not None and reason is None:
-        returned, norms = one_pass(returned, logits, x, tracer, penalty.norms)
-        return returned, penalty.of_norms(norms)
-    value = _penalty(logits, x, penalty)
+        return one_pass(returned, logits, x, tracer, penalty)
+    value = _penalty(logits, x, penalty, plain=tracer is None)
     if tracer is not None:
         for tensor in x:
             leave_unread(tensor)
@@ -260,13 +268,17 @@ def explain_penalty(
         discriminator, inputs, select, args, kwargs: as for ``logits_and_penalty``.
 
     Returns:
-        "one pass", or "general path: " and the reason.
+        "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
-    reason = _forward(discriminator, inputs, select, args, kwargs).reason
-    return "one pass" if reason is None else f"general path: {reason}"
+    forward = _forward(discriminator, inputs, select, args, kwargs)
+    if forward.tracer is None or forward.reason is not None:
+        return f"general path: {forward.reason}"
+    remark = forward.tracer.remark()
+    return "one pass" if remark is None else f"one pass, {remark}"
 
 
 class _Forward(NamedTuple):

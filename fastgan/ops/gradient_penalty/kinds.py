@@ -85,33 +85,21 @@ class Penalty:
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The penalty of the gradients, each (N, *S)."""
-        return self.of_norms(self.norms(grads))
-
-    def norms(self, grads: Sequence[Tensor]) -> Tensor:
-        """(N, *R): the norms over ``dims``, or their squares, whichever this kind is a function of.
-
-        They depend on the gradients alone. Whatever else may be learned (the weight, the target, a function's own
-        parameters) is applied to them in ``of_norms``, by plain autograd.
-        """
-        with _full_precision(grads[0]):
-            return norms(grads, self._over, squared=self._formula.squared)
-
-    def zero(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
-        shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
-        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
-
-    def of_norms(self, norms: Tensor) -> Tensor:
-        """The penalty, from what the method ``norms`` returned."""
         formula = self._formula
         target = formula.target if self.target is None else self.target
-        with _full_precision(norms):
-            each = formula.of(norms, _broadcasting(target, norms) if isinstance(target, Tensor) else target)
+        with _full_precision(grads[0]):
+            size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
+            each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
             penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
             if isinstance(self.weight, Tensor):
                 return self.weight.to(penalty.dtype) * (formula.factor * penalty)
             factor = (10.0 if self.weight is None else self.weight) * formula.factor
             return factor * penalty
+
+    def zero(self, inputs: Sequence[Tensor]) -> Tensor:
+        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
+        shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
+        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
