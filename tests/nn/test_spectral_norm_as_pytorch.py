@@ -180,16 +180,17 @@ def pruned(model):
 
 
 def same(fused, twin, results, what):
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=lambda m: f"{what}: {m}")
     states = fused.state_dict(), twin.state_dict()
     assert list(states[0]) == list(states[1])
-    for (name, ours), theirs in zip(states[0].items(), states[1].values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=lambda m: f"{what}: {name}: {m}")
-    for (name, ours), theirs in zip(fused.named_parameters(), twin.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), f"{what}: gradient of {name}"
-        if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=lambda m: f"{what}: {m}")
+    grads = [{name: p.grad for name, p in model.named_parameters()} for model in (fused, twin)]
+    assert [g is None for g in grads[0].values()] == [g is None for g in grads[1].values()], f"{what}: gradients"
+    for kind, ours, theirs in (
+        *(("result", ours, theirs) for ours, theirs in zip(*results, strict=True)),
+        *((name, states[0][name], theirs) for name, theirs in states[1].items()),
+        *((f"gradient of {name}", grads[0][name], theirs) for name, theirs in grads[1].items() if theirs is not None),
+    ):
+        close = torch.allclose(ours, theirs, rtol=1e-8, atol=1e-10)
+        assert close, f"{what}: {kind} differs by {(ours - theirs).abs().max():.1e}"
 
 
 def follow(form, steps):
@@ -218,9 +219,7 @@ def test_each_leaves_a_fused_model_as_its_twin(action, plan, form):
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=25, deadline=None)
 @given(
-    steps=st.lists(
-        st.tuples(st.sampled_from([*ACTIONS, copied]), st.text("bc", max_size=3)), min_size=2, max_size=6
-    ),
+    steps=st.lists(st.tuples(st.sampled_from([*ACTIONS, copied]), st.text("bc", max_size=3)), min_size=2, max_size=6),
     prune_at=st.integers(0, 8),
 )
 def test_any_sequence_leaves_a_fused_model_as_its_twin(form, steps, prune_at):
