@@ -142,14 +142,15 @@ def copyable(weight: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and weight.grad_fn is not None:
         itself = weakref.ref(weight)
         weight.__deepcopy__ = partial(_deepcopy, itself)  # type: ignore[method-assign]
-        weight.__reduce_ex__ = partial(_reduce_ex, itself)  # type: ignore[method-assign, assignment]
+        weight.__reduce_ex__ = partial(_reduce_ex, itself)  # type: ignore[method-assign]
     return weight
 
 
 def _deepcopy(weight: weakref.ref[Tensor], memo: dict[int, Any]) -> Tensor:
     there = weight()
     assert there is not None  # whoever copies it holds it
-    return memo.setdefault(id(there), there.detach().clone())
+    copied: Tensor = memo.setdefault(id(there), there.detach().clone())
+    return copied
 
 
 def _reduce_ex(weight: weakref.ref[Tensor], protocol: int) -> Any:
