@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
+from fastgan.ops.filled import mark_base
 
 _LEAST = 2**14  # elements; through a penalty the kernels are ahead from 2**15 on
 _leaky_relu_backward: Any = torch.ops.aten.leaky_relu_backward.default
@@ -25,7 +26,11 @@ def is_small(x: Tensor) -> bool:
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
     """leaky_relu of a slope of 0 or more; None: relu."""
-    result: Tensor = _Rectify.apply(x, slope, inplace) if x.requires_grad else _forward(x, slope, inplace)  # type: ignore[no-untyped-call]
+    if not x.requires_grad:
+        return _forward(x, slope, inplace)
+    result: Tensor = _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call]
+    if inplace:
+        mark_base(x)
     return result
 
 
