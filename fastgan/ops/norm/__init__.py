@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalise, statistics_of
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
@@ -20,6 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
+@symbolic
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -68,6 +70,7 @@ def layer_norm(
     return normalise(input, weight, bias, layout, eps, chosen)
 
 
+@symbolic
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -110,6 +113,7 @@ def group_norm(
     return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
+@symbolic
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -155,6 +159,7 @@ def instance_norm(
     return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
 
+@symbolic
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
