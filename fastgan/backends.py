@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -107,7 +107,7 @@ def is_recorded() -> bool:
     only watch (a counter of FLOPs, a profiler, a logger) record nothing. torch.compile doesn't either: what it makes
     runs here, and can call fastgan's operators.
     """
-    if torch._C._get_tracing_state() is not None or _is_exporting() or _is_symbolic():
+    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing():
         return True
     if not (_len_torch_dispatch_stack() or _len_torch_function_stack()):  # as nearly always
         return False
@@ -119,11 +119,6 @@ _RECORDERS = frozenset(
     ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
 )
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
-
-
-def _is_symbolic() -> bool:
-    symbolic_trace = sys.modules.get("torch.fx._symbolic_trace")
-    return symbolic_trace is not None and symbolic_trace._is_fx_tracing_flag
 
 
 def is_plain() -> bool:

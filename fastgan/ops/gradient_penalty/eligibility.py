@@ -25,18 +25,18 @@ Rule = Callable[..., bool]
 
 
 class Tracer(TorchFunctionMode):
-    """Follows what is made from ``inputs`` (N, *S) while the discriminator runs."""
+    """Follows what is made from ``inputs``, each (N, *S), while the discriminator runs."""
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.samples = len(inputs)
+        self.samples = len(inputs[0])
         self.reason: str | None = None
         # What each layer was given that requires a gradient, and the view of it that the layer read instead.
         self.parameters: list[tuple[Tensor, Tensor]] = []
         # Where a bias was added (before an activation in place), the bias, and the dimension that it runs along.
         self.biases: list[tuple[GradientEdge, Tensor, int]] = []
         self._inputs = inputs
-        self._made = {id(inputs): ref(inputs)}  # weakly: an activation lives no longer than without us
+        self._made = {id(x): ref(x) for x in inputs}  # weakly: an activation lives no longer than without us
 
     def __contains__(self, tensor: Any) -> bool:
         made = self._made.get(id(tensor))
@@ -95,21 +95,28 @@ class Tracer(TorchFunctionMode):
         self.parameters.append((parameter, view))
         return view
 
-    def judge(self, logits: Any) -> str | None:
-        """Why one pass does not do, or None."""
+    def judge(self, outputs: list[Tensor], returned: Any) -> str | None:
+        """Why one pass does not do, or None.
+
+        Args:
+            outputs: the logits.
+            returned: everything that the discriminator returned.
+        """
         if self.reason is not None:
             return self.reason
-        if logits not in self:
+        logits = outputs[0]
+        if returned is not logits or logits not in self:
             return "the output is not one tensor made by torch functions from the input"
         if logits.numel() != self.samples:
             return f"the output has {logits.numel() // self.samples} logits a sample"
         if not self.parameters:
             return "no weight or bias requires a gradient"
         made = (p for p, _ in self.parameters if p.grad_fn is not None)
-        if any(leaf is self._inputs for parameter in made for leaf in leaves(parameter)):
+        if any(leaf is x for parameter in made for leaf in leaves(parameter) for x in self._inputs):
             return "a weight is made from the input"
         nodes = _nodes(logits)
-        if any(getattr(node, "variable", self._inputs) is not self._inputs for node in nodes):
+        variables = [node.variable for node in nodes if hasattr(node, "variable")]
+        if any(all(variable is not x for x in self._inputs) for variable in variables):
             return "something beside its layers requires a gradient"
         strange = {
             name for node in nodes if (name := type(node).__name__) not in _NODES and not is_piecewise_affine(node)

@@ -13,6 +13,7 @@ arXiv 2104.00219). Taking the loss along in the penalty's own pass is fastgan's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,43 +21,61 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
 from fastgan.ops.library import last_order, untraced
 
 
-def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
-    """logits and penalty, whose backward is the one pass. ``tracer`` has judged the forward that made ``logits``."""
+def one_pass(
+    returned: Any,
+    outputs: list[Tensor],
+    inputs: tuple[Tensor, ...],
+    tracer: Tracer,
+    penalty: Callable[[tuple[Tensor, ...]], Tensor],
+) -> tuple[Any, Tensor]:
+    """What the discriminator returned, and the penalty; their backward is the one pass.
+
+    Args:
+        returned: everything that the discriminator returned, which is the one tensor of ``outputs``.
+        outputs: the logits, which ``tracer`` has judged.
+        inputs: each (N, *S).
+        penalty: of the gradients of ``inputs``, of those alone.
+    """
+    (logits,) = outputs
     convolutions: list[tuple[Any, Tensor]] = [
         (edge.node, bias) for edge, bias, _ in tracer.biases if hasattr(edge.node, "bias_for_term")
     ]
     others = [(edge, bias, dim) for edge, bias, dim in tracer.biases if not hasattr(edge.node, "bias_for_term")]
     for node, bias in convolutions:
         node.bias_for_term = bias
-    path = paths([logits], inputs)
+    path = paths([logits], *inputs)
     refuse_sharded_graph(path)
-    grad, *deltas = torch.autograd.grad(
+    found = torch.autograd.grad(
         [logits],
-        [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
+        [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
         [torch.ones_like(logits)],
-        retain_graph=not may_let_go(path, get_gradient_edge(inputs).node),
+        retain_graph=not may_let_go(path, *(get_gradient_edge(x).node for x in inputs)),
         create_graph=True,
         allow_unused=True,
     )
-    if grad is None:
+    deltas = found[len(inputs) :]
+    reached = [(grad, x) for grad, x in zip(found, inputs, strict=False) if grad is not None]
+    if not reached:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    terms = [(grad * inputs.detach()).reshape(len(grad), -1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each
+    terms = [(grad * x.detach()).reshape(len(grad), -1).sum(1, dtype=_sum_dtype(grad)) for grad, x in reached]  # (N,)
     terms += [node.bias_term for node, _ in convolutions if node.bias_term is not None]
     for delta, (_, bias, dim) in zip(deltas, others, strict=True):
         if delta is not None:
             terms.append(_bias_term(delta, bias, dim))
     affine = torch.stack(terms).sum(0)
-    penalty = penalise(kind, grad, weight)
+    penalties = penalty(tuple(grad for grad, _ in reached))
     parameters, views = zip(*tracer.parameters, strict=True)
+    below = reached_by_zeros(path)
+    zeros = tuple(view.grad_fn in below for view in views)
     results: tuple[Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
-        _Graph(affine, penalty, views), logits.detach(), penalty.detach(), *parameters
+        _Graph(affine, penalties, views, zeros), logits.detach(), penalties.detach(), *parameters
     )
     return results
 
@@ -74,10 +93,13 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class _Graph:
-    """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs."""
+    """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs.
 
-    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...]) -> None:
-        self.affine, self.penalty, self.views = affine, penalty, views
+    ``zeros``: of each view, whether PyTorch leaves zeros where the penalty does not depend on it.
+    """
+
+    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...], zeros: tuple[bool, ...]) -> None:
+        self.affine, self.penalty, self.views, self.zeros = affine, penalty, views, zeros
 
 
 class _OnePass(torch.autograd.Function):
@@ -105,6 +127,9 @@ class _OnePass(torch.autograd.Function):
             torch.autograd.grad(outputs, wanted, factors, retain_graph=keep, allow_unused=True) if outputs else ()
         )
         grads = [next(found, None) if needed else None for needed in ctx.needs_input_grad[3:]]
+        if by_penalty is not None:
+            as_pytorch = zip(grads, ctx.graph.zeros, ctx.needs_input_grad[3:], parameters, strict=True)
+            grads = [torch.zeros_like(p) if g is None and zero and need else g for g, zero, need, p in as_pytorch]
         if torch.is_grad_enabled():
             message = "logits_and_penalty: its gradient cannot be differentiated again; use gradient_penalty"
             grads = last_order(message, grads, [by_logits, by_penalty, *parameters])

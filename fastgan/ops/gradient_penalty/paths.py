@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 
-def paths(outputs: Iterable[Tensor], inputs: Tensor) -> set[Node]:
-    """The nodes that a backward from ``outputs`` to ``inputs`` goes through, that of ``inputs`` included."""
-    target = get_gradient_edge(inputs).node
+def paths(outputs: Iterable[Tensor], *inputs: Tensor) -> set[Node]:
+    """The nodes that a backward from ``outputs`` to ``inputs`` goes through, those of ``inputs`` included."""
     users: dict[Node, list[Node]] = {}  # the reverse of the graph
     waiting = [output.grad_fn for output in outputs]
     seen: set[Node] = set()
@@ -24,8 +23,8 @@ def paths(outputs: Iterable[Tensor], inputs: Tensor) -> set[Node]:
                 users.setdefault(following, []).append(node)
                 waiting.append(following)
 
-    leading = {target}
-    front = [target]
+    leading = {get_gradient_edge(x).node for x in inputs}
+    front = list(leading)
     while front:
         for user in users.get(front.pop(), ()):
             if user not in leading:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import symbolic
+from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalise, statistics_of
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
@@ -50,7 +50,9 @@ def layer_norm(
         ValueError: a shape or device is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ba et al., Layer Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ba et al., Layer Normalization (2016).
     """
     _check_input(input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -97,7 +99,7 @@ def group_norm(
         ValueError: a shape, device or number is not as above, or a group has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Wu and He, Group Normalization (2018).
+    Differentiable to any order. Source: Wu and He, Group Normalization (2018).
     """
     _check_channels(input, weight, bias)
     batch, channels = input.shape[:2]
@@ -147,7 +149,9 @@ def instance_norm(
         ValueError: a shape or device is not as above, or a channel has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ulyanov et al., Instance Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ulyanov et al., Instance Normalization (2016).
     """
     _check_channels(input, weight, bias)
     if use_input_stats and prod(input.shape[2:]) == 1:
@@ -194,7 +198,9 @@ def batch_norm(
         ValueError: a shape, device or number is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ioffe and Szegedy, Batch Normalization (2015).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ioffe and Szegedy, Batch Normalization (2015).
     """
     _check_channels(input, weight, bias)
     for name, values in (("running_mean", running_mean), ("running_var", running_var)):
@@ -210,14 +216,31 @@ def batch_norm(
     one_alone = (running_mean is None) != (running_var is None)  # which PyTorch's own refuses
     chosen = _select("batch_norm", input, backend, tiny_too=one_alone) if training else "reference"
     if chosen == "reference":
+        if not training and torch.is_grad_enabled() and not is_traced():
+            # PyTorch's graph would keep the buffers themselves, which later calls in training overwrite.
+            running_mean, running_var = _copy(running_mean), _copy(running_var)
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layout = of_batch(input)
     statistics = statistics_of(input, layout, 2 if running_var is None else 3)
     result = normalise(input, weight, bias, layout, eps, chosen, statistics)
     for values, i in ((running_mean, 0), (running_var, 2)):
         if values is not None:
-            values.lerp_(statistics[i].to(values.dtype), momentum)
+            _renew(values, statistics[i], momentum)
     return result
+
+
+def _renew(running: Tensor, of_batch: Tensor, momentum: float) -> None:
+    """Move a running statistic in place, as PyTorch's own kernels do: graphs that saved it stay valid.
+
+    PyTorch's batch_norm saves the running statistics of a call in training and never reads them again. An operation
+    that counts as a change of the buffer makes the backward of all earlier calls raise.
+    """
+    uncounted = running if torch.compiler.is_compiling() else running.data
+    uncounted.lerp_(of_batch.to(running.dtype), momentum)
+
+
+def _copy(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clone()
 
 
 def _last(values: Tensor | None) -> Tensor | None:
