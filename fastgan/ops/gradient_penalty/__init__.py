@@ -188,10 +188,13 @@ def logits_and_penalty(
 ) -> tuple[Any, Tensor]:
     """The discriminator's logits and the penalty at the same inputs, to be used in one loss with one backward.
 
-    Where the discriminator is made of convolutions, linear layers, ReLUs, average poolings, sums and reshapes, with one
-    logit a sample, loss and penalty together take four forwards' work instead of six; ``explain_penalty`` says whether.
-    Elsewhere, and where D is small (see ``gradient_penalty``), it is ``penalty_from_logits``. The numbers are the same.
-    In one pass, what the forward kept is freed at once, as by ``gradient_penalty``.
+    Where the discriminator is piecewise affine and keeps the samples apart, loss and penalty together take four
+    forwards' work instead of six. Convolutions, products with weights, ReLUs, clamps, poolings, dropout, sums, masks,
+    slices and reshapes are; batch statistics, normalizations of the input, smooth activations and attention are not.
+    ``explain_penalty`` says whether one pass does. Of several logits a sample (patches, scales), it does where a loss
+    has the same gradient in all of them. Elsewhere, and where D is small (see ``gradient_penalty``), it is
+    ``penalty_from_logits``. The numbers are the same. In one pass, what the forward kept is freed at once, as by
+    ``gradient_penalty``, unless more than one logit a sample was returned.
 
         logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
         (softplus(-logits).mean() + penalty).backward()
@@ -229,9 +232,17 @@ def explain_penalty(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """Run the discriminator once, and say whether ``logits_and_penalty`` takes one pass and, if not, why not."""
-    reason = _forward(discriminator, inputs, select, args, kwargs).reason
-    return "one pass" if reason is None else f"general path: {reason}"
+    """Run the discriminator once, and say whether ``logits_and_penalty`` takes one pass and, if not, why not.
+
+    Returns:
+        "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
+    """
+    forward = _forward(discriminator, inputs, select, args, kwargs)
+    if forward.tracer is None or forward.reason is not None:
+        return f"general path: {forward.reason}"
+    remark = forward.tracer.remark()
+    return "one pass" if remark is None else f"one pass, {remark}"
 
 
 class _Forward(NamedTuple):
