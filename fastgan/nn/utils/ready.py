@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.library import checkpointed_region, is_traced
+from fastgan.ops.library import checkpointed_region
 
 
 class Vectors(NamedTuple):
@@ -119,14 +119,6 @@ def discard(module: nn.Module, name: str, *, of_all: bool = False) -> bool:
 
 def _key(name: str) -> str:
     return f"_normalised_{name}"
-
-
-def is_recorded() -> bool:
-    """Whether a recorder writes down a forward that PyTorch alone must be able to run.
-
-    torch.compile is none: its graphs stay in this process, and have fastgan's operators in them.
-    """
-    return is_traced() and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
 def is_recomputing() -> bool:

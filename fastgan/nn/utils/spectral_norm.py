@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan import backends
-from fastgan.nn.utils.ready import is_recomputing, is_recorded, read
+from fastgan.nn.utils.ready import is_recomputing, read
 from fastgan.ops.spectral_norm import fits, normalise
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +46,7 @@ def leaves_to_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
     They are what a tracer may record and what transforms of torch.func see through; and they take, or refuse in their
     own words, complex and integer weights, tensor subclasses, empty weights and vectors of another dtype or device.
     """
-    return is_recorded() or backends.in_transform() or not fits([weight], [u], [v], [dim])
+    return not backends.is_plain() or not fits([weight], [u], [v], [dim])
 
 
 def spectral_norm(

@@ -21,7 +21,7 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 def is_small(x: Tensor) -> bool:
     """Whether this route is the better one, and nothing was said about another."""
-    return x.numel() < _LEAST and x.is_cpu and not (backends.is_forced() or backends.in_transform())
+    return x.numel() < _LEAST and x.is_cpu and backends.is_plain() and not backends.is_forced()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:

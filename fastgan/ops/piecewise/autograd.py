@@ -46,7 +46,7 @@ def takes(input: Any, inplace: bool = False) -> bool:
         and input.device.type != "meta"
         and input.layout == torch.strided
         and input.numel() > 0
-        and not backends.in_transform()
+        and backends.is_plain()
     )
 
 
