@@ -97,4 +97,7 @@ class GradientPenalty(nn.Module):
         self.calls = state["calls"]
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, weight={self.weight}, every={self.every}"
+        optional = {"select": self.select, "target": self.target, "dims": self.dims}
+        chosen = [f", {name}={value!r}" for name, value in optional.items() if value is not None]
+        chosen += [f", reduction={self.reduction!r}"] if self.reduction != "mean" else []
+        return f"{self.kind!r}, weight={self.weight}, every={self.every}{''.join(chosen)}"

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastgan.ops import conv, norm, pool
+from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region
 
@@ -68,6 +68,7 @@ def _batch_norm(
 
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
         for kind in ("", "_transpose")
@@ -153,11 +154,14 @@ uncompiled = _Uncompiled()
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
-    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
-    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
-    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
-    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, layer_norm, group_norm, instance_norm, batch_norm (in training);
+    relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
+    softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
+    adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
+    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
+    Everything else, tensor subclasses, all calls while gradients are off, and those that torch.utils.checkpoint will
+    run again, are PyTorch's own. What torch.compile made runs uncompiled; inside a function that it traces, this
+    raises. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)

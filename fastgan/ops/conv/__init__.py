@@ -71,7 +71,7 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
     function.__doc__ = f"""``torch.nn.functional.{name}``: same arguments, results and errors.
 
     Its double backward forms only the gradients that were asked for, and none at all for an input that has none, where
-    PyTorch's fills zeros. Twice differentiable; a third derivative raises.
+    PyTorch's fills zeros. Differentiable to any order.
 
     Args:
         input: (N, C_in, *S) of any floating dtype; without N, or complex, PyTorch's own runs.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
@@ -19,6 +19,7 @@ from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
 from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
@@ -75,7 +76,7 @@ def gradient_penalty(
 
     Returns:
         () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters. Those that it
-        does not depend on, such as biases before ReLUs, get no gradient where PyTorch may give them zeros.
+        does not depend on, such as biases before ReLUs, get zeros where PyTorch gives zeros, and none elsewhere.
 
     Raises:
         ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input; several
@@ -98,7 +99,7 @@ def gradient_penalty(
         small = _is_small(discriminator, x)
         with uncompiled if small else twice_differentiable():
             returned = discriminator(given, *args, **(kwargs or {}))
-        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small)
+        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
             for tensor in x:
                 leave_unread(tensor)
@@ -147,13 +148,19 @@ def penalty_from_logits(
     return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
 
-def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False) -> Tensor:
-    """``ours``: nobody else has these logits, so that what their forward kept may be let go, if it is worth a look."""
+def _penalty(
+    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False, plain: bool = False
+) -> Tensor:
+    """``ours``: nobody else has these logits, so that what their forward kept may be let go, if it is worth a look.
+
+    ``plain``: the forward was PyTorch's own.
+    """
     connected = [output for output in logits if output.requires_grad]
     grads: Sequence[Tensor | None] = ()
+    path: set[Node] = set()
     if connected:
         keep = True
-        if ours or may_be_sharded():
+        if not plain or may_be_sharded():
             path = paths(connected, *inputs)
             refuse_sharded_graph(path)
             keep = not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
@@ -162,7 +169,7 @@ def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Pena
     found = [grad for grad in grads if grad is not None]
     if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return penalty(found)
+    return leave_zeros(penalty(found), path, inputs)
 
 
 @untraced
@@ -206,7 +213,7 @@ def logits_and_penalty(
     if tracer is not None and reason is None:
         returned, norms = one_pass(returned, logits, x, tracer, penalty.norms)
         return returned, penalty.of_norms(norms)
-    value = _penalty(logits, x, penalty)
+    value = _penalty(logits, x, penalty, plain=tracer is None)
     if tracer is not None:
         for tensor in x:
             leave_unread(tensor)

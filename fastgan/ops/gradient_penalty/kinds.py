@@ -166,4 +166,6 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     device_type = tensor.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

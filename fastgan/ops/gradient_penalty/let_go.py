@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from torch.autograd.graph import Node
 
-# PyTorch's nodes whose backward does not read their inputs, whatever these are made from.
-_LINEAR = frozenset(
+# PyTorch's nodes from whose backward no path leads to their inputs, whatever these are made from: linear ones, and
+# those that choose among elements, by indices or masks.
+_CLEAR = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
     for name in (
-        *("Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias"),
+        *("Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias", "Cumsum"),
         *("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand"),
-        *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Repeat", "Flip", "Roll"),
-        *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle"),
-        *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D"),
+        *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu"),
+        *("Gather", "Index", "IndexSelect", "MaskedFill", "Where"),
+        *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Im2Col", "Col2Im"),
+        *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleTrilinear3D"),
+        *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
+        *("UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa"),
+        *("MaxUnpool2D", "MaxUnpool3D", "Max", "Min", "Amax", "Amin", "Maximum", "Minimum", "Fmax", "Fmin"),
+        *("Sort", "Topk", "Median", "Kthvalue", "Cummax", "Cummin", "Frac", "NanToNum"),
     )
 )
 # Products: their backward by one factor reads the other.
@@ -32,7 +38,7 @@ def may_let_go(path: set[Node], *targets: Node) -> bool:
 
 def _keeps_clear(node: Node, path: set[Node]) -> bool:
     name = type(node).__name__
-    if name in _LINEAR:
+    if name in _CLEAR:
         return True
     leading = [following in path for following, _ in node.next_functions]
     if name in _BILINEAR:

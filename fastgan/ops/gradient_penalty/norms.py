@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from math import inf
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
         grad, norm = ctx.saved_tensors
-        factor = (by / norm).masked_fill(norm == 0, 0)  # (N, *R)
+        factor = by / norm.masked_fill(norm == 0, inf)  # (N, *R); 0 at 0, as are all its derivatives
         return (grad * _spread(factor, grad, ctx.dims)).to(grad.dtype), None, None
 
 

@@ -24,6 +24,7 @@ from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
 from fastgan.ops.library import last_order, untraced
 
 
@@ -71,8 +72,10 @@ def one_pass(
     affine = torch.stack(terms).sum(0)
     penalties = penalty(tuple(grad for grad, _ in reached))
     parameters, views = zip(*tracer.parameters, strict=True)
+    below = reached_by_zeros(path)
+    zeros = tuple(view.grad_fn in below for view in views)
     results: tuple[Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
-        _Graph(affine, penalties, views), logits.detach(), penalties.detach(), *parameters
+        _Graph(affine, penalties, views, zeros), logits.detach(), penalties.detach(), *parameters
     )
     return results
 
@@ -90,10 +93,13 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class _Graph:
-    """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs."""
+    """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs.
 
-    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...]) -> None:
-        self.affine, self.penalty, self.views = affine, penalty, views
+    ``zeros``: of each view, whether PyTorch leaves zeros where the penalty does not depend on it.
+    """
+
+    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...], zeros: tuple[bool, ...]) -> None:
+        self.affine, self.penalty, self.views, self.zeros = affine, penalty, views, zeros
 
 
 class _OnePass(torch.autograd.Function):
@@ -121,6 +127,9 @@ class _OnePass(torch.autograd.Function):
             torch.autograd.grad(outputs, wanted, factors, retain_graph=keep, allow_unused=True) if outputs else ()
         )
         grads = [next(found, None) if needed else None for needed in ctx.needs_input_grad[3:]]
+        if by_penalty is not None:
+            as_pytorch = zip(grads, ctx.graph.zeros, ctx.needs_input_grad[3:], parameters, strict=True)
+            grads = [torch.zeros_like(p) if g is None and zero and need else g for g, zero, need, p in as_pytorch]
         if torch.is_grad_enabled():
             message = "logits_and_penalty: its gradient cannot be differentiated again; use gradient_penalty"
             grads = last_order(message, grads, [by_logits, by_penalty, *parameters])

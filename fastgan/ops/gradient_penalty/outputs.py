@@ -26,8 +26,9 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
         if any(len(tensor) != samples if tensor.ndim else True for tensor in logits):
             raise ValueError(
                 f"the discriminator must return a row of logits for each of its {samples} inputs, got "
-                f"{_shapes(returned)}: return logits (N, ...), or {_CURE}. Where D packs several samples in one, give "
-                "it packed inputs, one a row"
+                f"{_shapes(returned)}: {_CURE}. A function may reshape them, too: "
+                "select=lambda logits: logits.view(N, -1). Where D packs several samples in one, give it packed "
+                "inputs, one pack a row"
             )
         if len(logits) > 1 and not _are_scales(logits):
             raise ValueError(
@@ -103,7 +104,9 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
     A single logit (N, 1) beside others is not surely one: a class head with one attribute has that shape too.
     """
     first = logits[0]
-    if any(tensor.ndim != first.ndim or tensor[0].numel() < 2 for tensor in logits) or _one_made_of_another(logits):
+    if any(tensor.ndim != first.ndim or tensor.shape[1:].numel() < 2 for tensor in logits) or _one_made_of_another(
+        logits
+    ):
         return False
     if first.ndim == 2:
         return len({tensor.shape[1] for tensor in logits}) > 1

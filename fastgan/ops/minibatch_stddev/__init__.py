@@ -58,8 +58,8 @@ def minibatch_stddev(
         ValueError: a shape or number is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises (with ``process_group`` or the reference: any order). Source:
-    Karras et al., Progressive Growing of GANs (2018); in groups: Karras et al., StyleGAN (2019).
+    Differentiable to any order, from the third on in operations of PyTorch. Source: Karras et al., Progressive Growing
+    of GANs (2018); in groups: Karras et al., StyleGAN (2019).
     """
     _check(x, group_size, num_channels, eps, remainder)
     if process_group is not None:

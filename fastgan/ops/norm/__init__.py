@@ -49,7 +49,9 @@ def layer_norm(
         ValueError: a shape or device is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ba et al., Layer Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ba et al., Layer Normalization (2016).
     """
     _check_input(input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -95,7 +97,7 @@ def group_norm(
         ValueError: a shape, device or number is not as above, or a group has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Wu and He, Group Normalization (2018).
+    Differentiable to any order. Source: Wu and He, Group Normalization (2018).
     """
     _check_channels(input, weight, bias)
     batch, channels = input.shape[:2]
@@ -144,7 +146,9 @@ def instance_norm(
         ValueError: a shape or device is not as above, or a channel has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ulyanov et al., Instance Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ulyanov et al., Instance Normalization (2016).
     """
     _check_channels(input, weight, bias)
     if use_input_stats and prod(input.shape[2:]) == 1:
@@ -190,7 +194,9 @@ def batch_norm(
         ValueError: a shape, device or number is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ioffe and Szegedy, Batch Normalization (2015).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ioffe and Szegedy, Batch Normalization (2015).
     """
     _check_channels(input, weight, bias)
     for name, values in (("running_mean", running_mean), ("running_var", running_var)):
