@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgan.trainer.data import cache
 from fastgan.trainer.data.cache import cache_path, kept, write
 from fastgan.trainer.data.image_folder import read_folder
-from fastgan.trainer.data.sources import cache, load_source, read_fashion_mnist
+from fastgan.trainer.data.sources import load_source, read_fashion_mnist
 from fastgan.trainer.errors import DataError
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fastgan import cli, ops
+from fastgan.trainer.verify import matrix
 from fastgan.trainer.verify.matrix import LOSSES, NETWORKS, PENALTIES, STATISTICS, Game, compare, games
-from fastgan.trainer.verify.verify import matrix
 
 CPU = torch.device("cpu")
 
