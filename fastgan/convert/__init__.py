@@ -25,13 +25,13 @@ _REROUTED = (
 def convert(model: nn.Module, *, mend: bool = False) -> Report:
     """Replace in place what fastgan computes faster and equally, and report what was replaced and what was not.
 
-    | found                         | in these forms                                                                      |
-    |-------------------------------|-------------------------------------------------------------------------------------|
-    | spectral norm                 | PyTorch's parametrization and older hook; modules with u0, sv0 or sn_u, sn_sigma    |
-    | spectral norm, if ``mend``    | wrappers with weight_bar                                                            |
-    | minibatch standard deviation  | a layer of such a name                                                              |
-    | minibatch discrimination      | a layer with a parameter T (in, B, C)                                               |
-    | a large model of convolutions | its forward runs inside ``twice_differentiable()`` on a CPU                         |
+    | found                         | in these forms |
+    |-------------------------------|------|
+    | spectral norm                 | PyTorch's parametrization and older hook; modules with u0, sv0 or sn_u, sn_sigma |
+    | spectral norm, if ``mend``    | wrappers with weight_bar |
+    | minibatch standard deviation  | a layer of such a name |
+    | minibatch discrimination      | a layer with a parameter T (in, B, C) |
+    | a large model of convolutions | its forward runs inside ``twice_differentiable()`` on a CPU |
 
     A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
     values and derivatives up to the second. The report says how far they differ. Called in a way that was not compared
@@ -40,15 +40,15 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     converted model does so too, from about 2^36 multiplications on, while gradients are on, no backend is named and
     nothing records the call. A penalty written by hand then makes no dense zeros either.
 
-    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is left alone, and
-    the report says what is wrong with it. A wrapper with weight_bar is such a layer: it overwrites u and v in each
+    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is left alone,
+    and the report says what is wrong with it. A wrapper with weight_bar is such a layer: it overwrites u and v in each
     forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
     ``mend=True`` replaces these layers by ones with the right gradients.
 
     ``forward`` keeps its signature and source. Recorded (torch.jit, torch.export, make_fx, torch.fx) or compiled, the
-    model is as it was written. Parameters and buffers stay the same tensors under the same keys: optimizers, checkpoints
-    of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel work. Converting again
-    converts what was added. ``revert`` undoes it.
+    model is as it was written. Parameters and buffers stay the same tensors under the same keys: optimizers,
+    checkpoints of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel work.
+    Converting again converts what was added. ``revert`` undoes it.
 
         report = fastgan.convert(discriminator)
         print(report)

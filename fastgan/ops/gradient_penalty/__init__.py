@@ -57,8 +57,8 @@ def gradient_penalty(
     | "r1+r2"          | real and fake                             | the sum of both                            |
     | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
-    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples. Norms
-    are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
+    Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
 
     Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
     ``twice_differentiable``). What such a forward saved is freed at once, so a feature that D kept elsewhere cannot be
