@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -166,5 +166,5 @@ def twice_differentiable() -> Iterator[None]:
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with uncompiled, _Reroute():
+    with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield
