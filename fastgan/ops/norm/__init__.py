@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import is_traced
+from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalise, statistics_of
 from fastgan.ops.norm.evaluation import normalized, scale_and_shift
@@ -22,6 +22,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
+@symbolic
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -72,6 +73,7 @@ def layer_norm(
     return normalise(input, weight, bias, layout, eps, chosen)
 
 
+@symbolic
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -114,6 +116,7 @@ def group_norm(
     return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
+@symbolic
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -161,6 +164,7 @@ def instance_norm(
     return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
 
+@symbolic
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
