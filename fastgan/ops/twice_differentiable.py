@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -171,5 +171,5 @@ def twice_differentiable() -> Iterator[None]:
     if is_traced():  # the compiler's stance cannot change inside of a function that it traces
         yield
         return
-    with uncompiled, _Reroute():
+    with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield

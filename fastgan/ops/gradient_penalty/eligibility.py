@@ -30,7 +30,10 @@ from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
 
 _UNSEEN = "was written to where no torch function shows it, or through a view; one pass needs to see every change"
-_NO_RULE = "is not known to be piecewise affine and to keep the samples apart"
+_NO_RULE = (
+    "is not known to be piecewise affine and to keep the samples apart, as one pass needs; convolutions, products with"
+    " weights, ReLU, clamp, poolings and reshapes are"
+)
 _ALIASES = {"axis": "dim", "keepdims": "keepdim", "axes": "dims"}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
