@@ -23,8 +23,9 @@ from fastgan._version import __version__
 
 # Which implementations a device type tries, the best first. On NVIDIA, Triton leads until a CUDA kernel has been
 # measured to beat it (docs/decisions.md); an op whose CUDA kernel wins says so when it registers.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "meta": ("reference",)}
 _ORDER_ELSEWHERE = ("triton", "reference")
+_KNOWN = frozenset(("cpu", "cuda", "xpu", "meta"))
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Triton's interpreter runs kernels on CPU tensors; the variable is Triton's own and is read once.
@@ -88,6 +89,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     return _choose(op, device.type, dtype, wanted)
 
 
+def is_known(device: torch.device) -> bool:
+    """Whether fastgan's own formulas run on tensors of this device. On any other all is PyTorch's own."""
+    return device.type in _KNOWN
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -127,7 +133,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, wanted: str) -> str:
         order = ("cuda", "triton", "reference")
     reasons = {name: why_not(op, name, device_type, dtype) for name in order}
     chosen = next(name for name in order if reasons[name] is None)
-    if chosen == "reference" and len(_ops[op].implementations) > 1:
+    if chosen == "reference" and len(order) > 1 and len(_ops[op].implementations) > 1:
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
     return chosen
@@ -160,6 +166,8 @@ def _no_cuda(device_type: str) -> str | None:
 
 
 def _no_triton(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return "it runs on tensors on a GPU of NVIDIA, AMD or Intel"
     reason = _import("triton")[1]
     if reason is None and device_type == "cpu" and not TRITON_INTERPRETS:
         return "on CPU tensors it needs TRITON_INTERPRET=1, set before the process starts"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -47,6 +48,28 @@ def is_eager(tensor: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
     )
+
+
+@cache
+def is_plain(cls: type) -> bool:
+    """Whether PyTorch's functions do with tensors of this class what they do with its own.
+
+    A class with a ``__torch_function__`` or ``__torch_dispatch__`` of its own has a say in every call.
+    """
+    own: Any = cls
+    functions = (Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
+    says = {getattr(function, "__func__", function) for function in functions}
+    has_no_say = getattr(own.__torch_function__, "__func__", own.__torch_function__) in says
+    return has_no_say and own.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device. PyTorch raises for a device that has none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

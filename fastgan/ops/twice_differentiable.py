@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastgan.ops import conv, norm, pool
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region
+from fastgan.ops.library import checkpointed_region, is_autocast, is_plain
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
     """Autocast has a precision of its own for these, which PyTorch's own functions know."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
+        plain = is_autocast(input.device.type) or not input.is_floating_point()
         return (theirs if plain else ours)(input, *args, **kwargs)
 
     return route
@@ -98,6 +98,8 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_IN_PLACE = {function for function in _ROUTES if function.__name__.endswith("_")}
+_WITH_A_FLAG = {F.relu, F.leaky_relu, F.silu}  # inplace=
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -106,14 +108,28 @@ class _Reroute(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         route = _ROUTES.get(func)
-        if (
-            route is None
-            or not torch.is_grad_enabled()
-            or not _PLAIN.issuperset(types)
-            or checkpointed_region() is not None
-        ):
-            return func(*args, **(kwargs or {}))
-        return route(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None:
+            return func(*args, **kwargs)
+        if _PLAIN.issuperset(types):
+            return route(*args, **kwargs)
+        own = [cls for cls in types if cls not in _PLAIN]
+        if len(own) > 1 or not is_plain(own[0]) or _is_in_place(func, args, kwargs):
+            return func(*args, **kwargs)
+        # The class may have methods of its own, which PyTorch's functions never call. Its __torch_function__ gives the
+        # result the type that PyTorch gives it.
+        args, kwargs = tuple(map(_as_plain, args)), {name: _as_plain(value) for name, value in kwargs.items()}
+        return own[0].__torch_function__(route, types, args, kwargs)
+
+
+def _as_plain(value: Any) -> Any:
+    return torch.Tensor.as_subclass(value, torch.Tensor) if isinstance(value, torch.Tensor) else value
+
+
+def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func in _WITH_A_FLAG:
+        return kwargs.get("inplace", False) or any(value is True for value in args[1:])
+    return func in _IN_PLACE
 
 
 def is_rerouting() -> bool:
@@ -155,8 +171,8 @@ def twice_differentiable() -> Iterator[None]:
 
     Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
     layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
-    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
-    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
+    functions, as methods or by modules, in place too. Everything else, tensor subclasses with a __torch_function__ or
+    __torch_dispatch__ of their own (others only in place), all calls while gradients are off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
     uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from math import inf
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastgan.ops.library import without_autocast
 
 _LEAST = 2**14  # elements, from which reading them less often is worth a Python function
 
@@ -114,9 +115,7 @@ def check_weight(weight: Any) -> None:
 
 def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
     """weight * penalty of the gradients (N, *S), in float32 or better: a half-precision square would overflow."""
-    device_type = grad.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    with without_autocast(grad.device.type):
         flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]  # (N, prod S)
         return weight * KINDS[kind](flat)
 

@@ -24,7 +24,7 @@ from fastgan.ops.gradient_penalty.kinds import penalise
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
-from fastgan.ops.library import last_order, untraced
+from fastgan.ops.library import is_autocast, last_order, untraced
 
 
 def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: 
 
 def _bias_term(delta: Tensor, bias: Tensor, dim: int) -> Tensor:
     """<delta_i, bias> of each sample (N,), the bias along ``dim``."""
-    if delta.ndim == 2 and delta.dtype == bias.dtype and not torch.is_autocast_enabled(delta.device.type):
+    if delta.ndim == 2 and delta.dtype == bias.dtype and not is_autocast(delta.device.type):
         return torch.mv(delta, bias)  # of a linear layer: one operator for three, and in its derivative
     delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias))
     return (delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1)

@@ -87,7 +87,9 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    plainly = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
+    plainly = (
+        input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0 and backends.is_known(input.device)
+    )
     if not plainly or backends.in_transform():
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
