@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -20,12 +21,12 @@ LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded now: by torch.compile, torch.export, torch.jit.trace, ONNX export or make_fx.
+    """Whether calls are recorded now: by torch.compile, torch.export, torch.jit.trace, ONNX export, make_fx or fx.
 
     A recorder must see PyTorch's own form of a model: fastgan's reroutes, fused weights and raw kernels stand back.
     A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_fx_symbolic_tracing():
         return True
     modes = (_get_current_dispatch_mode(), *_get_current_function_mode_stack())
     return any(type(mode).__name__ in _RECORDERS for mode in modes)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastgan.ops import conv, norm, pool
+from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain
 
@@ -68,6 +68,7 @@ def _batch_norm(
 
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
         for kind in ("", "_transpose")
@@ -98,8 +99,8 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-_IN_PLACE = {function for function in _ROUTES if function.__name__.endswith("_")}
-_WITH_A_FLAG = {F.relu, F.leaky_relu, F.silu}  # inplace=
+_IN_PLACE = {function for function in _ROUTES if function.__name__.rstrip("_") + "_" == function.__name__}
+_WITH_A_FLAG = {function for function in _ROUTES if "inplace" in getattr(function, "__annotations__", ())}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -169,11 +170,15 @@ uncompiled = _Uncompiled()
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
-    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
-    functions, as methods or by modules, in place too. Everything else, tensor subclasses with a __torch_function__ or
-    __torch_dispatch__ of their own (others only in place), all calls while gradients are off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
-    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, layer_norm, group_norm, instance_norm, batch_norm (in training);
+    relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
+    softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
+    adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
+    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
+    PyTorch's own run for everything else, for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
+    of their own (for any subclass in place), while gradients are off, and for what torch.utils.checkpoint will run
+    again. What torch.compile made runs uncompiled; inside a function that it traces, this raises. Holds for this
+    thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)

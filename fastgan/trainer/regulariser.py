@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastgan
-from fastgan.ops.gradient_penalty.kinds import penalise
+from fastgan.ops.gradient_penalty.kinds import penalize
 
 PenaltyName = Literal["none", "wgan-gp", "wgan-lp", "r1", "r2", "r1+r2", "dragan", "zero-centered", "max-gp"]
 Kernels = Literal["fastgan", "torch"]
@@ -142,4 +142,4 @@ def double_backward(
     x = inputs.detach().requires_grad_()
     logits = discriminator(x, *args)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return logits, penalise(kind, grad, weight)
+    return logits, penalize(kind, grad, weight)

@@ -250,9 +250,9 @@ def test_what_has_a_say():
 def test_two_subclasses_together_are_left_to_pytorch():
     x = torch.randn(2, 3, 5, 5).as_subclass(Distribution)
     w = torch.randn(4, 3, 3, 3).as_subclass(Other)
-    with pytest.raises(TypeError, match="dispatch failed|no implementation"):
+    with pytest.raises(TypeError, match=r"dispatch failed|no implementation"):
         F.conv2d(x, w)
-    with fastgan.twice_differentiable(), pytest.raises(TypeError, match="dispatch failed|no implementation"):
+    with fastgan.twice_differentiable(), pytest.raises(TypeError, match=r"dispatch failed|no implementation"):
         F.conv2d(x, w)
 
 

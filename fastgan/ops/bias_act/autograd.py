@@ -160,6 +160,7 @@ class _Piecewise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(signs, inside)
         ctx.call = call
+        ctx.fills_zeros = () if signs is None else (0,) if bias is None else (0, 1)
         return y
 
     @staticmethod

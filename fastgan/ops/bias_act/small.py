@@ -42,6 +42,7 @@ def _times_slopes(g: Tensor, kept: Tensor, slope: float | None, is_result: bool)
 
 class _Rectify(torch.autograd.Function):
     piecewise_affine = True
+    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float | None, inplace: bool) -> Tensor:

@@ -150,6 +150,7 @@ class _Pool(torch.autograd.Function):
     """Linear: its derivative is its transpose, whose derivative it is."""
 
     piecewise_affine = True
+    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, window: _Window, tiled: bool) -> Tensor:
