@@ -18,6 +18,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+# The function of each operator, kept where the operators are: these outlive a module whose import failed.
+_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
 
 
 def is_traced() -> bool:
@@ -104,10 +106,23 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
-def returns_nothing(*operators: str) -> None:
-    """Tell a trace that these operators write into what they are given: there is nothing for it to make."""
-    for operator in operators:
-        torch.library.register_fake(f"fastgan::{operator}", _nothing, lib=LIBRARY)
+def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Define an operator of this schema. It writes into what it is given: there is nothing for a trace to make.
+
+    An import that follows one which failed halfway defines it again. The operator then stays, and the function that it
+    runs is the newest.
+    """
+    name = schema.partition("(")[0]
+
+    def define(function: Callable[..., None]) -> Callable[..., None]:
+        _implementations[name] = function
+        if not hasattr(torch.ops.fastgan, name):
+            LIBRARY.define(schema)
+            LIBRARY.impl(name, lambda *arguments: _implementations[name](*arguments), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastgan::{name}", _nothing, lib=LIBRARY)
+        return function
+
+    return define
 
 
 def _nothing(*arguments: Any) -> None:
