@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
+from fastgan import torch_private
 from fastgan._version import __version__
 
 # Which implementations a device type tries, the best first. On NVIDIA, Triton leads until a CUDA kernel has been
@@ -96,7 +96,7 @@ def is_known(device: torch.device) -> bool:
 
 def in_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch_private.in_transform()
 
 
 def forced() -> str:

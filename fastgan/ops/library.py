@@ -9,10 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastgan import torch_private
+from fastgan.torch_private import is_batched as is_batched
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,9 +27,9 @@ def is_traced() -> bool:
     A recorder must see PyTorch's own form of a model: fastgan's reroutes, fused weights and raw kernels stand back.
     A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_fx_symbolic_tracing():
+    if torch.compiler.is_compiling() or torch_private.is_jit_tracing() or torch_private.is_fx_symbolic_tracing():
         return True
-    modes = (_get_current_dispatch_mode(), *_get_current_function_mode_stack())
+    modes = (torch_private.dispatch_mode(), *torch_private.function_modes())
     return any(type(mode).__name__ in _RECORDERS for mode in modes)
 
 
@@ -48,8 +47,8 @@ def is_eager(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and _get_current_dispatch_mode() is None
+        and not torch_private.is_jit_tracing()
+        and torch_private.dispatch_mode() is None
     )
 
 
@@ -101,11 +100,6 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for several gradients that autograd sends through a graph at once."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
-
-
 def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Define an operator of this schema. It writes into what it is given: there is nothing for a trace to make.
 
@@ -142,15 +136,12 @@ def checkpointed_region() -> object | None:
     """
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
-        return None
-    return hooks[0]
+    return torch_private.checkpoint_hook()
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
-    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
+    apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

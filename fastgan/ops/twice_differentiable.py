@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from fastgan import torch_private
 from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain
@@ -134,7 +135,7 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, _Reroute) for mode in torch_private.function_modes())
 
 
 class _Uncompiled:

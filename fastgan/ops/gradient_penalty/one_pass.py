@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
+from fastgan import torch_private
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
@@ -190,7 +191,7 @@ class _OnePass(torch.autograd.Function):
             else:
                 pairs.append((graph.affine, shared.to(graph.affine.dtype)))
         pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # as whoever called backward said
+        keep = torch_private.keeps_graph()  # as whoever called backward said
         found: Any = ()
         if pairs:
             tensors, by = zip(*pairs, strict=True)
