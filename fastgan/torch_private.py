@@ -12,18 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
+from torch._C import _len_torch_function_stack as count_function_modes
 from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compiler.disable imports the compiler at once
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 __all__ = [
     "DisableTorchFunction",
     "apart_from_dynamo",
     "checkpoint_hook",
+    "count_dispatch_modes",
+    "count_function_modes",
     "current_node",
     "dispatch_mode",
+    "dispatch_modes",
     "function_modes",
     "in_transform",
     "is_batched",
@@ -33,6 +39,7 @@ __all__ = [
     "will_execute",
 ]
 
+# The modes above tell who records calls, and their numbers whether it is worth a look.
 # Calls of a discriminator are looked at without being seen by modes and subclasses.
 DisableTorchFunction = torch._C.DisableTorchFunction
 # Which node's backward runs now, whether the engine will run another, and whether it keeps the graph: a backward forms

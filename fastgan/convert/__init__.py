@@ -22,14 +22,15 @@ _REROUTED = (
 )
 
 
-def convert(model: nn.Module) -> Report:
+def convert(model: nn.Module, *, mend: bool = False) -> Report:
     """Replace, in place, what fastgan computes faster and equally; the report says what was, and why the rest was not.
 
     ==================================== ==========================================================================
     found                                as
     ==================================== ==========================================================================
     spectral norm                        PyTorch's parametrization and its older hook; modules with u0, sv0 or
-                                         sn_u, sn_sigma and a method for the weight; wrappers with weight_bar
+                                         sn_u, sn_sigma and a method for the weight; wrappers with weight_bar, if
+                                         ``mend``
     minibatch standard deviation         a layer of such a name
     minibatch discrimination             a layer with a parameter T (in, B, C)
     the forward of a model of convolutions inside ``twice_differentiable()``, on a CPU where it is large enough
@@ -43,8 +44,13 @@ def convert(model: nn.Module) -> Report:
     too. It does so while gradients are on, no backend is named and nothing is traced, for batches of images from some
     2^36 multiplications on, where a training step was measured to gain.
 
-    One thing is made right on the way, and the report says where: a wrapper with weight_bar overwrites u and v in each
-    forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
+    A conversion never changes a training run beyond rounding. What would, because the layer's own gradients are wrong,
+    is left as it is, and the report says what is wrong with it. So it is with a wrapper with weight_bar: it overwrites
+    u and v in each forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the
+    second. ``mend=True`` replaces such layers too, by ones with the right gradients.
+
+    ``forward`` keeps its signature and its source. Where a call is recorded (torch.jit.trace and script, torch.export,
+    make_fx, torch.fx) or compiled, the model is as it was written.
 
     Parameters and buffers stay the same tensors under the same keys: optimizers go on, checkpoints of the unconverted
     model load, and hooks, ``copy.deepcopy``, ``pickle`` and wrapping in DistributedDataParallel afterwards work.
@@ -53,6 +59,10 @@ def convert(model: nn.Module) -> Report:
         report = fastgan.convert(discriminator)
         print(report)
         print(report.verify(images))
+
+    Args:
+        model: changed in place.
+        mend: replace also what has wrong gradients, by what has the right ones.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -70,7 +80,7 @@ def convert(model: nn.Module) -> Report:
         elif isinstance(module, torch.jit.ScriptModule):
             outcome = None, "compiled by TorchScript"
         else:
-            found = by_torch.get(module) or spectral_norm.convert(module) or minibatch.convert(module)
+            found = by_torch.get(module) or spectral_norm.convert(module, mend) or minibatch.convert(module)
             outcome = found or _left_alone(module)
         if outcome is not None:
             rows.append(Row(path, name, *outcome))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import gradient_penalty
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
-from fastgan.ops.gradient_penalty.kinds import Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
 from fastgan.ops.library import untraced
 
@@ -46,7 +46,7 @@ class GradientPenalty(nn.Module):
         *,
         select: Select | None = None,
         target: Number | None = None,
-        dims: int | tuple[int, ...] | None = None,
+        dims: Dims | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()

@@ -9,8 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from fastgan import torch_private
+from fastgan import backends, torch_private
 from fastgan.torch_private import is_batched as is_batched
 
 P = ParamSpec("P")
@@ -22,24 +23,29 @@ _implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setde
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded now: by torch.compile, torch.export, torch.jit.trace, ONNX export, make_fx or fx.
+    """Whether calls are recorded or compiled now: by torch.compile, or by what `backends.is_recorded` knows.
 
-    A recorder must see PyTorch's own form of a model: fastgan's reroutes, fused weights and raw kernels stand back.
+    There a model must be in PyTorch's own form: fastgan's reroutes, fused weights and raw kernels stand back.
     A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
     """
-    if torch.compiler.is_compiling() or torch_private.is_jit_tracing() or torch_private.is_fx_symbolic_tracing():
-        return True
-    modes = (torch_private.dispatch_mode(), *torch_private.function_modes())
-    return any(type(mode).__name__ in _RECORDERS for mode in modes)
+    return torch.compiler.is_compiling() or backends.is_recorded()
 
 
-_RECORDERS = frozenset(
-    ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
-)
+def symbolic(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which a stand-in for a tensor (torch.fx's Proxy) takes over when it is the first argument."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else None
+        if isinstance(first, Tensor) or not hasattr(type(first), "__torch_function__"):
+            return function(*args, **kwargs)
+        return handle_torch_function(call, (first,), *args, **kwargs)
+
+    return call
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether this is a plain tensor that nobody traces or intercepts.
+    """Whether this is a plain tensor that nobody traces or intercepts, not even a mode that only watches.
 
     Then an implementation may be called directly: going through the dispatcher with lists of tensors costs more than
     the kernel on a small model (docs/decisions.md).
@@ -53,7 +59,7 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 @cache
-def is_plain(cls: type) -> bool:
+def is_plain_class(cls: type) -> bool:
     """Whether PyTorch's functions do with tensors of this class what they do with its own.
 
     A class with a ``__torch_function__`` or ``__torch_dispatch__`` of its own has a say in every call.

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastgan import torch_private
 from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region, is_autocast, is_plain
+from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,12 +111,12 @@ class _Reroute(TorchFunctionMode):
     ) -> Any:
         route = _ROUTES.get(func)
         kwargs = kwargs or {}
-        if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None:
+        if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
         if _PLAIN.issuperset(types):
             return route(*args, **kwargs)
         own = [cls for cls in types if cls not in _PLAIN]
-        if len(own) > 1 or not is_plain(own[0]) or _is_in_place(func, args, kwargs):
+        if len(own) > 1 or not is_plain_class(own[0]) or _is_in_place(func, args, kwargs):
             return func(*args, **kwargs)
         # The class may have methods of its own, which PyTorch's functions never call. Its __torch_function__ gives the
         # result the type that PyTorch gives it.
@@ -176,13 +176,16 @@ def twice_differentiable() -> Iterator[None]:
     softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
     adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
     replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
-    PyTorch's own run for everything else, for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
-    of their own (for any subclass in place), while gradients are off, and for what torch.utils.checkpoint will run
-    again. What torch.compile made runs uncompiled; inside a function that it traces, this raises. Holds for this
-    thread; may be nested.
+    PyTorch's own run for everything else: for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
+    of their own (for any subclass in place), while gradients are off, for what torch.utils.checkpoint will run again,
+    and for what is recorded (torch.jit.trace, torch.export, make_fx, torch.fx). What torch.compile made runs
+    uncompiled; inside a function that it traces, this does nothing. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
+    if is_traced():  # the compiler's stance cannot change inside of a function that it traces
+        yield
+        return
     with uncompiled, _Reroute():
         yield

@@ -17,7 +17,7 @@ from fastgan import backends, ops
 from fastgan.nn.utils import fuse_spectral_norm
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.bias_act.layout import ACTIVATIONS
-from fastgan.ops.library import is_plain
+from fastgan.ops.library import is_plain_class
 
 
 def meta(*shape):
@@ -241,10 +241,10 @@ def test_a_subclass_is_rerouted_unless_it_has_a_say_of_its_own():
 
 
 def test_what_has_a_say():
-    assert all(map(is_plain, (torch.Tensor, nn.Parameter, Distribution, Other)))
-    assert not is_plain(Counted)
-    assert not is_plain(torch._subclasses.FakeTensor)
-    assert not is_plain(nn.UninitializedParameter)
+    assert all(map(is_plain_class, (torch.Tensor, nn.Parameter, Distribution, Other)))
+    assert not is_plain_class(Counted)
+    assert not is_plain_class(torch._subclasses.FakeTensor)
+    assert not is_plain_class(nn.UninitializedParameter)
 
 
 def test_two_subclasses_together_are_left_to_pytorch():

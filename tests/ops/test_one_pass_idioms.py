@@ -178,6 +178,14 @@ def equalized(net, h):
     return F.conv2d(h, net.w.to(h.dtype) * 0.3, padding=1) + (net.p * 2).view(1, -1, 1, 1)
 
 
+def evaluated(norm):
+    """With statistics and parameters that are not those of its beginning."""
+    torch.manual_seed(6)
+    for values in (*norm.parameters(), norm.running_mean, norm.running_var):
+        nn.init.uniform_(values, 0.5, 2)
+    return norm.eval()
+
+
 def weight_from_code(net, h):
     w = net.w - net.w.mean((1, 2, 3), keepdim=True)
     return F.conv2d(h, w / w.square().sum((1, 2, 3), keepdim=True).sqrt(), net.p, padding=1)
@@ -321,6 +329,12 @@ IDIOMS = {
         {"w": lambda: parameter(C, 2, 2, 2), "p": lambda: parameter(4)},
     ),
     "batch twice": (twice_the_batch, {}),
+    "batch norm in evaluation": (lambda net, h: net.m(h), {"m": lambda: evaluated(nn.BatchNorm2d(C))}),
+    "batch norm of rows": (lambda net, h: net.m(h.flatten(1)), {"m": lambda: evaluated(nn.BatchNorm1d(C * S * S))}),
+    "batch norm without parameters": (
+        lambda net, h: net.m(h),
+        {"m": lambda: evaluated(nn.BatchNorm2d(C, affine=False))},
+    ),
     # shapes
     "samples times channels": (blur, {}),
     "channels times samples": (channels_as_rows, {"w": lambda: parameter(S * S, S * S)}),

@@ -195,9 +195,9 @@ NOT_ROWS = {
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize(("function", "shape"), NOT_ROWS.values(), ids=NOT_ROWS)
 def test_rows_that_are_not_samples_are_refused(function, shape, call):
-    with pytest.raises(ValueError, match=f"row of logits for each of its 6 inputs, got {shape}: .*select="):
+    with pytest.raises(ValueError, match=f"must have a row for each of the 6 inputs, got {shape}: .*select="):
         call(function, images())
-    with pytest.raises(ValueError, match=f"select must choose logits with a row for each of the 6 .*{shape}"):
+    with pytest.raises(ValueError, match=f"must have a row for each of the 6 .*{shape}"):
         call(lambda x: [x, function(x)], images(), select=1)
 
 
@@ -243,6 +243,16 @@ SELECTED = {
         lambda judgment: judgment.logits,
         lambda judgment: [judgment.logits],
     ),
+    "a list of scales": (
+        Heads(patches(8), patches(4), row(10), form=lambda outputs: (list(outputs[:2]), outputs[2])),
+        0,
+        lambda outputs: outputs[0],
+    ),
+    "lists of periods by keys": (
+        Heads(row(20), row(21), row(1), form=lambda outputs: {"periods": outputs[:2], "whole": outputs[2]}),
+        ("periods", "whole"),
+        lambda outputs: [*outputs["periods"], outputs["whole"]],
+    ),
     "the last of each scale": (
         Heads(nn.Identity(), patches(4), nn.Identity(), patches(2), form=nested),
         lambda scales: [scale[-1] for scale in scales],
@@ -257,10 +267,12 @@ def test_select_chooses_and_everything_is_returned(discriminator, select, summed
     assert_penalty(call, copy.deepcopy(discriminator), summed, select=select)
 
 
-@pytest.mark.parametrize(("discriminator", "select", "summed"), SELECTED.values(), ids=SELECTED)
-def test_explain_penalty_takes_select(discriminator, select, summed):
+@pytest.mark.parametrize("name", SELECTED)
+def test_explain_penalty_takes_select(name):
+    discriminator, select, _ = SELECTED[name]
     explained = fastgan.explain_penalty(discriminator.double(), images(), select=select)
-    assert explained == "one pass" or explained.startswith("general path: ")
+    reshaped = name in ("a function of one tensor", "rows of patches")  # not what the discriminator returned
+    assert explained.startswith("general path: " if reshaped else "one pass")
 
 
 def test_a_loss_of_everything_that_was_returned_and_a_penalty_of_the_selected_are_exact():
@@ -286,12 +298,12 @@ BAD_SELECTIONS = {
     "a function that returns none": (
         lambda outputs: None,
         ValueError,
-        "must choose a tensor, or several, got NoneType",
+        "must return a tensor or a flat list .*, got NoneType",
     ),
     "a function that returns all, nested": (
         lambda outputs: [outputs],
         ValueError,
-        r"must choose a tensor, or several, got \[\(6, 1\), \(6, 10\)\]",
+        r"must return a tensor or a flat list .*, got \[\[\(6, 1\), \(6, 10\)\]\] from",
     ),
 }
 
@@ -301,6 +313,13 @@ BAD_SELECTIONS = {
 def test_bad_selections_are_refused(select, error, message, call):
     with pytest.raises(error, match=message):
         call(Heads(row(1), row(10)).double(), images(), select=select)
+
+
+@pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
+def test_a_list_that_an_index_selects_is_judged_as_if_it_were_returned(call):
+    discriminator = Heads(nn.Identity(), patches(4), row(1), form=lambda outputs: (list(outputs[:2]), outputs[2]))
+    with pytest.raises(ValueError, match=r"\[\(6, 8, 8, 8\), \(6, 1, 4, 4\)\], that need not be logits"):
+        call(discriminator.double(), images(), select=0)
 
 
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)

@@ -312,7 +312,7 @@ class Between(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3, padding=1))
         self.tail = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.2))
-        self.head, self.function = nn.Linear(8 * 64, 1), function
+        self.head, self.function = nn.Linear(8 * 64, 1), copy.deepcopy(function)
 
     def forward(self, x):
         y = self.function(self.body(x))

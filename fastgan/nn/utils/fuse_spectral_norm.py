@@ -19,7 +19,6 @@ from fastgan.nn.utils.ready import (
     copyable,
     discard,
     is_recomputing,
-    is_recorded,
     put,
     read,
     ready,
@@ -139,7 +138,7 @@ class _Hook(TorchHook):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if module is not self.module:  # a replica of torch.nn.DataParallel's
             super().__call__(module, inputs)
-        elif is_recorded() or backends.in_transform():
+        elif not backends.is_plain():
             if self.plain is None:
                 self.plain = getattr(module, self.name)
             super().__call__(module, inputs)
@@ -199,7 +198,7 @@ class _Fused:
             return  # each module normalizes its own
         for member in self.members:  # what a forward has left that was broken off, or that this one is inside of
             discard(member.module, member.name, of_all=True)
-        if is_recorded() or backends.in_transform():
+        if not backends.is_plain():
             return
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, Operands]]] = {}

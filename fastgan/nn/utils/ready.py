@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.library import checkpointed_region, is_traced
+from fastgan.ops.library import checkpointed_region
 
 
 class Vectors(NamedTuple):
@@ -121,14 +121,6 @@ def _key(name: str) -> str:
     return f"_normalised_{name}"
 
 
-def is_recorded() -> bool:
-    """Whether a recorder writes down a forward that PyTorch alone must be able to run.
-
-    torch.compile is none: its graphs stay in this process, and have fastgan's operators in them.
-    """
-    return is_traced() and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
-
-
 def is_recomputing() -> bool:
     """Whether backward is recomputing a forward (activation checkpointing): then u and v stay those of that forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -142,14 +134,15 @@ def copyable(weight: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and weight.grad_fn is not None:
         itself = weakref.ref(weight)
         weight.__deepcopy__ = partial(_deepcopy, itself)  # type: ignore[method-assign]
-        weight.__reduce_ex__ = partial(_reduce_ex, itself)  # type: ignore[method-assign, assignment]
+        weight.__reduce_ex__ = partial(_reduce_ex, itself)  # type: ignore[method-assign]
     return weight
 
 
 def _deepcopy(weight: weakref.ref[Tensor], memo: dict[int, Any]) -> Tensor:
     there = weight()
     assert there is not None  # whoever copies it holds it
-    return memo.setdefault(id(there), there.detach().clone())
+    copied: Tensor = memo.setdefault(id(there), there.detach().clone())
+    return copied
 
 
 def _reduce_ex(weight: weakref.ref[Tensor], protocol: int) -> Any:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan import backends
-from fastgan.nn.utils.ready import is_recomputing, is_recorded, read
+from fastgan.nn.utils.ready import is_recomputing, read
 from fastgan.ops.spectral_norm import fits, normalise
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +46,7 @@ def leaves_to_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
     They are what a tracer may record and what transforms of torch.func see through; and they take, or refuse in their
     own words, complex and integer weights, tensor subclasses, empty weights and vectors of another dtype or device.
     """
-    return is_recorded() or backends.in_transform() or not fits([weight], [u], [v], [dim])
+    return not backends.is_plain() or not fits([weight], [u], [v], [dim])
 
 
 def spectral_norm(
@@ -96,17 +96,18 @@ def adapt(module: nn.Module, name: str) -> None:
     if getattr(computed.fget, "__module__", "") == __name__:
         return
 
-    @torch.jit.unused  # type: ignore[untyped-decorator]
+    @torch.jit.unused
     def weight(self: nn.Module) -> Tensor:
-        cache = parametrize._cache if parametrize._cache_enabled else None
-        if cache is None or cache.get((id(self), name)) is None:
-            tensors = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-            found = read(self, name, tensors._parameters.get("original"), tensors._modules["0"].training)  # type: ignore[union-attr]
-            if found is not None:
-                if cache is not None:
-                    cache[id(self), name] = found
-                return found
-        return computed.fget(self)  # type: ignore[no-any-return]
+        tensors: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        caches = parametrize._cache_enabled and torch._C._get_tracing_state() is None  # PyTorch's refuses to be traced
+        found = parametrize._cache.get((id(self), name)) if caches else None
+        if found is None:
+            found = read(self, name, tensors._parameters.get("original"), tensors._modules["0"].training)
+            if not caches:
+                return computed.fget(self) if found is None else found
+            # PyTorch's own key is the module that was parametrized, of its copies too, which then get its weight.
+            found = parametrize._cache[id(self), name] = tensors() if found is None else found
+        return found
 
     setattr(cls, name, property(weight, computed.fset))
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.functions import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh
 from fastgan.ops.bias_act.layout import ACTIVATIONS, DTYPES, Options
+from fastgan.ops.library import symbolic
 
 __all__ = ["bias_act", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "tanh"]
 
 
+@symbolic
 def bias_act(
     input: Tensor,
     bias: Tensor | None = None,

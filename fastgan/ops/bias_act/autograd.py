@@ -22,6 +22,7 @@ from fastgan.ops.bias_act.layout import (
     layout_of,
 )
 from fastgan.ops.bias_act.small import is_small
+from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
 from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
@@ -121,6 +122,8 @@ def activate(
         return _forward(x, bias, call, dense, inplace)
     if options.activation in PIECEWISE:
         y: Tensor = _Piecewise.apply(x, bias, call, dense, inplace)
+        if inplace and options.activation != "linear":
+            mark_base(x)
     elif inplace and not _kept_result(options):
         y = x.copy_(_Smooth.apply(x.clone(), bias, call, True, False))
     else:

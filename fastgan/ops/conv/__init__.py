@@ -71,8 +71,7 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"""``torch.nn.functional.{name}``: same arguments, results and errors.
 
-    Its double backward forms only the gradients that were asked for, and none at all for an input that has none, where
-    PyTorch's fills zeros. Differentiable to any order.
+    Its double backward forms only the gradients that were asked for. Differentiable to any order.
 
     Args:
         input: (N, C_in, *S) of any floating dtype; without N, or complex, PyTorch's own runs.
@@ -83,16 +82,16 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
 
 
 def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Batched, real, of a known device and in no transform of torch.func: everything else, errors too, is PyTorch's."""
+    """Batched, real, of a known device and in a plain eager call: everything else, errors too, is PyTorch's."""
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
+        and backends.is_plain()
         and input.ndim == weight.ndim == n + 2
         and input.is_floating_point()
         and (input.dtype == weight.dtype or is_autocast(input.device.type))
         and backends.is_known(input.device)
         and 0 not in input.shape
-        and not backends.in_transform()
     )
 
 

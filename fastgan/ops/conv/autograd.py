@@ -1,9 +1,7 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
 The convolutions are the vendor's, but for its slowest on a CPU: kernels of ours compute the gradient of an input of few
-channels, convolutions with steps, those of one pixel, and the weight's gradient of few pixels. PyTorch's own double
-backward returns a gradient for the input even where there is none (dense zeros, which then run back through the whole
-forward): two of the six forwards' work of a penalty.
+channels, convolutions with steps, those of one pixel, and the weight's gradient of few pixels.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy

@@ -23,6 +23,8 @@ def named(name: str, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 
 def floating(inputs: Inputs) -> tuple[Tensor, ...]:
     """The tensors that are differentiated."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
     return tuple(tensor for _, tensor in named("", inputs) if tensor.is_floating_point())
 
 
@@ -47,20 +49,18 @@ def differentiable(inputs: Inputs) -> Inputs:
 
 def check_inputs(name: str, inputs: Any) -> None:
     """Raise unless these are inputs whose floating tensors have a row a sample each."""
-    if not isinstance(inputs, Tensor | tuple | list | Mapping):
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {inputs.dtype}")
+        _check_rows(name, inputs)
+        return
+    if not isinstance(inputs, tuple | list | Mapping):
         raise TypeError(f"{name} must be a tensor, or a tuple, list or dict of tensors, got {type(inputs).__name__}")
     for part, tensor in named(name, inputs):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{part} must be a tensor, got {type(tensor).__name__}")
-        if isinstance(inputs, Tensor) and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
-        if tensor.is_floating_point() and (tensor.ndim == 0 or tensor.numel() == 0):
-            raise ValueError(f"{part} must be (N, ...) and not empty, got shape {tuple(tensor.shape)}")
-    if not isinstance(inputs, Tensor):
-        _check_several(name, inputs)
-
-
-def _check_several(name: str, inputs: Inputs) -> None:
+        if tensor.is_floating_point():
+            _check_rows(part, tensor)
     each = floating(inputs)
     if not each:
         raise TypeError(f"{name} must hold a floating tensor, got none")
@@ -69,18 +69,30 @@ def _check_several(name: str, inputs: Inputs) -> None:
         raise ValueError(f"the floating tensors of {name} must have a row a sample each, got shapes {shapes}")
 
 
+def _check_rows(part: str, tensor: Tensor) -> None:
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        raise ValueError(f"{part} must be (N, ...) and not empty, got shape {tuple(tensor.shape)}")
+
+
 def check_same_form(real: Inputs, fake: Inputs) -> None:
     """Raise unless ``fake`` is built of tensors of the shapes and devices of ``real``."""
-    of_real, of_fake = list(named("real", real)), list(named("fake", fake))
-    names = [part.removeprefix("real") for part, _ in of_real]
-    if names != [part.removeprefix("fake") for part, _ in of_fake]:
-        theirs = ", ".join(part for part, _ in of_fake)
-        raise ValueError(f"fake must hold what real holds, {', '.join(part for part, _ in of_real)}, got {theirs}")
-    for (part, x), (_, y) in zip(of_fake, of_real, strict=True):
-        of = part.replace("fake", "real", 1)
-        if x.shape != y.shape:
-            raise ValueError(f"{part} must have the shape of {of}, {tuple(y.shape)}, got {tuple(x.shape)}")
-        if x.device != y.device:
-            raise ValueError(f"{part} must be on the device of {of}, {y.device}, got {x.device}")
-        if x.is_floating_point() != y.is_floating_point():
-            raise TypeError(f"{part} must be floating where {of} is, {y.dtype}, got {x.dtype}")
+    if isinstance(real, Tensor) and isinstance(fake, Tensor):
+        _check_alike("real", real, "fake", fake)
+        return
+    of_real, of_fake = dict(named("", real)), dict(named("", fake))
+    if list(of_real) != list(of_fake):
+        wanted, got = (
+            ", ".join(name + part for part in parts) for name, parts in (("real", of_real), ("fake", of_fake))
+        )
+        raise ValueError(f"fake must hold what real holds, {wanted}, got {got}")
+    for part, tensor in of_real.items():
+        _check_alike(f"real{part}", tensor, f"fake{part}", of_fake[part])
+
+
+def _check_alike(of: str, real: Tensor, part: str, fake: Tensor) -> None:
+    if fake.shape != real.shape:
+        raise ValueError(f"{part} must have the shape of {of}, {tuple(real.shape)}, got {tuple(fake.shape)}")
+    if fake.device != real.device:
+        raise ValueError(f"{part} must be on the device of {of}, {real.device}, got {fake.device}")
+    if fake.is_floating_point() != real.is_floating_point():
+        raise TypeError(f"{part} must be floating where {of} is, {real.dtype}, got {fake.dtype}")

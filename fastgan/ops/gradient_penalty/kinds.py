@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from fastgan.ops.library import without_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
+Dims = int | Sequence[int]
 
 
 class _Formula(NamedTuple):
@@ -52,8 +53,9 @@ class Penalty:
     kind: Kind = "r1"
     weight: Number | None = None
     target: Number | None = None
-    dims: int | tuple[int, ...] | None = None
+    dims: Dims | None = None
     reduction: str = "mean"
+    _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -63,7 +65,7 @@ class Penalty:
             raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
-        object.__setattr__(self, "dims", _checked_dims(self.dims))
+        object.__setattr__(self, "_over", _checked_dims(self.dims))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
                 f"{self._name} has no target, got target={self.target}: the kinds with one are wgan-gp, "
@@ -84,34 +86,21 @@ class Penalty:
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The penalty of the gradients, each (N, *S)."""
-        return self.of_norms(self.norms(grads))
-
-    def norms(self, grads: Sequence[Tensor]) -> Tensor:
-        """(N, *R): the norms over ``dims``, or their squares, whichever this kind is a function of.
-
-        They depend on the gradients alone: what may be learned besides (weight, target, a function's own parameters)
-        comes after them.
-        """
-        assert not isinstance(self.dims, int)
-        with _full_precision(grads[0]):
-            return norms(grads, self.dims, squared=self._formula.squared)
-
-    def zero(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
-        assert not isinstance(self.dims, int)
-        shape = remaining(inputs[0].shape, self.dims) if self.reduction == "none" else []
-        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
-
-    def of_norms(self, norms: Tensor) -> Tensor:
-        """The penalty, from what the method ``norms`` returned."""
         formula = self._formula
         target = formula.target if self.target is None else self.target
-        with _full_precision(norms):
-            each = formula.of(norms, _broadcasting(target, norms) if isinstance(target, Tensor) else target)
+        with _full_precision(grads[0]):
+            size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
+            each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
             penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
             if isinstance(self.weight, Tensor):
                 return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-            return (10.0 if self.weight is None else self.weight) * formula.factor * penalty
+            factor = (10.0 if self.weight is None else self.weight) * formula.factor
+            return factor * penalty
+
+    def zero(self, inputs: Sequence[Tensor]) -> Tensor:
+        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
+        shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
+        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:

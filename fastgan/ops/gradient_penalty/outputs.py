@@ -19,29 +19,24 @@ _CURE = (
 def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor]:
     """The logits among what a discriminator returned, each with a row a sample.
 
-    Without ``select``, that is one tensor, or several that can only be logits of several scales or periods.
+    Without ``select``, that is one tensor, or several that can only be logits of several scales or periods. The same
+    holds of a list that an index or a key selects. What a function returns is taken as it is.
     """
     if select is None:
-        logits = _all_of(returned)
-        if any(len(tensor) != samples if tensor.ndim else True for tensor in logits):
-            raise ValueError(
-                f"the discriminator must return a row of logits for each of its {samples} inputs, got "
-                f"{_shapes(returned)}: {_CURE}. A function may reshape them, too: "
-                "select=lambda logits: logits.view(N, -1). Where D packs several samples in one, give it packed "
-                "inputs, one pack a row"
-            )
-        if len(logits) > 1 and not _are_scales(logits):
-            raise ValueError(
-                f"the discriminator returned several outputs, {_shapes(returned)}, that need not be logits of several "
-                f"scales, (N, 1, H, W) each, or periods, (N, L) each: {_CURE}"
-            )
-        return logits
-    logits = _selected(returned, select)
+        logits = _sole(returned, samples)
+    elif callable(select):
+        logits = _chosen(select(returned), returned)
+    else:
+        keys = select if isinstance(select, tuple | list) else (select,)
+        logits = [tensor for key in keys for tensor in _sole(_part(returned, key), samples)]
+    if len({id(tensor) for tensor in logits}) < len(logits):
+        raise ValueError(f"select={select!r} chooses the same output twice, of {_shapes(returned)}")
     for tensor in logits:
         if tensor.ndim == 0 or len(tensor) != samples:
             raise ValueError(
-                f"select must choose logits with a row for each of the {samples} inputs, got shape "
-                f"{tuple(tensor.shape)} from {_shapes(returned)}"
+                f"the logits must have a row for each of the {samples} inputs, got {_shapes(returned)}: {_CURE}. "
+                "A function may reshape them, too: select=lambda logits: logits.view(N, -1). Where D packs several "
+                "samples in one, give it packed inputs, one pack a row"
             )
     return logits
 
@@ -57,32 +52,35 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, int | str) and not isinstance(key, bool)
 
 
-def _all_of(returned: Any) -> list[Tensor]:
-    if isinstance(returned, Tensor):
-        return [returned]
-    if isinstance(returned, tuple | list) and returned and all(isinstance(part, Tensor) for part in returned):
-        return list(returned)
-    if isinstance(returned, tuple | list | Mapping) and returned:
-        raise ValueError(f"the discriminator must return logits alone, got {_shapes(returned)}: {_CURE}")
-    raise TypeError(f"the discriminator must return a tensor or a sequence of tensors, got {_shapes(returned)}")
-
-
-def _selected(returned: Any, select: Select) -> list[Tensor]:
-    if callable(select):
-        chosen = select(returned)
-        parts = list(chosen) if isinstance(chosen, tuple | list) else [chosen]
-    else:
-        keys = select if isinstance(select, tuple | list) else (select,)
-        parts = [_part(returned, key) for key in keys]
-    if not parts or not all(isinstance(part, Tensor) for part in parts):
-        raise ValueError(
-            f"select must choose a tensor, or several, got {_shapes(parts[0] if len(parts) == 1 else parts)} from "
-            f"{_shapes(returned)}: a function reaches into what is nested, "
-            "select=lambda output: [scale[-1] for scale in output]"
+def _sole(output: Any, samples: int) -> list[Tensor]:
+    """The tensor, or tensors, of an output in which all can only be logits."""
+    if isinstance(output, Tensor):
+        return [output]
+    if not isinstance(output, tuple | list | Mapping) or not output:
+        raise TypeError(
+            f"the discriminator must return a tensor or a sequence of tensors, got {_shapes(output)}: {_CURE}"
         )
-    if len({id(part) for part in parts}) < len(parts):
-        raise ValueError(f"select={select!r} chooses the same output twice, of {_shapes(returned)}")
-    return parts
+    if isinstance(output, Mapping) or not all(isinstance(part, Tensor) for part in output):
+        raise ValueError(f"the discriminator must return logits alone, got {_shapes(output)}: {_CURE}")
+    logits = list(output)
+    rows = all(tensor.ndim > 0 and len(tensor) == samples for tensor in logits)
+    if len(logits) > 1 and not (rows and _are_scales(logits)):
+        raise ValueError(
+            f"the discriminator returned several outputs, {_shapes(output)}, that need not be logits of several "
+            f"scales, (N, 1, H, W) each, or periods, (N, L) each, of N={samples} samples: {_CURE}"
+        )
+    return logits
+
+
+def _chosen(chosen: Any, returned: Any) -> list[Tensor]:
+    """What a function has selected."""
+    logits = list(chosen) if isinstance(chosen, tuple | list) else [chosen]
+    if not logits or not all(isinstance(tensor, Tensor) for tensor in logits):
+        raise ValueError(
+            f"select must return a tensor or a flat list of them, got {_shapes(chosen)} from {_shapes(returned)}: for "
+            "example, select=lambda output: [scale[-1] for scale in output]"
+        )
+    return logits
 
 
 def _part(returned: Any, key: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, named, replaced
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, replaced
 
 
 def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
@@ -40,7 +40,8 @@ def _alpha(real: Inputs, generator: torch.Generator | None) -> Tensor:
 
 def _beside(alpha: Tensor, x: Tensor) -> Tensor:
     """alpha (N,) as (N, 1, ...), to be multiplied by x (N, *S)."""
-    return alpha.to(x).view(-1, *[1] * (x.ndim - 1))
+    same = alpha.dtype == x.dtype and alpha.device == x.device
+    return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
 
 
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
@@ -50,5 +51,5 @@ def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
 
 
 def _between(real: Inputs, fake: Inputs, alpha: Tensor) -> Inputs:
-    fakes = (tensor for _, tensor in named("fake", fake) if tensor.is_floating_point())
+    fakes = iter(floating(fake))
     return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))

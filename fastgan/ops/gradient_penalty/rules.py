@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Refused
 from fastgan.ops.gradient_penalty.products import PRODUCTS
 from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.norm.evaluation import scale_and_shift
 
 
 class Rule(NamedTuple):
@@ -164,6 +166,31 @@ def _shifted_dropout(call: Call, *args: Any) -> Layout:
     return call.where(input)
 
 
+def _batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Layout:
+    call.needs(input)
+    call.fixed(weight, bias)
+    if training or running_mean is None or running_var is None:
+        raise Refused("normalizes by the statistics of the batch, which mixes the samples; in evaluation it does not")
+    shift = scale_and_shift(running_mean, running_var, weight, bias, eps)[1]
+    call.constant(shift.view(-1, *[1] * (input.ndim - 2)))
+    return call.where(input)
+
+
+def _batch_norm_of_torch(call: Call, input: Tensor, weight: Any, bias: Any, *rest: Any) -> Layout:
+    mean, variance, training, momentum, eps, _ = rest
+    return _batch_norm(call, input, mean, variance, weight, bias, training, momentum, eps)
+
+
 _SAME = functions(
     *("relu", "leaky_relu", "prelu", "rrelu", "abs", "absolute", "hardshrink"),
     *("neg", "negative", "positive", "__neg__", "__pos__", "contiguous", "clone", "__copy__"),
@@ -194,5 +221,7 @@ RULES: dict[Any, Rule] = {
     ),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
+    F.batch_norm: Rule(_batch_norm),
+    torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
 }

@@ -2,8 +2,8 @@
 
 The double backward of PyTorch's activations and poolings fills zeros for their inputs. These run back through the
 forward and reach every parameter below, such as a bias before a ReLU: its ``grad`` is zeros, so that an optimizer with
-momentum moves it, and DistributedDataParallel sees it. fastgan's Functions send nothing. Those that stand for such a
-function of PyTorch say for which of their inputs by ``fills_zeros``. What lies below these gets its zeros here.
+momentum moves it, and DistributedDataParallel sees it. fastgan's Functions send nothing. What lies below those that
+stand for such a function (``fastgan.ops.filled``) gets its zeros here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
+
+from fastgan.ops.filled import filled_inputs
 
 
 def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor]) -> Tensor:
@@ -27,8 +29,10 @@ def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor])
     candidates = [node for node in below if hasattr(node, "variable") and node not in points]
     if not candidates:
         return penalty
+    # Not every node hands on what it gets: PyTorch's group norm gives its bias nothing for its statistics. Zeros that
+    # are added to what is there cost nothing for a bias, and are left out for a weight.
     depends = _reached([penalty.grad_fn])
-    leaves = [node.variable for node in candidates if node not in depends]
+    leaves = [node.variable for node in candidates if node not in depends or node.variable.ndim < 2]
     if not leaves:
         return penalty
     result: Tensor = _WithZeros.apply(penalty, *leaves)  # type: ignore[no-untyped-call]
@@ -37,16 +41,7 @@ def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor])
 
 def reached_by_zeros(path: Iterable[Node]) -> dict[Node, None]:
     """The nodes, in a fixed order, that the zeros of PyTorch's double backward reach."""
-    return _reached(node.next_functions[index][0] for node in path for index in _fills_zeros(node))
-
-
-def _fills_zeros(node: Node) -> tuple[int, ...]:
-    """The inputs for which the double backward of PyTorch's function fills zeros, where ours is in its place."""
-    function: Any = getattr(node, "_forward_cls", None)
-    if function is None:
-        return ()
-    indices: tuple[int, ...] = getattr(node, "fills_zeros", getattr(function, "fills_zeros", ()))
-    return indices
+    return _reached(node.next_functions[index][0] for node in path for index in filled_inputs(node))
 
 
 def _reached(nodes: Iterable[Node | None]) -> dict[Node, None]:

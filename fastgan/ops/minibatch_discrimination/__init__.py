@@ -7,6 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastgan import backends
+from fastgan.ops.library import symbolic
 from fastgan.ops.minibatch_discrimination.autograd import discriminate
 from fastgan.ops.minibatch_discrimination.ranks import Group
 
@@ -16,6 +17,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@symbolic
 def minibatch_discrimination(
     activations: Tensor,
     *,

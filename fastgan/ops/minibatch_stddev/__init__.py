@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import symbolic
 from fastgan.ops.minibatch_stddev import reference
 from fastgan.ops.minibatch_stddev.autograd import append_stddev
 from fastgan.ops.minibatch_stddev.grouping import size_of_groups
@@ -21,6 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REMAINDERS = ("error", "largest-divisor")
 
 
+@symbolic
 def minibatch_stddev(
     x: Tensor,
     *,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import is_traced
+from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalise, statistics_of
+from fastgan.ops.norm.evaluation import normalized, scale_and_shift
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
@@ -21,6 +22,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
+@symbolic
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -71,6 +73,7 @@ def layer_norm(
     return normalise(input, weight, bias, layout, eps, chosen)
 
 
+@symbolic
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -113,6 +116,7 @@ def group_norm(
     return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
+@symbolic
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -160,6 +164,7 @@ def instance_norm(
     return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
 
+@symbolic
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -213,6 +218,9 @@ def batch_norm(
     chosen = _select("batch_norm", input, backend, tiny_too=one_alone) if training else "reference"
     if chosen == "reference":
         if not training and torch.is_grad_enabled() and not is_traced():
+            if running_mean is not None and running_var is not None and _may_be_affine(input):
+                scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
+                return normalized(input, scale, shift)
             # PyTorch's graph would keep the buffers themselves, which later calls in training overwrite.
             running_mean, running_var = _copy(running_mean), _copy(running_var)
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -223,6 +231,10 @@ def batch_norm(
         if values is not None:
             _renew(values, statistics[i], momentum)
     return result
+
+
+def _may_be_affine(input: Tensor) -> bool:
+    return input.requires_grad and input.dtype in _DTYPES and input.numel() > 0 and not backends.in_transform()
 
 
 def _renew(running: Tensor, of_batch: Tensor, momentum: float) -> None:

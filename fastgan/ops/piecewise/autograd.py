@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.filled import mark_base
 from fastgan.ops.library import is_batched
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -33,7 +34,6 @@ class Step(NamedTuple):
     linear: Linear
     kept: tuple[Tensor, ...] = ()
     indices: Tensor | None = None  # a further result, not differentiable
-    fills_zeros: bool = True  # whether PyTorch's own double backward does, for the input
 
 
 def takes(input: Any, inplace: bool = False) -> bool:
@@ -47,24 +47,32 @@ def takes(input: Any, inplace: bool = False) -> bool:
         and not input.is_meta
         and input.layout == torch.strided
         and input.numel() > 0
-        and not backends.in_transform()
+        and backends.is_plain()
     )
 
 
-def piecewise(input: Tensor, run: Callable[[Tensor], Step], inplace: bool = False) -> Any:
-    """``run(input)``: its value, and the indices where there are any. ``inplace``: run writes over its input."""
-    return _Piecewise.apply(input, run, inplace)
+def piecewise(input: Tensor, run: Callable[[Tensor], Step], inplace: bool = False, fills_zeros: bool = True) -> Any:
+    """``run(input)``: its value, and the indices where there are any.
+
+    Args:
+        inplace: run writes over its input.
+        fills_zeros: whether the double backward of PyTorch's own function does, for the input.
+    """
+    result = _Piecewise.apply(input, run, inplace, fills_zeros)
+    if inplace and fills_zeros:
+        mark_base(input)
+    return result
 
 
 class _Piecewise(torch.autograd.Function):
     piecewise_affine = True
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, run: Callable[[Tensor], Step], inplace: bool) -> Any:
+    def forward(ctx: Any, input: Tensor, run: Callable[[Tensor], Step], inplace: bool, fills_zeros: bool) -> Any:
         if inplace:
             ctx.mark_dirty(input)
-        value, ctx.linear, kept, indices, filled = run(input)
-        ctx.fills_zeros = (0,) if filled else ()
+        value, ctx.linear, kept, indices = run(input)
+        ctx.fills_zeros = (0,) if fills_zeros else ()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)
         if indices is None:
@@ -73,8 +81,8 @@ class _Piecewise(torch.autograd.Function):
         return value, indices
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
-        return (None if grad is None else _run(grad, ctx.linear, True, ctx.saved_tensors)), None, None
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
+        return (None if grad is None else _run(grad, ctx.linear, True, ctx.saved_tensors)), None, None, None
 
 
 def _run(x: Tensor, linear: Linear, transposed: bool, kept: tuple[Tensor, ...]) -> Tensor:

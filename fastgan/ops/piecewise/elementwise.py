@@ -53,11 +53,11 @@ def elementwise(
         def run(x: Tensor) -> Step:
             if over:
                 kept = slopes(x, *args, **kwargs)
-                return Step(theirs(x, *args, **kwargs), linear, kept, fills_zeros=filled)
+                return Step(theirs(x, *args, **kwargs), linear, kept)
             value = theirs(x, *args, **kwargs)  # PyTorch's errors come first
-            return Step(value, linear, slopes(x, *args, **kwargs), fills_zeros=filled)
+            return Step(value, linear, slopes(x, *args, **kwargs))
 
-        return piecewise(input, run, over)
+        return piecewise(input, run, over, filled)
 
     return route
 
@@ -137,9 +137,9 @@ def maximum(theirs: Callable[..., Any], largest: bool) -> Callable[..., Any]:
 
         def run(x: Tensor) -> Step:
             passed = x < constant if largest else x > constant  # neither where one is NaN
-            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant), fills_zeros=False)
+            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant))
 
-        return piecewise(x, run)
+        return piecewise(x, run, fills_zeros=False)
 
     return route
 

@@ -44,10 +44,11 @@ def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float
 
     def run(x: Tensor) -> Step:
         linear = _circular(pad) if mode == "circular" else _bordered(x, pad, _KINDS[mode])
-        return Step(F.pad(x, pad, mode, value), linear, fills_zeros=mode != "circular")
+        return Step(F.pad(x, pad, mode, value), linear)
 
     three_reflected = mode == "reflect" and len(pad) == 6  # autocast does not know this one
-    return piecewise(as_autocast(input, mode != "circular" and not three_reflected), run)  # type: ignore[no-any-return]
+    cast = as_autocast(input, mode != "circular" and not three_reflected)
+    return piecewise(cast, run, fills_zeros=mode != "circular")  # type: ignore[no-any-return]
 
 
 def _is_plain(input: Tensor, pad: Sequence[int]) -> bool:
