@@ -7,6 +7,7 @@ fastgan is imported, with the name in the error.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch._C import _len_torch_function_stack as count_function_modes
 from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compiler.disable imports the compiler at once
 from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
@@ -39,6 +40,10 @@ __all__ = [
     "will_execute",
 ]
 
+# torch.fx records calls too. torch 2.6 has the second name alone.
+is_fx_symbolic_tracing: Callable[[], bool] = getattr(
+    _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
+)
 # The modes above tell who records calls, and their numbers whether it is worth a look.
 # Calls of a discriminator are looked at without being seen by modes and subclasses.
 DisableTorchFunction = torch._C.DisableTorchFunction
