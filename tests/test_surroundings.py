@@ -38,7 +38,7 @@ def test_a_user_without_a_home_keeps_the_cache_in_a_folder_for_temporary_files(t
             raise KeyError(uid)
         pwd.getpwuid = nobody  # as in a container that runs as a user without an entry
         import fastgan
-        from fastgan.trainer.cache import cache_folder, kept
+        from fastgan.trainer.data.cache import cache_folder, kept
         try:
             Path.home()
         except RuntimeError:

@@ -45,21 +45,19 @@ def gradient_penalty(
 ) -> Tensor:
     """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
 
-    ============== ========================================== =======================================
-    kind           at                                         penalty
-    ============== ========================================== =======================================
-    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - target)^2
-    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - target)^2
-    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
-    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
-    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - target)^2
-    r1             real                                       weight / 2 * mean |g|^2
-    r2             fake                                       weight / 2 * mean |g|^2
-    r1+r2          real and fake                              the sum of both
-    a function f   as wgan-gp; real, if there is no fake      weight * mean f(|g|)
-    ============== ========================================== =======================================
+    | kind             | at                                        | penalty                                    |
+    |------------------|-------------------------------------------|--------------------------------------------|
+    | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
+    | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
+    | "max-gp"         | alpha real + (1 - alpha) fake             | weight * max norm^2                        |
+    | "zero-centered"  | alpha real + (1 - alpha) fake             | weight * mean norm^2                       |
+    | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
+    | "r1"             | real                                      | weight / 2 * mean norm^2                   |
+    | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
+    | "r1+r2"          | real and fake                             | the sum of both                            |
+    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
-    alpha ~ U(0, 1), one for each sample; |g| is a norm over all dimensions of a sample, and the mean is over samples.
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
     Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
 
     Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
