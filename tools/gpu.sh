@@ -1,10 +1,10 @@
 #!/bin/sh
 # gpu.sh: builds, tests, verifies and times fastgan on this machine's NVIDIA GPU, in at most eight minutes.
 #
-# Needs no network and installs nothing: the system's python3 (PYTHON=... names another) brings torch, triton,
-# pybind11, cmake, ninja and pytest, and tests go side by side if it has pytest-xdist.  Results go to $OUT, or to
-# benchmarks/results: gpu.json says what became of each stage, gpu.log what it said.  A stage that fails does not keep
-# the next from running; the exit status is non-zero if any did.
+# Needs no network and installs nothing.  The system's python3 (or PYTHON=...) must have torch, triton, pybind11,
+# cmake, ninja and pytest; with pytest-xdist, tests run in parallel.  Results go to $OUT or benchmarks/results:
+# gpu.json has the result of each stage, gpu.log the output.  A failed stage does not stop the next one, but makes the
+# exit status non-zero.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -14,7 +14,7 @@ log=$out/gpu.log
 : >"$log"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 CUDAARCHS=${CUDAARCHS:-$(sh tools/gpu-arch.sh)}
-# Of the CPU's kernels the GPU's tests need none.
+# The GPU tests do not need the CPU kernels.
 export CUDAARCHS FASTGAN_BUILD=auto FASTGAN_CUDA=require
 end=$(($(date +%s) + 470))
 failed=''
@@ -22,7 +22,7 @@ stages=''
 
 left() { echo $((end - $(date +%s))); }
 
-# stage NAME SECONDS COMMAND...: what it does with `limited` ends in that time.
+# stage NAME SECONDS COMMAND...: runs the command; programs that it starts with `limited` end within that time.
 stage() {
     name=$1 seconds=$2
     shift 2
@@ -72,9 +72,9 @@ tests() {
     limited "$python" -m pytest "$@"
 }
 
-# Compiling is most of the work, and a crash ends one process.
+# Use many processes: most of the work is compiling, and a crash ends only one of them.
 workers=$(nproc)
-[ "$workers" -le 16 ] || workers=16  # the cores of a machine that a container has a part of
+[ "$workers" -le 16 ] || workers=16  # nproc can count the whole machine's cores in a container
 many_tests() (
     export OMP_NUM_THREADS=1
     if has xdist; then
@@ -90,8 +90,8 @@ many_tests() (
     return $result
 )
 
-# bench RESERVE FILE ARGUMENTS...: no case begins in the last RESERVE seconds; another process goes on where one has
-# crashed; cases not come to stay listed for --resume.
+# bench RESERVE FILE ARGUMENTS...: starts no case in the last RESERVE seconds.  After a crash another process continues.
+# Cases that did not run stay listed for --resume.
 bench() {
     reserve=$1 file=$out/$2
     shift 2
@@ -109,7 +109,7 @@ bench() {
     return $status
 }
 
-# None of these needs tyro, the command line's parser of options.
+# These stages do not use tyro, the command line's option parser.
 verify='
 import sys
 from pathlib import Path
@@ -126,7 +126,7 @@ stage verify 55 limited "$python" -c "$verify" "$out"
 stage bench 100 bench 40 ops.json --rounds 10
 stage bench-steps $(($(left) - 70)) bench 40 steps.json --suite steps --rounds 5
 stage bench-compiled 35 bench 20 ops-compiled.json --case "$compiled" --compile
-# Last: a capture that fails may take the process's GPU with it.
+# This stage is last, because a failed capture can make the GPU unusable for the process.
 stage test-more "$(left)" tests tests/bench/test_cases.py tests/bench/test_timing.py tests/integrations
 
 if [ -n "$failed" ]; then

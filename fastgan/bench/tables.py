@@ -69,8 +69,8 @@ def source(results: Results) -> str:
     commit = f"commit {about['commit'] or 'unknown'}{' with changes' if about['dirty'] else ''}"
     versions = f"torch {about['torch']}, fastgan {about['fastgan']}, {commit}, {date(about)}"
     floor = (
-        f"The floor is the bytes divided by the copy bandwidth of this run, {results['copy_bandwidth'] / 1e9:.1f} GB/s; "
-        "data that stays in a cache can beat it. "
+        f"The floor is the bytes divided by this run's copy bandwidth, {results['copy_bandwidth'] / 1e9:.1f} GB/s. "
+        "Data that stays in a cache can beat it. "
     )
     floors = any(case["floor_seconds"] is not None for case in results["cases"])
     return f"{about['device']}{threads}; {versions}. {floor if floors else ''}`{about['command']}`"
