@@ -31,7 +31,7 @@ from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.alarms import Watch
 from fastgan.trainer.measure.diagnostics import Diagnostics
 from fastgan.trainer.measure.extractors import Extractor, features_of, load_extractor
-from fastgan.trainer.measure.metrics import kid, neighbours
+from fastgan.trainer.measure.metrics import kid, neighbors
 from fastgan.trainer.measure.mode_collapse import spread
 from fastgan.trainer.measure.quality import latents
 
@@ -89,7 +89,7 @@ def play(emoji: Emoji, augment: AugmentName, steps: int, extractor: Extractor, r
         if step % (steps // SCORED) == 0:
             fake = torch.cat([gan.samples(z) for z in latents(gan, JUDGED, emoji.seed).split(optim.batch_size)])
             features = features_of(fake, extractor, device)
-            scores.append({"step": step, "KID": kid(real, features), **neighbours(real, features)._asdict()})
+            scores.append({"step": step, "KID": kid(real, features), **neighbors(real, features)._asdict()})
             print(emoji.seed, augment, {k: round(v, 4) for k, v in scores[-1].items()}, flush=True)
     course = {key: [round(record.get(key, 0.0), 4) for record in records] for key in COURSE}
     about = {"seed": emoji.seed, "augment": augment, "steps": steps, "seconds": round(training, 1)}
@@ -151,7 +151,7 @@ def main() -> None:
     for seed in range(options.seeds):
         emoji = Emoji(pictures, seed, device)
         real, other = (emoji.features(source, extractor) for source in (emoji.held_out, emoji.floor))
-        result["floor"].append({"seed": seed, "KID": kid(real, other), **neighbours(real, other)._asdict()})
+        result["floor"].append({"seed": seed, "KID": kid(real, other), **neighbors(real, other)._asdict()})
         for augment in options.augment:
             result["outcomes"].append(play(emoji, augment, options.steps, extractor, real))
             result["table"] = table(result["outcomes"]).splitlines()

@@ -192,7 +192,7 @@ struct Layer {
     for (std::int64_t c = 1; c < chunks; ++c) axpy(n, A{1}, partials + c * n, sum);
   }
 
-  static void normalise(std::int64_t n, const A* x, double norm, double eps, A* out) {
+  static void normalize(std::int64_t n, const A* x, double norm, double eps, A* out) {
     const A scale = static_cast<A>(1 / (norm > eps ? norm : eps));
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
@@ -203,18 +203,18 @@ struct Layer {
     const std::int64_t rows = at->rows, columns = at->columns();
     if (kind == Pass::both) {
       const double norm = std::sqrt(sum_of_squares(rows, s));
-      normalise(rows, s, norm, eps, u());
+      normalize(rows, s, norm, eps, u());
       add_partials(t);
-      normalise(columns, t, norm, eps, t);
+      normalize(columns, t, norm, eps, t);
     } else if (kind == Pass::rows) {
       if (!by_rows()) add_partials(s);
-      if (iterate) normalise(rows, s, std::sqrt(sum_of_squares(rows, s)), eps, u());
+      if (iterate) normalize(rows, s, std::sqrt(sum_of_squares(rows, s)), eps, u());
       *sigma() = dot(rows, s, u());
       return;
     } else if (by_rows()) {
       add_partials(t);
     }
-    normalise(columns, t, std::sqrt(sum_of_squares(columns, t)), eps, v());
+    normalize(columns, t, std::sqrt(sum_of_squares(columns, t)), eps, v());
     *sigma() = dot(columns, t, v());
   }
 

@@ -21,7 +21,7 @@ def measurements(results: Results) -> tuple[Cells, list[Cells]]:
     counts = {key: of for key, of in COUNTS.items() if any(key in result for result in measured)}
     header = ["case", "variant", "ms (20 to 80 %)", f"speed relative to {BASELINE} (20 to 80 %)"]
     header += ["of the floor"] * floors + [title for title, _ in counts.values()]
-    header += ["CUDA graph, cold L2: ms", f"times {BASELINE}'s", "of the floor"] if graphs else []
+    header += ["CUDA graph, cold L2: ms", f"relative to {BASELINE}", "of the floor"] if graphs else []
     rows = []
     for case in cases:
         for name, result in case["variants"].items():

@@ -108,7 +108,7 @@ class GAN:
     def batch(self) -> Batch:
         """Return this rank's rows of the next batch. With classes, reals and fakes share the labels."""
         rows = self.ranks.rows(self.optim.batch_size)
-        real, labels = self.source.next_labelled(self.optim.batch_size, rows)
+        real, labels = self.source.next_labeled(self.optim.batch_size, rows)
         alpha = noise = None
         if self.regularizer.between:
             alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise)

@@ -120,7 +120,7 @@ class Trainer:
                 bar.close()
                 print("computing the final scores and writing the report…", flush=True)
                 self._draw()
-                self._summarise()
+                self._summarize()
             if self.board:
                 self.board.close()
             self.ranks.wait()
@@ -210,7 +210,7 @@ class Trainer:
         if self.board:
             self.board.draw("samples", self.run.samples, self.step)
 
-    def _summarise(self) -> None:
+    def _summarize(self) -> None:
         seed = 4 * self.config.seed + MEASURING
         if len(self.gan.source.shape) > 1:
             rows = gallery.interpolations(self.gan, seed)

@@ -114,8 +114,8 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
         ranks = dist.get_world_size(self.process_group)
         mean = _Sum.apply(x.mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
-        centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
+        centered = x - mean.view(shape)
+        variance = _Sum.apply(centered.square().mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
         count = ranks * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -123,7 +123,7 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-        y: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
+        y: Tensor = centered * torch.rsqrt(variance + self.eps).view(shape)
         return (y * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 

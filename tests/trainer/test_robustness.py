@@ -23,7 +23,7 @@ from fastgan.trainer.run import replace_text
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
     """The loop without the pictures and scores of its end."""
-    monkeypatch.setattr(Trainer, "_summarise", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
     monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
 
 

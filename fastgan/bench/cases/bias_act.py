@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, tuple[Function, float]] = {
 }
 
 
-def _penalised(
+def _penalized(
     function: Function, smooth: bool, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Run:
     torch.manual_seed(0)  # the same operands for each variant
@@ -50,14 +50,14 @@ def setup(activation: str, device: torch.device, dtype: torch.dtype, shape: tupl
     ours = partial(ops.bias_act, activation=activation, gain=gain)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalised(ours, smooth, shape, device, dtype))
+        return on_backend(backend, _penalized(ours, smooth, shape, device, dtype))
 
-    compiled: Make = lambda: _penalised(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
+    compiled: Make = lambda: _penalized(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
     variants: dict[str, Make] = {
-        BASELINE: partial(_penalised, plain, smooth, shape, device, dtype),
+        BASELINE: partial(_penalized, plain, smooth, shape, device, dtype),
         "torch.compile": compiled,
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalised, ours, smooth, shape, device, dtype),
+        "fastgan": partial(_penalized, ours, smooth, shape, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:

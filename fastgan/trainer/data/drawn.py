@@ -28,7 +28,7 @@ class Source(Protocol):
 
     def next(self, batch_size: int) -> Tensor: ...
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         """Return the `rows` of the next batch and their labels. The stream advances by the whole batch."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -49,9 +49,9 @@ class Drawn(ABC):
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self, batch_size: int) -> Tensor:
-        return self.next_labelled(batch_size)[0]
+        return self.next_labeled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         samples, labels = self.draw(batch_size)
         return samples[rows].to(self.device), None if labels is None else labels[rows].to(self.device)
 

@@ -25,6 +25,6 @@ def hold_out(source: Source, batch_size: int, seed: int) -> Source | None:
 
 def some_reals(source: Source, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Return `count` samples chosen by `seed`, and their labels. If the source has fewer, they repeat."""
-    drawn, labels = source.fork(seed).next_labelled(count if source.size is None else min(count, source.size))
+    drawn, labels = source.fork(seed).next_labeled(count if source.size is None else min(count, source.size))
     index = torch.arange(count, device=drawn.device) % len(drawn)
     return drawn[index], None if labels is None else labels[index]

@@ -75,9 +75,9 @@ class Images:
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
-        return self.next_labelled(batch_size)[0]
+        return self.next_labeled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         if batch_size > self.size:
             raise DataError(f"a batch of {batch_size} needs at least {batch_size} images, but the data has {self.size}")
         if self.cursor + batch_size > self.size:

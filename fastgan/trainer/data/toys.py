@@ -38,9 +38,9 @@ class Voxels(Drawn):
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
         kind = torch.randint(2, (count,), generator=self.generator)
-        centre = 5 + 5 * torch.rand(count, 3, 1, generator=self.generator)
+        center = 5 + 5 * torch.rand(count, 3, 1, generator=self.generator)
         radius = 2 + 2.5 * torch.rand(count, 3, 1, generator=self.generator)
-        away = ((torch.arange(16.0) - centre).abs() / radius)[:, :, :, None, None]  # (N, 3, 16, 1, 1)
+        away = ((torch.arange(16.0) - center).abs() / radius)[:, :, :, None, None]  # (N, 3, 16, 1, 1)
         x, y, z = away[:, 0], away[:, 1].transpose(1, 2), away[:, 2].transpose(1, 3)
         ball = (x.square() + y.square() + z.square()).sqrt()  # (N, 16, 16, 16)
         box = torch.maximum(torch.maximum(x, y), z)

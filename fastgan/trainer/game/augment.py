@@ -90,8 +90,8 @@ def brightness(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
 
 def saturation(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
     """Multiply each pixel's distance from its gray value by a number in [0, 2)."""
-    grey = x.mean(1, keepdim=True)
-    return grey + column(torch.where(taken, 2 * how, 1)) * (x - grey)
+    gray = x.mean(1, keepdim=True)
+    return gray + column(torch.where(taken, 2 * how, 1)) * (x - gray)
 
 
 def contrast(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def stacked_modes(samples: Tensor, source: Stacked, cache: Path | None = None) -
     A sample's mode is the combination of its three channels' classes. Metz et al. 2017.
     """
     model = digit_classifier(source.images, source.labels, cache)
-    grey = samples.flatten(0, 1)[:, None]  # (3 N, 1, S, S)
+    gray = samples.flatten(0, 1)[:, None]  # (3 N, 1, S, S)
     with torch.no_grad():
-        classes = torch.cat([model(batch.to(source.device)).argmax(1).cpu() for batch in grey.split(512)])
+        classes = torch.cat([model(batch.to(source.device)).argmax(1).cpu() for batch in gray.split(512)])
     a, b, c = classes.view(-1, 3).unbind(1)
     return torch.bincount(100 * a + 10 * b + c, minlength=1000)
 

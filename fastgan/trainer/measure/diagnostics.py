@@ -71,7 +71,7 @@ class Diagnostics:
                 weights = norm(self.before[key], self.gan.device).clamp_min(TINY)
                 record[f"{key}_update_ratio"] = norm(moved, self.gan.device) / weights
         self.before = {}
-        record |= self._judgements(self.seed + 3 * step)
+        record |= self._judgments(self.seed + 3 * step)
         record["nonfinite"] = self._nonfinite()
         if self.gan.optim.augment == "ada":
             record["augment_p"] = self.gan.augment.p
@@ -80,7 +80,7 @@ class Diagnostics:
         values["nonfinite"] = int(values["nonfinite"])
         return values | {"sigma": sigmas(self.gan.discriminator)}
 
-    def _judgements(self, seed: int) -> dict[str, Tensor]:
+    def _judgments(self, seed: int) -> dict[str, Tensor]:
         gan, batch_size = self.gan, self.gan.optim.batch_size
         z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
         count = batch_size * max(1, JUDGED // batch_size)

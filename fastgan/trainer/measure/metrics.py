@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgan.trainer.data.sources import Mixture
 
-NEIGHBOURS = 5  # k of density, coverage and recall, as in their papers
+NEIGHBORS = 5  # k of density, coverage and recall, as in their papers
 SUBSET = 100  # samples in one KID estimate
 SUBSETS = 50
 
@@ -87,13 +87,13 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return float((mean_r - mean_f).square().sum() + cov_r.trace() + cov_f.trace() - 2 * cross)
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     density: float  # number of reals' balls that contain a fake, over k; about 1 if the sets agree
     coverage: float  # fraction of reals whose ball contains a fake
     recall: float  # fraction of reals inside at least one fake's ball
 
 
-def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
+def neighbors(real: Tensor, fake: Tensor, k: int = NEIGHBORS) -> Neighbors:
     """Density and coverage (Naeem et al. 2020) and recall (Kynkaanniemi et al. 2019) of features (N, F).
 
     A sample's ball extends to its k-th nearest neighbor in its own set.
@@ -104,7 +104,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     real, fake = real.double(), fake.double()
     real_radius, fake_radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, fake))
     distance = torch.cdist(real, fake)  # (N, M)
-    return Neighbours(
+    return Neighbors(
         density=float((distance <= real_radius[:, None]).double().sum(0).mean() / k),
         coverage=float((distance.min(1).values <= real_radius).double().mean()),
         recall=float((distance <= fake_radius).any(1).double().mean()),

@@ -15,7 +15,7 @@ from fastgan.trainer.data.toys import Stacked
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.classifier import stacked_modes
 from fastgan.trainer.measure.extractors import Extractor, check_extractor, features_of, label, load_extractor
-from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbours
+from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbors
 
 POINTS = 2500
 LEAST = 10  # fewest images to compute distances from
@@ -82,7 +82,7 @@ def compare(
 
     def against_real(key: str) -> dict[str, float]:
         pair = features["real"], features[key]
-        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbours(*pair)._asdict()}
+        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbors(*pair)._asdict()}
 
     return {"extractor": name, "n": len(fake), **against_real("fake"), "floor": against_real("floor")}
 

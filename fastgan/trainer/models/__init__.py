@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgan.trainer.config import ModelConfig
 from fastgan.trainer.models import dcgan, mlp, residual, resnet
-from fastgan.trainer.models.layers import Discriminator, Head, Labelled, Scale, Shape, normalise
+from fastgan.trainer.models.layers import Discriminator, Head, Labeled, Scale, Shape, normalize
 
 __all__ = ["build_models"]
 
@@ -36,9 +36,9 @@ def build_models(
     else:
         generator, features, feature_shape = images(Shape.of(shape), config, latent_dim)
     if classes is not None:
-        generator = Labelled(generator, classes, config.latent_dim)
+        generator = Labeled(generator, classes, config.latent_dim)
     head = Head(feature_shape, config.minibatch, classes)
-    return generator, normalise(Discriminator(features, head), config.spectral_norm, config.n_power_iterations)
+    return generator, normalize(Discriminator(features, head), config.spectral_norm, config.n_power_iterations)
 
 
 Built = tuple[nn.Module, nn.Module, tuple[int, ...]]  # generator, feature network of the discriminator, feature shape

@@ -115,7 +115,7 @@ class Discriminator(nn.Module):
         return logits
 
 
-class Labelled(nn.Module):
+class Labeled(nn.Module):
     """Wraps a generator of (N, 2 L) to take latents (N, L) and labels (N,). Embedded labels are concatenated to z."""
 
     def __init__(self, generator: nn.Module, classes: int, latent_dim: int) -> None:
@@ -142,7 +142,7 @@ class Scale(nn.Module):
         return f"{self.factor:g}"
 
 
-def normalise(model: nn.Module, kind: SpectralNorm, n_power_iterations: int = 1) -> nn.Module:
+def normalize(model: nn.Module, kind: SpectralNorm, n_power_iterations: int = 1) -> nn.Module:
     """Apply spectral norm to every convolution, linear layer and embedding of `model`, in place."""
     if kind == "none":
         return model

@@ -244,9 +244,9 @@ def values_of(config: TrainConfig) -> dict[str, Any]:
 
 def suggest(trial: Trial, start: TrainConfig) -> dict[str, Any]:
     """Sample the search space: within a factor of 10 of `start` for rates and weights, a factor of 2 for sizes."""
-    centre = values_of(start)
+    center = values_of(start)
     values: dict[str, Any] = {}
-    for name, value in centre.items():
+    for name, value in center.items():
         if name in ("d_lr", "g_lr", "penalty_weight"):
             values[name] = trial.suggest_float(name, value / 10, value * 10, log=True)
         elif name == "beta1":
