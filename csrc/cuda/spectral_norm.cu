@@ -142,8 +142,8 @@ class Worker {
     }
   }
 
+  // ---- products with a tile ----
   // s = tile . by_column: one warp per row.
-  // s = tile . by_column: a warp a row.
   __device__ void multiply_rows(const Tile& tile, const T* w, A* parts) {
     for (int row = threadIdx.x / 32; row < tile.rows; row += kThreads / 32) {
       A sum = 0;

@@ -16,7 +16,7 @@ Parts = Callable[[], Iterable[bytes]]  # the content of a file, in consecutive p
 
 
 def cache_folder() -> Path:
-    """Below the user's cache folder; for a user without a home, in a folder of their own for temporary files."""
+    """Return fastgan's folder in the user's cache folder, or a temporary folder if the user has no home folder."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "fastgan"
     try:
