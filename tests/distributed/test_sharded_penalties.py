@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fastgan
 from fastgan.nn import GradientPenalty, utils
@@ -252,6 +253,15 @@ class Method(nn.Module):
         return self.model(x)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
 def said_of(call):
     try:
         call()
@@ -302,6 +312,14 @@ def refusals(mesh):
                 p.add_(1.0)
         loss.backward()
 
+    def checkpoint_of_a_sharded_layer():
+        model = nn.Sequential(nn.Flatten(), Checkpointed(of_whole(nn.Linear(192, 4).double(), mesh)))
+        fastgan.gradient_penalty(model, real, kind="r1")
+
+    def checkpoint_in_a_sharded_layer():
+        model = nn.Sequential(nn.Flatten(), Checkpointed(nn.Linear(192, 4).double()))
+        fastgan.gradient_penalty(of_whole(model, mesh), real, kind="r1")
+
     def in_place():
         """As autograd itself refuses."""
 
@@ -315,7 +333,8 @@ def refusals(mesh):
         fastgan.gradient_penalty(lambda x: spoiled(x), real, kind="r1")
 
     calls = from_logits, method, fsdp1, fsdp1_in_a_function, tensor_parallel, tensor_parallel_in_a_function
-    return {call.__name__: said_of(call) for call in (*calls, step_in_between, in_place)}
+    calls += checkpoint_of_a_sharded_layer, checkpoint_in_a_sharded_layer, step_in_between, in_place
+    return {call.__name__: said_of(call) for call in calls}
 
 
 def largest_in_memory(mesh):
@@ -441,6 +460,8 @@ SAID = {
     "fsdp1_in_a_function": "FullyShardedDataParallel (FSDP1)",
     "tensor_parallel": "tensor parallelism",
     "tensor_parallel_in_a_function": "tensor parallelism",
+    "checkpoint_of_a_sharded_layer": "takes no torch.utils.checkpoint",
+    "checkpoint_in_a_sharded_layer": "takes no torch.utils.checkpoint",
     "step_in_between": "call backward before the optimizer's step",
     "in_place": "modified",
 }

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from fastgan.ops.gradient_penalty.shards import Sharded, Weights
+from fastgan.ops.library import checkpointed_region
 
 _CALLED_OUTSIDE = (
     "a gradient penalty differentiates the weights after FSDP has freed them: the logits came from a forward with "
@@ -35,6 +37,10 @@ _TENSOR_PARALLEL = (
     "the discriminator's parameters are DTensors that FSDP2 did not make, as tensor parallelism has them, which no "
     "gradient penalty takes: shard it by torch.distributed.fsdp.fully_shard alone, or wrap it in "
     "DistributedDataParallel"
+)
+_CHECKPOINTED = (
+    "a gradient penalty of a sharded discriminator takes no torch.utils.checkpoint: its second forward runs when the "
+    "weights are gone. Leave the checkpoint out; the weights are gathered layer by layer all the same"
 )
 _HOOKS = "torch.distributed.fsdp._fully_shard"  # where FSDP2's hooks on a module are defined
 
@@ -144,7 +150,7 @@ def _call_gathered(module: Any, *args: Any, **kwargs: Any) -> Any:
     weights = _weights.get()
     if weights is None or torch._C._are_functorch_transforms_active():
         return call(*args, **kwargs)
-    with _without_hooks(module), ExitStack() as stack:
+    with _without_hooks(module), _NoCheckpoint(), ExitStack() as stack:
         for group in _groups(module):
             _check(group)
             below = set(module.modules())
@@ -153,6 +159,17 @@ def _call_gathered(module: Any, *args: Any, **kwargs: Any) -> Any:
                 if owners:
                     stack.enter_context(_in_place(owners, weights.gather(_sharded(group, fsdp_param))))
         return call(*args, **kwargs)
+
+
+class _NoCheckpoint(TorchFunctionMode):
+    """Inside, a checkpointed region raises: its second forward would find shards in the place of weights."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if checkpointed_region() is not None:
+            raise RuntimeError(_CHECKPOINTED)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
