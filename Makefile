@@ -25,12 +25,13 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test examples lint bench gpu data build dist docs clean
+.PHONY: help demo test test-gpu-simulated examples lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
 	@echo "make test    install, run the tests"
+	@echo "make test-gpu-simulated   tests on a simulated CUDA device; SIMULATED=all runs them all"
 	@echo "make examples install accelerate and Lightning too, run the tests of every example"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
@@ -53,6 +54,10 @@ demo: build data
 # A file a worker, in the order of tests/conftest.py; threads that wait for work sleep, since the workers share the cores.
 test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
+
+# On CUDA devices that are the CPU: tests/simulated_gpu/README.md.
+test-gpu-simulated: build
+	. tools/toolchain.sh && $(PY) tests/simulated_gpu/run.py $(or $(SIMULATED),short)
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
