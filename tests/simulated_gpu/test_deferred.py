@@ -1,4 +1,4 @@
-"""Deferred mode: work runs as late as a GPU may run it, so whoever relies on what it hasn't waited for reads old memory."""
+"""Deferred mode: work runs as late as a GPU may run it, and who hasn't waited for it reads old memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_errors_in_kernels_come_late():
     torch.cuda.synchronize()
     indices.fill_(40)
     embedded = nn.functional.embedding(indices, torch.ones(3, 2, device="cuda"))
-    with pytest.raises(RuntimeError, match="work that was launched before failed .*index out of range"):
+    with pytest.raises(RuntimeError, match=r"work that was launched before failed .*index out of range"):
         embedded.sum().item()
 
 

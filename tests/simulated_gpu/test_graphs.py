@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
+
+
+@contextmanager
+def spoiled_capture(graph, why="capture was invalidated"):
+    with pytest.raises(RuntimeError, match=why):  # noqa: SIM117 (the capture's end is what raises)
+        with torch.cuda.graph(graph):
+            yield
 
 
 @pytest.fixture
@@ -84,7 +92,7 @@ def test_a_graphs_own_memory_stays():
 def test_waiting_in_a_capture_raises_and_spoils_it(forbidden):
     x = torch.ones(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="capture was invalidated"), torch.cuda.graph(graph):
+    with spoiled_capture(graph):
         x + 1
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
             forbidden(x)
@@ -95,7 +103,7 @@ def test_waiting_in_a_capture_raises_and_spoils_it(forbidden):
 
 def test_work_on_a_stream_outside_the_capture_raises():
     x, other = torch.ones(3, device="cuda"), torch.cuda.Stream()
-    with pytest.raises(RuntimeError, match="capture was invalidated"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with spoiled_capture(torch.cuda.CUDAGraph()):
         x + 1
         with torch.cuda.stream(other), pytest.raises(RuntimeError, match="isn't part of the capture"):
             x + 2
@@ -114,7 +122,7 @@ def test_a_second_stream_is_captured_where_it_leaves_and_comes_back():
 
 def test_a_second_stream_that_does_not_come_back_spoils_the_capture():
     x, other = torch.ones(3, device="cuda"), torch.cuda.Stream()
-    with pytest.raises(RuntimeError, match="doesn't wait for"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with spoiled_capture(torch.cuda.CUDAGraph(), "doesn't wait for"):
         other.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(other):
             x + 2

@@ -203,6 +203,7 @@ def _of_streams() -> dict[str, Callable[..., Any]]:
         return device if device >= 0 else call("get_device")
 
     def set_stream(stream_id: int, device_index: int, device_type: int) -> None:
+        call("set_device", device_index)
         call("set_stream", device_index, stream_id)
 
     return {
