@@ -76,7 +76,7 @@ class Images:
         self.images = images.to(device) if fits(images, device) else images
         self.labels = None if labels is None else labels.long()
         self.classes = None if labels is None else int(labels.max()) + 1
-        self.members = torch.arange(len(images), device="cpu") if members is None else members
+        self.members = torch.arange(len(images)) if members is None else members
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
@@ -90,7 +90,7 @@ class Images:
 
     def split(self, count: int, seed: int) -> Images:
         """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed), device="cpu")
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
         taken = Images(self.images, seed, self.device, self.labels, self.members[order[:count]])
         self.members = self.members[order[count:]]
         self._start_epoch()
@@ -98,7 +98,7 @@ class Images:
 
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
-        self.order = self.members[torch.randperm(self.size, generator=self.generator, device="cpu")]
+        self.order = self.members[torch.randperm(self.size, generator=self.generator)]
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
@@ -176,8 +176,8 @@ class Mixture(Drawn):
         self.sigma = sigma
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        mode = torch.randint(len(self.modes), (count,), generator=self.generator, device="cpu")
-        offset = torch.randn(count, 2, generator=self.generator, device="cpu")
+        mode = torch.randint(len(self.modes), (count,), generator=self.generator)
+        offset = torch.randn(count, 2, generator=self.generator)
         return self.modes[mode] + self.sigma * offset, mode
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
@@ -193,21 +193,21 @@ class Discs(Drawn):
     scale = 1.0
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        x, y, radius = torch.rand(3, count, 1, 1, generator=self.generator, device="cpu")
-        axis = torch.arange(32.0, device="cpu")
+        x, y, radius = torch.rand(3, count, 1, 1, generator=self.generator)
+        axis = torch.arange(32.0)
         distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
         return torch.tanh(4 + 4 * radius - distance)[:, None], None
 
 
 def ring8(seed: int, device: torch.device) -> Mixture:
     """Eight modes on the unit circle, sigma 0.01."""
-    angle = torch.arange(8, device="cpu") * (2 * math.pi / 8)
+    angle = torch.arange(8) * (2 * math.pi / 8)
     return Mixture(torch.stack([angle.cos(), angle.sin()], 1), 0.01, seed, device)
 
 
 def grid25(seed: int, device: torch.device) -> Mixture:
     """25 modes on {-4, -2, 0, 2, 4}^2, sigma 0.05."""
-    axis = torch.arange(-4.0, 5.0, 2.0, device="cpu")
+    axis = torch.arange(-4.0, 5.0, 2.0)
     return Mixture(torch.cartesian_prod(axis, axis), 0.05, seed, device)
 
 
@@ -234,7 +234,7 @@ def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
     labels = read_idx(path)
     if labels.shape != (len(images),):
         raise DataError(f"{path} has shape {labels.shape}, wanted ({len(images)},)")
-    return images, torch.tensor(labels, device="cpu").long()
+    return images, torch.tensor(labels).long()
 
 
 def padded_images(path: Path) -> Iterator[bytes]:
@@ -244,8 +244,8 @@ def padded_images(path: Path) -> Iterator[bytes]:
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
-    padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8, device="cpu")
-    padded[:, 2:30, 2:30] = torch.tensor(images, device="cpu")
+    padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8)
+    padded[:, 2:30, 2:30] = torch.tensor(images)
     yield padded.numpy().tobytes()
 
 
