@@ -156,7 +156,7 @@ bench() {
 verify='
 import sys
 from pathlib import Path
-from fastgan.trainer.verify import VerifyConfig, verify
+from fastgan.trainer.verify.verify import VerifyConfig, verify
 name, out, steps = sys.argv[1:]
 sys.exit(not verify(VerifyConfig(name, steps=int(steps), device="cuda", out=Path(out))))
 '

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastgan.ops import conv, norm, pool
+from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region
+from fastgan.ops.library import checkpointed_region, is_traced
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +68,7 @@ def _batch_norm(
 
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
         for kind in ("", "_transpose")
@@ -111,6 +112,7 @@ class _Reroute(TorchFunctionMode):
             or not torch.is_grad_enabled()
             or not _PLAIN.issuperset(types)
             or checkpointed_region() is not None
+            or is_traced()
         ):
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
@@ -153,14 +155,21 @@ uncompiled = _Uncompiled()
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
-    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
-    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
-    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
-    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, layer_norm, group_norm, instance_norm, batch_norm (in training);
+    relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
+    softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
+    adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
+    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
+    Everything else is PyTorch's own: tensor subclasses, all calls while gradients are off, those that
+    torch.utils.checkpoint will run again, and those that are recorded (torch.jit.trace, torch.export, make_fx,
+    torch.fx). What torch.compile made runs uncompiled; inside a function that it traces, this does nothing. Holds for
+    this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
+    if is_traced():  # the compiler's stance cannot change inside of a function that it traces
+        yield
+        return
     with uncompiled, _Reroute():
         yield

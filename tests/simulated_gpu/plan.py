@@ -39,7 +39,10 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 # In five minutes on two cores; the longest first.
 SHORT = (
     _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
+    _host_logic("penalties", "tests/ops/test_penalty_kinds.py", "tests/ops/test_logits_and_penalty.py"),
     Part("graphs, host logic", ("tests/integrations/test_cuda_graphs.py",), ("--without-triton",)),
+    _own("ops", "ops"),
+    Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
     _own("rules", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
     _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),

@@ -101,7 +101,10 @@ def test_the_penalty_of_a_whole_discriminator_is_the_references():
     discriminator = discriminator.to("cuda", torch.float32)
     real = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     found = []
-    for model, backend, images in ((discriminator, "triton", real.to("cuda", torch.float32)), (twin, "reference", real)):
+    for model, backend, images in (
+        (discriminator, "triton", real.to("cuda", torch.float32)),
+        (twin, "reference", real),
+    ):
         with fastgan.use_backend(backend):
             penalty = fastgan.gradient_penalty(model, images, kind="r1")
             found.append([penalty, *torch.autograd.grad(penalty, list(model.parameters()), materialize_grads=True)])

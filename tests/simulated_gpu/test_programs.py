@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgan import cli
-from fastgan.trainer.verify import VerifyConfig, verify
+from fastgan.trainer.verify.verify import VerifyConfig, verify
 
 
 @pytest.fixture
