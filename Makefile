@@ -36,7 +36,8 @@ help:
 	@echo "make examples install accelerate and Lightning too, run the tests of every example"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
-	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
+	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network;"
+	@echo "             SIMULATED=1 rehearses it without one"
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
 	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
@@ -74,7 +75,7 @@ lint: $(VENV)/.deps-$(MODE)
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-only
 
-gpu:
+gpu: $(if $(SIMULATED),build)
 	sh tools/gpu.sh
 
 dist: $(VENV)/.deps-$(MODE)

@@ -50,6 +50,7 @@ SHORT = (
 
 # By hand: as long as the interpreter takes.
 LONG = (
+    Part("trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
     Part("graphs", ("tests/integrations/test_cuda_graphs.py",), ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )

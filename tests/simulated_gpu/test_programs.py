@@ -47,6 +47,16 @@ def test_the_trainer_does_not_ask_what_the_default_device_is(folder):
         train("--penalty", "r1")
 
 
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(folder):
+    code = (
+        "import torch; from fastgan import cli; "
+        "assert not cli.main(['train', 'ring8', '--device', 'cpu', '--steps', '2']); "
+        "assert torch.cuda.is_available(); assert not torch.cuda.is_initialized()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_fused_model_keeps_in_step(folder):
     assert verify(VerifyConfig(dataset="ring8", steps=2, timed_steps=1, device="cuda", out=folder / "verify"))
     assert json.loads(Path(folder / "verify" / "verify.json").read_text())["passed"] is True
