@@ -126,10 +126,11 @@ many_tests() (
 )
 
 bench_with='-m fastgan.bench.run'
-few_ops='' few_steps='' few_graphs='' verify_on="discs $out 32" train_on="discs $out 2000"
+few_ops='' few_steps='' more='tests/bench/test_cases.py tests/bench/test_timing.py tests/integrations'
+verify_on="discs $out 32" train_on="discs $out 2000"
 if [ -n "$simulated" ]; then
     bench_with=tests/simulated_gpu/rehearse_bench.py
-    few_ops='--case spectral_norm/small/*' few_steps='--case d-step/wgan-gp/dcgan64-batch16' few_graphs='-k loss_alone'
+    few_ops='--case spectral_norm/small/*' few_steps='--case d-step/wgan-gp/dcgan64-batch16' more='tests/integrations/test_cuda_graphs.py -k loss_alone'
     verify_on="ring8 $out 2" train_on="ring8 $out 3"
 fi
 
@@ -193,13 +194,13 @@ if [ -n "$simulated" ] || command -v compute-sanitizer >/dev/null; then
 fi
 stage test 110 many_tests tests/ops -k 'not cuda'
 stage bench 95 bench 40 ops.json --rounds 10 $few_ops
-stage bench-steps $(($(left) / slower - 120)) bench 30 steps.json --suite steps --rounds 5 $few_steps
+stage bench-steps $(($(left) / slower - 150)) bench 30 steps.json --suite steps --rounds 5 $few_steps
 stage verify 40 limited "$python" -c "$verify" $verify_on
 stage train 40 limited "$python" -c "$train" $train_on
 gpu_stage 'Triton kernels that torch.compile makes' bench-compiled 35 \
     bench 20 ops-compiled.json --case "$compiled" --compile
 # Last: a capture that fails may take the process's GPU with it.
-stage test-more "$(($(left) / slower))" tests tests/bench/test_timing.py tests/integrations/test_cuda_graphs.py $few_graphs
+stage test-more "$(($(left) / slower))" tests $more
 
 if [ -n "$failed" ]; then
     echo "failed:$failed"
