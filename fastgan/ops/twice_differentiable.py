@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastgan.ops import conv, norm, pool
+from fastgan.ops import attention, conv, norm, pool
+from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region
 
@@ -67,7 +69,13 @@ def _batch_norm(
     return result
 
 
+# What PyTorch differentiates once, at most.
+_LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+}
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_LACKING,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
         for kind in ("", "_transpose")
@@ -102,10 +110,15 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
+        super().__init__()
+        self._routes = routes
+        self.taken = False  # whether any call was rerouted
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = _ROUTES.get(func)
+        route = self._routes.get(func)
         if (
             route is None
             or not torch.is_grad_enabled()
@@ -113,6 +126,7 @@ class _Reroute(TorchFunctionMode):
             or checkpointed_region() is not None
         ):
             return func(*args, **(kwargs or {}))
+        self.taken = True
         return route(*args, **(kwargs or {}))
 
 
@@ -154,7 +168,8 @@ def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
     Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
-    layer_norm, group_norm, instance_norm, batch_norm (in training) and (outside autocast) softplus, called as
+    layer_norm, group_norm, instance_norm, batch_norm (in training), (outside autocast) softplus, and attention
+    (scaled_dot_product_attention and nn.MultiheadAttention, of which PyTorch has no second derivative), called as
     functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
     off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
     uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
@@ -164,3 +179,26 @@ def twice_differentiable() -> Iterator[None]:
     """
     with uncompiled, _Reroute():
         yield
+
+
+# Of each module the kinds of calls that were seen to take no route of _LACKING.
+_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+@contextmanager
+def barely_rerouted(module: Any, inputs: torch.Tensor) -> Iterator[None]:
+    """For one call of the module: PyTorch's functions, but for those that it cannot differentiate twice.
+
+    Looking at every function costs a small module a tenth of its time. So where there were none of these, the next
+    call of its kind is not looked at.
+    """
+    seen = _complete.setdefault(module, set())
+    kind = module.training, inputs.shape[1:]
+    if kind in seen:
+        with uncompiled:
+            yield
+        return
+    with uncompiled, _Reroute(_LACKING) as mode:
+        yield
+    if not mode.taken:
+        seen.add(kind)

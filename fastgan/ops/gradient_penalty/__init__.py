@@ -18,7 +18,7 @@ from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -90,7 +90,7 @@ def gradient_penalty(
         x = x.detach().requires_grad_()
         _require_grad_mode()
         small = is_small(discriminator, x)
-        with uncompiled if small else twice_differentiable():
+        with barely_rerouted(discriminator, x) if small else twice_differentiable():
             logits = discriminator(x, *args, **(kwargs or {}))
         penalty = _penalty(logits, x, kind, weight, ours=not small)
         if not small:
@@ -210,7 +210,7 @@ def _traced(
     _require_grad_mode()
     x = inputs.detach().requires_grad_()
     if is_small(discriminator, x):
-        with uncompiled:
+        with barely_rerouted(discriminator, x):
             return discriminator(x, *args, **(kwargs or {})), x, None, REASON
     with twice_differentiable(), Tracer(x) as tracer:
         logits = discriminator(x, *args, **(kwargs or {}))
