@@ -145,8 +145,8 @@ def _by_heads(
         batches = [(*outer, count) if shapes[0] else outer for count in heads]
     else:
         batches = [_broadcast(*shapes)] * 3
-    folded = (_four(t.expand(*batch, *t.shape[-2:])) for t, batch in zip((query, key, value), batches, strict=True))
-    return *folded, tuple(batches[0])
+    folded = [_four(t.expand(*batch, *t.shape[-2:])) for t, batch in zip((query, key, value), batches, strict=True)]
+    return folded[0], folded[1], folded[2], batches[0]
 
 
 def _broadcast(*shapes: torch.Size) -> tuple[int, ...]:

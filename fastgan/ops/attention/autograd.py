@@ -35,7 +35,7 @@ LIBRARY.define(
 )
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu"), frozenset(DTYPES)))
+backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
 
 
 def _exactly(run: Callable[P, R]) -> Callable[P, R]:
@@ -50,6 +50,9 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
             return run(*args, **kwargs)
 
     return exact
+
+
+_WIDEST = 256  # head of the Triton kernels, which have no gradient of a mask either: blocks run on a GPU too
 
 
 def _kernels(backend: str) -> Any:
@@ -223,6 +226,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Option
     if backend == "reference":
         return _exactly(reference.attention)(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
+    if backend == "triton" and (max(q.shape[-1], v.shape[-1]) > _WIDEST or (mask is not None and mask.requires_grad)):
+        backend = "blocks"
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)
     return result
