@@ -11,7 +11,7 @@ from fastgan.ops.triton_language import rounded, typed
 @triton.jit
 def total_of(high, low, DTYPE: tl.constexpr):
     """A number that is given as two of float32, which is what a launch can pass."""
-    return high.to(DTYPE) + low.to(DTYPE)
+    return tl.to_tensor(high).to(DTYPE) + tl.to_tensor(low).to(DTYPE)
 
 
 @triton.jit
