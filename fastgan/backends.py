@@ -17,7 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastgan._version import __version__
 
@@ -76,7 +80,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     """Name the backend that runs ``op`` on tensors of this device and dtype.
 
     ``backend`` overrides ``use_backend``. Raises BackendUnavailable if a named backend cannot run it. Inside a
-    transform of torch.func, which sees through PyTorch's own operations alone, it is the reference.
+    transform of torch.func, which sees through PyTorch's own operations alone, it is the reference; where calls are
+    recorded it is the reference too, whatever is named, because a record runs elsewhere.
     """
     if backend is not None:
         _check_name(backend)
@@ -85,12 +90,43 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         if wanted not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a transform of torch.func")
         return "reference"
+    if is_recorded():
+        return "reference"
     return _choose(op, device.type, dtype, wanted)
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_recorded() -> bool:
+    """Whether calls are recorded now: by torch.jit.trace, ONNX export, torch.export, make_fx or torch.fx.
+
+    A record must hold PyTorch's own operations alone: it is saved, transformed and run where fastgan is not. Modes that
+    only watch (a counter of FLOPs, a profiler, a logger) record nothing. torch.compile doesn't either: what it makes
+    runs here, and can call fastgan's operators.
+    """
+    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing():
+        return True
+    if not (_len_torch_dispatch_stack() or _len_torch_function_stack()):  # as nearly always
+        return False
+    modes = (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack())
+    return any(type(mode).__name__ in _RECORDERS for mode in modes)
+
+
+_RECORDERS = frozenset(
+    ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
+)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+
+
+def is_plain() -> bool:
+    """Whether calls made now are plain eager calls: neither seen through by torch.func nor recorded.
+
+    Where they are not, fastgan's functions and converted models compute in PyTorch's own operations.
+    """
+    return not (in_transform() or is_recorded())
 
 
 def forced() -> str:
@@ -105,7 +141,7 @@ def is_forced(backend: str | None = None) -> bool:
 
 # torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
 # torch.compiler.assume_constant_result does, which imports the compiler.
-_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform)
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain)
 for _answer in _answers:
     _answer._dynamo_marked_constant = True
 

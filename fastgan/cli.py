@@ -37,7 +37,7 @@ def train(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
-    from fastgan.trainer.report import too_short
+    from fastgan.trainer.report.page import too_short
 
     keep_freed_memory()
     trainer = Trainer(config)
@@ -123,7 +123,7 @@ def tune(arguments: Sequence[str]) -> int:
     """Search for a preset's best settings by what the generator makes."""
     import tyro
 
-    from fastgan.trainer.tune_config import TuneConfig
+    from fastgan.trainer.tune.config import TuneConfig
 
     config = tyro.cli(
         TuneConfig,
@@ -131,7 +131,7 @@ def tune(arguments: Sequence[str]) -> int:
         description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
         args=list(arguments),
     )
-    from fastgan.trainer.tune import tune as run
+    from fastgan.trainer.tune.study import tune as run
 
     try:
         best = run(config)
@@ -149,8 +149,8 @@ def verify(arguments: Sequence[str]) -> int:
     import tyro
 
     from fastgan.bench.heap import keep_freed_memory
-    from fastgan.trainer.verify import VerifyConfig
-    from fastgan.trainer.verify import verify as run
+    from fastgan.trainer.verify.verify import VerifyConfig
+    from fastgan.trainer.verify.verify import verify as run
 
     config = tyro.cli(
         VerifyConfig,

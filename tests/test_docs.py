@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chart import charts
 from benchmarks.tables import with_tables
 from fastgan import cli
 from fastgan.trainer.loop import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
 
 
@@ -70,6 +71,10 @@ def test_the_site_links_to_no_page_outside_of_it():
         assert not re.search(r"\]\(\.\./", page.read_text()), f"{page.name}: mkdocs has only docs/"
 
 
+def test_the_readme_fits_into_150_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_the_readme_opens_with_the_two_commands():
     commands = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
     assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
@@ -89,6 +94,12 @@ def test_the_error_messages_of_the_troubleshooting_page_are_ones_that_are_raised
         ]
         longest = max(parts, key=len).strip(" ,:()")
         assert longest in source, longest
+
+
+@pytest.mark.parametrize("name", ["speedups.svg", "speedups-dark.svg"])
+def test_the_chart_is_that_of_the_records(name):
+    path = ROOT / "docs" / name
+    assert charts()[path] == path.read_text(), "python benchmarks/chart.py"
 
 
 MEASURED = [page for page in PAGES if re.search("<!-- (measured|case)", page.read_text())]

@@ -113,7 +113,7 @@ bench() {
 verify='
 import sys
 from pathlib import Path
-from fastgan.trainer.verify import VerifyConfig, verify
+from fastgan.trainer.verify.verify import VerifyConfig, verify
 sys.exit(not verify(VerifyConfig(device="cuda", out=Path(sys.argv[1]))))
 '
 compiled='spectral_norm/sngan128/forward_backward'

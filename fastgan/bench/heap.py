@@ -13,8 +13,9 @@ KEPT, GIVEN_BACK = "kept", "given back"  # as results call what became of it
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, where glibc's malloc is its allocator.
 
-    glibc gives large blocks back to the system, and each tensor's pages are mapped and zeroed anew, which on a CPU may
-    take longer than the convolution that fills them (docs/recipes.md). What comes late stays resident until the end.
+    glibc returns large blocks to the system, and the pages of each new tensor are mapped and zeroed again. On a CPU
+    that may take longer than the convolution that fills them (docs/troubleshooting.md). The process holds its peak
+    memory until it ends.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

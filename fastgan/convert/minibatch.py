@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastgan import ops
 from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
-from fastgan.convert.replace import Replacement, become
+from fastgan.convert.replace import Replacement, become, can_become
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
 Outcome = tuple[str | None, str]
@@ -30,7 +31,9 @@ _EPS = (1e-8, 1e-6, 1e-10, 1e-7, 1e-5, 1e-12, 1e-4)
 
 class _OfOneTensor(Replacement):
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
-        return len(args) == 1 and args[0].ndim == self._fastgan["ndim"] and super().is_as_compared(*args, **kwargs)
+        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != self._fastgan["ndim"]:
+            return False
+        return super().is_as_compared(*args, **kwargs)
 
 
 class _Stddev(_OfOneTensor):
@@ -52,12 +55,16 @@ def convert(module: nn.Module) -> Outcome | None:
     """Replace a layer of minibatch statistics. None: it is none."""
     if isinstance(module, MinibatchStdDev | MinibatchDiscrimination):
         return None, "fastgan's already"
-    if _STDDEV.search(type(module).__name__):
-        return _convert_stddev(module)
     T = module._parameters.get("T")
-    if T is not None and T.ndim == 3:
-        return _convert_discrimination(module, T)
-    return None
+    by_name = bool(_STDDEV.search(type(module).__name__))
+    if not by_name and (T is None or is_lazy(T) or T.ndim != 3):
+        return None
+    if not can_become(module, "forward"):
+        return None, "its forward is set on the module itself"
+    if by_name:
+        return _convert_stddev(module)
+    assert T is not None
+    return _convert_discrimination(module, T)
 
 
 def _convert_stddev(module: nn.Module) -> Outcome:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import update_wrapper
+from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+from fastgan.ops.library import is_traced
 
 _SETTINGS = "_fastgan"
 _EVERY_MODULES = frozenset(vars(nn.Module())) | frozenset(vars(nn.Module))
@@ -16,10 +22,13 @@ class Replacement:
 
     ``replacement`` takes the place of one method or property of that class. It finds what it needs to know in
     ``self._fastgan``, a dictionary. It was compared with one kind of call, on the layer's attributes as they were then:
-    any other call is for the class's own code.
+    any other call is for the class's own code, and so is every call that is recorded or compiled.
+
+    ``around``, if there is one, is called in place of ``forward`` and is given the class's own.
     """
 
     replacement: Any
+    around: Any = None
 
     def is_as_compared(self, *args: Any, **kwargs: Any) -> bool:
         attributes: dict[str, Any] = self.__dict__[_SETTINGS]["attributes"]
@@ -30,6 +39,11 @@ def become(module: nn.Module, mixin: type[Replacement], attribute: str, **settin
     """Let ``mixin.replacement`` be the module's ``attribute``."""
     module.__dict__[_SETTINGS] = {"attributes": _plain_attributes(module), **settings}
     module.__class__ = _class(type(module), mixin, attribute)
+
+
+def can_become(module: nn.Module, attribute: str) -> bool:
+    """Whether the class decides what the module's ``attribute`` is, and not the module itself."""
+    return attribute not in vars(module)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -51,8 +65,16 @@ def is_converted(module: nn.Module) -> bool:
 
 def restore(module: nn.Module) -> None:
     base, _, _ = made_from(module)
-    del module.__dict__[_SETTINGS]
-    module.__class__ = base
+    cls: Any = type(module)
+    module.__dict__.pop(_SETTINGS, None)
+    if "_fastgan_made_from" in vars(cls):
+        module.__class__ = base
+        return
+    # A class made from the converted one since then, as torch.nn.utils.parametrize makes one: the same, of the base.
+    bases = tuple(base if "_fastgan_made_from" in vars(b) else b for b in cls.__bases__)
+    contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    metaclass: Any = type(cls)
+    module.__class__ = metaclass(cls.__name__, bases, contents)
 
 
 _classes: dict[tuple[Any, Any, str], type[nn.Module]] = {}
@@ -69,14 +91,92 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
     there = getattr(base, attribute)
     own: Any = there.fget if isinstance(there, property) else there
 
-    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (mixin.replacement if self.is_as_compared(*args, **kwargs) else own)(self, *args, **kwargs)
+    def around(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_traced():
+            return base.forward(self, *args, **kwargs)
+        return mixin.around(self, base.forward, *args, **kwargs)
 
-    replacement = property(chosen) if isinstance(there, property) else chosen
-    # Under the name of its base: whoever looks for a layer by name finds it still.
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    made_from = {"_fastgan_made_from": (base, mixin, attribute)}
-    return type(base.__name__, (mixin, base), {**names, **made_from, attribute: replacement, "__reduce_ex__": _reduce})
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given, named = _without_defaults(own, args, kwargs)
+        if is_traced() or not self.is_as_compared(*given, **named):
+            return own(self, *args, **kwargs)
+        return mixin.replacement(self, *given, **named)
+
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = base  # a new module, as a slice of a Sequential is one, has not been converted
+        base.__init__(self, *args, **kwargs)
+
+    in_place = _in_the_form_of(own, chosen)
+    contents = {
+        # Under the name of its base: whoever looks for a layer by name finds it still.
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__init__": update_wrapper(initialize, base.__init__),
+        "__reduce_ex__": _reduce,
+        "_fastgan_made_from": (base, mixin, attribute),
+        attribute: property(in_place, doc=there.__doc__) if isinstance(there, property) else in_place,
+    }
+    if mixin.around is not None:
+        contents["forward"] = _in_the_form_of(base.forward, around)
+    metaclass: Any = type(base)
+    made: type[nn.Module] = metaclass(base.__name__, (mixin, base), contents)
+    return made
+
+
+def _in_the_form_of(own: Any, chosen: Callable[..., Any]) -> Any:
+    """``chosen`` as a function with the parameters, the defaults, the names and the scope of ``own``.
+
+    Whoever inspects it finds what ``own`` has: `inspect`, torch.fx and torch.jit.script, which compiles the source of
+    ``own`` and looks names up in the scope of the function that it was given.
+    """
+    if not isinstance(own, FunctionType):
+        return update_wrapper(chosen, own)
+    code = own.__code__
+    positional, named = code.co_argcount, code.co_kwonlyargcount
+    names = iter(code.co_varnames)
+    before = [next(names) for _ in range(positional)]
+    after = [next(names) for _ in range(named)]
+    rest = f"*{next(names)}" if code.co_flags & inspect.CO_VARARGS else None
+    more = [f"**{next(names)}"] if code.co_flags & inspect.CO_VARKEYWORDS else []
+    declared = before.copy()
+    if code.co_posonlyargcount:
+        declared.insert(code.co_posonlyargcount, "/")
+    declared += [rest] if rest else ["*"] if named else []
+    passed = [*before, *([rest] if rest else []), *(f"{name}={name}" for name in after), *more]
+    scope = ["_chosen", *code.co_freevars]
+    source = (
+        f"def make({', '.join(scope)}):\n"
+        f"    def call({', '.join([*declared, *after, *more])}):\n"
+        f"        if False: {', '.join(scope)}\n"  # so that it has the scope of its own function
+        f"        return _chosen({', '.join(passed)})\n"
+        f"    return call\n"
+    )
+    made: dict[str, Any] = {}
+    exec(compile(source, f"<fastgan: {own.__qualname__}>", "exec"), made)
+    shell = made["make"](*[None] * len(scope))
+    cells = dict(zip(code.co_freevars, own.__closure__ or (), strict=True))
+    cells["_chosen"] = (lambda: chosen).__closure__[0]  # type: ignore[index]
+    closure = tuple(cells[name] for name in shell.__code__.co_freevars)
+    call = FunctionType(shell.__code__, own.__globals__, own.__name__, own.__defaults__, closure)
+    call.__kwdefaults__ = own.__kwdefaults__
+    return update_wrapper(call, own)
+
+
+def _without_defaults(
+    own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments but for those at the end, and by name, that are the function's defaults."""
+    if not isinstance(own, FunctionType):
+        return args, kwargs
+    defaults = own.__defaults__ or ()
+    required = own.__code__.co_argcount - 1 - len(defaults)  # without self
+    if len(args) <= required + len(defaults):
+        while len(args) > required and args[-1] is defaults[len(args) - 1 - required]:
+            args = args[:-1]
+    if kwargs and own.__kwdefaults__:
+        kwargs = {n: v for n, v in kwargs.items() if n not in own.__kwdefaults__ or v is not own.__kwdefaults__[n]}
+    return args, kwargs
 
 
 def made_from(module: nn.Module) -> tuple[type[nn.Module], type[Replacement], str]:
@@ -88,7 +188,9 @@ def made_from(module: nn.Module) -> tuple[type[nn.Module], type[Replacement], st
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     base, mixin, attribute = made_from(module)
     if _is_found_by_name(base) and base.__reduce_ex__ is object.__reduce_ex__ and base.__reduce__ is object.__reduce__:
-        return _rebuild, (base, mixin, attribute), module.__dict__
+        reduced: Any = object.__reduce_ex__(module, 2)
+        _, arguments, *state = reduced
+        return _rebuild, (base, mixin, attribute, *arguments[1:]), *state
     # A class with a way of its own of being pickled, as those that carry their source code with them.
     plain = base.__new__(base)
     plain.__dict__ = {name: value for name, value in module.__dict__.items() if name != _SETTINGS}
@@ -102,9 +204,9 @@ def _is_found_by_name(cls: type) -> bool:
     return found is cls
 
 
-def _rebuild(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> nn.Module:
+def _rebuild(base: type[nn.Module], mixin: type[Replacement], attribute: str, *arguments: Any) -> nn.Module:
     cls = _class(base, mixin, attribute)
-    return cls.__new__(cls)
+    return cls.__new__(cls, *arguments)
 
 
 def _convert_again(module: nn.Module, mixin: type[Replacement], attribute: str, settings: dict[str, Any]) -> nn.Module:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fastgan import backends
-from fastgan.convert.replace import Replacement, become, is_converted, made_from
+from fastgan.convert.replace import Replacement, become, can_become, is_converted, made_from
 from fastgan.ops.gradient_penalty.small import takes_less
 from fastgan.ops.twice_differentiable import is_rerouting, twice_differentiable
 
@@ -19,9 +20,7 @@ _LEAST = 2**36  # multiplications in a forward, as `takes_less` bounds them, fro
 
 class Rerouted(Replacement):
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        if backends.is_forced() or backends.in_transform() or is_rerouting():
+        if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
             return False
         images = next(_images((*args, *kwargs.values())), None)
         return images is not None and images.is_cpu and not takes_less(self, images, _LEAST)
@@ -43,7 +42,9 @@ def convert(model: nn.Module) -> bool:
         return False
     if own.startswith("torch.") and own != nn.Sequential.__module__:
         return False  # a wrapper, or a layer
-    if not model._modules or not any(parameter.ndim > 2 for parameter in model.parameters()):
+    if not model._modules or not can_become(model, "forward"):
+        return False
+    if not any(is_lazy(parameter) or parameter.ndim > 2 for parameter in model.parameters()):
         return False
     become(model, Rerouted, "forward")
     return True

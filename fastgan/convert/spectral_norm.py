@@ -2,10 +2,12 @@
 
     a method     weight, a buffer (1, out) for u and one (1) for sigma: u0 and sv0 with W_() in BigGAN's style, sn_u and
                  sn_sigma in others. v first, then u; in evaluation an iteration too, which is not stored.
-    a wrapper    around a module whose weight_bar, weight_u and weight_v are parameters; iterates at each forward.
+    a wrapper    around a module whose weight_bar, weight_u and weight_v are parameters; iterates at each forward. It
+                 overwrites u and v, so that a backward after two forwards reads the wrong ones.
 
 Names only say where to look: a module is replaced if its weight, its buffers and the derivatives up to the second are
-ours on random values, in training and in evaluation.
+ours on random values, in training and in evaluation. If only the gradients after two forwards differ, ours change a
+training run: then it is replaced only when that is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import copy
 import inspect
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
-from fastgan.convert.replace import Replacement, become
+from fastgan.convert.replace import Replacement, become, can_become
 
 Outcome = tuple[str | None, str]
 
@@ -31,8 +34,11 @@ _METHODS = re.compile(r"W_|W_bar|sn_weights?|\w*normali[sz]ed?_?weights?|weights
 _ITERATIONS = ("num_itrs", "num_iters", "n_power_iterations", "power_iterations", "n_iter", "Ip")
 _EPS = ("eps", "epsilon")
 _COMMON_EPS = (1e-12, 1e-6, 1e-8)
-# The wrapper writes the next forward's u and v over those that the last one's backward still has to read.
 _MENDED = "mends its gradients, which were wrong after two forwards before one backward"
+_WRONG = (
+    "left as it is, but its gradients are wrong after two forwards before one backward, as of D(real) and D(fake): "
+    "the second overwrites the u and v that the backward of the first reads; convert(model, mend=True) replaces it"
+)
 
 
 class _Method(Replacement):
@@ -80,25 +86,32 @@ class _Wrapper(Replacement):
         )
         setattr(self.module, name, normalised)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def around(self: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return forward(self, *args, **kwargs)
         finally:
-            # A weight with a graph could be neither copied nor pickled.
-            setattr(self.module, self.name, getattr(self.module, self.name).detach())
+            # A weight with a graph could be neither copied nor pickled. A forward that failed may have left none.
+            weight = getattr(self.module, self.name, None)
+            if isinstance(weight, Tensor):
+                setattr(self.module, self.name, weight.detach())
 
 
-def convert(module: nn.Module) -> Outcome | None:
-    """Replace a module of either form. None: it is of neither."""
+def convert(module: nn.Module, mend: bool) -> Outcome | None:
+    """Replace a module of either form. None: it is of neither.
+
+    Args:
+        module: any.
+        mend: replace it too if ours differ in gradients that its own code gets wrong.
+    """
     buffers = next((pair for pair in _BUFFERS if all(name in module._buffers for name in pair)), None)
     if buffers is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
-        return _convert_method(module, *buffers)
+        return _convert_method(module, *buffers, mend)
     if _is_wrapper(module):
-        return _convert_wrapper(module)
+        return _convert_wrapper(module, mend)
     return None
 
 
-def _convert_method(module: Any, u: str, sigma: str) -> Outcome:
+def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
     if "u1" in module._buffers and u == "u0":
         return None, "several singular values"
     weight, vector = module.weight, getattr(module, u)
@@ -108,7 +121,7 @@ def _convert_method(module: Any, u: str, sigma: str) -> Outcome:
     if attribute is None:
         return None, f"has {u} and {sigma}, but no method that is known to return the weight"
 
-    def results(copied: Any) -> list[Tensor]:
+    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
         def normalised(weight: Tensor) -> Tensor:
             found = getattr(copied, attribute)
             return cast(Tensor, found() if callable(found) else found)
@@ -120,9 +133,9 @@ def _convert_method(module: Any, u: str, sigma: str) -> Outcome:
             copied.train(training)
             found += derivatives(normalised, copied.weight)
             found += [getattr(copied, name).clone() for name in (u, sigma)]
-        return found
+        return found, _after_two_forwards(normalised, copied, copied.weight)
 
-    return _replace_if_equal(module, _Method, attribute, results, u=u, sigma=sigma)
+    return _replace_if_equal(module, _Method, attribute, results, mend, u=u, sigma=sigma)
 
 
 def _weight_method(cls: type) -> str | None:
@@ -146,7 +159,7 @@ def _is_wrapper(module: Any) -> bool:
     )
 
 
-def _convert_wrapper(module: Any) -> Outcome:
+def _convert_wrapper(module: Any, mend: bool) -> Outcome:
     attribute = "_update_u_v"
     if not inspect.isfunction(getattr(type(module), attribute, None)):
         return None, f"wraps a module with {module.name}_bar, but has no {attribute}()"
@@ -157,7 +170,7 @@ def _convert_wrapper(module: Any) -> Outcome:
     if isinstance(current, Tensor):  # left by a forward; it is set anew before it is used
         setattr(module.module, module.name, current.detach())
 
-    def results(copied: Any) -> list[Tensor]:
+    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
         child = copied.module
         weight, u, v = (getattr(child, copied.name + suffix) for suffix in ("_bar", "_u", "_v"))
 
@@ -174,32 +187,53 @@ def _convert_wrapper(module: Any) -> Outcome:
             copied.train(training)
             found += derivatives(normalised, weight)
             found += [u.detach().clone(), v.detach().clone()]
-        return found
+        return found, _after_two_forwards(normalised, copied, weight)
 
-    replaced_by, reason = _replace_if_equal(module, _Wrapper, attribute, results)
-    return replaced_by, f"{reason}; {_MENDED}" if replaced_by else reason
+    # Of one row or column there is one pair of singular vectors: overwriting it is wrong, but doesn't show.
+    return _replace_if_equal(module, _Wrapper, attribute, results, mend, hidden=1 in weight.flatten(1).shape)
+
+
+def _after_two_forwards(normalized: Callable[[Tensor], Tensor], copied: nn.Module, weight: Tensor) -> list[Tensor]:
+    """Derivatives whose backward comes after two forwards in training; none where the module itself refuses that."""
+    copied.train()
+    found, _ = outcome(partial(derivatives, lambda w: torch.stack([normalized(w), normalized(w)]), weight))
+    return found or []
 
 
 def _replace_if_equal(
-    module: nn.Module, mixin: type[Replacement], attribute: str, results: Any, **settings: Any
+    module: nn.Module,
+    mixin: type[Replacement],
+    attribute: str,
+    results: Any,
+    mend: bool,
+    hidden: bool = False,
+    **settings: Any,
 ) -> Outcome:
+    if not can_become(module, attribute):
+        return None, f"its {attribute} is set on the module itself"
     iterations = next((getattr(module, name) for name in _ITERATIONS if hasattr(module, name)), 1)
     declared = [getattr(module, name) for name in _EPS if hasattr(module, name)]
     if not isinstance(iterations, int) or iterations < 1:
         return None, f"iterates {iterations!r} times"
-    expected, failure = outcome(lambda: results(double(module)))
+    found, failure = outcome(lambda: results(double(module)))
     if failure:
         return None, f"could not be tried: {failure}"
+    expected, expected_later = found
     error = math.inf
     for eps in declared or _COMMON_EPS[:1]:
         settings |= {"n_power_iterations": iterations, "eps": float(eps)}
         candidate = double(module)
         become(candidate, mixin, attribute, **copy.copy(settings))
-        actual, failure = outcome(partial(results, candidate))
+        found, failure = outcome(partial(results, candidate))
         if failure:
             return None, f"could not be tried: {failure}"
+        actual, later = found
         error = min(error, difference(actual, expected))
         if error <= TOLERANCE:
+            differs = bool(expected_later) and not difference(later, expected_later) <= TOLERANCE
+            if (differs or hidden) and not mend:
+                return None, _WRONG
             become(module, mixin, attribute, **settings)
-            return "fused spectral norm", f"{attribute} equal to {error:.0e}, to the second order"
+            equal = f"{attribute} equal to {error:.0e}, to the second order"
+            return "fused spectral norm", f"{equal}; {_MENDED}" if differs or hidden else equal
     return None, f"its {attribute} is not ours: differs by {error:.1e}"

@@ -45,7 +45,7 @@ def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
     if members and not fused_before:
         fuse_spectral_norm(model)
         model.__dict__[_FUSED] = True
-        note = f"one call a forward for {members} weights; a weight used twice in a forward is iterated once"
+        note = f"one call a forward for {members} weights"
         outcomes = {module: (by, note if by else why) for module, (by, why) in outcomes.items()}
     return outcomes
 

@@ -9,44 +9,61 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import gradient_penalty
-from fastgan.ops.gradient_penalty.kinds import check_kind, check_weight
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.outputs import Select, check_select
+from fastgan.ops.library import untraced
 
 
 class GradientPenalty(nn.Module):
-    """``fastgan.gradient_penalty`` at every ``every``-th call, and zero at the others (lazy regularisation).
+    """``fastgan.gradient_penalty`` at every ``every``-th call, and zero at the others (lazy regularization).
 
     The penalty is multiplied by ``every``, so that its mean over the calls is that of ``every=1``. The first call takes
-    it; the count is in the state_dict.
+    it. The count is in the state_dict. The zero between can be added to a loss, or called ``backward`` on alone; no
+    parameter gets a gradient from it.
 
         penalty = GradientPenalty("r1", weight=10, every=16)
         loss = softplus(-discriminator(real)).mean() + penalty(discriminator, real)
 
     Args:
-        kind: see ``fastgan.gradient_penalty``.
-        weight: factor; None: 10.
+        kind, weight, select, target, dims, reduction: see ``fastgan.gradient_penalty``. An ``nn.Parameter`` as weight
+            or target is a parameter of this module.
         every: calls from one penalty to the next, at least 1.
 
     Raises:
-        ValueError: unknown kind, or ``every`` is no integer of at least 1.
-        TypeError: ``weight`` is not a number.
+        ValueError: unknown kind or reduction, a target for a kind without one, dims with the samples in it, or
+            ``every`` is no integer of at least 1.
+        TypeError: an argument has a wrong type.
 
     Differentiable once in the discriminator's parameters. Lazy form: Karras et al., StyleGAN2 (2020).
     """
 
-    def __init__(self, kind: str = "wgan-gp", weight: float | None = None, every: int = 1) -> None:
+    def __init__(
+        self,
+        kind: Kind = "wgan-gp",
+        weight: Number | None = None,
+        every: int = 1,
+        *,
+        select: Select | None = None,
+        target: Number | None = None,
+        dims: Dims | None = None,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
-        check_kind(kind)
-        check_weight(weight)
-        if not isinstance(every, int) or every < 1:
+        Penalty(kind, weight, target, dims, reduction)
+        check_select(select)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self.kind, self.weight, self.every = kind, weight, every
+        self.select, self.target, self.dims, self.reduction = select, target, dims, reduction
         self.calls = 0
 
+    @untraced
     def forward(
         self,
         discriminator: Callable[..., Any],
-        real: Tensor,
-        fake: Tensor | None = None,
+        real: Inputs,
+        fake: Inputs | None = None,
         *,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -55,18 +72,23 @@ class GradientPenalty(nn.Module):
         due = self.calls % self.every == 0
         self.calls += 1
         if not due:
-            return real.new_zeros((), dtype=torch.float64 if real.dtype == torch.float64 else torch.float32)
-        penalty = gradient_penalty(
+            check_inputs("real", real)
+            penalty = Penalty(self.kind, self.weight, self.target, self.dims, self.reduction)
+            return penalty.zero(floating(real))
+        return self.every * gradient_penalty(
             discriminator,
             real,
             fake,
             kind=self.kind,
             weight=self.weight,
+            select=self.select,
+            target=self.target,
+            dims=self.dims,
+            reduction=self.reduction,
             args=args,
             kwargs=kwargs,
             generator=generator,
         )
-        return self.every * penalty
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}  # no buffer: reading one would wait for the device
@@ -75,4 +97,7 @@ class GradientPenalty(nn.Module):
         self.calls = state["calls"]
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, weight={self.weight}, every={self.every}"
+        optional = {"select": self.select, "target": self.target, "dims": self.dims}
+        chosen = [f", {name}={value!r}" for name, value in optional.items() if value is not None]
+        chosen += [f", reduction={self.reduction!r}"] if self.reduction != "mean" else []
+        return f"{self.kind!r}, weight={self.weight}, every={self.every}{''.join(chosen)}"

@@ -67,7 +67,7 @@ class MinibatchDiscrimination(nn.Module):
             nn.init.zeros_(self.log_weight_scale)
 
     def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.in_features:
+        if isinstance(x, Tensor) and (x.ndim != 2 or x.shape[1] != self.in_features):
             raise ValueError(f"x must be (N, {self.in_features}), got shape {tuple(x.shape)}")
         T = self.T
         if self.log_weight_scale is not None:

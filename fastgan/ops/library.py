@@ -9,8 +9,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastgan import backends
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,24 +21,29 @@ LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded now: by torch.compile, torch.export, torch.jit.trace, ONNX export or make_fx.
+    """Whether calls are recorded or compiled now: by torch.compile, or by what `backends.is_recorded` knows.
 
-    A recorder must see PyTorch's own form of a model: fastgan's reroutes, fused weights and raw kernels stand back.
+    There a model must be in PyTorch's own form: fastgan's reroutes, fused weights and raw kernels stand back.
     A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    modes = (_get_current_dispatch_mode(), *_get_current_function_mode_stack())
-    return any(type(mode).__name__ in _RECORDERS for mode in modes)
+    return torch.compiler.is_compiling() or backends.is_recorded()
 
 
-_RECORDERS = frozenset(
-    ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
-)
+def symbolic(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which a stand-in for a tensor (torch.fx's Proxy) takes over when it is the first argument."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else None
+        if isinstance(first, Tensor) or not hasattr(type(first), "__torch_function__"):
+            return function(*args, **kwargs)
+        return handle_torch_function(call, (first,), *args, **kwargs)
+
+    return call
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether this is a plain tensor that nobody traces or intercepts.
+    """Whether this is a plain tensor that nobody traces or intercepts, not even a mode that only watches.
 
     Then an implementation may be called directly: going through the dispatcher with lists of tensors costs more than
     the kernel on a small model (docs/decisions.md).

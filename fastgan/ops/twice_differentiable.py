@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastgan.ops import attention, conv, norm, pool
+from fastgan.ops import attention, conv, norm, piecewise, pool
 from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region
+from fastgan.ops.library import checkpointed_region, is_traced
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +76,7 @@ _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,
+    **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
         for kind in ("", "_transpose")
@@ -113,6 +114,7 @@ class _Reroute(TorchFunctionMode):
     def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
         super().__init__()
         self._routes = routes
+        self.is_whole = routes is _ROUTES
         self.taken = False  # whether any call was rerouted
 
     def __torch_function__(
@@ -124,6 +126,7 @@ class _Reroute(TorchFunctionMode):
             or not torch.is_grad_enabled()
             or not _PLAIN.issuperset(types)
             or checkpointed_region() is not None
+            or is_traced()
         ):
             return func(*args, **(kwargs or {}))
         self.taken = True
@@ -131,7 +134,7 @@ class _Reroute(TorchFunctionMode):
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, _Reroute) and mode.is_whole for mode in _get_current_function_mode_stack())
 
 
 class _Uncompiled:
@@ -167,17 +170,24 @@ uncompiled = _Uncompiled()
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, relu, leaky_relu, silu, gelu, tanh, sigmoid, avg_pool1d/2d/3d,
-    layer_norm, group_norm, instance_norm, batch_norm (in training), (outside autocast) softplus, and attention
-    (scaled_dot_product_attention and nn.MultiheadAttention, of which PyTorch has no second derivative), called as
-    functions, as methods or by modules, in place too. Everything else, tensor subclasses, all calls while gradients are
-    off, and those that torch.utils.checkpoint will run again, are PyTorch's own. What torch.compile made runs
-    uncompiled; inside a function that it traces, this raises. Holds for this thread; may be nested.
+    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, layer_norm, group_norm, instance_norm, batch_norm (in training);
+    relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
+    softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
+    adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
+    replication and around a circle; interpolate by area; and scaled_dot_product_attention and nn.MultiheadAttention, of
+    which PyTorch has no second derivative: called as functions, as methods or by modules, in place too.
+    Everything else is PyTorch's own: tensor subclasses, all calls while gradients are off, those that
+    torch.utils.checkpoint will run again, and those that are recorded (torch.jit.trace, torch.export, make_fx,
+    torch.fx). What torch.compile made runs uncompiled; inside a function that it traces, this does nothing. Holds for
+    this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    with uncompiled, _Reroute():
+    if is_traced():  # the compiler's stance cannot change inside of a function that it traces
+        yield
+        return
+    with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield
 
 
@@ -186,14 +196,14 @@ _complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary
 
 
 @contextmanager
-def barely_rerouted(module: Any, inputs: torch.Tensor) -> Iterator[None]:
+def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
     """For one call of the module: PyTorch's functions, but for those that it cannot differentiate twice.
 
     Looking at every function costs a small module a tenth of its time. So where there were none of these, the next
     call of its kind is not looked at.
     """
     seen = _complete.setdefault(module, set())
-    kind = module.training, inputs.shape[1:]
+    kind = module.training, tuple(x.shape[1:] for x in inputs)
     if kind in seen:
         with uncompiled:
             yield

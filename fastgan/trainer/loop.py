@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
+from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics
-from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import check_scoring, score
+from fastgan.trainer.measure import alarms
+from fastgan.trainer.measure.diagnostics import Diagnostics
+from fastgan.trainer.measure.equilibrium import duality_gap
+from fastgan.trainer.measure.quality import check_scoring, score
 from fastgan.trainer.ranks import Ranks
+from fastgan.trainer.report import gallery, pictures
+from fastgan.trainer.report import page as report
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
@@ -40,7 +43,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         if config.tensorboard:
-            from fastgan.trainer.board import Board  # before anything is written: its package may be missing
+            from fastgan.trainer.report.tensorboard import (
+                Board,  # before anything is written: its package may be missing
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config

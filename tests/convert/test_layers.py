@@ -58,9 +58,54 @@ def test_the_number_of_iterations_is_found(kind, iterations):
         BigConv(3, 5, 3, num_itrs=iterations) if kind is BigConv else BarNorm(nn.Conv2d(3, 5, 3), "weight", iterations)
     )
     converted = copy.deepcopy(module)
-    (row,) = fastgan.convert(converted).replaced
+    (row,) = fastgan.convert(converted, mend=True).replaced
     assert row.replaced_by == "fused spectral norm"
     assert_close(converted(IMAGES), module(IMAGES).double(), order=0)
+
+
+class DataNorm(BigConv):
+    """A method that swaps the storage of the u which an earlier graph has saved."""
+
+    def normalised(self):
+        matrix = self.weight.flatten(1)
+        with torch.no_grad():
+            v = nn.functional.normalize(self.u0 @ matrix, eps=self.eps)
+            u = nn.functional.normalize(v @ matrix.t(), eps=self.eps)
+        kept = self.u0 if self.training else u
+        if self.training:
+            self.u0.data = u
+        sigma = (v @ matrix.t() * kept).sum()
+        if self.training:
+            self.sv0.copy_(sigma.detach())
+        return self.weight / sigma
+
+
+def test_gradients_that_differ_only_after_two_forwards_are_mended_on_request_alone():
+    for mend in (False, True):
+        module = DataNorm(3, 5, 3)
+        (row,) = fastgan.convert(module, mend=mend).rows
+        assert row.replaced_by == ("fused spectral norm" if mend else None)
+        assert ("mends its gradients" if mend else "gradients are wrong after two forwards") in row.reason
+
+
+class Failing(nn.Conv2d):
+    def forward(self, x):
+        raise ValueError("no such input")
+
+
+class FailingNorm(BarNorm):
+    """Its first forward fails before there is a weight."""
+
+    def forward(self, x):
+        raise ValueError("no such input")
+
+
+@pytest.mark.parametrize("module", [lambda: BarNorm(Failing(3, 5, 3)), lambda: FailingNorm(nn.Conv2d(3, 5, 3))])
+def test_a_mended_wrapper_passes_the_error_of_its_first_forward_on(module):
+    module = module()
+    assert fastgan.convert(module, mend=True).replaced
+    with pytest.raises(ValueError, match="no such input"):
+        module(IMAGES)
 
 
 class StoresInEvaluation(BigConv):

@@ -420,7 +420,7 @@ def test_a_weight_with_a_second_parametrization_is_left_to_itself():
 
 
 def test_what_cannot_be_fused_is_refused():
-    with pytest.raises(ValueError, match="Sequential has no spectrally normalised weight"):
+    with pytest.raises(ValueError, match="Sequential has no spectrally normalized weight"):
         utils.fuse_spectral_norm(nn.Sequential(nn.Linear(3, 2)))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Parameter"):
         utils.fuse_spectral_norm(nn.Parameter(torch.ones(2)))

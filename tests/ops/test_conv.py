@@ -74,14 +74,6 @@ def test_a_penalty_sends_no_gradient_into_the_forward():
     assert w.grad is not None
 
 
-def test_the_third_order_raises():
-    x, w, _ = operands(*CASES["conv2d"])
-    (first,) = torch.autograd.grad(ops.conv2d(x, w).pow(3).sum(), w, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(3).sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="third derivative"):
-        torch.autograd.grad(second.sum(), w)
-
-
 def test_channels_last_is_kept():
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     w = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()

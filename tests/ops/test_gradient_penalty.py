@@ -222,13 +222,16 @@ def test_labels_and_several_scales_reach_the_discriminator():
 
         def forward(self, x, label, *, scale):
             features = self.body(x)
-            return [scale * (features * self.embed(label)).sum(1), (features.mean(1),)]
+            return [
+                scale * (features * self.embed(label)).unflatten(1, (1, -1)),
+                features.unflatten(1, (1, -1))[..., ::2],
+            ]
 
     discriminator, (real, _) = Conditional().double(), images()
     label = torch.tensor([0, 1, 4, 2])
 
     def summed(x, label, scale):
-        fine, (coarse,) = discriminator(x, label, scale=scale)
+        fine, coarse = discriminator(x, label, scale=scale)
         return fine.sum() + coarse.sum()
 
     actual = fastgan.gradient_penalty(
@@ -375,22 +378,31 @@ REAL, FAKE = images()
 BAD = {
     "kind": (dict(kind="wgan"), ValueError, "kind must be one of wgan-gp"),
     "kinds": (dict(kind=["r1"]), ValueError, "kind must be one of wgan-gp"),
-    "weight": (dict(weight="1"), TypeError, "weight must be a number, got '1'"),
-    "weights": (dict(weight=torch.ones(2)), TypeError, "weight must be a number"),
+    "weight": (dict(weight="1"), TypeError, "weight must be a number or a tensor .*, got '1'"),
+    "weights": (
+        dict(weight=torch.ones(2)),
+        ValueError,
+        r"weight must be a number or a tensor of shape \(\), got shape \(2,\)",
+    ),
     "no fake": (dict(fake=None), TypeError, "needs fake"),
     "shapes": (dict(fake=FAKE[:2]), ValueError, r"fake must have the shape of real, \(4, 3, 8, 8\), got \(2"),
     "integers": (dict(real=REAL.long()), TypeError, "real must be floating, got torch.int64"),
     "empty": (dict(real=REAL[:0], fake=FAKE[:0]), ValueError, "real must be .* not empty"),
-    "not a tensor": (dict(real=[1.0]), TypeError, "real must be a tensor, got list"),
+    "not a tensor": (dict(real=[1.0]), TypeError, r"real\[0\] must be a tensor, got float"),
     "device": (dict(fake=FAKE.to("meta")), ValueError, "fake must be on the device of real"),
-    "detached": (dict(discriminator=lambda x: x.detach().sum()), ValueError, "does not depend on its input"),
+    "detached": (dict(discriminator=lambda x: x.detach().sum((1, 2, 3))), ValueError, "does not depend on its input"),
     "constant": (dict(discriminator=lambda x: torch.ones(4, requires_grad=True)), ValueError, "does not depend"),
     "heads": (
         dict(discriminator=lambda x: (x.sum((1, 2, 3)), x.flatten(1))),
         ValueError,
-        r"logits alone, got outputs of \(4,\), \(4, 192\), which differ in their channels",
+        r"several outputs, \[\(4,\), \(4, 192\)\], .* choose the logits with select=",
     ),
-    "output": (dict(discriminator=lambda x: {"logits": x}), TypeError, "must return a tensor or a sequence"),
+    "mapping": (
+        dict(discriminator=lambda x: {"logits": x}),
+        ValueError,
+        r"logits alone, got {'logits': \(4, 3, 8, 8\)}: choose the logits with select=",
+    ),
+    "output": (dict(discriminator=lambda x: None), TypeError, "must return a tensor or a sequence of .*, got NoneType"),
 }
 
 
@@ -406,7 +418,7 @@ def test_gradients_that_are_off_are_named():
         fastgan.gradient_penalty(convolutional(), REAL, kind="r1")
     with pytest.raises(ValueError, match="must require a gradient before"):
         fastgan.penalty_from_logits(convolutional()(REAL), REAL)
-    with pytest.raises(TypeError, match="inputs must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"inputs must be a tensor, .* got NoneType"):
         fastgan.penalty_from_logits(convolutional()(REAL), None)
 
 

@@ -20,6 +20,7 @@ from tests.ops.test_gradient_penalty import DISCRIMINATORS, gradients, images
 CPU = torch.device("cpu")
 W = torch.randn(6, 3, 3, 3, requires_grad=True)
 M = torch.randn(8, 8, requires_grad=True)
+ORDER = torch.randint(3, (2, 3, 8, 8))
 
 CLEAR = {
     "conv2d": lambda x: F.conv2d(x, W),
@@ -42,6 +43,26 @@ CLEAR = {
     "resampled": lambda x: F.interpolate(x, scale_factor=2) + F.interpolate(x, scale_factor=2, mode="bilinear"),
     "shuffled": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
     "cast": lambda x: x.double().float(),
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "clamped": lambda x: F.relu6(x).clamp(0.1, 1).abs() + F.prelu(x, M[0, :3]),
+    "mirrored": lambda x: F.pad(x, (1, 1, 1, 1), "reflect") + F.pad(x, (1, 1, 1, 1), "circular"),
+    "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "resampled to any size": lambda x: sum(
+        F.interpolate(x, (5, 7), mode=m, antialias=a)
+        for m, a in (("nearest-exact", 0), ("bilinear", 1), ("bicubic", 0), ("bicubic", 1), ("area", 0))
+    ),
+    "resampled in 1 and 3 dimensions": lambda x: (
+        F.interpolate(x[:, 0], 5, mode="linear").sum() + F.interpolate(x[None], (2, 5, 7), mode="trilinear").sum()
+    ),
+    "largest": lambda x: x.amax(2) + x.amin(2) + x.max(2)[0] + x.min(2)[0] + x.max() + x.min(),
+    "larger": lambda x: torch.maximum(x, x.flip(3)) + torch.minimum(x, x.flip(3)) + torch.fmax(x, x.flip(3)),
+    "ordered": lambda x: x.sort(1)[0] + x.topk(3, 1)[0] + x.median(1, keepdim=True)[0] + x.kthvalue(2, 1, True)[0],
+    "so far": lambda x: x.cumsum(1) + x.cummax(2)[0] + x.cummin(2)[0],
+    "indexed": lambda x: x[:, [2, 0, 1]] + x.index_select(1, torch.tensor([0, 2, 1])) + x.gather(1, ORDER),
+    "masked": lambda x: torch.where(x > 0, x, 0.1 * x) + x.masked_fill(x < 0, 0) + x.nan_to_num() + x.frac(),
+    "triangles and turns": lambda x: x.tril() + x.triu() + x.rot90(1, (2, 3)),
+    "columns": lambda x: F.fold(F.unfold(x, 2, stride=2), 8, 2, stride=2) + F.channel_shuffle(x, 3),
 }  # fmt: skip
 NOT_CLEAR = {
     "group norm": lambda x: fastgan.ops.group_norm(x, 3),
@@ -51,9 +72,10 @@ NOT_CLEAR = {
     "quotient of both": lambda x: x / (1 + x),
     "quotient by it": lambda x: M / x,
     "product of both": lambda x: x @ x,
-    "max pool": lambda x: F.max_pool2d(x, 2),
+    "elu": F.elu,
+    "softmax": lambda x: x.softmax(1),
     "weight from the input": lambda x: F.conv2d(x, x.mean(0, keepdim=True)[:, :, :3, :3]),
-    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "norm": lambda x: x.norm(dim=1),
 }
 
 

@@ -184,15 +184,6 @@ def test_what_is_not_finite_spreads_to_whom_it_is_compared_with(backend):
     assert grad[:, others].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_the_third_order_raises(backend):
-    problem = problem_of("primes", device=device_of(backend)).to(torch.float64)
-    (first,) = torch.autograd.grad(problem(backend).pow(3).sum(), problem.m, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(3).sum(), problem.m, create_graph=True)
-    with pytest.raises(RuntimeError, match="third derivative"):
-        torch.autograd.grad(second.sum(), problem.m)
-
-
 def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
     whole, calls = native_kernels.Native.double_backward, []
 

@@ -177,16 +177,6 @@ def test_gradcheck_and_gradgradcheck_hold_along_random_directions(backend):
     assert gradgradcheck(appended, x, scale, fast_mode=True)
 
 
-@pytest.mark.parametrize("by", ["x", "scale"])
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
-def test_the_third_order_raises(backend, by):
-    x, scale = leaves(problem("vectors", torch.float64, backend), torch.float64)
-    (first,) = torch.autograd.grad(apply("vectors", x, backend), x, scale, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="third derivative"):
-        torch.autograd.grad(second.sum(), {"x": x, "scale": scale}[by])
-
-
 def test_only_the_second_derivatives_that_are_asked_for_are_made(monkeypatch):
     whole, calls = native_kernels.double_backward, []
 

@@ -99,15 +99,6 @@ def test_gradcheck_and_gradgradcheck_hold(backend, case):
     assert gradgradcheck(normalised, inputs, fast_mode=fast)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
-def test_the_third_order_raises(backend):
-    problem = problem_of("group, 1-D", device=device_of(backend)).to(torch.float64)
-    (first,) = torch.autograd.grad(problem(backend).pow(3).sum(), problem.x, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(3).sum(), problem.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="third derivative"):
-        torch.autograd.grad(second.sum(), problem.x)
-
-
 def recorded(monkeypatch, name):
     """What each call of a native kernel was asked for: True where a result was wanted."""
     kernel, calls = getattr(native_kernels, name), []

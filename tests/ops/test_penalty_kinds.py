@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgan.ops.gradient_penalty.kinds import KINDS, penalise
+from fastgan.ops.gradient_penalty.kinds import KINDS, penalize
 
 OF_NORMS = {
     "wgan-gp": lambda norms: (norms - 1).square().mean(),
@@ -27,7 +27,7 @@ def test_values_and_derivatives_are_those_of_the_norms(kind, size, dtype):
     grad = torch.randn(SIZES[size], dtype=torch.float64).to(dtype)
     grad[0] = 0  # whose norm has no derivative: it is zero
     ours, exact = grad.clone().requires_grad_(), grad[1:].double().requires_grad_()
-    penalty = penalise(kind, ours, 3.0)
+    penalty = penalize(kind, ours, 3.0)
     norms = torch.cat([exact.new_zeros(1), exact.flatten(1).square().sum(1).sqrt()])
     expected = 3.0 * OF_NORMS[kind](norms)
     assert penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -46,4 +46,4 @@ def test_values_and_derivatives_are_those_of_the_norms(kind, size, dtype):
 def test_squares_that_overflow_half_precision_do_not(kind, size):
     grad = torch.full(SIZES[size], 300.0, dtype=torch.float16)
     with torch.autocast("cpu", torch.float16):
-        assert penalise(kind, grad, 1.0).isfinite()
+        assert penalize(kind, grad, 1.0).isfinite()

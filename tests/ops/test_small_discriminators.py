@@ -93,5 +93,5 @@ def test_errors_are_those_of_any_discriminator(call):
         call(Constant(2, 1), x, kind="r1")
     with torch.no_grad(), pytest.raises(RuntimeError, match="needs gradients"):
         call(mlp(16), x, kind="r1")
-    with pytest.raises(TypeError, match="tensor or a sequence of tensors"):
+    with pytest.raises(ValueError, match="must return logits alone"):
         call(Named(2, 1), x, kind="r1")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastgan import backends, ops
 from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
-from fastgan.ops.gradient_penalty.kinds import penalise
+from fastgan.ops.gradient_penalty.kinds import penalize
 
 SHAPE: tuple[int, ...] = (32, 128, 32, 32)
 _Norm = Callable[..., Tensor]
@@ -49,7 +49,7 @@ def _squares(grad: Tensor) -> Tensor:
 
 
 def _fast_squares(grad: Tensor) -> Tensor:
-    return penalise("r1", grad, weight=2.0 * len(grad))
+    return penalize("r1", grad, weight=2.0 * len(grad))
 
 
 def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:

@@ -1,49 +1,57 @@
-"""All spectrally normalised weights of a model in one call per forward."""
+"""All spectrally normalized weights of a model in one call per forward."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
-from fastgan import backends, ops
-from fastgan.nn.utils.spectral_norm import (
-    Ready,
-    SpectralNorm,
-    adapt,
+from fastgan import backends
+from fastgan.nn.utils.ready import (
+    Vectors,
+    copyable,
+    discard,
     is_recomputing,
-    is_sharded,
     put,
+    read,
     ready,
-    take,
     thread_and_region,
 )
-from fastgan.ops.library import checkpointed_region
+from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, leaves_to_pytorch
+from fastgan.ops.spectral_norm import fits, normalise
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
 def fuse_spectral_norm(model: M) -> M:
-    """Compute every spectrally normalised weight of a model together, once at the start of each of its forwards.
+    """Compute every spectrally normalized weight of a model together, once at the start of each of its forwards.
 
     Finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
     (``torch.nn.utils.spectral_norm``), in ``model`` and everything below it, and changes them in place. The state_dict
-    and the results stay as they were, but for this: within one forward, a weight that is used several times is
-    iterated once; and between forwards the ``weight`` of an older hook is detached, so that the model can be copied. A
-    sub-module that is called by itself still normalises its own weights, fused or not before.
+    stays as it was, and so do the results: each layer's u and v are renewed when the layer reads its weight, as often
+    as it reads it. A layer that a forward skips keeps its u and v. A layer that is called again in the same forward
+    computes its own weight from the second call on, and so does a sub-module that is called by itself, a weight that
+    something else has changed or replaced (pruning, a second parametrization, FSDP's shards), a forward in a
+    transform of torch.func, and a forward that a tracer records.
+
+    One thing differs from PyTorch: where activation checkpointing recomputes a forward, u and v are not renewed again.
+    A copy of a model (``copy.deepcopy``, ``pickle``) has the older hooks' weights without their graph.
 
     Call it again after adding layers; remove a spectral norm as ever. Wrap in DistributedDataParallel, FSDP or
-    torch.compile afterwards. Of layers that FSDP shards one by one, each normalises its own weight when that has been
+    torch.compile afterwards. Of layers that FSDP shards one by one, each normalizes its own weight when that has been
     gathered.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no weight of it is spectrally normalised.
+        ValueError: no weight of it is spectrally normalized.
 
     Differentiable twice.
     """
@@ -53,7 +61,7 @@ def fuse_spectral_norm(model: M) -> M:
     for module in model.modules():
         members += [*_parametrizations(module), *_hooks(module)]
     if not members:
-        raise ValueError(f"{type(model).__name__} has no spectrally normalised weight")
+        raise ValueError(f"{type(model).__name__} has no spectrally normalized weight")
     for module in model.modules():  # a part that was fused before would iterate once more in the forward of the whole
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
@@ -64,155 +72,192 @@ def fuse_spectral_norm(model: M) -> M:
     return model
 
 
-Operands = tuple[Tensor, Tensor, Tensor, int]  # weight, u, v, dim
-Settings = tuple[int, float, bool, bool]  # n_power_iterations, eps, training, v_first
+class Operands(NamedTuple):
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    dim: int
+
+
+class Settings(NamedTuple):
+    n_power_iterations: int
+    eps: float
+    training: bool
+    v_first: bool
 
 
 class _Parametrized:
-    """A weight normalised by a parametrization."""
+    """A weight normalized by a parametrization."""
 
     def __init__(self, module: nn.Module, name: str, tensors: parametrize.ParametrizationList) -> None:
         self.module, self.name, self.tensors = module, name, tensors
         self.norm = _become(SpectralNorm, tensors[0])
 
     def look(self) -> tuple[Operands, Settings] | None:
-        """What there is to normalise, and how; None if somebody has removed it, or added another."""
+        """What there is to normalize, and how; None if a read of the weight would do anything else."""
         # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
+        norm, tensors = self.norm, self.tensors
         lists = self.module._modules.get("parametrizations")
-        if lists is None or lists._modules.get(self.name) is not self.tensors or len(self.tensors._modules) > 1:
+        original = tensors._parameters.get("original")  # pruning and FSDP1 put a tensor of theirs in its place
+        if (
+            original is None
+            or lists is None
+            or lists._modules.get(self.name) is not tensors
+            or len(tensors._modules) > 1
+            or tensors._modules.get("0") is not norm
+            or any((tensors._forward_pre_hooks, tensors._forward_hooks, norm._forward_pre_hooks, norm._forward_hooks))
+            or (parametrize._cache_enabled and parametrize._cache.get((id(self.module), self.name)) is not None)
+        ):
             return None
-        norm = self.norm
-        buffers = norm._buffers
-        operands = self.tensors._parameters["original"], buffers["_u"], buffers["_v"], norm.dim
-        return operands, (norm.n_power_iterations, norm.eps, norm.training, False)  # type: ignore[return-value]
+        u, v = norm._buffers["_u"], norm._buffers["_v"]
+        settings = Settings(norm.n_power_iterations, norm.eps, norm.training, v_first=False)
+        return Operands(original, cast(Tensor, u), cast(Tensor, v), norm.dim), settings
 
-    def put(self, weight: Tensor, thread: int, region: object | None) -> None:
-        original: Tensor = self.tensors._parameters["original"]  # type: ignore[assignment]
-        put(self.module, self.name, ready(weight, original, thread, region))
+    def original(self) -> Tensor:
+        return cast(Tensor, self.tensors._parameters["original"])
 
-    def clear(self) -> None:
-        take(self.module, self.name)
+    def clear(self) -> bool:
+        """Remove what was made ready. Whether a training forward has not read it."""
+        return discard(self.module, self.name)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.norm.is_idle
+
+    def set_idle(self) -> None:
+        self.norm.is_idle = True
 
 
 class _Hook(TorchHook):
-    """PyTorch's older hook; `put` by the model's forward, it does nothing at its own module's."""
+    """PyTorch's older hook: it sets the weight at its module's forward, that of the model's forward if there is one."""
 
     module: nn.Module
-    ready: Ready | None = None
-    plain: Tensor | None = None  # the attribute before a transform of torch.func left its own tensor there
+    plain: Tensor | None = None  # the attribute before a tracer or a transform of torch.func left its own tensor there
+    is_idle = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if _is_replica(module):
+        if module is not self.module:  # a replica of torch.nn.DataParallel's
             super().__call__(module, inputs)
-        elif backends.in_transform():
+        elif not backends.is_plain():
             if self.plain is None:
                 self.plain = getattr(module, self.name)
             super().__call__(module, inputs)
-        elif self.ready is None or not self.ready.is_valid():
-            self._normalise(renew=True)
-        elif self.ready.thread:
-            if self.ready.region is not checkpointed_region():  # which is run again, without what made the weight
-                self._normalise(renew=False)
-            elif getattr(self.module, self.name) is not self.ready.weight:
-                setattr(self.module, self.name, self.ready.weight)  # another thread's is there
+        else:
+            weight = read(module, self.name, module._parameters.get(self.name + "_orig"), module.training)
+            if weight is None:
+                weight = self._normalized()
+            setattr(module, self.name, copyable(weight))
 
-    def _normalise(self, renew: bool) -> None:
-        weight, u, v, dim = self._operands()
-        n_power_iterations, eps, training, v_first = self._settings()
-        normalised = ops.spectral_norm(
-            [weight],
-            [u],
-            [v],
-            dims=[dim],
-            n_power_iterations=n_power_iterations,
-            eps=eps,
-            update=renew and training and not is_recomputing(),
-            v_first=v_first,
-        )
-        self._set(normalised[0])
+    def _normalized(self) -> Tensor:
+        if self.is_idle and not torch.compiler.is_compiling():
+            del self.is_idle
+        (weight, u, v, dim), settings = self._operands(), self._settings()
+        if leaves_to_pytorch(weight, u, v, dim):
+            return self.compute_weight(self.module, do_power_iteration=settings.training)
+        n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
+        (normalized,) = normalise([weight], [u], [v], [dim], n, settings.eps, v_first=True)
+        return _like(self.original(), normalized)
 
     def look(self) -> tuple[Operands, Settings] | None:
-        if not any(hook is self for hook in self.module._forward_pre_hooks.values()):
+        there = any(hook is self for hook in self.module._forward_pre_hooks.values())
+        if not there or self.module._parameters.get(self.name + "_orig") is None:
             return None
         return self._operands(), self._settings()
 
-    def put(self, weight: Tensor, thread: int, region: object | None) -> None:
-        self._set(weight)
-        self.ready = ready(getattr(self.module, self.name), self._original(), thread, region)
+    def original(self) -> Tensor:
+        return cast(Tensor, getattr(self.module, self.name + "_orig"))
 
-    def clear(self) -> None:
-        if self.ready is not None:
-            if self.ready.is_mine():
-                self.detach()
-                self.ready = None
-        elif self.plain is not None:  # a transform's tensor is dead after it, and can be neither copied nor saved
+    def clear(self) -> bool:
+        if self.plain is not None:  # a transform's tensor is dead after it, and can be neither copied nor saved
             setattr(self.module, self.name, self.plain)
-        self.plain = None
+            self.plain = None
+        return discard(self.module, self.name)
 
-    def detach(self) -> None:
-        """So that the module can be deep-copied; its next forward sets the weight anew."""
-        self._set(getattr(self.module, self.name).detach())
+    def set_idle(self) -> None:
+        self.is_idle = True
 
     def _operands(self) -> Operands:
         weight, u, v = (getattr(self.module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
-        return weight if weight.ndim > 1 else weight[:, None], u, v, self.dim
+        return Operands(weight if weight.ndim > 1 else weight[:, None], u, v, self.dim)
 
     def _settings(self) -> Settings:
-        return self.n_power_iterations, self.eps, self.module.training, True
-
-    def _set(self, weight: Tensor) -> None:
-        setattr(self.module, self.name, weight.view_as(self._original()))
-
-    def _original(self) -> Tensor:
-        original: Tensor = getattr(self.module, self.name + "_orig")
-        return original
+        return Settings(self.n_power_iterations, self.eps, self.module.training, v_first=True)
 
 
 _Member = _Parametrized | _Hook
 
 
 class _Fused:
-    """The hooks of a model whose normalised weights are computed together."""
+    """The hooks of a model whose normalized weights are computed together."""
 
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
-        if _is_replica(model) or backends.in_transform():
-            return  # each module normalises its own
+        if _is_replica(model):
+            return  # each module normalizes its own
+        for member in self.members:  # what a forward has left that was broken off, or that this one is inside of
+            discard(member.module, member.name, of_all=True)
+        if not backends.is_plain():
+            return
         # One call serves the members of the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, Operands]]] = {}
         for member in self.members:
-            found = member.look()
-            if found is None:
-                continue
-            operands, settings = found
-            weight = operands[0]
-            if is_sharded(weight):
-                continue  # FSDP gathers it at its own module's forward, which then normalises it
-            groups.setdefault((settings, weight.dtype, weight.device), []).append((member, operands))
-        recomputing = is_recomputing()
+            found = None if member.is_idle else member.look()
+            if found is not None:
+                operands, settings = found
+                key = settings, operands.weight.dtype, operands.weight.device
+                groups.setdefault(key, []).append((member, operands))
+        for (settings, _, _), group in groups.items():
+            self._compute(settings, group)
+
+    def _compute(self, settings: Settings, group: list[tuple[_Member, Operands]]) -> None:
+        group = _fitting(group)
+        if not group:
+            return
+        members, operands = zip(*group, strict=True)
+        weights, us, vs, dims = zip(*operands, strict=True)
+        n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
+        vectors = _vectors(us, vs) if n else [None] * len(us)
+        normalized = normalise(weights, us, vs, dims, n, settings.eps, settings.v_first)
         thread, region = thread_and_region()
-        for ((n_power_iterations, eps, training, v_first), _, _), group in groups.items():
-            weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
-            normalised = ops.spectral_norm(
-                weights,
-                us,
-                vs,
-                dims=dims,
-                n_power_iterations=n_power_iterations,
-                eps=eps,
-                update=training and not recomputing,
-                v_first=v_first,
-            )
-            for (member, _), weight in zip(group, normalised, strict=True):
-                member.put(weight, thread, region)
+        for member, weight, renewed in zip(members, normalized, vectors, strict=True):
+            original = member.original()
+            made = ready(_like(original, weight), original, settings.training, thread, region, renewed)
+            put(member.module, member.name, made)
 
     def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
         if _is_replica(model):
             return
         for member in self.members:
-            member.clear()
+            if member.clear() and not torch.compiler.is_compiling():
+                member.set_idle()  # the next forward that reads it makes it part of the call again
+
+
+def _fitting(group: list[tuple[_Member, Operands]]) -> list[tuple[_Member, Operands]]:
+    """Those that one call can serve; mostly all of them."""
+    weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
+    if not fits(weights, us, vs, dims):
+        group = [(member, o) for member, o in group if fits([o.weight], [o.u], [o.v], [o.dim])]
+    owners = Counter(id(operands.u) for _, operands in group)
+    if len(owners) < len(group):  # of vectors that two weights share, one read renews what the other starts from
+        group = [(member, o) for member, o in group if owners[id(o.u)] == 1]
+    return group
+
+
+def _like(original: Tensor, weight: Tensor) -> Tensor:
+    """The weight in the shape of its original, which may be a vector that was seen as a matrix."""
+    return weight if weight.ndim == original.ndim else weight.view_as(original)
+
+
+def _vectors(us: tuple[Tensor, ...], vs: tuple[Tensor, ...]) -> list[Vectors]:
+    """All u and v, of which a copy keeps the values that they have now."""
+    *starts, _ = accumulate([0, *map(len, us), *map(len, vs)])
+    before = torch.cat([*us, *vs])
+    return [
+        Vectors(u, v, before, u_at, v_at)
+        for u, v, u_at, v_at in zip(us, vs, starts[: len(us)], starts[len(us) :], strict=True)
+    ]
 
 
 def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
@@ -231,7 +276,8 @@ def _hooks(module: nn.Module) -> Iterator[_Hook]:
         if isinstance(hook, TorchHook):
             ours = _become(_Hook, hook)
             ours.module = module
-            ours.detach()
+            if isinstance(weight := getattr(module, ours.name, None), Tensor):
+                copyable(weight)
             yield ours
 
 

@@ -9,9 +9,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-_PARAMETRIZATION = re.compile(r"(?P<path>.*?)parametrizations\.(?P<name>[^.]+)\.(?P<part>original|0\._u|0\._v)")
-_HOOK = re.compile(r"(?P<path>(?:.*\.)?)(?P<name>[^.]+)_(?P<part>orig|u|v)")
-_PARTS = {"original": "orig", "0._u": "u", "0._v": "v"}
+# Pruning what lies under a spectral norm adds _orig and _mask to its name, and takes the name itself away.
+_PARAMETRIZATION = re.compile(
+    r"(?P<path>.*?)parametrizations\.(?P<name>[^.]+)\.(?P<part>original(_orig|_mask)?|0\._u|0\._v)"
+)
+_HOOK = re.compile(r"(?P<path>(?:.*\.)?)(?P<name>[^.]+?)_(?P<part>orig(_orig|_mask)?|u|v)")
+_PARTS = {
+    "original": "orig",
+    "original_orig": "orig_orig",
+    "original_mask": "orig_mask",
+    "0._u": "u",
+    "0._v": "v",
+}
+_VECTORS = {"parametrization": ("0._u", "0._v"), "hook": ("u", "v")}
 
 
 def convert_spectral_norm_state_dict(
@@ -21,10 +31,12 @@ def convert_spectral_norm_state_dict(
 
     ``"hook"`` is ``torch.nn.utils.spectral_norm``: weight_orig, weight_u, weight_v. ``"parametrization"`` is
     ``torch.nn.utils.parametrizations.spectral_norm`` and fastgan's: parametrizations.weight.original, .0._u, .0._v.
-    Keys of that form already, and all others, are kept. Tensors are not copied.
+    Keys of that form already, and all others, are kept, those of pruned layers without a spectral norm too; a pruned
+    original keeps its mask. Any prefix is kept (``module.``). Tensors are not copied.
 
     Raises:
-        ValueError: ``form`` is neither, or a weight lacks its u or v (checkpoints from before PyTorch 1.0 have no v).
+        ValueError: ``form`` is neither, or a weight lacks its u or v (checkpoints from before PyTorch 1.0 have no v;
+            a dictionary of parameters alone has neither).
     """
     if form not in ("parametrization", "hook"):
         raise ValueError(f"form must be 'parametrization' or 'hook', got {form!r}")
@@ -37,26 +49,44 @@ def convert_spectral_norm_state_dict(
 
 
 def _to_parametrization(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    renamed = {}
+    renamed: dict[str, str] = {}
     for key in state_dict:
-        match = _HOOK.fullmatch(key)
-        if match is None or match["part"] != "orig":
-            continue
-        stem = key.removesuffix("_orig")
-        for part, old in _PARTS.items():
-            if f"{stem}_{old}" not in state_dict:
-                raise ValueError(f"state_dict has {key} but no {stem}_{old}")
-            renamed[f"{stem}_{old}"] = f"{match['path']}parametrizations.{match['name']}.{part}"
+        for new, old in _PARTS.items():
+            stem = key.removesuffix(f"_{old}")
+            if stem != key and old.startswith("orig") and _has_vectors(state_dict, key, stem + "_", "hook"):
+                path, _, name = stem.rpartition(".")
+                start = f"{path}." if path else ""
+                parts = {new: old, "0._u": "u", "0._v": "v"}
+                renamed |= {f"{stem}_{o}": f"{start}parametrizations.{name}.{n}" for n, o in parts.items()}
     return renamed
 
 
 def _to_hook(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    renamed = {}
+    renamed: dict[str, str] = {}
     for key in state_dict:
         match = _PARAMETRIZATION.fullmatch(key)
-        if match is not None and f"{match['path']}parametrizations.{match['name']}.0._u" in state_dict:
-            renamed[key] = f"{match['path']}{match['name']}_{_PARTS[match['part']]}"
+        if match is not None and match["part"].startswith("original"):
+            stem = key.removesuffix(match["part"])
+            if _has_vectors(state_dict, key, stem, "parametrization"):
+                parts = {match["part"]: _PARTS[match["part"]], "0._u": "u", "0._v": "v"}
+                renamed |= {stem + new: f"{match['path']}{match['name']}_{old}" for new, old in parts.items()}
     return renamed
+
+
+def _has_vectors(state_dict: Mapping[str, Tensor], key: str, stem: str, form: str) -> bool:
+    """Whether u and v are there beside this original; if there is one of them, so must be the other."""
+    missing = [stem + part for part in _VECTORS[form] if stem + part not in state_dict]
+    is_pruned_alone = form == "hook" and stem + "mask" in state_dict  # weight_orig and weight_mask, no spectral norm
+    may_be_other = form == "parametrization" or key != f"{stem}orig" or is_pruned_alone
+    if len(missing) == 1 or (missing and not may_be_other and not _is_part_of_pruned(state_dict, stem)):
+        raise ValueError(f"state_dict has {key} but no {' and no '.join(missing)}")
+    return not missing
+
+
+def _is_part_of_pruned(state_dict: Mapping[str, Tensor], stem: str) -> bool:
+    """Whether this is weight_orig_ of weight_orig_orig, whose u and v are weight_u and weight_v."""
+    shorter = stem.removesuffix("orig_")
+    return shorter != stem and all(shorter + part in state_dict for part in _VECTORS["hook"])
 
 
 def _metadata(state_dict: Mapping[str, Tensor], renamed: Mapping[str, str], form: str) -> Any:

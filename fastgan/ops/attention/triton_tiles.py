@@ -45,11 +45,6 @@ def scores(
     by_h,
     by_i,
     by_j,
-    scale_high,
-    scale_low,
-    dropout_p,
-    factor_high,
-    factor_low,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):

@@ -11,10 +11,12 @@ from torch import Tensor
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.functions import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh
 from fastgan.ops.bias_act.layout import ACTIVATIONS, DTYPES, Options
+from fastgan.ops.library import symbolic
 
 __all__ = ["bias_act", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "tanh"]
 
 
+@symbolic
 def bias_act(
     input: Tensor,
     bias: Tensor | None = None,
@@ -29,11 +31,11 @@ def bias_act(
 ) -> Tensor:
     """Add a bias to each channel, activate, scale and cut off: y = min(max(gain act(x + b), -clamp), clamp).
 
-    Linear in pieces ("linear", "relu", "leaky_relu"): differentiable to any order, each in one pass over the data that
-    reads one bit an element (a second with ``clamp``) instead of an activation. Smooth ("silu", "gelu", "gelu_tanh",
-    "tanh", "sigmoid", "softplus", as in ``torch.nn.functional``; "gelu_tanh" is ``approximate="tanh"``):
-    differentiable twice, backward and double backward in one pass each; a third derivative raises. They keep the
-    input, tanh and sigmoid (with a gain of 1 and no clamp) the result.
+    Differentiable to any order. Piecewise linear activations ("linear", "relu", "leaky_relu") take one pass over the
+    data an order, which reads one bit an element (a second with ``clamp``) instead of an activation. Smooth ones
+    ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", as in ``torch.nn.functional``; "gelu_tanh" is
+    ``approximate="tanh"``) take one pass each for backward and double backward, and PyTorch's operations from the third
+    order on. They keep the input; tanh and sigmoid (with a gain of 1 and no clamp) keep the result.
 
     Computed in float32 (float64 for float64 input), whose rounding is the only one of a half-precision result; the
     bias's gradient is summed in one order: the same inputs give the same bits. The strides of the input are kept,

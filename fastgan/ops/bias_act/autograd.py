@@ -22,7 +22,9 @@ from fastgan.ops.bias_act.layout import (
     layout_of,
 )
 from fastgan.ops.bias_act.small import is_small
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.filled import mark_base
+from fastgan.ops.higher_orders import double_backward, gradients
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
 from fastgan.ops.needed import needed
 
 # The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
@@ -67,6 +69,7 @@ class _Call(NamedTuple):
     stride: tuple[int, ...]  # of the dense tensors that the kernels see
     dtype: torch.dtype
     bias_dtype: torch.dtype | None
+    dim: int
     layout: Layout
     options: Options
     backend: str
@@ -105,7 +108,7 @@ def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: s
     like = x if dense else torch.empty_like(x, device="meta")  # the strides of its dense copy
     bias_dtype = None if bias is None else bias.dtype
     layout = layout_of(like, None if bias is None else dim)
-    return _Call(x.shape, like.stride(), x.dtype, bias_dtype, layout, options, backend), dense
+    return _Call(x.shape, like.stride(), x.dtype, bias_dtype, dim, layout, options, backend), dense
 
 
 def activate(
@@ -121,6 +124,8 @@ def activate(
         return _forward(x, bias, call, dense, inplace)
     if options.activation in PIECEWISE:
         y: Tensor = _Piecewise.apply(x, bias, call, dense, inplace)
+        if inplace and options.activation != "linear":
+            mark_base(x)
     elif inplace and not _kept_result(options):
         y = x.copy_(_Smooth.apply(x.clone(), bias, call, True, False))
     else:
@@ -158,6 +163,7 @@ class _Piecewise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(signs, inside)
         ctx.call = call
+        ctx.fills_zeros = () if signs is None else (0,) if bias is None else (0, 1)
         return y
 
     @staticmethod
@@ -267,14 +273,33 @@ class _SmoothBackward(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor | None, h_bias: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, x, bias = ctx.saved_tensors
         call: _Call = ctx.call
-        results: list[Tensor | None] = [None, None, None]
-        if h is not None or h_bias is not None:
-            with torch.no_grad():
-                results = _run_smooth_double_backward(h, h_bias, dy, x, bias, call, ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
-            message = "the third derivative is not supported; use_backend('reference') has every order"
-            results = last_order(f"{call.options.activation}: {message}", results, [h, h_bias, dy, x, bias])
+            backward = _smooth_backward_of_result if call.options.activation.endswith("_of_y") else _smooth_backward
+            results = double_backward(partial(backward, call), [dy, x, bias], [h, h_bias])
+        elif h is not None or h_bias is not None:
+            results = _run_smooth_double_backward(h, h_bias, dy, x, bias, call, ctx.needs_input_grad[:3])
+        else:
+            results = [None, None, None]
         return *results, None, None
+
+
+def _smooth_backward(call: _Call, dy: Tensor, x: Tensor, bias: Tensor | None) -> Sequence[Tensor | None]:
+    """In operations of PyTorch."""
+    acc = accumulation_dtype(call.dtype)
+
+    def activated(x: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.bias_act(x.to(acc), None if bias is None else bias.to(acc), call.dim, call.options)
+
+    return gradients(activated)(dy.to(acc), x, bias)
+
+
+def _smooth_backward_of_result(call: _Call, dy: Tensor, y: Tensor, bias: None) -> Sequence[Tensor | None]:
+    """Likewise of what keeps its result: tanh' = 1 - y^2, sigmoid' = y (1 - y)."""
+    y = y.to(accumulation_dtype(call.dtype))
+    slope = 1 - y.square() if call.options.activation.startswith("tanh") else y * (1 - y)
+    dx = dy * slope  # (*S)
+    sums = None if call.bias_dtype is None else dx.sum([d for d in range(dx.ndim) if d != call.dim])
+    return dx.to(call.dtype), call.as_bias(sums)
 
 
 def _run_smooth_double_backward(

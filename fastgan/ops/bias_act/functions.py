@@ -12,8 +12,10 @@ from fastgan import backends
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.layout import DTYPES, Options
 from fastgan.ops.bias_act.small import is_small, rectify
+from fastgan.ops.library import symbolic
 
 
+@symbolic
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.leaky_relu``: same arguments and results.
 
@@ -32,6 +34,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return activate(input, None, 0, Options("leaky_relu", float(negative_slope)), inplace)
 
 
+@symbolic
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.relu``, as `leaky_relu` with slope 0.
 
@@ -50,11 +53,13 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 _LEAST = {"silu": 2**14, "gelu": 2**14, "softplus": 2**17, "tanh": 2**20, "sigmoid": 2**20}
 
 
+@symbolic
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.silu``, x sigmoid(x), differentiable twice."""
     return _smooth(F.silu, "silu", input, inplace)
 
 
+@symbolic
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """``torch.nn.functional.gelu``, x times the normal distribution at x, differentiable twice."""
     if not _pays("gelu", input) or approximate not in ("none", "tanh"):
@@ -62,16 +67,19 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return activate(input, None, 0, Options("gelu" if approximate == "none" else "gelu_tanh"))
 
 
+@symbolic
 def tanh(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.tanh``, differentiable twice; keeps its result."""
     return _smooth(lambda x, inplace: x.tanh_() if inplace else x.tanh(), "tanh", input, inplace)
 
 
+@symbolic
 def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.sigmoid``, differentiable twice; keeps its result."""
     return _smooth(lambda x, inplace: x.sigmoid_() if inplace else x.sigmoid(), "sigmoid", input, inplace)
 
 
+@symbolic
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """``torch.nn.functional.softplus``, log(1 + exp(x)), differentiable twice; PyTorch's own for another beta."""
     if not _pays("softplus", input) or beta != 1 or threshold != 20:

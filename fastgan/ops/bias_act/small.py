@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
+from fastgan.ops.filled import mark_base
 
 _LEAST = 2**14  # elements; through a penalty the kernels are ahead from 2**15 on
 _leaky_relu_backward: Any = torch.ops.aten.leaky_relu_backward.default
@@ -20,12 +21,16 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 def is_small(x: Tensor) -> bool:
     """Whether this route is the better one, and nothing was said about another."""
-    return x.numel() < _LEAST and x.is_cpu and not (backends.is_forced() or backends.in_transform())
+    return x.numel() < _LEAST and x.is_cpu and backends.is_plain() and not backends.is_forced()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
     """leaky_relu of a slope of 0 or more; None: relu."""
-    result: Tensor = _Rectify.apply(x, slope, inplace) if x.requires_grad else _forward(x, slope, inplace)  # type: ignore[no-untyped-call]
+    if not x.requires_grad:
+        return _forward(x, slope, inplace)
+    result: Tensor = _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call]
+    if inplace:
+        mark_base(x)
     return result
 
 
@@ -41,6 +46,7 @@ def _times_slopes(g: Tensor, kept: Tensor, slope: float | None, is_result: bool)
 
 class _Rectify(torch.autograd.Function):
     piecewise_affine = True
+    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float | None, inplace: bool) -> Tensor:

@@ -70,8 +70,7 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"""``torch.nn.functional.{name}``: same arguments, results and errors.
 
-    Its double backward forms only the gradients that were asked for, and none at all for an input that has none, where
-    PyTorch's fills zeros. Twice differentiable; a third derivative raises.
+    Its double backward forms only the gradients that were asked for. Differentiable to any order.
 
     Args:
         input: (N, C_in, *S) of any floating dtype; without N, or complex, PyTorch's own runs.
@@ -82,15 +81,15 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
 
 
 def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Batched, real and in no transform of torch.func: everything else, errors too, is PyTorch's."""
+    """Batched, real and in a plain eager call: everything else, errors too, is PyTorch's."""
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
+        and backends.is_plain()
         and input.ndim == weight.ndim == n + 2
         and input.is_floating_point()
         and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
         and 0 not in input.shape
-        and not backends.in_transform()
     )
 
 

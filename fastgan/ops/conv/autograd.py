@@ -1,14 +1,15 @@
 """Convolution whose double backward forms what was asked for and nothing else.
 
 The convolutions are the vendor's, but for its slowest on a CPU: kernels of ours compute the gradient of an input of few
-channels, convolutions with steps, those of one pixel, and the weight's gradient of few pixels. PyTorch's own double
-backward returns a gradient for the input even where there is none (dense zeros, which then run back through the whole
-forward): two of the six forwards' work of a penalty.
+channels, convolutions with steps, those of one pixel, and the weight's gradient of few pixels.
 
 With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
 Where dx alone is asked for, as a penalty's first pass does, x is in none of these: it is not kept, and no path leads
 from the penalty back into the forward.
+
+Each of these is again one of the three bilinear maps y, dx and dW. A backward whose graph is kept (``create_graph``)
+calls the Functions below, any other calls the maps themselves: there is a derivative of every order.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from torch import Tensor
 
 from fastgan.ops.conv import native_kernels, pointwise, strided, weight_gradient
 from fastgan.ops.conv.geometry import Geometry
-from fastgan.ops.library import last_order, stored
+from fastgan.ops.library import stored
 from fastgan.ops.needed import needed
-
-_MESSAGE = "convolution: the third derivative is not supported; torch.nn.functional has every order"
-
 
 Mask = tuple[bool, bool, bool]
 
@@ -67,6 +65,28 @@ def _backward(
     )
 
 
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    run: Any = _Convolution.apply if torch.is_grad_enabled() else _forward
+    output: Tensor = run(input, weight, bias, geometry)
+    return output
+
+
+def _by_input(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+    """``input`` tells its shape."""
+    if not torch.is_grad_enabled():
+        return _backward(grad, input, weight, geometry, (True, False, False))[0]
+    by_input: Tensor | None = _InputGradient.apply(grad, weight, None, input.detach(), geometry)[0]
+    return by_input
+
+
+def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+    """``weight`` tells its shape."""
+    if not torch.is_grad_enabled():
+        return _backward(grad, input, weight, geometry, (False, True, False))[1]
+    by_weight: Tensor | None = _WeightGradient.apply(grad, input, weight.detach(), geometry)
+    return by_weight
+
+
 class _Convolution(torch.autograd.Function):
     piecewise_affine = True
 
@@ -106,7 +126,7 @@ class _InputGradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         sums = term = None
         if bias is not None:
-            sums = grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))  # (N, C_out)
+            sums = _sums(grad)
             term = (sums * bias).sum(1)  # (N,)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, weight, bias, sums)
@@ -118,20 +138,48 @@ class _InputGradient(torch.autograd.Function):
         grad, weight, bias, sums = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         by_grad = by_weight = by_bias = None
-        with torch.no_grad():
-            if h is not None and wanted[1]:
-                by_weight = _backward(grad, h, weight, ctx.geometry, (False, True, False))[1]
-            if h is not None and wanted[0]:
-                by_grad = _forward(h, weight, None, ctx.geometry)
-            if c is not None and wanted[0]:
-                biases = (c[:, None] * bias).to(grad.dtype).view(*sums.shape, *[1] * (grad.ndim - 2))
-                by_grad = biases.expand_as(grad) if by_grad is None else by_grad.add_(biases)
-            if c is not None and wanted[2]:
-                by_bias = (c[:, None] * sums).sum(0)  # (C_out,)
-        results = [by_grad, by_weight, by_bias]
-        if torch.is_grad_enabled():
-            results = last_order(_MESSAGE, results, [h, c, grad, weight, bias])
-        return *results, None, None
+        if h is not None and wanted[1]:
+            by_weight = _by_weight(grad, h, weight, ctx.geometry)
+        if h is not None and wanted[0]:
+            by_grad = _convolve(h, weight, None, ctx.geometry)
+        if c is not None and wanted[0]:
+            biases = (c[:, None] * bias).to(grad.dtype).view(*sums.shape, *[1] * (grad.ndim - 2))
+            by_grad = _plus(by_grad, biases.expand_as(grad))
+        if c is not None and wanted[2]:
+            sums = _sums(grad) if torch.is_grad_enabled() else sums  # what was kept leads nowhere
+            by_bias = (c[:, None] * sums).sum(0)  # (C_out,)
+        return by_grad, by_weight, by_bias, None, None
+
+
+def _sums(grad: Tensor) -> Tensor:
+    """(N, C_out)"""
+    return grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))
+
+
+def _plus(sum: Tensor | None, term: Tensor) -> Tensor:
+    if sum is None:
+        return term
+    return sum + term if torch.is_grad_enabled() else sum.add_(term)
+
+
+class _WeightGradient(torch.autograd.Function):
+    """dW, linear in ``grad`` and in ``input``. ``weight`` tells its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, input)
+        ctx.geometry = geometry
+        return _backward(grad, input, weight, geometry, (False, True, False))[1]
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return None, None, None, None
+        grad, input = ctx.saved_tensors
+        by_grad = _convolve(input, h, None, ctx.geometry) if ctx.needs_input_grad[0] else None
+        by_input = _by_input(grad, input, h, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return by_grad, by_input, None, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):
@@ -146,41 +194,23 @@ class _ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, by_input: Tensor | None, by_weight: Tensor | None, by_bias: Tensor | None
+        ctx: Any, h_input: Tensor | None, h_weight: Tensor | None, h_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad, input, weight = ctx.saved_tensors
-        with torch.no_grad():
-            results = _double_backward(
-                by_input, by_weight, by_bias, grad, input, weight, ctx.geometry, ctx.needs_input_grad[:3]
-            )
-        if torch.is_grad_enabled():
-            results = last_order(_MESSAGE, results, [by_input, by_weight, by_bias, grad, input, weight])
-        return *results, None, None
-
-
-def _double_backward(
-    h_input: Tensor | None,
-    h_weight: Tensor | None,
-    h_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    wanted: Mask,
-) -> list[Tensor | None]:
-    by_grad: Tensor | None = None
-    by_input: Tensor | None = None
-    by_weight: Tensor | None = None
-    if wanted[0]:
-        if h_input is not None:
-            by_grad = _forward(h_input, weight, h_bias, geometry)
-        elif h_bias is not None:
-            by_grad = h_bias.view(1, -1, *[1] * (grad.ndim - 2)).expand_as(grad)
-        if h_weight is not None:
-            through_weight = _forward(input, h_weight, None, geometry)
-            by_grad = through_weight if by_grad is None else by_grad + through_weight
-    if wanted[1] and h_weight is not None:
-        by_input = _backward(grad, input, h_weight, geometry, (True, False, False))[0]
-    if wanted[2] and h_input is not None:
-        by_weight = _backward(grad, h_input, weight, geometry, (False, True, False))[1]
-    return [by_grad, by_input, by_weight]
+        wanted = ctx.needs_input_grad
+        by_grad: Tensor | None = None
+        by_input: Tensor | None = None
+        by_weight: Tensor | None = None
+        if wanted[0]:
+            if h_input is not None:
+                by_grad = _convolve(h_input, weight, h_bias, ctx.geometry)
+            elif h_bias is not None:
+                by_grad = h_bias.view(1, -1, *[1] * (grad.ndim - 2)).expand_as(grad)
+            if h_weight is not None:
+                through_weight = _convolve(input, h_weight, None, ctx.geometry)
+                by_grad = through_weight if by_grad is None else by_grad + through_weight
+        if wanted[1] and h_weight is not None:
+            by_input = _by_input(grad, input, h_weight, ctx.geometry)
+        if wanted[2] and h_input is not None:
+            by_weight = _by_weight(grad, h_input, weight, ctx.geometry)
+        return by_grad, by_input, by_weight, None, None

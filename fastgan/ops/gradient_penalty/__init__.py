@@ -3,106 +3,138 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.kinds import check_input, check_kind, check_weight, penalise, points
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
+from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
+from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
 from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
-Logits = Tensor | Sequence["Logits"]
-
 
 @untraced
 def gradient_penalty(
     discriminator: Callable[..., Any],
-    real: Tensor,
-    fake: Tensor | None = None,
+    real: Inputs,
+    fake: Inputs | None = None,
     *,
-    kind: str = "wgan-gp",
-    weight: float | None = None,
+    kind: Kind = "wgan-gp",
+    weight: Number | None = None,
+    select: Select | None = None,
+    target: Number | None = None,
+    dims: Dims | None = None,
+    reduction: str = "mean",
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A penalty on the discriminator's gradient g = dD/dx, in one forward and one backward over the inputs.
+    """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
 
-    ============== ========================================== =======================================
-    kind           at                                         penalty
-    ============== ========================================== =======================================
-    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - 1)^2
-    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - 1)^2
-    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
-    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
-    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - 1)^2
-    r1             real                                       weight / 2 * mean |g|^2
-    r2             fake                                       weight / 2 * mean |g|^2
-    r1+r2          real and fake, in one pass                 the sum of both
-    ============== ========================================== =======================================
+    | kind             | at                                        | penalty                                    |
+    |------------------|-------------------------------------------|--------------------------------------------|
+    | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
+    | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
+    | "max-gp"         | alpha real + (1 - alpha) fake             | weight * max norm^2                        |
+    | "zero-centered"  | alpha real + (1 - alpha) fake             | weight * mean norm^2                       |
+    | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
+    | "r1"             | real                                      | weight / 2 * mean norm^2                   |
+    | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
+    | "r1+r2"          | real and fake                             | the sum of both                            |
+    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
-    alpha ~ U(0, 1) per sample. Norms are over all dimensions of a sample and are computed in float32; the gradient of
-    a norm of zero is zero. Convolutions, ReLUs and poolings inside D take four forwards' work for the penalty and its
-    gradient where PyTorch takes six (see ``twice_differentiable``); everything else is PyTorch's. Where D is piecewise
-    affine, what its forward kept is freed at once: a feature that D stashed there cannot be differentiated afterwards.
-    A module so small that all this costs more than it saves on a CPU is left to PyTorch, unless ``use_backend`` says
-    otherwise.
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
+    Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
+
+    Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
+    ``twice_differentiable``). What such a forward saved is freed at once, so a feature that D kept elsewhere cannot be
+    differentiated afterwards. On a CPU, a module that is too small to gain runs PyTorch's own functions, unless
+    ``use_backend`` chooses another backend.
 
     Args:
-        discriminator: called as ``discriminator(x, *args, **kwargs)``; returns logits of any shape, or a sequence of
-            them (several scales), which are summed.
-        real: (N, *S), floating.
-        fake: (N, *S) likewise; not used by "r1" and "dragan". Neither is differentiated.
-        weight: factor; None: 10.
-        args, kwargs: further inputs of the discriminator, such as labels. "r1+r2" calls it on reals, then on fakes.
-        generator: where alpha and the noise come from.
+        discriminator: called as ``discriminator(x, *args, **kwargs)``. It returns logits: one tensor (N, ...), or a
+            tuple or list of tensors that can only be logits of several scales, (N, 1, H, W) each, or of several
+            periods, (N, L) each, with other lengths. These are summed. For any other output, see ``select``.
+        real: (N, *S), floating; or a tuple, list or dict of tensors, which the discriminator gets in the same form.
+            All floating ones, (N, ...) each, are differentiated, and |g| is one norm over all of them. Others, such as
+            labels, are passed through; interpolates take those of ``real``.
+        fake: the same form and shapes. "r1" and "dragan" do not use it.
+        kind: one of the table, or a function of the norms (N,) that returns a penalty for each, (N,).
+        weight: factor, a number or a tensor of shape (); None: 10.
+        select: which outputs are logits: an index or a key, several of them in a tuple (they are summed), or a function
+            of what the discriminator returned, which returns a tensor or several.
+        target: what the norm is compared with, for "wgan-gp", "wgan-lp" and "dragan": a number, or a tensor that fits
+            the norms; None: 1.
+        dims: the dimensions of the input that the norm is over, an integer or several, without 0; None: all but 0. The
+            mean is then over the dimensions that remain, too.
+        reduction: "mean"; "sum"; or "none", for the penalty of each sample, (N,), or of all that ``dims`` leaves.
+        args, kwargs: further arguments of the discriminator, such as labels.
+        generator: draws alpha and the noise.
 
     Returns:
-        () float32 (float64 for float64 inputs), differentiable once in the discriminator's parameters. Those that it
-        does not depend on, such as biases before ReLUs, get no gradient where PyTorch may give them zeros.
+        The penalty, () unless ``reduction="none"``, float32, or float64 for float64 inputs. It is differentiable once
+        in the discriminator's parameters, and in whatever ``weight``, ``target`` and a function ``kind`` are made from.
+        Parameters that it does not depend on, such as biases before ReLUs, get zeros where PyTorch gives zeros, and
+        none elsewhere. ``real`` and ``fake`` get no gradient.
 
     Raises:
-        ValueError: unknown kind; ``real`` and ``fake`` differ in shape; the logits do not depend on the input; several
-            outputs differ in their number of channels, as logits and features do.
-        TypeError: an input is not a floating tensor; ``weight`` is not a number; ``fake`` is missing for a kind that
-            needs it.
+        ValueError: an unknown kind or reduction; real and fake differ in form or shape; an output that need not be a
+            logit; logits without a row for each sample; logits that do not depend on the input; a target for a kind
+            without one; dims that are not in the input, or name the samples.
+        TypeError: an argument has a wrong type; an input is not floating; ``fake`` is missing for a kind that needs it.
         RuntimeError: gradients are off, or FSDP shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
-    Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered).
+    Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
+    other code bases' penalties are in docs/conventions.md.
     """
-    check_kind(kind)
-    check_weight(weight)
+    penalty = Penalty(kind, weight, target, dims, reduction)
+    check_select(select)
     refuse_sharded(discriminator)
     total: Tensor | None = None
-    for x in points(kind, real, fake, generator):
-        x = x.detach().requires_grad_()
+    for point in points(kind, real, fake, generator):
         _require_grad_mode()
-        small = is_small(discriminator, x)
+        given = differentiable(point)
+        x = floating(given)
+        small = _is_small(discriminator, x)
         with barely_rerouted(discriminator, x) if small else twice_differentiable():
-            logits = discriminator(x, *args, **(kwargs or {}))
-        penalty = _penalty(logits, x, kind, weight, ours=not small)
+            returned = discriminator(given, *args, **(kwargs or {}))
+        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
-            leave_unread(x)
-        total = penalty if total is None else total + penalty
+            for tensor in x:
+                leave_unread(tensor)
+        total = part if total is None else total + part
     assert total is not None
     return total
 
 
 @untraced
-def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", weight: float | None = None) -> Tensor:
-    """The penalty of ``gradient_penalty`` from logits that are there already, at the inputs that they came from.
+def penalty_from_logits(
+    logits: Any,
+    inputs: Inputs,
+    *,
+    kind: Kind = "r1",
+    weight: Number | None = None,
+    select: Select | None = None,
+    target: Number | None = None,
+    dims: Dims | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The penalty of ``gradient_penalty`` from logits that were computed already, at the inputs that they came from.
 
         images.requires_grad_()
         with fastgan.twice_differentiable():
@@ -110,131 +142,178 @@ def penalty_from_logits(logits: Logits, inputs: Tensor, *, kind: str = "r1", wei
         loss = softplus(-logits).mean() + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)
 
     Args:
-        logits: of any shape, or a sequence of them, of ``inputs``.
-        inputs: (N, *S), floating, requiring a gradient when the logits were computed.
-        kind: which function of the gradient; at what points, the caller has chosen.
-        weight: factor; None: 10.
+        logits: what the discriminator returned for ``inputs``.
+        inputs: (N, *S), floating; or a tuple, list or dict of tensors. The floating ones must have required a gradient
+            when the logits were computed.
+        kind, weight, select, target, dims, reduction: see ``gradient_penalty``. The kind is a function of the norms
+            alone; the points are the inputs as they are.
 
-    Returns and raises as ``gradient_penalty``.
+    Returns:
+        The penalty, as ``gradient_penalty`` returns it. It is differentiable once, in the inputs too.
+
+    Raises:
+        ValueError: an input does not require a gradient; otherwise as ``gradient_penalty``.
+        TypeError, RuntimeError: as ``gradient_penalty``.
     """
-    check_kind(kind)
-    check_weight(weight)
-    check_input("inputs", inputs)
+    penalty = Penalty(kind, weight, target, dims, reduction)
+    check_inputs("inputs", inputs)
+    check_select(select)
     _require_grad_mode()
-    if not inputs.requires_grad:
-        raise ValueError("inputs must require a gradient before the discriminator is called: inputs.requires_grad_()")
-    return _penalty(logits, inputs, kind, weight)
+    for name, tensor in named("inputs", inputs):
+        if tensor.is_floating_point() and not tensor.requires_grad:
+            raise ValueError(
+                f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
+            )
+    x = floating(inputs)
+    return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
 
-def _penalty(logits: Logits, inputs: Tensor, kind: str, weight: float | None, *, ours: bool = False) -> Tensor:
-    """``ours``: nobody else has these logits, so that what their forward kept may be let go, if it is worth a look."""
-    outputs = list(_flatten(logits))
-    _check_scales(outputs)
-    connected = [output for output in outputs if output.requires_grad]
-    grad: Tensor | None = None
+def _penalty(
+    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False, plain: bool = False
+) -> Tensor:
+    """The penalty of the gradients of the logits' sum.
+
+    Args:
+        ours: nobody else has these logits, so what their forward saved may be freed.
+        plain: the forward was PyTorch's own.
+    """
+    connected = [output for output in logits if output.requires_grad]
+    grads: Sequence[Tensor | None] = ()
+    path: set[Node] = set()
     if connected:
         keep = True
-        if ours or may_be_sharded():
-            path = paths(connected, inputs)
+        if not plain or may_be_sharded():
+            path = paths(connected, *inputs)
             refuse_sharded_graph(path)
-            keep = not (ours and may_let_go(path, get_gradient_edge(inputs).node))
+            keep = not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
         ones = [torch.ones_like(output) for output in connected]
-        (grad,) = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
-    if grad is None:
+        grads = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
+    found = [grad for grad in grads if grad is not None]
+    if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return penalise(kind, grad, 10.0 if weight is None else weight)
+    return leave_zeros(penalty(found), path, inputs)
 
 
 @untraced
 def logits_and_penalty(
     discriminator: Callable[..., Any],
-    inputs: Tensor,
+    inputs: Inputs,
     *,
-    kind: str = "r1",
-    weight: float | None = None,
+    kind: Kind = "r1",
+    weight: Number | None = None,
+    select: Select | None = None,
+    target: Number | None = None,
+    dims: Dims | None = None,
+    reduction: str = "mean",
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Tensor]:
-    """The discriminator's logits and the penalty at the same inputs, to be used in one loss with one backward.
-
-    Where the discriminator is made of convolutions, linear layers, ReLUs, average poolings, sums and reshapes, with one
-    logit a sample, loss and penalty together take four forwards' work instead of six; ``explain_penalty`` says whether.
-    Elsewhere, and where D is small (see ``gradient_penalty``), it is ``penalty_from_logits``. The numbers are the same.
-    In one pass, what the forward kept is freed at once, as by ``gradient_penalty``.
+    """What the discriminator returns, and the penalty at the same inputs, for one loss with one backward.
 
         logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
         (softplus(-logits).mean() + penalty).backward()
 
+    Where the discriminator is piecewise affine and keeps the samples apart, loss and penalty together take the work of
+    four forwards instead of six. Convolutions, products with weights, ReLUs, clamps, poolings, dropout, sums, masks,
+    slices and reshapes are such operations. Batch statistics, normalizations of the input, smooth activations and
+    attention are not. With several logits a sample (patches, scales), the loss must also have the same gradient in all
+    of them. ``explain_penalty`` says whether one pass is possible. Elsewhere, and where D is small (see
+    ``gradient_penalty``), the result is that of ``penalty_from_logits``. The numbers are the same. One pass frees what
+    the forward saved at once, unless more than one logit a sample was returned.
+
     Args:
-        discriminator: called as ``discriminator(inputs, *args, **kwargs)``.
-        inputs: (N, *S), floating; not differentiated.
-        kind: "r1", or any kind of ``gradient_penalty``, at the inputs as they are.
-        weight: factor; None: 10.
-        args, kwargs: further inputs of the discriminator.
+        discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
+        inputs: (N, *S), floating; or a tuple, list or dict of tensors, which the discriminator gets in the same form.
+            They get no gradient.
+        kind, weight, select, target, dims, reduction: see ``gradient_penalty``. The kind is a function of the norms
+            alone; the points are the inputs as they are.
+        args, kwargs: further arguments of the discriminator.
 
     Returns:
-        logits as the discriminator returned them, and the penalty (), each differentiable once in the parameters.
+        Everything that the discriminator returned, and the penalty as ``gradient_penalty`` returns it. Both are
+        differentiable once in the parameters.
 
-    Raises as ``gradient_penalty``. Source: see one_pass.py.
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``gradient_penalty``.
+
+    The source of the one pass is one_pass.py.
     """
-    check_kind(kind)
-    check_weight(weight)
-    logits, x, tracer, reason = _traced(discriminator, inputs, args, kwargs)
+    penalty = Penalty(kind, weight, target, dims, reduction)
+    returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
     if tracer is not None and reason is None:
-        return one_pass(logits, x, tracer, kind, 10.0 if weight is None else weight)
-    penalty = penalty_from_logits(logits, x, kind=kind, weight=weight)
+        return one_pass(returned, logits, x, tracer, penalty)
+    value = _penalty(logits, x, penalty, plain=tracer is None)
     if tracer is not None:
-        leave_unread(x)
-    return logits, penalty
+        for tensor in x:
+            leave_unread(tensor)
+    return returned, value
 
 
 @untraced
 def explain_penalty(
     discriminator: Callable[..., Any],
-    inputs: Tensor,
+    inputs: Inputs,
     *,
+    select: Select | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """Run the discriminator once, and say whether ``logits_and_penalty`` takes one pass and, if not, why not."""
-    reason = _traced(discriminator, inputs, args, kwargs)[3]
-    return "one pass" if reason is None else f"general path: {reason}"
+    """Whether ``logits_and_penalty`` takes one pass for this discriminator and, if not, why not.
+
+    The discriminator runs once. BatchNorm in training renews its running statistics, as in any forward.
+
+    Args:
+        discriminator, inputs, select, args, kwargs: as for ``logits_and_penalty``.
+
+    Returns:
+        "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
+    """
+    forward = _forward(discriminator, inputs, select, args, kwargs)
+    if forward.tracer is None or forward.reason is not None:
+        return f"general path: {forward.reason}"
+    remark = forward.tracer.remark()
+    return "one pass" if remark is None else f"one pass, {remark}"
 
 
-def _traced(
-    discriminator: Callable[..., Any], inputs: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[Any, Tensor, Tracer | None, str | None]:
-    """The logits, the inputs that they came from, what was seen on the way and, if there is one, why not one pass."""
-    check_input("inputs", inputs)
+class _Forward(NamedTuple):
+    """What a discriminator returned, the logits among it, and the inputs that they came from."""
+
+    returned: Any
+    logits: list[Tensor]
+    inputs: tuple[Tensor, ...]
+    tracer: Tracer | None  # None: the discriminator is left to PyTorch
+    reason: str | None  # why one pass is not possible
+
+
+def _forward(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> _Forward:
+    check_inputs("inputs", inputs)
+    check_select(select)
     refuse_sharded(discriminator)
     _require_grad_mode()
-    x = inputs.detach().requires_grad_()
-    if is_small(discriminator, x):
+    given = differentiable(inputs)
+    x = floating(given)
+    if _is_small(discriminator, x):
         with barely_rerouted(discriminator, x):
-            return discriminator(x, *args, **(kwargs or {})), x, None, REASON
-    with twice_differentiable(), Tracer(x) as tracer:
-        logits = discriminator(x, *args, **(kwargs or {}))
-    return logits, x, tracer, tracer.judge(logits)
+            returned = discriminator(given, *args, **(kwargs or {}))
+        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
+    with twice_differentiable(), Tracer(*x) as tracer:
+        returned = discriminator(given, *args, **(kwargs or {}))
+    logits = logits_of(returned, select, len(x[0]))
+    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
 
-def _check_scales(outputs: Sequence[Tensor]) -> None:
-    """Several outputs are the logits of several scales; a head with classes, or features, must not be summed in."""
-    if len({output.shape[1] if output.ndim > 1 else 1 for output in outputs}) > 1:
-        shapes = ", ".join(str(tuple(output.shape)) for output in outputs)
-        raise ValueError(
-            f"the discriminator must return logits alone, got outputs of {shapes}, which differ in their channels:"
-            " choose with discriminator=lambda x: D(x)[0], or join logits of several lengths in one tensor"
-        )
-
-
-def _flatten(logits: Any) -> Any:
-    if isinstance(logits, Tensor):
-        yield logits
-    elif isinstance(logits, Sequence) and logits and not isinstance(logits, str):
-        for part in logits:
-            yield from _flatten(part)
-    else:
-        raise TypeError(f"the discriminator must return a tensor or a sequence of tensors, got {type(logits).__name__}")
+def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
+    return all(is_small(discriminator, x) for x in inputs)
 
 
 def _require_grad_mode() -> None:

@@ -1,274 +1,291 @@
 """Whether a discriminator, as it just ran, is affine in its input around each sample, each sample by itself.
 
-Every torch function that touches a tensor made from the input is looked up in a table of those that are piecewise
-affine and keep samples apart; the first that is not there, or is called in a way that is not, is the reason. What
-never passes through a torch function (a custom autograd.Function) is found afterwards in the graph.
+Every torch function that touches a tensor made from the input is looked up in a table of rules (rules.py). With masks
+and whatever else is a constant of this call held fixed, its result is y = L t + k in the tensors t made from the input.
+The rule says which constant k was added and where each sample lies in the result; if there is no rule, or the call does
+not fit it, the result is marked with the reason, and so is what is made from that. One pass does where no logit is
+marked. What never passes through a torch function (a custom autograd.Function) is found afterwards in the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
-from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine
+from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
+from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
+from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
+from fastgan.ops.gradient_penalty.paths import follow
+from fastgan.ops.gradient_penalty.rules import RULES
+from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-# A rule takes the arguments of a call and says whether it is affine and per sample in its first argument.
-Rule = Callable[..., bool]
+_UNSEEN = "was written to where no torch function shows it, or through a view; one pass needs to see every change"
+_NO_RULE = (
+    "is not known to be piecewise affine and to keep the samples apart, as one pass needs; convolutions, products with"
+    " weights, ReLU, clamp, poolings and reshapes are"
+)
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "axes": "dims"}
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class _Made(NamedTuple):
+    """What is known of a tensor that was made from the input."""
+
+    tensor: ref[Tensor]  # weakly: an activation lives no longer than without us
+    version: int
+    layout: Layout | None
+    why: str | None  # not one pass
 
 
 class Tracer(TorchFunctionMode):
-    """Follows what is made from ``inputs`` (N, *S) while the discriminator runs."""
+    """Follows what is made from ``inputs``, each (N, *S), while the discriminator runs."""
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.samples = len(inputs)
-        self.reason: str | None = None
-        # What each layer was given that requires a gradient, and the view of it that the layer read instead.
+        self.samples = len(inputs[0])
+        # What each call was given that requires a gradient, and the view of it that the call read instead.
         self.parameters: list[tuple[Tensor, Tensor]] = []
-        # Where a bias was added (before an activation in place), the bias, and the dimension that it runs along.
-        self.biases: list[tuple[GradientEdge, Tensor, int]] = []
+        # Where a constant was added, the constant, and how the samples lie there.
+        self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
+        self.path: set[Node] = set()  # after judging: from the logits to the inputs
+        self.single = True  # likewise: one logit a sample
+        self.attached = False  # likewise: something else was returned that may be differentiated
         self._inputs = inputs
-        self._made = {id(inputs): ref(inputs)}  # weakly: an activation lives no longer than without us
-
-    def __contains__(self, tensor: Any) -> bool:
-        made = self._made.get(id(tensor))
-        return made is not None and made() is tensor
+        self._made = {id(x): _Made(ref(x), x._version, Layout(0), None) for x in inputs}
+        self._views: dict[int, Tensor] = {}
+        self._counts: dict[int, _Made] = {}  # results of torch.arange
+        self._data: list[tuple[Tensor, int]] = []
+        self._writes_slices = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.reason is not None or func in _LOOKS:
+        if func in LOOKS:
             return func(*args, **kwargs)
-        touching = [t for t in _tensors((args, kwargs)) if t in self]
-        if not touching:
-            return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # the sizes are nobody's business
-            sizes = [len(t) for t in _tensors(args) if t in self]
-            rule = _RULES.get(func)
-        result = self._layer(func, *args, **kwargs) if func in _LAYERS else func(*args, **kwargs)
+        touched = [known for t in tensors((args, kwargs)) if (known := self._known(t)) is not None]
+        if touched and func in LIKE and self._known(args[0]) is None:
+            touched = []
+        if not touched or not torch.is_grad_enabled():  # without a gradient, what is made is a constant
+            result = func(*args, **kwargs)
+            if func is torch.arange:
+                self._remember_count(args, result)
+            return result
+        rule = RULES.get(func)
         with torch._C.DisableTorchFunction():
-            if rule is None or not rule(self, *args, **kwargs) or any(size != self.samples for size in sizes):
-                self.reason = f"{resolve_name(func) or func}, as it was called here"
-            elif not torch.is_grad_enabled():
-                self.reason = f"{resolve_name(func) or func}, called in torch.no_grad() or a custom autograd.Function"
-            elif not isinstance(result, Tensor) or result.ndim == 0 or len(result) != self.samples:
-                self.reason = f"{resolve_name(func) or func} does not keep the samples apart"
-            else:
-                self._made[id(result)] = ref(result)
+            why = next((known.why for known in touched if known.why is not None), None) or self._unseen(touched)
+            if why is None and rule is not None:
+                call: Call | None = None
+                try:
+                    call = self._begin(rule.before, func, args, kwargs)
+                except Refused as refused:
+                    why = self._reason(func, str(refused))
+        if why is not None or rule is None or call is None:
+            result = func(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                if why is not None:
+                    self._mark(result, None, why)
+                else:
+                    self._judge_unknown(func, result, args, kwargs)
+            return result
+        call.result = result = call.func(*call.args, **call.kwargs)
+        with torch._C.DisableTorchFunction():
+            layout, why = self._end(call, rule.after)
+            self._mark(result, layout, why)
         return result
 
-    def _layer(
-        self,
-        func: Callable[..., Any],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
-        """The layer, reading its weight and bias through views of this graph alone.
+    def _known(self, tensor: Any) -> _Made | None:
+        made = self._made.get(id(tensor))
+        return made if made is not None and made.tensor() is tensor else None
+
+    def layout(self, tensor: Any) -> Layout | None:
+        """How the samples lie in a tensor made from the input; None: it is a constant."""
+        made = self._known(tensor)
+        return made.layout if made is not None and tensor.requires_grad else None
+
+    def counts(self, index: Tensor, size: int) -> bool:
+        """Whether these are the numbers 0 to ``size``, each once, in order."""
+        if index.numel() != size:
+            return False
+        known = self._counts.get(id(index))
+        if known is not None and known.tensor() is index and known.version == index._version:
+            return True
+        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return torch.equal(index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device))
+
+    def _unseen(self, touched: Sequence[_Made]) -> str | None:
+        for known in touched:
+            tensor = known.tensor()
+            if tensor is not None and tensor.requires_grad and tensor._version != known.version:
+                return f"a tensor of shape {tuple(tensor.shape)} {_UNSEEN}{_place()}"
+        return None
+
+    def _begin(self, before: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if func in IN_PLACE:
+            if self.layout(args[0]) is None:
+                raise Refused("writes what was made from the input into a constant; use the form that is not in place")
+            if args[0]._is_view():
+                if func not in CLEAR_IN_PLACE:
+                    raise Refused("is in place on a view; use the form that is not in place")
+                self._writes_slices = True
+        args, kwargs = bind(self.view, args), bind(self.view, kwargs)
+        call = Call(self, func, args, kwargs)
+        if before is not None:
+            before(call, *args, **kwargs)
+        return call
+
+    def _end(self, call: Call, after: Any) -> tuple[Any, str | None]:
+        layout: Any
+        named = {_ALIASES.get(name, name): value for name, value in call.kwargs.items()}
+        try:
+            layout = after(call, *call.args, **named)
+        except Mixed as mixed:
+            if self.samples != 1:
+                return None, self._reason(call.func, str(mixed))
+            layout = Layout(0)  # whatever is done to one sample keeps it apart
+        except Refused as refused:
+            return None, self._reason(call.func, str(refused))
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            return None, self._reason(call.func, f"was called in a way that one pass has no rule for ({error})")
+        if call.constants and call.func in IN_PLACE and call.result._is_view():
+            return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
+        if call.constants:  # of one result
+            self.constants += [(edge, constant, layout) for edge, constant in call.constants]
+        return layout, None
+
+    def view(self, value: Any) -> Any:
+        """The value or, of a tensor that requires a gradient and is not made from the input, a view of this graph.
 
         The pass differentiates as far as these. What lies behind is left to whoever called backward, who may reach it
         from elsewhere too and runs its hooks once.
         """
-        with torch._C.DisableTorchFunction():
-            weight, bias = self._view(weight), self._view(bias)
-        result = func(input, weight, bias, *rest, **named)
-        with torch._C.DisableTorchFunction():
-            if bias is not None and result.requires_grad:
-                self.biases.append((get_gradient_edge(result), bias, -1 if func is F.linear else 1))
-        return result
-
-    def _view(self, parameter: Any) -> Any:
-        if type(parameter) not in _PLAIN or not parameter.requires_grad:
-            return parameter
-        view = parameter.view_as(parameter)
-        self.parameters.append((parameter, view))
+        if not isinstance(value, Tensor):
+            return value
+        if not is_plain(value):
+            raise Refused(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
+        if not value.requires_grad or self._known(value) is not None:
+            return value
+        view = self._views.get(id(value))
+        if view is None:
+            view = self._views[id(value)] = value.view_as(value)
+            self.parameters.append((value, view))  # which also keeps its id its own
         return view
 
-    def judge(self, logits: Any) -> str | None:
-        """Why one pass does not do, or None."""
-        if self.reason is not None:
-            return self.reason
-        if logits not in self:
-            return "the output is not one tensor made by torch functions from the input"
-        if logits.numel() != self.samples:
-            return f"the output has {logits.numel() // self.samples} logits a sample"
+    def _mark(self, result: Any, layout: Any, why: str | None) -> None:
+        if isinstance(result, Tensor):
+            if result.requires_grad:
+                if why is None and result.is_complex():
+                    why = "complex tensors have no one pass"
+                self._made[id(result)] = _Made(ref(result), result._version, layout, why)
+        elif isinstance(result, list | tuple):
+            for i, part in enumerate(result):
+                self._mark(part, layout[i] if type(layout) is list else layout, why)
+
+    def _judge_unknown(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Mark what a function without a rule has made. What requires no gradient is a constant."""
+        made = [*tensors(result)]
+        if func == _DATA:
+            self._data.append((result, result._version))
+        elif any(tensor.requires_grad for tensor in made):
+            self._mark(result, None, self._reason(func, _NO_RULE))
+        elif not made and not isinstance(result, bool | int | float | str | list | tuple):
+            why = self._reason(func, _NO_RULE)  # a hook, an assignment, or something else that is not known
+            for tensor in tensors((args, kwargs)):
+                if tensor is args[0] or self._known(tensor) is not None:
+                    self._mark(tensor, None, why)
+
+    def _remember_count(self, args: tuple[Any, ...], result: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            if all(type(x) is int for x in args) and args in ((result.numel(),), (0, result.numel())):
+                self._counts[id(result)] = _Made(ref(result), result._version, None, None)
+
+    def _reason(self, func: Any, why: str) -> str:
+        return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
+
+    def judge(self, outputs: Sequence[Tensor], returned: Any) -> str | None:
+        """Why one pass does not do, or None.
+
+        Args:
+            outputs: the logits.
+            returned: everything that the discriminator returned.
+        """
+        outputs = [output for output in outputs if output.requires_grad]
+        for output in outputs:
+            known = self._known(output)
+            if known is None:
+                return f"the logits were not made from the input by torch functions alone{self._custom([output])}"
+            why = known.why or self._unseen([known])
+            if why is not None:
+                return why
         if not self.parameters:
             return "no weight or bias requires a gradient"
-        made = (p for p, _ in self.parameters if p.grad_fn is not None)
-        if any(leaf is self._inputs for parameter in made for leaf in leaves(parameter)):
-            return "a weight is made from the input"
-        nodes = _nodes(logits)
-        if any(getattr(node, "variable", self._inputs) is not self._inputs for node in nodes):
-            return "something beside its layers requires a gradient"
-        strange = {
-            name for node in nodes if (name := type(node).__name__) not in _NODES and not is_piecewise_affine(node)
+        if any(data._version != version for data, version in self._data):
+            return f"a tensor {_UNSEEN}, as .data does not"
+        parts = tree_leaves(returned)
+        if not all(any(part is output for part in parts) for output in outputs):
+            return "the logits are not among the tensors that the discriminator returned"
+        self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
+        self.attached = any(self._is_attached(part, outputs) for part in parts)
+        return self._judge_graph(outputs)
+
+    def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
+        if isinstance(part, Tensor):
+            return part.requires_grad and not any(part is output for output in outputs)
+        return not isinstance(part, bool | int | float | str | type(None))
+
+    def _judge_graph(self, outputs: Sequence[Tensor]) -> str | None:
+        targets = {get_gradient_edge(x).node for x in self._inputs}
+        views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
+        self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
+        if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
+            return f"a weight is made from the input{self._custom(parameter for parameter, _ in self.parameters)}"
+        if leaves:
+            shapes = ", ".join(sorted(str(tuple(leaf.variable.shape)) for leaf in leaves))  # type: ignore[attr-defined]
+            return f"a tensor that requires a gradient, of shape {shapes}, enters where no torch function shows it"
+        also = ("CopySlices",) if self._writes_slices else ()
+        curved = {
+            type(node).__name__ for node in self.path if node not in targets and not keeps_clear(node, self.path, also)
         }
-        return f"{', '.join(sorted(strange))} in its graph" if strange else None
+        return f"{', '.join(sorted(curved))} in its graph, whose backward reads the forward" if curved else None
+
+    def _custom(self, tensors: Iterable[Tensor]) -> str:
+        """What on the way from the input to these no torch function shows."""
+        targets = {get_gradient_edge(x).node for x in self._inputs}
+        path, _ = follow((tensor.grad_fn for tensor in tensors), targets)
+        names = {
+            type(node).__name__ for node in path if hasattr(node, "_forward_cls") and not is_piecewise_affine(node)
+        }
+        return f": {', '.join(sorted(names))} is a custom autograd.Function" if names else ""
+
+    def remark(self) -> str | None:
+        """What to say besides, where one pass does."""
+        remarks = []
+        if not self.single:
+            remarks.append(
+                "where all logits of a sample have the same gradient, as in their mean; else 2 forwards more"
+            )
+        if self.attached:
+            remarks.append("what else it returns has a backward of its own: 2 forwards more where a loss uses it")
+        return "; ".join(remarks) or None
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
+def _place() -> str:
+    """File and line of the call that is being made, outside of torch and fastgan."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    return "" if frame is None else f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
-def leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that require a gradient and that nothing made, of an output's graph."""
-    found: list[Tensor] = []
-    seen: set[Node] = set()
-    waiting: list[Node | None] = [get_gradient_edge(output).node] if output.requires_grad else []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
-
-
-def _nodes(output: Tensor) -> set[Node]:
-    """The nodes between an output and the leaves, except below the parameters' own computations."""
-    found: set[Node] = set()
-    waiting: list[Node | None] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in found:
-            continue
-        found.add(node)
-        # Only the first input of these is made from the discriminator's input: the rules have seen to it.
-        nexts: list[Node | None] = [following for following, _ in node.next_functions]
-        name = type(node).__name__
-        if name == "_ConvolutionBackward":
-            nexts = nexts[:1]
-        elif name == "AddmmBackward0":
-            nexts = nexts[1:2]
-        elif name == "MmBackward0":
-            nexts = nexts[:1]
-        waiting.extend(nexts)
-    return found
-
-
-def _layer(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> bool:
-    plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    one_bias = bias is None or (bias.ndim == 1 and bias not in tracer)  # a row of it a sample, linear would take
-    return input in tracer and input.ndim > 1 and weight not in tracer and one_bias and plain
-
-
-def _linear(tracer: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return _layer(tracer, input, weight, bias) and (bias is None or len(bias) == len(weight))
-
-
-def _conv(n: int) -> Rule:
-    def rule(tracer: Tracer, input: Tensor, *rest: Any, **named: Any) -> bool:
-        return input.ndim == n + 2 and _layer(tracer, input, *rest, **named)
-
-    return rule
-
-
-def _first(tracer: Tracer, input: Any, *rest: Any, **named: Any) -> bool:
-    return input in tracer and not any(t in tracer for t in _tensors((rest, named)))
-
-
-def _pool(n: int) -> Rule:
-    return lambda tracer, input, *rest, **named: input.ndim == n + 2 and _first(tracer, input, *rest, **named)
-
-
-def _sum_of_both(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
-    return not named and input in tracer and other in tracer and input.shape == other.shape
-
-
-def _factor(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
-    numbers = [x for x in (input, other) if isinstance(x, int | float)]
-    return not named and len(numbers) == 1 and (input in tracer or other in tracer)
-
-
-def _divisor(tracer: Tracer, input: Any, other: Any = None, **named: Any) -> bool:
-    return not named and input in tracer and isinstance(other, int | float)
-
-
-def _over_dims(tracer: Tracer, input: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> bool:
-    dims = [dim] if isinstance(dim, int) else list(dim or ())
-    return input in tracer and bool(dims) and not named and all(d % input.ndim for d in dims)
-
-
-def _shape(tracer: Tracer, input: Tensor, *rest: Any, **named: Any) -> bool:
-    # Row-major order: with the first size kept (which the tracer checks), a sample stays one block.
-    return input in tracer
-
-
-def _pad(tracer: Tracer, input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> bool:
-    return input in tracer and not value and len(pad) <= 2 * (input.ndim - 1)
-
-
-def _cat(tracer: Tracer, tensors: Any, dim: int = 0, **named: Any) -> bool:
-    return not named and all(t in tracer for t in tensors) and dim % tensors[0].ndim != 0
-
-
-def _no_dropout(tracer: Tracer, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-    return input in tracer and not training
-
-
-_LAYERS: dict[Any, Rule] = {
-    F.linear: _linear,
-    **{
-        function: _conv(n)
-        for n in (1, 2, 3)
-        for name in (f"conv{n}d", f"conv_transpose{n}d")
-        for function in {getattr(F, name), getattr(torch, name)}
-    },
-}
-_RULES: dict[Any, Rule] = {
-    **_LAYERS,
-    **dict.fromkeys(
-        (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_), _first
-    ),
-    F.avg_pool1d: _pool(1),
-    torch.avg_pool1d: _pool(1),
-    F.avg_pool2d: _pool(2),
-    F.avg_pool3d: _pool(3),
-    F.adaptive_avg_pool2d: _pool(2),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _sum_of_both),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _sum_of_both),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _factor),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _divisor),
-    **dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _first),
-    **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _over_dims),
-    **dict.fromkeys((torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view), _shape),
-    **dict.fromkeys((torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.unflatten), _shape),
-    **dict.fromkeys((Tensor.contiguous, Tensor.clone, torch.clone), _first),
-    F.pad: _pad,
-    F.dropout: _no_dropout,
-    torch.cat: _cat,
-}
-# What tells of a tensor and not of its values.
-_LOOKS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
-    Tensor.is_floating_point,
-    torch.is_floating_point,
-}
-_NODES = {
-    *("AddmmBackward0", "MmBackward0", "TBackward0"),
-    *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "MeanBackward1", "SumBackward1"),
-    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0"),
-    *("ConstantPadNdBackward0", "CatBackward0", "AdaptiveAvgPool2DBackward0", "AccumulateGrad"),
-    *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"),
-}
+_INSIDE = tuple(str(Path(path).parent) + "/" for path in (torch.__file__, sys.modules["fastgan"].__file__ or ""))

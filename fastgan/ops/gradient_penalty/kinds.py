@@ -1,159 +1,160 @@
-"""The kinds of penalty: at which points the gradient is taken, and what is made of it."""
+"""The kinds of penalty: what is made of the norms of the gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_LEAST = 2**14  # elements, from which reading them less often is worth a Python function
+from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
+
+Kind = str | Callable[[Tensor], Tensor]
+Number = float | Tensor
+Dims = int | Sequence[int]
 
 
-def _two_sided(grad: Tensor) -> Tensor:
-    return (_norm(grad) - 1).square().mean()
+class _Formula(NamedTuple):
+    """A penalty of each sample, from its norm or its squared norm (N,) and, where there is one, a target."""
+
+    of: Callable[[Tensor, Any], Tensor]
+    target: float | None = None  # None: the formula has none
+    squared: bool = False
+    factor: float = 1.0
+    largest: bool = False  # the largest of the samples' penalties, instead of their mean
 
 
-def _one_sided(grad: Tensor) -> Tensor:
-    return (_norm(grad) - 1).clamp(min=0).square().mean()
+_TWO_SIDED = _Formula(lambda norms, target: (norms - target).square(), target=1.0)
+_ONE_SIDED = _Formula(lambda norms, target: (norms - target).clamp(min=0).square(), target=1.0)
+_SQUARED = _Formula(lambda squares, _: squares, squared=True)
 
-
-def _squared(grad: Tensor) -> Tensor:
-    return _squared_norm(grad).mean()
-
-
-def _half_squared(grad: Tensor) -> Tensor:
-    return _squared(grad) / 2
-
-
-def _largest(grad: Tensor) -> Tensor:
-    return _squared_norm(grad).max()
-
-
-def _norm(grad: Tensor) -> Tensor:
-    norm: Tensor = _read_norm(grad) if _is_small(grad) else _Norm.apply(grad)  # type: ignore[no-untyped-call]
-    return norm
-
-
-def _squared_norm(grad: Tensor) -> Tensor:
-    if _is_small(grad):
-        return grad.to(_at_least_float32(grad)).square().sum(1)
-    squares: Tensor = _SquaredNorm.apply(grad)  # type: ignore[no-untyped-call]
-    return squares
-
-
-def _is_small(grad: Tensor) -> bool:
-    return grad.is_cpu and grad.numel() < _LEAST
-
-
-def _read_norm(grad: Tensor) -> Tensor:
-    """(N,): reads the gradient once and makes no squares of it."""
-    norm: Tensor = torch.linalg.vector_norm(grad, dim=1, dtype=_at_least_float32(grad))
-    return norm
-
-
-def _at_least_float32(grad: Tensor) -> torch.dtype:
-    return torch.promote_types(grad.dtype, torch.float32)
-
-
-class _Norm(torch.autograd.Function):
-    """(N, M) -> (N,): one read, and one read and one write back, zero at zero; PyTorch goes over it twice more."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        norm = _read_norm(grad)
-        ctx.save_for_backward(grad, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx: Any, by: Tensor) -> Tensor:
-        grad, norm = ctx.saved_tensors
-        factor = (by / norm).masked_fill(norm == 0, 0)  # (N,)
-        return (grad * factor[:, None]).to(grad.dtype)  # type: ignore[no-any-return]
-
-
-class _SquaredNorm(torch.autograd.Function):
-    """(N, M) -> (N,): likewise, with no zero to mind."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        return _read_norm(grad).square()
-
-    @staticmethod
-    def backward(ctx: Any, by: Tensor) -> Tensor:
-        (grad,) = ctx.saved_tensors
-        return (grad * (2 * by)[:, None]).to(grad.dtype)  # type: ignore[no-any-return]
-
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "wgan-gp": _two_sided,
-    "wgan-lp": _one_sided,
-    "max-gp": _largest,
-    "zero-centered": _squared,
-    "dragan": _two_sided,
-    "r1": _half_squared,
-    "r2": _half_squared,
-    "r1+r2": _half_squared,
+KINDS = {
+    "wgan-gp": _TWO_SIDED,
+    "wgan-lp": _ONE_SIDED,
+    "max-gp": _SQUARED._replace(largest=True),
+    "zero-centered": _SQUARED,
+    "dragan": _TWO_SIDED,
+    "r1": _SQUARED._replace(factor=0.5),
+    "r2": _SQUARED._replace(factor=0.5),
+    "r1+r2": _SQUARED._replace(factor=0.5),
 }
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda each: each}
 
 
-def check_kind(kind: str) -> None:
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """A function of the gradients of some points. ``gradient_penalty`` describes the fields."""
+
+    kind: Kind = "r1"
+    weight: Number | None = None
+    target: Number | None = None
+    dims: Dims | None = None
+    reduction: str = "mean"
+    _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        _check_number("weight", self.weight)
+        _check_number("target", self.target)
+        if isinstance(self.weight, Tensor) and self.weight.ndim:
+            raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
+        if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        object.__setattr__(self, "_over", _checked_dims(self.dims))
+        if self.target is not None and self._formula.target is None:
+            raise ValueError(
+                f"{self._name} has no target, got target={self.target}: the kinds with one are wgan-gp, "
+                "wgan-lp and dragan"
+            )
+        if self._formula.largest and self.reduction != "mean":
+            raise ValueError(
+                f"{self._name} is the largest of the samples' penalties: leave reduction out, got {self.reduction!r}"
+            )
+
+    @property
+    def _formula(self) -> _Formula:
+        return KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
+
+    @property
+    def _name(self) -> str:
+        return f"kind {self.kind!r}" if isinstance(self.kind, str) else "a kind that is a function"
+
+    def __call__(self, grads: Sequence[Tensor]) -> Tensor:
+        """The penalty of the gradients, each (N, *S)."""
+        formula = self._formula
+        target = formula.target if self.target is None else self.target
+        with _full_precision(grads[0]):
+            size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
+            each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
+            penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
+            if isinstance(self.weight, Tensor):
+                return self.weight.to(penalty.dtype) * (formula.factor * penalty)
+            factor = (10.0 if self.weight is None else self.weight) * formula.factor
+            return factor * penalty
+
+    def zero(self, inputs: Sequence[Tensor]) -> Tensor:
+        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
+        shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
+        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
 
 
-def check_weight(weight: Any) -> None:
-    if not (weight is None or isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.ndim == 0)):
-        raise TypeError(f"weight must be a number, got {weight!r}")
+def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
+    """weight * penalty of the gradients (N, *S), in float32 or better."""
+    return Penalty(kind, weight)((grad,))
 
 
-def penalise(kind: str, grad: Tensor, weight: float) -> Tensor:
-    """weight * penalty of the gradients (N, *S), in float32 or better: a half-precision square would overflow."""
-    device_type = grad.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-        flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]  # (N, prod S)
-        return weight * KINDS[kind](flat)
+def check_kind(kind: Any) -> None:
+    if not callable(kind) and not (isinstance(kind, str) and kind in KINDS):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, or a function of the norms, got {kind!r}")
 
 
-def points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """The points (N, *S) at which the gradient is taken: one tensor, or two for "r1+r2"."""
-    check_input("real", real)
-    if kind == "r1":
-        yield real
-    elif kind == "dragan":
-        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
-        yield real.detach() + _alpha(real, generator) * 0.5 * real.detach().std() * noise
-    else:
-        if fake is None:
-            raise TypeError(f"kind {kind!r} needs fake, got None")
-        check_input("fake", fake)
-        if fake.shape != real.shape:
-            raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
-        if fake.device != real.device:
-            raise ValueError(f"fake must be on the device of real, {real.device}, got {fake.device}")
-        if kind == "r1+r2":
-            yield real
-            yield fake
-        elif kind == "r2":
-            yield fake
-        else:
-            yield torch.lerp(fake.detach().to(real.dtype), real.detach(), _alpha(real, generator))
+def _check_number(name: str, value: Any) -> None:
+    real = isinstance(value, Tensor) and not value.is_complex()
+    if not (value is None or real or isinstance(value, Real)):
+        raise TypeError(f"{name} must be a number or a tensor of real numbers, got {value!r}")
 
 
-def _alpha(real: Tensor, generator: torch.Generator | None) -> Tensor:
-    shape = real.shape[0], *[1] * (real.ndim - 1)
-    return torch.rand(shape, dtype=real.dtype, device=real.device, generator=generator)
+def _checked_dims(dims: Any) -> tuple[int, ...] | None:
+    if dims is None:
+        return None
+    each = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(each, Sequence) or any(not isinstance(dim, int) or isinstance(dim, bool) for dim in each):
+        raise TypeError(f"dims must be an integer or a tuple of integers, got {dims!r}")
+    if not each or 0 in each:
+        raise ValueError(f"dims must name dimensions of the inputs other than the first (the samples), got {dims!r}")
+    return tuple(each)
 
 
-def check_input(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {x.dtype}")
-    if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"{name} must be (N, ...) and not empty, got shape {tuple(x.shape)}")
+def _checked(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    def call(norms: Tensor, _: None) -> Tensor:
+        each = function(norms)
+        if not isinstance(each, Tensor):
+            raise TypeError(f"kind must return a tensor of penalties, got {type(each).__name__}")
+        if each.shape != norms.shape:
+            raise ValueError(
+                f"kind must return a penalty for each norm, of shape {tuple(norms.shape)}, got {tuple(each.shape)}: "
+                "reduction= says what becomes of them"
+            )
+        return each
+
+    return call
+
+
+def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
+    fits = target.ndim <= norms.ndim and all(
+        size in (1, of_norms) for size, of_norms in zip(reversed(target.shape), reversed(norms.shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"target must fit the norms, {tuple(norms.shape)}, got shape {tuple(target.shape)}")
+    return target.to(norms.dtype)
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

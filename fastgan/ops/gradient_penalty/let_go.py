@@ -7,40 +7,66 @@ freed as the first backward passes it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch.autograd.graph import Node
 
-# PyTorch's nodes whose backward does not read their inputs, whatever these are made from.
-_LINEAR = frozenset(
+# PyTorch's nodes from whose backward no path leads to their inputs, whatever these are made from: linear ones, and
+# those that choose among elements, by indices or masks.
+_CLEAR = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
     for name in (
-        *("Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias"),
+        *("Add", "Sub", "Rsub", "Neg", "Sum", "Nansum", "Mean", "Cumsum", "Cat", "Stack", "Clone", "ToCopy", "Alias"),
         *("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand"),
-        *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Repeat", "Flip", "Roll"),
-        *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle"),
-        *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D"),
+        *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Unfold", "Diagonal", "AsStrided", "Values"),
+        *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im"),
+        *("Index", "IndexSelect", "Gather", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy"),
+        *("Where", "MaskedFill", "NativeDropout", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
+        *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
+        *("Cummax", "Cummin", "Frac", "NanToNum"),
+        *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "NativeChannelShuffle"),
+        *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
+        *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
+        *("UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBilinear2DAa", "UpsampleTrilinear3D"),
+        *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
-)
-# Products: their backward by one factor reads the other.
-_BILINEAR = frozenset({"MulBackward0", "MmBackward0", "AddmmBackward0", "BmmBackward0"})
+) | {"LerpBackward0"}
+# Products: their backward by one factor reads the others. The positions of the factors among the node's inputs.
+_FACTORS = {
+    **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0"), (0, 1)),
+    **dict.fromkeys(("AddmmBackward0", "AddmvBackward0", "BaddbmmBackward0", "AddbmmBackward0"), (1, 2)),
+    "AddcmulBackward0": (1, 2),
+    "TrilinearBackward0": (0, 1, 2),
+}
+# The position of what must be a constant.
+_FIXED = {"DivBackward0": 1, "AddcdivBackward0": 2, "LerpBackward1": 2}
 
 
-def may_let_go(path: set[Node], target: Node) -> bool:
-    """``path``: the nodes that lead from the outputs to ``target``, the node of the inputs."""
-    return all(node is target or _keeps_clear(node, path) for node in path)
+def may_let_go(path: set[Node], *targets: Node) -> bool:
+    """``path``: the nodes that lead from the outputs to ``targets``, the nodes of the inputs."""
+    return not any(node not in targets and not keeps_clear(node, path) for node in path)
 
 
-def _keeps_clear(node: Node, path: set[Node]) -> bool:
+def keeps_clear(node: Node, path: set[Node], also: Collection[str] = ()) -> bool:
+    """Whether nothing made by this node's backward leads back into the forward.
+
+    ``also``: names of nodes that are known to, as they are used here.
+    """
     name = type(node).__name__
-    if name in _LINEAR:
+    if name in _CLEAR or name in also:
         return True
+    factors = _FACTORS.get(name)
+    fixed = _FIXED.get(name)
+    if factors is None and fixed is None and not is_piecewise_affine(node):
+        return False
     leading = [following in path for following, _ in node.next_functions]
-    if name in _BILINEAR:
-        return sum(leading) == 1
-    if name == "DivBackward0":
-        return not leading[1]
+    if factors is not None:
+        return sum(leading[factor] for factor in factors) <= 1
+    if fixed is not None:
+        return not leading[fixed]
     # Ours say so themselves; as a convolution's weight, something made from the inputs is read.
-    return is_piecewise_affine(node) and not any(leading[1:])
+    return not any(leading[1:])
 
 
 def is_piecewise_affine(node: Node) -> bool:

@@ -1,10 +1,13 @@
 """Loss and gradient penalty of the same batch in one pass of four forwards' work, where PyTorch takes six.
 
-For a discriminator that is affine around each sample, with g_i = dD(x_i)/dx and delta_i the gradient at each layer's
-output, D(x_i) = <g_i, x_i> + sum over layers <delta_i, b>. So for a loss with c_i = dloss/dD(x_i), the parameters'
-gradient of sum_i c_i D(x_i), the right side's, comes out of the same differentiation of g and delta that the penalty
-needs: one combined tangent, v_i + c_i x_i at the input and c_i b at each bias, one weight gradient a layer, and the
-backward of the forward itself is never run.
+For a discriminator that is affine around each sample, with g_i = dD(x_i)/dx and delta_i the gradient where a constant k
+(a bias, a position table, a padding) was added, D(x_i) = <g_i, x_i> + sum over constants <delta_i, k>. So for a loss
+with c_i = dloss/dD(x_i), the parameters' gradient of sum_i c_i D(x_i), the right side's, comes out of the same
+differentiation of g and delta that the penalty needs: one combined tangent, v_i + c_i x_i at the input and c_i k at
+each constant, one weight gradient a layer, and the backward of the forward itself is never run.
+
+Of several logits a sample (patches, scales), g_i is the gradient of their sum. Where a loss has another gradient in
+each of them, its own backward runs through the forward, which is kept for it.
 
 The idea that a locally linear network needs less for a norm penalty is Etmann's (A Closer Look at Double
 Backpropagation, 2019, arXiv 1906.06637); tangents through piecewise-affine networks, Balestriero and Baraniuk (2021,
@@ -13,99 +16,193 @@ arXiv 2104.00219). Taking the loss along in the penalty's own pass is fastgan's.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.kinds import penalise
-from fastgan.ops.gradient_penalty.let_go import may_let_go
-from fastgan.ops.gradient_penalty.paths import paths
+from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
 from fastgan.ops.library import last_order, untraced
 
 
-def one_pass(logits: Tensor, inputs: Tensor, tracer: Tracer, kind: str, weight: float) -> tuple[Tensor, Tensor]:
-    """logits and penalty, whose backward is the one pass. ``tracer`` has judged the forward that made ``logits``."""
-    convolutions: list[tuple[Any, Tensor]] = [
-        (edge.node, bias) for edge, bias, _ in tracer.biases if hasattr(edge.node, "bias_for_term")
-    ]
-    others = [(edge, bias, dim) for edge, bias, dim in tracer.biases if not hasattr(edge.node, "bias_for_term")]
-    for node, bias in convolutions:
-        node.bias_for_term = bias
-    path = paths([logits], inputs)
-    refuse_sharded_graph(path)
-    grad, *deltas = torch.autograd.grad(
-        [logits],
-        [inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
-        [torch.ones_like(logits)],
-        retain_graph=not may_let_go(path, get_gradient_edge(inputs).node),
+def one_pass(
+    returned: Any,
+    outputs: Sequence[Tensor],
+    inputs: tuple[Tensor, ...],
+    tracer: Tracer,
+    penalty: Callable[[tuple[Tensor, ...]], Tensor],
+) -> tuple[Any, Tensor]:
+    """What the discriminator returned, its logits replaced by the pass's, and the penalty.
+
+    Args:
+        returned: what the discriminator returned.
+        outputs: the logits among it.
+        inputs: (N, *S) each, that they came from.
+        tracer: has judged this forward.
+        penalty: a function of the gradients (N, *S).
+    """
+    outputs = [output for output in outputs if output.requires_grad]
+    refuse_sharded_graph(tracer.path)
+    grads, affine = _differentiate(outputs, inputs, tracer)
+    graph = _Graph(outputs, grads, affine, tracer)
+    parameters = [parameter for parameter, _ in tracer.parameters]
+    results: tuple[Tensor, ...] = _OnePass.apply(graph, *parameters)  # type: ignore[no-untyped-call]
+    if not tracer.single:
+        graph.outputs = outputs
+    logits = dict(zip(map(id, outputs), results, strict=False))
+    returned = tree_map(lambda part: logits.get(id(part), part), returned)
+    return returned, penalty(results[len(outputs) :])
+
+
+def _differentiate(
+    outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the sum of the logits in the inputs, and for each sample (N,) the logits' sum by these."""
+    samples = tracer.samples
+    fused = [entry for entry in tracer.constants if _sums_itself(*entry)]
+    others = [entry for entry in tracer.constants if not _sums_itself(*entry)]
+    for edge, bias, _ in fused:
+        edge.node.bias_for_term = bias.reshape(-1)  # type: ignore[attr-defined, union-attr]
+    found = torch.autograd.grad(
+        outputs,
+        [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
+        [torch.ones_like(output) for output in outputs],
+        retain_graph=tracer.attached or not tracer.single,  # else what the forward kept is let go
         create_graph=True,
         allow_unused=True,
     )
-    if grad is None:
+    grads = [grad for grad in found[: len(inputs)] if grad is not None]
+    if not grads:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    terms = [(grad * inputs.detach()).reshape(len(grad), -1).sum(1, dtype=_sum_dtype(grad))]  # (N,) each
-    terms += [node.bias_term for node, _ in convolutions if node.bias_term is not None]
-    for delta, (_, bias, dim) in zip(deltas, others, strict=True):
-        if delta is not None:
-            terms.append(_bias_term(delta, bias, dim))
-    affine = torch.stack(terms).sum(0)
-    penalty = penalise(kind, grad, weight)
-    parameters, views = zip(*tracer.parameters, strict=True)
-    results: tuple[Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
-        _Graph(affine, penalty, views), logits.detach(), penalty.detach(), *parameters
-    )
-    return results
+    device = grads[0].device.type
+    with torch.autocast(device, enabled=False):
+        terms = [
+            sums(grad * x.detach(), Layout(0), samples)
+            for grad, x in zip(found, inputs, strict=False)
+            if grad is not None
+        ]
+        for edge, _, layout in fused:
+            node: Any = edge.node
+            if node.bias_term is not None:
+                terms.append(sums(node.bias_term, layout, samples))
+            node.bias_for_term = node.bias_term = None
+        for delta, (_, constant, layout) in zip(found[len(inputs) :], others, strict=True):
+            if delta is not None:
+                terms.append(_term(delta, constant, layout, samples))
+        return grads, torch.stack(terms).sum(0)
 
 
-def _bias_term(delta: Tensor, bias: Tensor, dim: int) -> Tensor:
-    """<delta_i, bias> of each sample (N,), the bias along ``dim``."""
-    if delta.ndim == 2 and delta.dtype == bias.dtype and not torch.is_autocast_enabled(delta.device.type):
-        return torch.mv(delta, bias)  # of a linear layer: one operator for three, and in its derivative
-    delta = delta.movedim(dim, -1).reshape(len(delta), -1, len(bias))
-    return (delta.sum(1, dtype=_sum_dtype(delta)) * bias).sum(1)
+def _sums_itself(edge: GradientEdge, constant: Tensor | float, layout: Layout) -> bool:
+    """Whether this is a convolution's bias, and the convolution sums over its gradient with it on the way."""
+    return hasattr(edge.node, "bias_for_term") and layout.dim == 0
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int) -> Tensor:
+    """<delta_i, constant> of each sample (N,)."""
+    if not isinstance(constant, Tensor):
+        return sums(delta, layout, samples) * constant
+    if delta.ndim == 2 and layout == (0, 1, 1) and constant.shape == delta.shape[1:] and delta.dtype == constant.dtype:
+        return torch.mv(delta, constant)  # of a linear layer: one operator for three, and in its derivative
+    constant = constant.reshape((1,) * (delta.ndim - constant.ndim) + constant.shape)
+    once = [d for d in range(delta.ndim) if constant.shape[d] == 1 and delta.shape[d] != 1 and d != layout.dim]
+    if once:
+        delta = delta.sum(once, keepdim=True, dtype=torch.promote_types(delta.dtype, torch.float32))
+    return sums(delta * constant, layout, samples)
 
 
 class _Graph:
     """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs."""
 
-    def __init__(self, affine: Tensor, penalty: Tensor, views: tuple[Tensor, ...]) -> None:
-        self.affine, self.penalty, self.views = affine, penalty, views
+    def __init__(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], affine: Tensor, tracer: Tracer) -> None:
+        self.grads, self.affine = grads, affine
+        self.views = [view for _, view in tracer.parameters]
+        self.samples = tracer.samples
+        self.layouts = [layout for output in outputs if (layout := tracer.layout(output)) is not None]
+        self.values = [output.detach() for output in outputs]
+        self.path = tracer.path
+        # The logits with their forward, kept where a loss may need it.
+        self.outputs: Sequence[Tensor] | None = None
+
+    def zeros(self) -> list[bool]:
+        """Of each view, whether PyTorch leaves zeros where a penalty does not depend on it."""
+        below = reached_by_zeros(self.path)
+        return [view.grad_fn in below for view in self.views]
+
+    def shared(self, factors: Sequence[Tensor | None]) -> Tensor | None:
+        """The gradient of a loss in each sample's logits (N,); None: these differ within a sample."""
+        if self.outputs is None:
+            assert factors[0] is not None
+            return sums(factors[0], self.layouts[0], self.samples)
+        if any(factor is None for factor in factors):
+            return None
+        parts = [
+            _one_row(factor, layout, self.samples)
+            for factor, layout in zip(factors, self.layouts, strict=True)
+            if factor is not None
+        ]
+        first = parts[0][:, :1]
+        certain = len(parts) == 1 and first.shape == parts[0].shape
+        if not certain:
+            if first.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            if not all(torch.equal(part, first.expand_as(part)) for part in parts):
+                return None
+        return first[:, 0]
+
+
+def _one_row(factor: Tensor, layout: Layout, samples: int) -> Tensor:
+    """(N, M): the values of each sample, once where it is known without a look that they are the same."""
+    same = all(step == 0 or d == layout.dim for d, step in enumerate(factor.stride()) if factor.shape[d] > 1)
+    if same and layout.outer == layout.inner == 1:
+        for d in range(factor.ndim):
+            if d != layout.dim or samples == 1:
+                factor = factor.narrow(d, 0, 1)
+    return rows(factor, layout, samples)
 
 
 class _OnePass(torch.autograd.Function):
+    """The logits and the gradients in the inputs, as functions of the parameters."""
+
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, logits: Tensor, penalty: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parameters)
         ctx.graph = graph
-        return logits.clone(), penalty.clone()
+        return *(value.clone() for value in graph.values), *(grad.detach() for grad in graph.grads)
 
     @staticmethod
     @untraced
-    def backward(ctx: Any, by_logits: Tensor | None, by_penalty: Tensor | None) -> tuple[Tensor | None, ...]:
-        parameters = ctx.saved_tensors
-        wanted = [view for view, needed in zip(ctx.graph.views, ctx.needs_input_grad[3:], strict=True) if needed]
-        outputs, factors = [], []
-        if by_logits is not None and ctx.graph.affine.requires_grad:
-            outputs.append(ctx.graph.affine)
-            factors.append(by_logits.detach().reshape(-1).to(ctx.graph.affine.dtype))  # c (N,)
-        if by_penalty is not None and ctx.graph.penalty.requires_grad:  # biases alone do not change it
-            outputs.append(ctx.graph.penalty)
-            factors.append(by_penalty.detach())
+    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
+        parameters, graph = ctx.saved_tensors, ctx.graph
+        wanted = [view for view, needed in zip(graph.views, ctx.needs_input_grad[1:], strict=True) if needed]
+        detached = [None if factor is None else factor.detach() for factor in factors]
+        by_logits, by_grads = detached[: len(graph.values)], detached[len(graph.values) :]
+        pairs = list(zip(graph.grads, by_grads, strict=True))
+        if any(factor is not None for factor in by_logits):
+            shared = graph.shared(by_logits)  # c (N,)
+            if shared is None:
+                pairs += zip(graph.outputs, by_logits, strict=True)
+            else:
+                pairs.append((graph.affine, shared.to(graph.affine.dtype)))
+        pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
         keep = torch._C._autograd._get_current_graph_task_keep_graph()  # as whoever called backward said
-        found = iter(
-            torch.autograd.grad(outputs, wanted, factors, retain_graph=keep, allow_unused=True) if outputs else ()
-        )
-        grads = [next(found, None) if needed else None for needed in ctx.needs_input_grad[3:]]
+        found: Any = ()
+        if pairs:
+            tensors, by = zip(*pairs, strict=True)
+            found = torch.autograd.grad(tensors, wanted, by, retain_graph=keep, allow_unused=True)
+        rest = iter(found)
+        grads = [next(rest, None) if needed else None for needed in ctx.needs_input_grad[1:]]
+        missing = [grad is None and needed for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
+        if any(missing) and any(factor is not None for factor in by_grads):
+            as_pytorch = zip(grads, missing, graph.zeros(), parameters, strict=True)
+            grads = [torch.zeros_like(p) if absent and zero else grad for grad, absent, zero, p in as_pytorch]
         if torch.is_grad_enabled():
             message = "logits_and_penalty: its gradient cannot be differentiated again; use gradient_penalty"
-            grads = last_order(message, grads, [by_logits, by_penalty, *parameters])
-        return None, None, None, *grads
+            grads = last_order(message, grads, [*factors, *parameters])
+        return None, *grads

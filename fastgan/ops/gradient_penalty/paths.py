@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 
-def paths(outputs: Iterable[Tensor], inputs: Tensor) -> set[Node]:
-    """The nodes that a backward from ``outputs`` to ``inputs`` goes through, that of ``inputs`` included."""
-    target = get_gradient_edge(inputs).node
+def paths(outputs: Iterable[Tensor], *inputs: Tensor) -> set[Node]:
+    """The nodes that a backward from ``outputs`` to ``inputs`` goes through, those of ``inputs`` included."""
+    return follow((output.grad_fn for output in outputs), {get_gradient_edge(x).node for x in inputs})[0]
+
+
+def follow(
+    starts: Iterable[Node | None], targets: set[Node], ends: Collection[Node] = ()
+) -> tuple[set[Node], set[Node]]:
+    """The nodes by which ``starts`` lead to ``targets``, and the other leaves found on the way.
+
+    Args:
+        starts: nodes, or None for a tensor that nothing made.
+        targets: where the paths end.
+        ends: nodes that are looked at no further.
+    """
     users: dict[Node, list[Node]] = {}  # the reverse of the graph
-    waiting = [output.grad_fn for output in outputs]
+    waiting = list(starts)
     seen: set[Node] = set()
+    leaves: set[Node] = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        for following, _ in node.next_functions:
-            if following is not None:
-                users.setdefault(following, []).append(node)
-                waiting.append(following)
+        if node in ends:
+            continue
+        following = node.next_functions
+        if not following and node not in targets and hasattr(node, "variable"):
+            leaves.add(node)
+        for next_node, _ in following:
+            if next_node is not None:
+                users.setdefault(next_node, []).append(node)
+                waiting.append(next_node)
 
-    leading = {target}
-    front = [target]
+    leading = set(targets)
+    front = list(targets)
     while front:
         for user in users.get(front.pop(), ()):
             if user not in leading:
                 leading.add(user)
                 front.append(user)
-    return leading
+    return leading, leaves

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastgan import backends
+from fastgan.ops.library import symbolic
 from fastgan.ops.minibatch_discrimination.autograd import discriminate
 from fastgan.ops.minibatch_discrimination.ranks import Group
 
@@ -16,6 +17,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@symbolic
 def minibatch_discrimination(
     activations: Tensor,
     *,
@@ -26,8 +28,8 @@ def minibatch_discrimination(
 ) -> Tensor:
     """How close a sample is to the others of its batch: o[i, b] = sum over j of exp(-sum_c |m[i, b, c] - m[j, b, c]|).
 
-    Nothing of the size N x N is stored, in any order: memory is O(N B C). Sums are kept in float32 (float64 for
-    float64); the same inputs give the same bits.
+    Nothing of the size N x N is stored up to the second derivative: memory is O(N B C). Sums are kept in float32
+    (float64 for float64); the same inputs give the same bits.
 
     Args:
         activations: m, (N, B, C), float16, bfloat16, float32 or float64. Where N, B or C is 0 there is nothing to
@@ -46,8 +48,8 @@ def minibatch_discrimination(
         ValueError: a shape or device is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice, with 0 for the derivative of |.| at 0; a third derivative raises. Source: Salimans et al.,
-    Improved Techniques for Training GANs (2016).
+    Differentiable to any order, with 0 for the derivative of |.| at 0. From the third order on PyTorch's operations
+    hold every pair of samples at once. Source: Salimans et al., Improved Techniques for Training GANs (2016).
     """
     if not isinstance(activations, Tensor):
         raise TypeError(f"activations must be a tensor, got {type(activations).__name__}")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, copy_back, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.higher_orders import double_backward, gradients
+from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
@@ -143,20 +144,27 @@ class _DiscriminationBackward(torch.autograd.Function):
         needs_h, _, needs_m = ctx.needs_input_grad[:3]
         if w is None or not (needs_h or needs_m):
             return (None,) * 7
-        with torch.no_grad():
-            by_h = torch.empty_like(h) if needs_h else None
-            by_m = torch.empty_like(m) if needs_m else None
-            run: Any = _double_backward if is_eager(w) else torch.ops.fastgan.minibatch_discrimination_bwd_bwd
-            first = first_row(len(m), ctx.group)
-            run(gather(w, ctx.group), everyones_h, everyone, segments, by_h, by_m, first, ctx.backend)
-        results = [by_h, by_m]
         if torch.is_grad_enabled():
-            message = (
-                "minibatch_discrimination: the third derivative is not supported; "
-                "use_backend('reference') has every order"
-            )
-            results = last_order(message, results, [w, h, m])
-        return results[0], None, results[1], None, None, None, None
+            results = _double_backward_to_any_order(w, h, m, segments, ctx.group)
+            return results[0], None, results[1], None, None, None, None
+        by_h = torch.empty_like(h) if needs_h else None
+        by_m = torch.empty_like(m) if needs_m else None
+        run: Any = _double_backward if is_eager(w) else torch.ops.fastgan.minibatch_discrimination_bwd_bwd
+        first = first_row(len(m), ctx.group)
+        run(gather(w, ctx.group), everyones_h, everyone, segments, by_h, by_m, first, ctx.backend)
+        return by_h, None, by_m, None, None, None, None
+
+
+def _double_backward_to_any_order(
+    w: Tensor, h: Tensor, m: Tensor, segments: Tensor | None, group: Group | None
+) -> list[Tensor | None]:
+    def discriminated(m: Tensor) -> Tensor:
+        rows = m.to(accumulation_dtype(m.dtype))
+        everyone, first = differentiable_gather(rows, group), first_row(len(m), group)
+        # A sample's distance from itself is constant.
+        return reference.minibatch_discrimination(rows, everyone, first, segments, True).to(m.dtype)
+
+    return double_backward(gradients(discriminated), [h, m], [w])
 
 
 def discriminate(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import symbolic
 from fastgan.ops.minibatch_stddev import reference
 from fastgan.ops.minibatch_stddev.autograd import append_stddev
 from fastgan.ops.minibatch_stddev.grouping import size_of_groups
@@ -21,6 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REMAINDERS = ("error", "largest-divisor")
 
 
+@symbolic
 def minibatch_stddev(
     x: Tensor,
     *,
@@ -58,8 +60,8 @@ def minibatch_stddev(
         ValueError: a shape or number is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises (with ``process_group`` or the reference: any order). Source:
-    Karras et al., Progressive Growing of GANs (2018); in groups: Karras et al., StyleGAN (2019).
+    Differentiable to any order, from the third on in operations of PyTorch. Source: Karras et al., Progressive Growing
+    of GANs (2018); in groups: Karras et al., StyleGAN (2019).
     """
     _check(x, group_size, num_channels, eps, remainder)
     if process_group is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, last_order, returns_nothing, stored
-from fastgan.ops.minibatch_stddev import native_kernels
+from fastgan.ops.higher_orders import differentiate, double_backward
+from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
+from fastgan.ops.minibatch_stddev import native_kernels, reference
 from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
 
 LIBRARY.define("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
@@ -124,23 +125,38 @@ class _StddevBackward(torch.autograd.Function):
         return dx, slope
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if h is None or not any(ctx.needs_input_grad):
-            return (None,) * 5
+    def backward(ctx: Any, h: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, ...]:
+        """``k``, of the slopes, comes from a third derivative."""
         x, slope = ctx.saved_tensors
+        layout: Layout = ctx.layout
         results: list[Tensor | None] = [None, None]
-        with torch.no_grad():
-            for i, channels in enumerate((x.shape[1] + ctx.layout.features, x.shape[1])):
+        if h is not None and torch.is_grad_enabled():
+            results = _double_backward_to_any_order(h, x, slope, layout, ctx.eps)
+        elif h is not None and any(ctx.needs_input_grad):
+            for i, channels in enumerate((x.shape[1] + layout.features, x.shape[1])):
                 if ctx.needs_input_grad[i]:
-                    results[i] = _empty(x, channels, ctx.layout)
+                    results[i] = _empty(x, channels, layout)
             run: Any = _double_backward if is_eager(h) else torch.ops.fastgan.minibatch_stddev_bwd_bwd
-            run(h, x, slope, *results, ctx.layout, ctx.eps, ctx.backend)
-        if torch.is_grad_enabled():
-            message = (
-                "minibatch_stddev: the third derivative is not supported; use_backend('reference') has every order"
-            )
-            results = last_order(message, results, [h, x, slope])
+            run(h, x, slope, *results, layout, ctx.eps, ctx.backend)
+        if k is not None and ctx.needs_input_grad[0]:
+            statistics = (k / layout.values).repeat(layout.size, 1)  # (N, F)
+            by_slope = reference.append(torch.zeros_like(x), statistics)
+            results[0] = by_slope if results[0] is None else results[0] + by_slope
         return *results, None, None, None
+
+
+def _double_backward_to_any_order(
+    h: Tensor, x: Tensor, slope: Tensor, layout: Layout, eps: float
+) -> list[Tensor | None]:
+    """With y the statistics (M, F), dx = dy of the values + (dy / dx)^T (slope * values)."""
+
+    def backward(by_statistics: Tensor, x: Tensor) -> list[Tensor | None]:
+        return differentiate([reference.statistics(x, layout.size, layout.features, eps)], [by_statistics], [x])
+
+    by_statistics = slope * layout.values
+    tangents, by_x = double_backward(backward, [by_statistics, x], [h])
+    by_dy = None if tangents is None else reference.append(h, tangents.repeat(layout.size, 1))
+    return [by_dy, by_x]
 
 
 def append_stddev(x: Tensor, size: int, num_channels: int, eps: float, backend: str) -> Tensor:

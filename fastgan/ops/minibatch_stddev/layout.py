@@ -25,6 +25,11 @@ class Layout(NamedTuple):
     run: int
     tail: int
 
+    @property
+    def values(self) -> int:
+        """What the mean of a group and block is over, times the members of the group."""
+        return self.outer * self.run * self.size
+
 
 def layout_of(x: Tensor, size: int, features: int) -> Layout:
     samples, channels, *spatial = x.shape

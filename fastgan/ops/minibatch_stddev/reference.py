@@ -9,12 +9,16 @@ from fastgan.ops.library import accumulation_dtype
 
 
 def minibatch_stddev(x: Tensor, size: int, num_channels: int, eps: float) -> Tensor:
+    return append(x, statistics(x, size, num_channels, eps).repeat(size, 1))
+
+
+def statistics(x: Tensor, size: int, num_channels: int, eps: float) -> Tensor:
+    """Of each of the M groups and each block of channels: (M, F)."""
     y = x.to(accumulation_dtype(x.dtype))
     y = y.reshape(size, len(x) // size, num_channels, x.shape[1] // num_channels, *x.shape[2:])  # (G, M, F, C/F, *S)
     y = y - y.mean(0)
     y = (y.square().mean(0) + eps).sqrt()  # (M, F, C/F, *S)
-    y = y.flatten(2).mean(2)  # (M, F)
-    return append(x, y.repeat(size, 1))
+    return y.flatten(2).mean(2)
 
 
 def append(x: Tensor, statistics: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
+from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalise, statistics_of
+from fastgan.ops.norm.evaluation import normalized, scale_and_shift
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
@@ -20,6 +22,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
+@symbolic
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -48,7 +51,9 @@ def layer_norm(
         ValueError: a shape or device is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ba et al., Layer Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ba et al., Layer Normalization (2016).
     """
     _check_input(input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -68,6 +73,7 @@ def layer_norm(
     return normalise(input, weight, bias, layout, eps, chosen)
 
 
+@symbolic
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -94,7 +100,7 @@ def group_norm(
         ValueError: a shape, device or number is not as above, or a group has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Wu and He, Group Normalization (2018).
+    Differentiable to any order. Source: Wu and He, Group Normalization (2018).
     """
     _check_channels(input, weight, bias)
     batch, channels = input.shape[:2]
@@ -110,6 +116,7 @@ def group_norm(
     return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
+@symbolic
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -143,7 +150,9 @@ def instance_norm(
         ValueError: a shape or device is not as above, or a channel has one value.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ulyanov et al., Instance Normalization (2016).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ulyanov et al., Instance Normalization (2016).
     """
     _check_channels(input, weight, bias)
     if use_input_stats and prod(input.shape[2:]) == 1:
@@ -155,6 +164,7 @@ def instance_norm(
     return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
 
+@symbolic
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -189,7 +199,9 @@ def batch_norm(
         ValueError: a shape, device or number is not as above.
         BackendUnavailable: the backend asked for cannot run here.
 
-    Differentiable twice; a third derivative raises. Source: Ioffe and Szegedy, Batch Normalization (2015).
+    Differentiable to any order; twice where PyTorch's own runs, whose further derivatives are wrong.
+
+    Source: Ioffe and Szegedy, Batch Normalization (2015).
     """
     _check_channels(input, weight, bias)
     for name, values in (("running_mean", running_mean), ("running_var", running_var)):
@@ -205,14 +217,38 @@ def batch_norm(
     one_alone = (running_mean is None) != (running_var is None)  # which PyTorch's own refuses
     chosen = _select("batch_norm", input, backend, tiny_too=one_alone) if training else "reference"
     if chosen == "reference":
+        if not training and torch.is_grad_enabled() and not is_traced():
+            if running_mean is not None and running_var is not None and _may_be_affine(input):
+                scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
+                return normalized(input, scale, shift)
+            # PyTorch's graph would keep the buffers themselves, which later calls in training overwrite.
+            running_mean, running_var = _copy(running_mean), _copy(running_var)
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layout = of_batch(input)
     statistics = statistics_of(input, layout, 2 if running_var is None else 3)
     result = normalise(input, weight, bias, layout, eps, chosen, statistics)
     for values, i in ((running_mean, 0), (running_var, 2)):
         if values is not None:
-            values.lerp_(statistics[i].to(values.dtype), momentum)
+            _renew(values, statistics[i], momentum)
     return result
+
+
+def _may_be_affine(input: Tensor) -> bool:
+    return input.requires_grad and input.dtype in _DTYPES and input.numel() > 0 and not backends.in_transform()
+
+
+def _renew(running: Tensor, of_batch: Tensor, momentum: float) -> None:
+    """Move a running statistic in place, as PyTorch's own kernels do: graphs that saved it stay valid.
+
+    PyTorch's batch_norm saves the running statistics of a call in training and never reads them again. An operation
+    that counts as a change of the buffer makes the backward of all earlier calls raise.
+    """
+    uncounted = running if torch.compiler.is_compiling() else running.data
+    uncounted.lerp_(of_batch.to(running.dtype), momentum)
+
+
+def _copy(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clone()
 
 
 def _last(values: Tensor | None) -> Tensor | None:

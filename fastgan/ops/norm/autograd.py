@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.higher_orders import double_backward, gradients
+from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
 from fastgan.ops.needed import needed
-from fastgan.ops.norm import native_kernels
+from fastgan.ops.norm import native_kernels, reference
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, channels_last
 
 # All write into tensors that they are given: an operator cannot return a tensor that may be absent.
@@ -113,7 +114,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, statistics, weight)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        ctx.layout, ctx.backend = layout, backend
+        ctx.layout, ctx.eps, ctx.backend = layout, eps, backend
         return y
 
     @staticmethod
@@ -122,8 +123,8 @@ class _Norm(torch.autograd.Function):
         if dy is None or not any(wanted):
             return (None,) * 7
         # Without create_graph nothing will be asked of the backward's own graph.
-        run: Any = _NormBackward.apply if torch.is_grad_enabled() else _run_backward
-        grads = run(dy, *ctx.saved_tensors, wanted, ctx.bias, ctx.layout, ctx.backend)
+        arguments = dy, *ctx.saved_tensors, wanted, ctx.bias, ctx.layout, ctx.backend
+        grads = _NormBackward.apply(ctx.eps, *arguments) if torch.is_grad_enabled() else _run_backward(*arguments)
         return *grads, None, None, None, None
 
 
@@ -147,15 +148,18 @@ def _run_backward(
 
 class _NormBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, eps: float, *arguments: Any) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments[:4])
-        ctx.layout, ctx.backend = arguments[-2:]
+        ctx.eps, (ctx.layout, ctx.backend) = eps, arguments[-2:]
         return _run_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, x, statistics, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            by_dy, by_x, by_weight = _double_backward_to_any_order(grads, dy, x, weight, ctx.layout, ctx.eps)
+            return None, by_dy, by_x, None, by_weight, *(None,) * 4
         h, h_weight, _ = grads
         results: list[Tensor | None] = [None, None, None]
         # dbias is a function of dy alone, dweight not of the weight.
@@ -164,19 +168,26 @@ class _NormBackward(torch.autograd.Function):
             h is not None or h_weight is not None,
             h is not None,
         )
-        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        with torch.no_grad():
-            for i, like in enumerate((dy, x, weight)):
-                if wanted[i] and needed[i]:
-                    results[i] = torch.empty_like(like)
-            if any(result is not None for result in results):
-                run: Any = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
-                run(*grads, dy, x, statistics, weight, *results, ctx.layout, ctx.backend)
-        if torch.is_grad_enabled():
-            message = "norm: the third derivative is not supported; use_backend('reference') has every order"
-            results = last_order(message, results, [*grads, dy, x, weight])
+        needed = ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4]
+        for i, like in enumerate((dy, x, weight)):
+            if wanted[i] and needed[i]:
+                results[i] = torch.empty_like(like)
+        if any(result is not None for result in results):
+            run: Any = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
+            run(*grads, dy, x, statistics, weight, *results, ctx.layout, ctx.backend)
         by_dy, by_x, by_weight = results
-        return by_dy, by_x, None, by_weight, None, None, None, None
+        return None, by_dy, by_x, None, by_weight, *(None,) * 4
+
+
+def _double_backward_to_any_order(
+    grads: tuple[Tensor | None, ...], dy: Tensor, x: Tensor, weight: Tensor | None, layout: Layout, eps: float
+) -> list[Tensor | None]:
+    def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return reference.normalized_rows(x, weight, bias, layout, eps)
+
+    # The value of the bias plays no part.
+    bias = None if grads[2] is None else torch.zeros_like(grads[2], requires_grad=True)
+    return double_backward(gradients(normalized), [dy, x, weight, bias], grads)[:3]
 
 
 def statistics_of(x: Tensor, layout: Layout, count: int) -> Tensor:

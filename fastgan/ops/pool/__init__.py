@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
-from fastgan.ops.library import is_eager, stored
+from fastgan.ops.library import is_eager, stored, symbolic
 from fastgan.ops.pool import native_kernels
 
 __all__ = ["avg_pool1d", "avg_pool2d", "avg_pool3d"]
@@ -26,6 +26,7 @@ _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 _LEAST = 4096  # elements, under which calling a kernel costs more than it brings
 
 
+@symbolic
 def avg_pool1d(
     input: Tensor,
     kernel_size: Size,
@@ -42,6 +43,7 @@ def avg_pool1d(
     return flat.squeeze(2)  # (N, C, L')
 
 
+@symbolic
 def avg_pool2d(
     input: Tensor,
     kernel_size: Size,
@@ -62,6 +64,7 @@ def avg_pool2d(
     return _pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
+@symbolic
 def avg_pool3d(
     input: Tensor,
     kernel_size: Size,
@@ -87,8 +90,7 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    plainly = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
-    if not plainly or backends.in_transform():
+    if not (backends.is_plain() and input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0):
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
     if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # in float32, by PyTorch's list
@@ -148,6 +150,7 @@ class _Pool(torch.autograd.Function):
     """Linear: its derivative is its transpose, whose derivative it is."""
 
     piecewise_affine = True
+    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, window: _Window, tiled: bool) -> Tensor:

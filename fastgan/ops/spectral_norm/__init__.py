@@ -10,8 +10,9 @@ from torch import Tensor
 from fastgan.ops.spectral_norm.autograd import normalise
 from fastgan.ops.spectral_norm.layout import vector_shapes
 
-__all__ = ["spectral_norm"]
+__all__ = ["fits", "normalise", "spectral_norm"]
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -69,7 +70,7 @@ def spectral_norm(
     if not weights:
         return []
     rows_at = [0] * len(weights) if dims is None else list(dims)
-    if not _fit(weights, us, vs, rows_at) or (dims is None and any(w.ndim != 2 for w in weights)):
+    if not fits(weights, us, vs, rows_at) or (dims is None and any(w.ndim != 2 for w in weights)):
         for i, (weight, u, v, dim) in enumerate(zip(weights, us, vs, rows_at, strict=True)):
             _check_weight(f"weights[{i}]", weight, weights[0], dim, two_dimensional=dims is None)
             rows = weight.shape[dim]
@@ -79,16 +80,20 @@ def spectral_norm(
     return normalise(weights, us, vs, rows_at, n_power_iterations if update else 0, eps, v_first, backend)
 
 
-def _fit(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]) -> bool:
-    """Whether all is as it mostly is. Said once and fast; what is not is looked at below, one thing at a time."""
+def fits(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]) -> bool:
+    """Whether all is as it mostly is, plain tensors that fit together, so that `normalise` may be called.
+
+    Said once and fast; `spectral_norm` looks at what is not one thing at a time.
+    """
     tensors = [*weights, *us, *vs]
-    if not all(isinstance(t, Tensor) for t in tensors):
+    if not _PLAIN.issuperset(map(type, tensors)):
         return False
     first = weights[0]
     return (
         first.dtype in _DTYPES
         and {t.dtype for t in tensors} == {first.dtype}
         and {t.device for t in tensors} == {first.device}
+        and first.device.type != "meta"
         and tuple([t.shape for t in tensors[len(weights) :]]) == vector_shapes(weights, dims)
         and all(map(Tensor.is_contiguous, us))
         and all(map(Tensor.is_contiguous, vs))

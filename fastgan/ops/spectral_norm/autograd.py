@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from fastgan.ops.library import (
     LIBRARY,
     accumulation_dtype,
     is_eager,
+    is_traced,
     last_order,
     returns_nothing,
     stored,
@@ -32,7 +32,6 @@ LIBRARY.define(
     " str backend) -> ()"
 )
 
-_is_none = partial(operator.is_, None)
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
@@ -159,26 +158,55 @@ class _SpectralNorm(torch.autograd.Function):
         else:
             torch.ops.fastgan.spectral_norm_fwd(weights, us, vs, outputs, saved, layout.dims, *settings)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, *weights)
+        _keep(ctx, saved, weights)
         ctx.layout, ctx.backend = layout, backend
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, *weights = ctx.saved_tensors
+        saved, *weights = ctx.saved_tensors or ctx.kept
         # Without create_graph nothing will be asked of the backward's own graph.
         run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _grads_of_weights
         needed = ctx.needs_input_grad[7:]
-        if all(needed) and not any(map(_is_none, grads)):
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
+        if not ctx.saved_tensors:  # which knows by itself
+            _check_versions(ctx, weights, wanted)
+        if len(wanted) == len(weights):
             all_grads = cast(tuple[Tensor, ...], grads)
             return *(None,) * 7, *run(saved, ctx.layout, ctx.backend, *all_grads, *weights)
-        wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
         result: list[Tensor | None] = [None] * len(weights)
         if wanted:
             tensors = [grads[i] for i in wanted] + [weights[i] for i in wanted]
             for i, grad in zip(wanted, run(saved, ctx.layout.of(wanted), ctx.backend, *tensors), strict=True):
                 result[i] = grad
         return (None,) * 7 + tuple(result)
+
+
+def _keep(ctx: Any, saved: Tensor, weights: Sequence[Tensor]) -> None:
+    """For backward, and for others after it.
+
+    Autograd frees what a node saves at the first backward through it. Losses of some of the weights may go backward
+    one after the other, as through PyTorch's spectral norm, which has a node a weight.
+    """
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(saved, *weights)
+    elif any(ctx.needs_input_grad):
+        ctx.kept = saved, *weights
+        ctx.versions = [_version(weight) for weight in weights]
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _check_versions(ctx: Any, weights: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    for i in wanted:
+        if ctx.versions[i] != _version(weights[i]):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a weight {tuple(weights[i].shape)} under spectral norm is at version {weights[i]._version}; "
+                f"expected version {ctx.versions[i]} instead"
+            )
 
 
 def _grads_of_weights(saved: Tensor, layout: Layout, backend: str, *grads_and_weights: Tensor) -> list[Tensor]:
@@ -241,7 +269,7 @@ def normalise(
 ) -> list[Tensor]:
     """The op without its checks, for callers that have made the buffers themselves. n_power_iterations = 0: eval."""
     chosen = backends.select("spectral_norm", weights[0].device, weights[0].dtype, backend)
-    if chosen == "reference":
+    if chosen == "reference" or (is_traced() and not torch.compiler.is_dynamo_compiling()):
         return reference.spectral_norm(weights, us, vs, dims, n_power_iterations, eps, v_first)
     layout = layout_of(weights, dims)
     outputs = _SpectralNorm.apply(list(us), list(vs), layout, n_power_iterations, eps, v_first, chosen, *weights)

@@ -1,0 +1,126 @@
+"""The norm of each sample's gradient: one read of it forward, and one read and one write back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST = 2**14  # elements, from which reading them less often is worth a Python function
+
+
+def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: bool) -> Tensor:
+    """The norms over all gradients together, in float32 or better: a half-precision square would overflow.
+
+    Args:
+        grads: each (N, *S); S may differ from one to the next.
+        dims: the dimensions of each that the norm is over; None: all but the first.
+        squared: whether to return squares of norms.
+
+    Returns:
+        (N, *R), where R are the dimensions that remain: none, unless ``dims`` leaves some.
+    """
+    dtype = dtype_of(grads)
+    take = _squared_norm if squared else _norm
+    parts = [take(grad, resolve(dims, grad.ndim), dtype) for grad in map(_with_elements, grads)]
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.shape for part in parts}) > 1:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(
+            f"one norm over several inputs needs the same dimensions to remain of each, got dims={dims}, which leaves "
+            f"{shapes}: leave dims out for one norm a sample"
+        )
+    stacked = torch.stack(parts)
+    return stacked.sum(0) if squared else torch.linalg.vector_norm(stacked, dim=0)
+
+
+def dtype_of(grads: Sequence[Tensor]) -> torch.dtype:
+    """What the norms over these are computed in."""
+    return reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+
+
+def remaining(shape: Sequence[int], dims: tuple[int, ...] | None) -> list[int]:
+    """The shape of the norms over tensors of this shape."""
+    over = resolve(dims, len(shape))
+    return [size for dim, size in enumerate(shape) if dim not in over]
+
+
+def resolve(dims: tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+    """The dimensions of a tensor of ``ndim`` that ``dims`` names, counted from the front."""
+    if dims is None:
+        return tuple(range(1, ndim))
+    resolved = tuple(dim + ndim if dim < 0 else dim for dim in dims)
+    if any(not 0 < dim < ndim for dim in resolved) or len(set(resolved)) < len(resolved):
+        raise ValueError(
+            f"dims must name different dimensions of the inputs, none of them the first (the samples), got dims={dims} "
+            f"for inputs of {ndim} dimensions"
+        )
+    return resolved
+
+
+def _with_elements(grad: Tensor) -> Tensor:
+    return grad if grad.ndim > 1 else grad[:, None]
+
+
+def _norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if _is_small(grad):
+        return _read_norm(grad, dims, dtype)
+    norm: Tensor = _Norm.apply(grad, dims, dtype)  # type: ignore[no-untyped-call]
+    return norm
+
+
+def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if _is_small(grad):
+        return grad.to(dtype).square().sum(dims)
+    squares: Tensor = _SquaredNorm.apply(grad, dims, dtype)  # type: ignore[no-untyped-call]
+    return squares
+
+
+def _is_small(grad: Tensor) -> bool:
+    return grad.is_cpu and grad.numel() < _LEAST
+
+
+def _read_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Reads the gradient once and stores no squares of it."""
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=dims, dtype=dtype)
+    return norm
+
+
+def _spread(factor: Tensor, grad: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(N, *R) to a shape that broadcasts over ``grad``."""
+    return factor.reshape([1 if dim in dims else size for dim, size in enumerate(grad.shape)])
+
+
+class _Norm(torch.autograd.Function):
+    """The gradient of a norm of zero is zero. PyTorch's own function goes over the gradient twice more."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        norm = _read_norm(grad, dims, dtype)
+        ctx.save_for_backward(grad, norm)
+        ctx.dims = dims
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
+        grad, norm = ctx.saved_tensors
+        factor = by / norm.masked_fill(norm == 0, inf)  # (N, *R); 0 at 0, as are all its derivatives
+        return (grad * _spread(factor, grad, ctx.dims)).to(grad.dtype), None, None
+
+
+class _SquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dims = dims
+        return _read_norm(grad, dims, dtype).square()
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * _spread(2 * by, grad, ctx.dims)).to(grad.dtype), None, None

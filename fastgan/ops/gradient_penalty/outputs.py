@@ -1,0 +1,139 @@
+"""Which of a discriminator's outputs are logits. Nothing else may be summed in: the penalty would be a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Select = int | str | Sequence[int | str] | Callable[[Any], Any]
+
+_CURE = (
+    "choose the logits with select=: an index or a key, several that are summed (select=(0, 1)), or a function "
+    "(select=lambda output: output[0])"
+)
+
+
+def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor]:
+    """The logits among what a discriminator returned, each with a row a sample.
+
+    Without ``select``, that is one tensor, or several that can only be logits of several scales or periods. The same
+    holds of a list that an index or a key selects. What a function returns is taken as it is.
+    """
+    if select is None:
+        logits = _sole(returned, samples)
+    elif callable(select):
+        logits = _chosen(select(returned), returned)
+    else:
+        keys = select if isinstance(select, tuple | list) else (select,)
+        logits = [tensor for key in keys for tensor in _sole(_part(returned, key), samples)]
+    if len({id(tensor) for tensor in logits}) < len(logits):
+        raise ValueError(f"select={select!r} chooses the same output twice, of {_shapes(returned)}")
+    for tensor in logits:
+        if tensor.ndim == 0 or len(tensor) != samples:
+            raise ValueError(
+                f"the logits must have a row for each of the {samples} inputs, got {_shapes(returned)}: {_CURE}. "
+                "A function may reshape them, too: select=lambda logits: logits.view(N, -1). Where D packs several "
+                "samples in one, give it packed inputs, one pack a row"
+            )
+    return logits
+
+
+def check_select(select: Any) -> None:
+    keys = select if isinstance(select, tuple | list) else (select,)
+    if select is None or callable(select) or (keys and all(_is_key(key) for key in keys)):
+        return
+    raise TypeError(f"select must be an index, a key, a tuple of them or a function, got {select!r}")
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, int | str) and not isinstance(key, bool)
+
+
+def _sole(output: Any, samples: int) -> list[Tensor]:
+    """The tensor, or tensors, of an output in which all can only be logits."""
+    if isinstance(output, Tensor):
+        return [output]
+    if not isinstance(output, tuple | list | Mapping) or not output:
+        raise TypeError(
+            f"the discriminator must return a tensor or a sequence of tensors, got {_shapes(output)}: {_CURE}"
+        )
+    if isinstance(output, Mapping) or not all(isinstance(part, Tensor) for part in output):
+        raise ValueError(f"the discriminator must return logits alone, got {_shapes(output)}: {_CURE}")
+    logits = list(output)
+    rows = all(tensor.ndim > 0 and len(tensor) == samples for tensor in logits)
+    if len(logits) > 1 and not (rows and _are_scales(logits)):
+        raise ValueError(
+            f"the discriminator returned several outputs, {_shapes(output)}, that need not be logits of several "
+            f"scales, (N, 1, H, W) each, or periods, (N, L) each, of N={samples} samples: {_CURE}"
+        )
+    return logits
+
+
+def _chosen(chosen: Any, returned: Any) -> list[Tensor]:
+    """What a function has selected."""
+    logits = list(chosen) if isinstance(chosen, tuple | list) else [chosen]
+    if not logits or not all(isinstance(tensor, Tensor) for tensor in logits):
+        raise ValueError(
+            f"select must return a tensor or a flat list of them, got {_shapes(chosen)} from {_shapes(returned)}: for "
+            "example, select=lambda output: [scale[-1] for scale in output]"
+        )
+    return logits
+
+
+def _part(returned: Any, key: Any) -> Any:
+    """One output. An index into a tensor would be a sample."""
+    if not isinstance(returned, tuple | list | Mapping):
+        raise ValueError(
+            f"select={key!r} chooses among several outputs, but the discriminator returned one, "
+            f"{_shapes(returned)}: leave select out"
+        )
+    try:
+        return returned[key]
+    except (LookupError, TypeError):
+        raise ValueError(f"the discriminator returned no output {key!r}, but {_shapes(returned)}") from None
+
+
+def _are_scales(logits: Sequence[Tensor]) -> bool:
+    """Whether these can only be logits of several scales or periods.
+
+    A single logit (N, 1) beside others is not surely one: a class head with one attribute has that shape too.
+    """
+    first = logits[0]
+    if any(tensor.ndim != first.ndim or tensor.shape[1:].numel() < 2 for tensor in logits) or _one_made_of_another(
+        logits
+    ):
+        return False
+    if first.ndim == 2:
+        return len({tensor.shape[1] for tensor in logits}) > 1
+    return all(tensor.ndim > 2 and tensor.shape[1] == 1 for tensor in logits)
+
+
+def _one_made_of_another(logits: Sequence[Tensor]) -> bool:
+    """Whether one was computed from another, as logits are from features, and probabilities from logits."""
+    ends = {tensor.grad_fn for tensor in logits if tensor.grad_fn is not None}
+    if len({id(tensor) for tensor in logits}) < len(logits):
+        return True
+    waiting: list[Node | None] = [following for end in ends for following, _ in end.next_functions]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends:
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shapes(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_shapes, value)) + "]"
+    return type(value).__name__

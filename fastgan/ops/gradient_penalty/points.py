@@ -1,0 +1,55 @@
+"""The points at which the gradient is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, replaced
+
+
+def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
+    """The points, built as ``real`` is: one, or two for "r1+r2"."""
+    check_inputs("real", real)
+    if kind == "r1" or (callable(kind) and fake is None):
+        yield real
+    elif kind == "dragan":
+        yield _perturbed(real, generator)
+    else:
+        if fake is None:
+            raise TypeError(f"kind {kind!r} needs fake, got None")
+        check_inputs("fake", fake)
+        check_same_form(real, fake)
+        if kind == "r1+r2":
+            yield real
+            yield fake
+        elif kind == "r2":
+            yield fake
+        else:
+            yield _between(real, fake, _alpha(real, generator))
+
+
+def _alpha(real: Inputs, generator: torch.Generator | None) -> Tensor:
+    """(N,), uniform in [0, 1)."""
+    first = floating(real)[0]
+    return torch.rand(len(first), dtype=first.dtype, device=first.device, generator=generator)
+
+
+def _beside(alpha: Tensor, x: Tensor) -> Tensor:
+    """alpha (N,) as (N, 1, ...), to be multiplied by x (N, *S)."""
+    same = alpha.dtype == x.dtype and alpha.device == x.device
+    return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
+
+
+def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
+    noises = iter([torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in floating(real)])
+    alpha = _alpha(real, generator)
+    return replaced(real, lambda x: x.detach() + _beside(alpha, x) * 0.5 * x.detach().std() * next(noises))
+
+
+def _between(real: Inputs, fake: Inputs, alpha: Tensor) -> Inputs:
+    fakes = iter(floating(fake))
+    return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))

@@ -1,0 +1,175 @@
+"""Rules of matrix products and layers: linear in one factor, and a bias that is added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan.ops.gradient_penalty.call import Call
+from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned
+from fastgan.ops.gradient_penalty.table import functions
+
+
+def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
+    call.needs(input)
+    call.fixed(weight, bias)
+    call.constant(bias)
+    return call.above(input, 1)
+
+
+def _conv(n: int) -> Callable[..., Layout]:
+    def rule(
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        fifth: Any = 1,
+        groups: int = 1,
+        *rest: Any,
+        **named: Any,
+    ) -> Layout:
+        call.needs(input)
+        call.fixed(weight, bias)
+        if bias is not None:
+            call.constant(bias.view(-1, *[1] * n))
+        layout = call.above(input, n)
+        if input.ndim == n + 2 and layout.dim == 0:
+            return layout
+        return _of_channels(layout, input.shape[-n - 1], call.result.shape[-n - 1], groups)
+
+    return rule
+
+
+def _of_channels(layout: Layout, channels: int, results: int, groups: int) -> Layout:
+    """Where samples lie along the channels, each has groups of its own."""
+    of_group = channels // groups
+    if layout.inner % of_group:
+        raise Mixed
+    return layout._replace(inner=layout.inner // of_group * (results // groups))
+
+
+def _matmul(call: Call, input: Any, other: Any) -> Layout:
+    return _product_layout(call, input, other, call.result.ndim)
+
+
+def _reversed_matmul(call: Call, input: Any, other: Any) -> Layout:
+    return _matmul(call, other, input)
+
+
+def _product_layout(call: Call, left: Tensor, right: Tensor, ndim: int) -> Layout:
+    """The layout of ``left @ right``, which has so many dimensions."""
+    if call.layout(left) is not None:
+        call.fixed(right)
+        layout = call.above(left, 1)
+        after = layout.dim - left.ndim  # from the right
+        return layout._replace(dim=ndim + after + (1 if right.ndim == 1 else 0))
+    layout = call.where(right)
+    after = layout.dim - right.ndim
+    if right.ndim == 1 or after == -2:
+        raise Mixed
+    return layout._replace(dim=ndim + after + (1 if left.ndim == 1 and after < -2 else 0))
+
+
+def _sum_and_product(
+    call: Call, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Layout:
+    return _sum_of(call, input, left, right, beta, call.result.ndim)
+
+
+def _sum_and_summed_product(
+    call: Call, input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Layout:
+    return _sum_of(call, input, left, right, beta, 3)
+
+
+def _sum_of(call: Call, input: Tensor, left: Tensor, right: Tensor, beta: float, ndim: int) -> Layout:
+    product = call.layout(left) is not None or call.layout(right) is not None
+    if call.layout(left) is not None:
+        call.fixed(right)
+    if not product:
+        call.constant(call.at_zero())
+        return call.broadcast(input)
+    if call.layout(input) is None:
+        call.constant(input * beta)
+    layout = _product_layout(call, left, right, ndim)
+    layout = layout._replace(dim=layout.dim - ndim + call.result.ndim)
+    if layout.dim < 0:
+        raise Mixed
+    if call.layout(input) is not None:
+        return aligned([(layout, call.result), (call.where(input), input)], call.result.shape)
+    return layout
+
+
+def _einsum(call: Call, equation: Any, *operands: Any) -> Layout:
+    if not isinstance(equation, str):
+        raise Refused("was called with lists of dimensions; write the equation")
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    made = [i for i, operand in enumerate(given) if call.layout(operand) is not None]
+    if len(made) != 1:
+        raise Refused("multiplies one thing made from the input by another")
+    input = given[made[0]]
+    layout = call.where(input)
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        output = "".join(sorted(label for label in set(inputs) - {",", "."} if inputs.count(label) == 1))
+        output = ("..." if "..." in inputs else "") + output
+    label = _labels(terms[made[0]], input.ndim)[layout.dim]
+    results = _labels(output, call.result.ndim)
+    if results.count(label) != 1 or _labels(terms[made[0]], input.ndim).count(label) != 1:
+        raise Mixed
+    dim = results.index(label)
+    if call.result.shape[dim] != input.shape[layout.dim]:
+        raise Mixed
+    return layout._replace(dim=dim)
+
+
+def _labels(term: str, ndim: int) -> list[str | int]:
+    """One label a dimension; those of an ellipsis are numbers, from the right."""
+    before, dots, after = term.partition("...")
+    hidden = ndim - len(before) - len(after) if dots else 0
+    return [*before, *range(-hidden, 0), *after]
+
+
+def _tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Layout:
+    if isinstance(dims, int):
+        dims = list(range(a.ndim - dims, a.ndim)), list(range(dims))
+    summed = []
+    for tensor, given in zip((a, b), dims, strict=True):
+        summed.append([dim % tensor.ndim for dim in ([given] if isinstance(given, int) else given)])
+    which = 0 if call.layout(a) is not None else 1
+    input, other = (a, b) if which == 0 else (b, a)
+    call.needs(input)
+    call.fixed(other)
+    layout = call.where(input)
+    if layout.dim in summed[which]:
+        raise Mixed
+    left = [dim for dim in range(input.ndim) if dim not in summed[which]]
+    return layout._replace(dim=left.index(layout.dim) + (0 if which == 0 else other.ndim - len(summed[0])))
+
+
+def _bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
+    call.fixed(weight, bias)
+    if call.layout(input1) is not None:
+        call.fixed(input2)
+    call.constant(bias)
+    return call.above(input1 if call.layout(input1) is not None else input2, 1)
+
+
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    **{function: _conv(n) for n in (1, 2, 3) for function in functions(f"conv{n}d", f"conv_transpose{n}d")},
+    **dict.fromkeys(functions("matmul", "__matmul__", "mm", "bmm", "mv"), _matmul),
+    **dict.fromkeys(functions("__rmatmul__"), _reversed_matmul),
+    **dict.fromkeys(functions("addmm", "addmv", "baddbmm"), _sum_and_product),
+    **dict.fromkeys(functions("addbmm"), _sum_and_summed_product),
+    torch.einsum: _einsum,
+    torch.tensordot: _tensordot,
+    **dict.fromkeys({F.bilinear, torch.bilinear}, _bilinear),
+}

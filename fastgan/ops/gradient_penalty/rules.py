@@ -1,0 +1,227 @@
+"""What each torch function is to one pass: the constant that it adds, and where it leaves the samples.
+
+A rule is called after the function, with its arguments. It raises Refused where the call is not affine in what was made
+from the input, says which constant was added, and returns the layout of the result (Mixed where there is none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan.ops.gradient_penalty.call import Call, bind, tensors
+from fastgan.ops.gradient_penalty.layout import Layout, Refused
+from fastgan.ops.gradient_penalty.products import PRODUCTS
+from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
+from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.norm.evaluation import scale_and_shift
+
+
+class Rule(NamedTuple):
+    after: Callable[..., Any]
+    before: Callable[..., None] | None = None
+
+
+def _cast(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
+    return call.where(input)
+
+
+def _elementwise(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
+    """Linear, or piecewise linear through zero, in each element of its first argument."""
+    call.fixed(rest, named)
+    return call.where(input)
+
+
+def _sum(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
+    if call.layout(other) is None:
+        call.constant(other if alpha == 1 else other * alpha)
+    elif call.layout(input) is None:
+        call.constant(input)
+    return call.broadcast(input, other)
+
+
+def _difference(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
+    if call.layout(other) is None:
+        call.constant(-other * alpha)
+    elif call.layout(input) is None:
+        call.constant(input)
+    return call.broadcast(input, other)
+
+
+def _reversed_difference(call: Call, input: Any, other: Any, alpha: float = 1) -> Layout:
+    return _difference(call, other, input, alpha=alpha)
+
+
+def _product(call: Call, input: Any, other: Any) -> Layout:
+    if call.layout(input) is not None:
+        call.fixed(other)
+    return call.broadcast(input, other)
+
+
+def _quotient(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Layout:
+    call.fixed(other)
+    if rounding_mode is not None:
+        raise Refused("rounds")
+    return call.broadcast(input)
+
+
+def _affine(call: Call, *args: Any, **kwargs: Any) -> Layout:
+    """Affine in everything that was made from the input."""
+    given = [*tensors((args, kwargs))]
+    if any(call.layout(t) is None for t in given) or any(isinstance(x, int | float) for x in args):
+        call.constant(call.at_zero())
+    return call.broadcast(*given)
+
+
+def _lerp(call: Call, input: Tensor, end: Tensor, weight: Any) -> Layout:
+    call.fixed(weight)
+    return _affine(call, input, end)
+
+
+def _addcmul(call: Call, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Layout:
+    if call.layout(tensor1) is not None:
+        call.fixed(tensor2)
+    return _affine(call, input, tensor1, tensor2)
+
+
+def _addcdiv(call: Call, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Layout:
+    call.fixed(tensor2)
+    return _affine(call, input, tensor1, tensor2)
+
+
+def _masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Layout:
+    call.fixed(mask, value)
+    if not isinstance(value, int | float) or value != 0:
+        call.constant(call.at_zero())
+    return call.broadcast(input)
+
+
+def _keep_source(call: Call, *args: Any, **kwargs: Any) -> None:
+    """Keep the values that a call in place is about to write over."""
+    inplace = call.func in IN_PLACE or any(x is True for x in (*args, *kwargs.values()))
+    made = [t.detach() for t in tensors((args, kwargs)) if call.layout(t) is not None]
+    call.source = made[0].clone() if inplace else made[0]
+
+
+def _bent(call: Call, *args: Any, **kwargs: Any) -> Layout:
+    """Piecewise affine in each element, whatever it is at zero: the constant is the result less slope times element."""
+    made = [t for t in tensors((args, kwargs)) if call.layout(t) is not None]
+    if len(made) == 1:
+        call.constant(_at_no_slope(call, made[0]))
+    return call.broadcast(*made)
+
+
+def _at_no_slope(call: Call, made: Tensor) -> Tensor:
+    def replaced(by: Tensor) -> Tensor:
+        arguments = bind(lambda x: by if x is made else x, (call.args, call.kwargs))
+        result: Tensor = call.func(*arguments[0], **arguments[1])
+        return result
+
+    source = call.source.expand(call.result.shape)
+    leaf = source.detach().clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(replaced(leaf * 1).sum(), leaf)
+    with torch.no_grad():
+        linear = slopes * source
+    return replaced(source.clone()) - linear  # type: ignore[no-any-return]
+
+
+def _keep_source_of_two(call: Call, input: Tensor, *rest: Any, **named: Any) -> None:
+    if any(True for _ in tensors((rest, named))):
+        _keep_source(call, input, *rest, **named)
+
+
+def _extremum(call: Call, input: Tensor, *rest: Any, **named: Any) -> Any:
+    """Of two tensors, or over one dimension or all."""
+    if any(True for _ in tensors((rest, named))):
+        return _bent(call, input, *rest, **named)
+    return reduced(call, input, *rest, **named)
+
+
+def _clamped(call: Call, input: Tensor, *bounds: Any, **named: Any) -> Layout:
+    if len(bounds) + len(named) == 1 and all(isinstance(x, int | float) and x == 0 for x in (*bounds, *named.values())):
+        return call.where(input)
+    return _bent(call, input, *bounds, **named)
+
+
+def _keep_alias(call: Call, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> None:
+    """Let the call read an alias, whose gradient tells the mask."""
+    call.needs(input)
+    if training and (inplace or call.func in IN_PLACE):
+        raise Refused("is in place; use the form that is not")
+    alias = input.view_as(input)
+    call.source = input, alias
+    call.args, call.kwargs = (alias, p, training, inplace), {}
+
+
+def _shifted_dropout(call: Call, *args: Any) -> Layout:
+    input, alias = call.source
+    result = call.result
+    if result is not alias:
+        (slopes,) = torch.autograd.grad(result, alias, torch.ones_like(result), retain_graph=True)
+        call.constant(result.detach() - slopes * alias.detach())
+    return call.where(input)
+
+
+def _batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Layout:
+    call.needs(input)
+    call.fixed(weight, bias)
+    if training or running_mean is None or running_var is None:
+        raise Refused("normalizes by the statistics of the batch, which mixes the samples; in evaluation it does not")
+    shift = scale_and_shift(running_mean, running_var, weight, bias, eps)[1]
+    call.constant(shift.view(-1, *[1] * (input.ndim - 2)))
+    return call.where(input)
+
+
+def _batch_norm_of_torch(call: Call, input: Tensor, weight: Any, bias: Any, *rest: Any) -> Layout:
+    mean, variance, training, momentum, eps, _ = rest
+    return _batch_norm(call, input, mean, variance, weight, bias, training, momentum, eps)
+
+
+_SAME = functions(
+    *("relu", "leaky_relu", "prelu", "rrelu", "abs", "absolute", "hardshrink"),
+    *("neg", "negative", "positive", "__neg__", "__pos__", "contiguous", "clone", "__copy__"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "native_dropout"),
+    *("tril", "triu"),
+)
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(_SAME, Rule(_elementwise)),
+    **dict.fromkeys(
+        functions("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), Rule(_cast)
+    ),
+    **dict.fromkeys(functions("add", "__add__", "__radd__", "__iadd__"), Rule(_sum)),
+    **dict.fromkeys(functions("sub", "subtract", "__sub__", "__isub__"), Rule(_difference)),
+    **dict.fromkeys(functions("rsub", "__rsub__"), Rule(_reversed_difference)),
+    **dict.fromkeys(functions("mul", "multiply", "__mul__", "__rmul__", "__imul__"), Rule(_product)),
+    **dict.fromkeys(
+        functions("div", "divide", "true_divide", "__div__", "__truediv__", "__itruediv__", "__idiv__"), Rule(_quotient)
+    ),
+    **dict.fromkeys(functions("where"), Rule(_affine)),
+    **dict.fromkeys(functions("lerp"), Rule(_lerp)),
+    **dict.fromkeys(functions("addcmul"), Rule(_addcmul)),
+    **dict.fromkeys(functions("addcdiv"), Rule(_addcdiv)),
+    **dict.fromkeys(functions("masked_fill"), Rule(_masked_fill)),
+    **dict.fromkeys(functions("clamp", "clip", "clamp_min", "clamp_max"), Rule(_clamped, _keep_source)),
+    **dict.fromkeys(
+        functions("maximum", "minimum", "hardtanh", "relu6", "threshold", "softshrink", "hardsigmoid"),
+        Rule(_bent, _keep_source),
+    ),
+    **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
+    **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
+    F.batch_norm: Rule(_batch_norm),
+    torch.batch_norm: Rule(_batch_norm_of_torch),
+    **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
+}

@@ -1,0 +1,214 @@
+"""Elementwise operations: hardtanh, clamp, abs, threshold, the shrinks, maximum and minimum with a constant, RReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan.ops.bias_act.functions import leaky_relu
+from fastgan.ops.piecewise.autograd import Linear, Step, piecewise, takes
+
+aten: Any = torch.ops.aten
+Bound = Any  # a number or a tensor, or None
+Slopes = Callable[..., tuple[Tensor, ...]]
+
+
+def _masked(x: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, x, 0)
+
+
+def _scaled(x: Tensor, slopes: Tensor) -> Tensor:
+    return x * slopes
+
+
+def _chosen(x: Tensor, chosen: Tensor, equal: Tensor) -> Tensor:
+    """Where both are equal, half of it, as PyTorch shares the gradient."""
+    return torch.where(equal, x / 2, torch.where(chosen, x, 0))
+
+
+def _drawn(x: Tensor, noise: Tensor) -> Tensor:
+    return noise * x  # in this order the result lies as PyTorch's
+
+
+MASKED, SCALED, CHOSEN, DRAWN = (Linear(slopes, slopes) for slopes in (_masked, _scaled, _chosen, _drawn))
+
+
+def elementwise(
+    theirs: Callable[..., Any], linear: Linear, slopes: Slopes, inplace: bool = False
+) -> Callable[..., Any]:
+    """``theirs``, one of PyTorch's functions, with the linear part that ``slopes`` finds for the same arguments."""
+
+    filled = slopes not in (_clamp, _clamp_max)
+
+    def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        over = inplace or _is_inplace(theirs, args, kwargs)
+        if not takes(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
+            return theirs(input, *args, **kwargs)
+
+        def run(x: Tensor) -> Step:
+            if over:
+                kept = slopes(x, *args, **kwargs)
+                return Step(theirs(x, *args, **kwargs), linear, kept)
+            value = theirs(x, *args, **kwargs)  # PyTorch's errors come first
+            return Step(value, linear, slopes(x, *args, **kwargs))
+
+        return piecewise(input, run, over, filled)
+
+    return route
+
+
+def _is_inplace(theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for it by an argument, which in these functions is the last one."""
+    position = {F.hardtanh: 2, F.relu6: 0, F.threshold: 2}.get(theirs)
+    if position is None:
+        return False
+    return bool(args[position] if len(args) > position else kwargs.get("inplace", False))
+
+
+def _fit(input: Tensor, arguments: Any) -> bool:
+    """Whether those that are tensors are constants, which neither widen the input nor change its dtype."""
+    return all(
+        type(argument) is Tensor
+        and not argument.requires_grad
+        and torch.result_type(input, argument) == input.dtype
+        and argument.ndim <= input.ndim
+        and all(size in (1, whole) for size, whole in zip(argument.shape[::-1], input.shape[::-1], strict=False))
+        for argument in arguments
+        if isinstance(argument, Tensor)
+    )
+
+
+def _ones(x: Tensor) -> Tensor:
+    return x.new_ones(()).expand(x.shape)
+
+
+# The slopes are what PyTorch's own backward makes of ones: the same at the bounds, at NaN and in half precision.
+
+
+def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> tuple[Tensor, ...]:
+    return (aten.hardtanh_backward(_ones(x), x, min_val, max_val).bool(),)
+
+
+def _relu6(x: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
+    return _hardtanh(x, 0, 6)
+
+
+def _threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> tuple[Tensor, ...]:
+    return (aten.threshold_backward(_ones(x), x, threshold).bool(),)
+
+
+def _softshrink(x: Tensor, lambd: float = 0.5) -> tuple[Tensor, ...]:
+    return (aten.softshrink_backward(_ones(x), x, lambd).bool(),)
+
+
+def _hardshrink(x: Tensor, lambd: float = 0.5) -> tuple[Tensor, ...]:
+    return (aten.hardshrink_backward(_ones(x), x, lambd).bool(),)
+
+
+def _clamp(x: Tensor, min: Bound = None, max: Bound = None) -> tuple[Tensor, ...]:
+    if min is None:
+        return (x <= max,)
+    return (x >= min if max is None else (x >= min).logical_and_(x <= max),)
+
+
+def _clamp_max(x: Tensor, max: Bound) -> tuple[Tensor, ...]:
+    return (x <= max,)
+
+
+def _abs(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.sgn().to(torch.int8),)
+
+
+def maximum(theirs: Callable[..., Any], largest: bool) -> Callable[..., Any]:
+    """``theirs``, of two tensors; where one of them alone requires a gradient, the other is a constant."""
+
+    def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        other = args[0] if args else kwargs.get("other")
+        if kwargs.keys() - {"other"} or len(args) > 1 or not isinstance(other, Tensor):
+            return theirs(input, *args, **kwargs)
+        x, constant = (input, other) if input.requires_grad else (other, input)
+        if not takes(x) or not _fit(x, [constant]):
+            return theirs(input, *args, **kwargs)
+
+        def run(x: Tensor) -> Step:
+            passed = x < constant if largest else x > constant  # neither where one is NaN
+            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant))
+
+        return piecewise(x, run, fills_zeros=False)
+
+    return route
+
+
+def functional_rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """``F.rrelu``."""
+    return (rrelu_ if inplace else rrelu)(input, lower, upper, training)
+
+
+def rrelu(
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+    over: bool = False,
+) -> Tensor:
+    """``torch.rrelu``: in evaluation a leaky ReLU; in training the slopes that were drawn are kept."""
+    theirs: Any = torch.rrelu_ if over else torch.rrelu
+    if not takes(input, over) or (training and upper - lower <= 1e-6):  # then PyTorch's slopes are not those drawn
+        return theirs(input, lower, upper, training, generator)  # type: ignore[no-any-return]
+    if not training:
+        theirs(torch.empty_like(input[:0]), lower, upper)  # raises where the bounds are wrong
+        result = leaky_relu(input, (lower + upper) / 2, over)
+        return result if over else result.contiguous()  # as PyTorch's
+
+    def run(x: Tensor) -> Step:
+        noise = torch.empty_like(x, memory_format=torch.contiguous_format)
+        form = aten.rrelu_with_noise_ if over else aten.rrelu_with_noise
+        return Step(form(x, noise, lower, upper, True, generator), DRAWN, (noise,))
+
+    return piecewise(input, run, over)  # type: ignore[no-any-return]
+
+
+rrelu_ = partial(rrelu, over=True)
+
+_CALLS: list[Any] = [  # the last ones write over their input
+    (MASKED, _hardtanh, (F.hardtanh,), (F.hardtanh_,)),
+    (MASKED, _relu6, (F.relu6,), ()),
+    (MASKED, _threshold, (F.threshold, torch.threshold), (torch.threshold_,)),
+    (MASKED, _softshrink, (F.softshrink,), ()),
+    (MASKED, _hardshrink, (F.hardshrink, torch.hardshrink, Tensor.hardshrink), ()),
+    (
+        MASKED,
+        _clamp,
+        (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip),
+        (torch.clamp_, torch.clip_, Tensor.clamp_, Tensor.clip_),
+    ),
+    (MASKED, _clamp, (torch.clamp_min, Tensor.clamp_min), (torch.clamp_min_, Tensor.clamp_min_)),
+    (MASKED, _clamp_max, (torch.clamp_max, Tensor.clamp_max), (torch.clamp_max_, Tensor.clamp_max_)),
+    (
+        SCALED,
+        _abs,
+        (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute, Tensor.__abs__),
+        (torch.abs_, Tensor.abs_, Tensor.absolute_),
+    ),
+]
+ROUTES: dict[Any, Callable[..., Any]] = {
+    **{
+        theirs: elementwise(theirs, linear, slopes, over)
+        for linear, slopes, *forms in _CALLS
+        for over, functions in zip((False, True), forms, strict=True)
+        for theirs in functions
+    },
+    **{f: maximum(f, True) for f in (torch.maximum, Tensor.maximum, torch.max, Tensor.max)},
+    **{f: maximum(f, False) for f in (torch.minimum, Tensor.minimum, torch.min, Tensor.min)},
+    F.rrelu: functional_rrelu,
+    torch.rrelu: rrelu,
+    **dict.fromkeys((F.rrelu_, torch.rrelu_), rrelu_),
+}
