@@ -32,6 +32,7 @@ CASES = {
     "odd": (1, 2, 2, 127, 127, 16, 16),
     "long": (1, 1, 1, 200, 1000, 8, 8),
 }
+WAYS = BACKENDS[:3]
 FEW = ("one query", "primes", "grouped")
 OPTIONS = ("plain", "causal", "boolean", "padding", "additive", "bias a head", "masked rows", "scaled")
 
@@ -105,7 +106,7 @@ def problem_of(case, option="plain", dtype=torch.float64, device="cpu", dropout_
 
 def table(dtypes=DTYPES):
     """backend x dtype x case x option; through Triton's interpreter, which is slow, not every product."""
-    for backend in BACKENDS[:3]:
+    for backend in WAYS:
         name = backend_name(backend)
         interpreted = name == "triton" and not HAS_GPU
         for dtype in dtypes:
@@ -164,7 +165,7 @@ def test_second_order_through_a_penalty_equals_the_formulas(backend, dtype, case
 
 @pytest.mark.parametrize("option", ["plain", "additive"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_second_order_in_half_precision_errs_at_most_twice_as_much_as_the_formulas(backend, dtype, option):
     problem = problem_of("primes", option, dtype, device_of(backend))
     compare(penalty_gradients, problem, backend, dtype)
@@ -196,7 +197,7 @@ def test_however_the_scores_are_shared_out_in_blocks_the_result_is_the_same(case
 
 
 @pytest.mark.parametrize("option", ["plain", "masked rows", "bias a head"])
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_gradcheck_and_gradgradcheck_hold(backend, option):
     problem = problem_of((1, 2, 1, 3, 4, 2, 2), option, device=device_of(backend)).to(torch.float64)
     fast = backend == "triton"  # its interpreter is slow: random projections instead of every element
@@ -206,7 +207,7 @@ def test_gradcheck_and_gradgradcheck_hold(backend, option):
 
 
 @pytest.mark.parametrize("wanted", [["q"], ["k"], ["v"], ["q", "k"], ["mask"], ["v", "mask"]])
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_gradients_of_some_operands_alone_are_the_same(backend, wanted):
     results = []
     for name in ("reference", backend):
@@ -226,7 +227,7 @@ def test_gradients_of_some_operands_alone_are_the_same(backend, wanted):
             torch.testing.assert_close(a, e.expand_as(a), rtol=1e-9, atol=1e-9, msg=lambda m, i=i: f"{i}: {m}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_all_orders_see_the_same_dropout(backend):
     """As the plain formulas with the factors that the values tell."""
     problem = problem_of((2, 2, 1, 12, 9, 9, 9), "causal", device=device_of(backend), dropout_p=0.4).to(torch.float64)
@@ -257,7 +258,7 @@ def test_all_orders_see_the_same_dropout(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_dropout_of_everything_gives_zeros_and_a_seed_gives_the_same_again(backend):
     problem = problem_of("primes", dtype=torch.float32, device=device_of(backend), dropout_p=1.0).to(torch.float32)
     o = problem(backend)
@@ -283,7 +284,7 @@ def test_dropout_keeps_as_much_as_it_says_in_many_blocks(monkeypatch):
     assert len(torch.unique(rows, dim=0)) == len(rows), "two rows have the same mask"
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_the_third_order_raises(backend):
     problem = problem_of("primes", device=device_of(backend)).to(torch.float64)
     first = torch.autograd.grad(problem(backend).pow(3).sum(), problem.q, create_graph=True)[0]
@@ -300,7 +301,7 @@ def test_the_reference_has_a_third_order():
 
 
 @pytest.mark.parametrize("option", ["plain", "causal", "bias a head"])
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_opcheck_accepts_the_operators(backend, option, monkeypatch):
     monkeypatch.undo()  # opcheck compares allocations of its own
     p = problem_of("primes", option, torch.float32, device_of(backend))
@@ -318,7 +319,7 @@ def test_opcheck_accepts_the_operators(backend, option, monkeypatch):
     torch.library.opcheck(torch.ops.fastgan.attention_bwd_bwd, second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_strides_do_not_matter(backend):
     problem = problem_of((2, 3, 3, 5, 4, 8, 8), "boolean", torch.float32, device_of(backend)).to(torch.float32)
     forms = {
@@ -340,7 +341,7 @@ def test_strides_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("form", ["rows", "expanded", "transposed", "sliced"])
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_strides_of_a_mask_do_not_matter(backend, form):
     device = device_of(backend)
     mask = {
@@ -374,7 +375,7 @@ def test_strides_of_a_mask_do_not_matter(backend, form):
         ((2, 4, 5, 8), (7, 8), (2, 1, 1, 7)),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_any_number_of_dimensions_is_broadcast_as_pytorchs(query, key, mask, backend):
     device = device_of(backend)
     q, k, v = (torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in (query, key, key))
@@ -392,7 +393,7 @@ def test_any_number_of_dimensions_is_broadcast_as_pytorchs(query, key, mask, bac
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8), (2, 0, 3, 4, 8), (2, 2, 3, 4, 0)])
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_nothing_at_all_is_as_pytorchs(shape, backend):
     b, h, length, keys, width = shape
     q, k, v = (torch.ones(b, h, n, width, device=device_of(backend)) for n in (length, keys, keys))
@@ -405,7 +406,7 @@ def test_nothing_at_all_is_as_pytorchs(shape, backend):
     assert not torch.autograd.grad(o.sum(), q)[0].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", WAYS)
 def test_large_scores_neither_overflow_nor_vanish(backend):
     problem = problem_of("primes", "masked rows", torch.float32, device_of(backend))
     problem.q = problem.q * 300
@@ -415,7 +416,7 @@ def test_large_scores_neither_overflow_nor_vanish(backend):
     assert results[0][1].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_the_same_inputs_give_the_same_bits(backend):
     problem = problem_of("grouped", "bias a head", torch.float32, device_of(backend), dropout_p=0.2)
     runs = []
@@ -670,7 +671,7 @@ def test_autocast_casts_as_pytorchs(dtype):
         assert ops.scaled_dot_product_attention(q.double(), k.double(), v.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:3])
+@pytest.mark.parametrize("backend", WAYS[1:])
 def test_a_loss_and_a_penalty_in_one_backward_add_up(backend):
     x = torch.randn(3, 11, 6, dtype=torch.float64)
     model = Attention().double()

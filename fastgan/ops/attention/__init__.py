@@ -79,6 +79,8 @@ def scaled_dot_product_attention(
     width = query.shape[-1]
     options = Options(float(scale if scale is not None else 1 / sqrt(width or 1)), is_causal, float(dropout_p))
     chosen = backends.select("scaled_dot_product_attention", query.device, query.dtype, backend)
+    if chosen == "reference" and not (backends.is_forced(backend) or backends.in_transform()):
+        chosen = "blocks"  # pure PyTorch too, and without a matrix of all scores
     if not (query.numel() and key.numel() and value.numel()):
         chosen = "reference"  # nothing to compute
     result = attend(query, key, value, attn_mask, options, chosen)

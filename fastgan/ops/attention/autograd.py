@@ -76,7 +76,7 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "cpu" and _is_torchs(q, k, v, mask, dropout_p):
+    if backend != "triton" and q.is_cpu and _is_torchs(q, k, v, mask, dropout_p):
         theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         o, lse = theirs(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)

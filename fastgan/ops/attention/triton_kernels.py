@@ -43,6 +43,7 @@ _WIDE = {"CAUSAL": True, "ROWS": 16, "KEYS": 16, "WIDTH": 256, "WIDE": 256, "PRE
 # and the values that its constants take together, without DTYPE, the input's dtype.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (forward_rows, addresses("q", "k", "v", "o", "lse") | _OPTIONS, [_NARROW, _WIDE]),
+    (forward_rows, addresses("q", "k", "v", "o", "lse") | _OPTIONS | {"mask_ptr": "*u8"}, [_WIDE]),
     (backward_rows, _READ | addresses("dq") | _OPTIONS, [_NARROW, _WIDE]),
     (backward_keys, _READ | addresses("dk", "dv") | _OPTIONS, [_NARROW, {**_WIDE, "dk_ptr": None}]),
     (second_rows, _READ | _SECOND | addresses("by_g", "by_q") | _OPTIONS, [_NARROW, {**_WIDE, "gk_ptr": None}]),
