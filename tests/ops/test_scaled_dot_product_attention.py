@@ -32,7 +32,7 @@ CASES = {
     "odd": (1, 2, 2, 127, 127, 16, 16),
     "long": (1, 1, 1, 200, 1000, 8, 8),
 }
-WAYS = BACKENDS[:3]
+WAYS = BACKENDS[:2]
 FEW = ("one query", "primes", "grouped")
 OPTIONS = ("plain", "causal", "boolean", "padding", "additive", "bias a head", "masked rows", "scaled")
 

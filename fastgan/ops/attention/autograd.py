@@ -35,7 +35,7 @@ LIBRARY.define(
 )
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
+backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu"), frozenset(DTYPES)))
 
 
 def _exactly(run: Callable[P, R]) -> Callable[P, R]:
@@ -52,17 +52,6 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
     return exact
 
 
-_WIDEST = 256  # head of the Triton kernels, which have no gradient of a mask either: blocks run on a GPU too
-
-
-def _kernels(backend: str) -> Any:
-    if backend == "triton":
-        from fastgan.ops.attention import triton_kernels  # Triton is optional
-
-        return triton_kernels
-    return blocks
-
-
 @torch.library.impl(LIBRARY, "attention_fwd", "CompositeExplicitAutograd")
 @_exactly
 def _forward(
@@ -76,13 +65,13 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend != "triton" and q.is_cpu and _is_torchs(q, k, v, mask, dropout_p):
+    if q.is_cpu and _is_torchs(q, k, v, mask, dropout_p):
         theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         o, lse = theirs(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
         return o, lse.contiguous()
     o, lse = _results(q, v)
-    _kernels(backend).forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
+    blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
     return o, lse
 
 
@@ -118,7 +107,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> None:
     g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
     options = Options(scale, is_causal, dropout_p)
-    _kernels(backend).backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
+    blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
 
 
 @torch.library.impl(LIBRARY, "attention_bwd_bwd", "CompositeExplicitAutograd")
@@ -128,7 +117,7 @@ def _double_backward(*arguments: Any) -> None:
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    _kernels(backend).double_backward(*grads, stored(g), *operands, seed, *results, options)
+    blocks.double_backward(*grads, stored(g), *operands, seed, *results, options)
 
 
 returns_nothing("attention_bwd", "attention_bwd_bwd")
@@ -226,8 +215,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Option
     if backend == "reference":
         return _exactly(reference.attention)(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
-    if backend == "triton" and (max(q.shape[-1], v.shape[-1]) > _WIDEST or (mask is not None and mask.requires_grad)):
-        backend = "blocks"
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)
     return result
