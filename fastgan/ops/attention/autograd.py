@@ -19,7 +19,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) of which any size may be 1, o and lse of the
-# forward. seed: of dropout. Both backward operators write into tensors that they are given.
+# forward. seed: of dropout. Both backward operators write into tensors that they are given. So far blocks run on every
+# device, whatever the backend.
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 _OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
 LIBRARY.define(f"attention_fwd({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -105,7 +106,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
 @_exactly
 def _backward(*arguments: Any) -> None:
-    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
+    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, _ = arguments
     options = Options(scale, is_causal, dropout_p)
     blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
 
@@ -113,7 +114,7 @@ def _backward(*arguments: Any) -> None:
 @torch.library.impl(LIBRARY, "attention_bwd_bwd", "CompositeExplicitAutograd")
 @_exactly
 def _double_backward(*arguments: Any) -> None:
-    *tensors, seed, scale, is_causal, dropout_p, backend = arguments
+    *tensors, seed, scale, is_causal, dropout_p, _ = arguments
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
