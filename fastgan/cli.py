@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shlex
 import signal
 import sys
@@ -219,6 +220,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the result is the exit status. Errors that a user can act on take one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_what_is_possible()
     if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
@@ -244,6 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
         return fail(str(error))
+
+
+def print_what_is_possible() -> None:
+    """A terminal or a pipe that isn't UTF-8 gets question marks for the signs that it lacks, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def lacking(command: str, package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgan import strict_json
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data.held_out import hold_out
@@ -218,7 +218,7 @@ class Trainer:
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
         quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
-        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
+        self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
 

@@ -308,12 +308,13 @@ def test_opcheck_accepts_the_operators(backend, option, monkeypatch):
     options = None, 0.3, option == "causal", 0.0, backend
     mask = () if p.mask is None else (p.mask[None],)
     operands = p.q, p.k, p.v, *(mask or (None,))
-    o, lse = torch.ops.fastgan.attention_fwd(*operands, *options)
+    o, lse = torch.empty_like(p.weight), torch.empty(p.weight.shape[:3], device=p.weight.device)
+    torch.ops.fastgan.attention_fwd(*operands, o, lse, *options)
     absent = [None] * (1 - len(mask))
     results = [torch.empty_like(t) for t in (p.q, p.k, p.v, *mask)] + absent
     grads = [torch.randn_like(t) for t in (p.q, p.k, p.v, *mask)] + absent
     seconds = [torch.empty_like(p.weight), *results]
-    torch.library.opcheck(torch.ops.fastgan.attention_fwd, (*operands, *options))
+    torch.library.opcheck(torch.ops.fastgan.attention_fwd, (*operands, o, lse, *options))
     torch.library.opcheck(torch.ops.fastgan.attention_bwd, (p.weight, *operands, o, lse, *results, *options))
     second = (*grads, p.weight, *operands, o, lse, *seconds, *options)
     torch.library.opcheck(torch.ops.fastgan.attention_bwd_bwd, second)
@@ -684,6 +685,15 @@ def test_a_loss_and_a_penalty_in_one_backward_add_up(backend):
         want = parameter_gradients(model, F.softplus(-model(x)).mean() + r1(model, x))
     for a, b in zip(both, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", WAYS)
+def test_the_result_may_be_written_into(backend):
+    q = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    o = ops.scaled_dot_product_attention(q, q, q, backend=backend).mul_(2)
+    (grad,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+    expected = 2 * ops.scaled_dot_product_attention(q, q, q, backend="reference")
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), q)[0])
 
 
 def test_meta_and_nested_tensors_are_pytorchs():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.attention.autograd import DTYPES, attend
 from fastgan.ops.attention.layout import Options
-from fastgan.ops.library import is_traced
+from fastgan.ops.library import is_autocast, is_traced
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -104,7 +104,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
             raise ValueError(f"{name} must be (*, tokens, width), got shape {tuple(tensor.shape)}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device, {query.device}, got {tensor.device}")
-    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+    if not query.dtype == key.dtype == value.dtype and not is_autocast(query.device.type):
         raise TypeError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the query's width, {query.shape[-1]}, got shape {tuple(key.shape)}")
@@ -114,7 +114,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {type(mask).__name__}")
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(query.device.type):
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not is_autocast(query.device.type):
         raise TypeError(f"attn_mask must be bool, float32 or of the query's dtype, {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {mask.device}")
@@ -123,7 +123,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
 def _autocast(*tensors: Tensor | None) -> list[Any]:
     """In the dtype of PyTorch's autocast, where it is on."""
     device_type = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not is_autocast(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     cast = (torch.float32, torch.float16, torch.bfloat16)

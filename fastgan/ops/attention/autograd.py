@@ -12,28 +12,17 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.attention import blocks, reference
 from fastgan.ops.attention.layout import Options
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, last_order, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, last_order, operator, stored, without_autocast
 from fastgan.ops.needed import needed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) of which any size may be 1, o and lse of the
-# forward. seed: of dropout. Both backward operators write into tensors that they are given. So far blocks run on every
-# device, whatever the backend.
+# forward. seed: of dropout. All write into tensors that they are given. So far blocks run on every device, whatever
+# the backend.
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 _OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
-LIBRARY.define(f"attention_fwd({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)")
-LIBRARY.define(
-    f"attention_bwd(Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
-    f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
-)
-LIBRARY.define(
-    "attention_bwd_bwd(Tensor? gq, Tensor? gk, Tensor? gv, Tensor? gmask,"
-    f" Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
-    " Tensor(a!)? by_g, Tensor(b!)? by_q, Tensor(c!)? by_k, Tensor(d!)? by_v, Tensor(e!)? by_mask,"
-    f" {_OPTIONS}) -> ()"
-)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu"), frozenset(DTYPES)))
@@ -44,42 +33,31 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(run)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = next(t.device.type for t in args if isinstance(t, Tensor))
-        if not torch.is_autocast_enabled(device_type):
-            return run(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(next(t.device.type for t in args if isinstance(t, Tensor))):
             return run(*args, **kwargs)
 
     return exact
 
 
-@torch.library.impl(LIBRARY, "attention_fwd", "CompositeExplicitAutograd")
+@operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
 @_exactly
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if q.is_cpu and _is_torchs(q, k, v, mask, dropout_p):
-        theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        o, lse = theirs(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
-        return o, lse.contiguous()
-    o, lse = _results(q, v)
-    blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
-    return o, lse
+def _forward(*arguments: Any) -> None:
+    q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, _ = arguments
+    if not (q.is_cpu and _is_torchs(q, k, v, mask, dropout_p)):
+        blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
+        return
+    theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    results = theirs(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
+    o.copy_(results[0])
+    lse.copy_(results[1])
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """o, which lies in memory as (B, L, H, Ev), as PyTorch's, and lse."""
-    batch, heads, length = q.shape[:3]
-    o = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    (batch, heads, length), wide = q.shape[:3], v.shape[-1]
+    strides = length * heads * wide, wide, heads * wide, 1  # no view of another tensor: it may be written into
+    o = torch.empty_strided((batch, heads, length, wide), strides, dtype=q.dtype, device=q.device)
     return o, q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
 
 
@@ -98,12 +76,10 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-@torch.library.register_fake("fastgan::attention_fwd", lib=LIBRARY)
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _results(q, v)
-
-
-@torch.library.impl(LIBRARY, "attention_bwd", "CompositeExplicitAutograd")
+@operator(
+    f"attention_bwd(Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
+    f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
+)
 @_exactly
 def _backward(*arguments: Any) -> None:
     g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, _ = arguments
@@ -111,7 +87,12 @@ def _backward(*arguments: Any) -> None:
     blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
 
 
-@torch.library.impl(LIBRARY, "attention_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "attention_bwd_bwd(Tensor? gq, Tensor? gk, Tensor? gv, Tensor? gmask,"
+    f" Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
+    " Tensor(a!)? by_g, Tensor(b!)? by_q, Tensor(c!)? by_k, Tensor(d!)? by_v, Tensor(e!)? by_mask,"
+    f" {_OPTIONS}) -> ()"
+)
 @_exactly
 def _double_backward(*arguments: Any) -> None:
     *tensors, seed, scale, is_causal, dropout_p, _ = arguments
@@ -119,9 +100,6 @@ def _double_backward(*arguments: Any) -> None:
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
     blocks.double_backward(*grads, stored(g), *operands, seed, *results, options)
-
-
-returns_nothing("attention_bwd", "attention_bwd_bwd")
 
 
 class _Attention(torch.autograd.Function):
@@ -137,12 +115,12 @@ class _Attention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         run: Any = _forward if is_eager(q) else torch.ops.fastgan.attention_fwd
-        o, lse = run(q, k, v, mask, seed, *options, backend)
+        o, lse = _results(q, v)
+        run(q, k, v, mask, o, lse, seed, *options, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, mask, o, lse, seed)
         ctx.options, ctx.backend = options, backend
-        result: Tensor = o
-        return result
+        return o
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
+from fastgan import torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
 from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
@@ -82,7 +83,7 @@ class Tracer(TorchFunctionMode):
                 self._remember_count(args, result)
             return result
         rule = RULES.get(func)
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             why = next((known.why for known in touched if known.why is not None), None) or self._unseen(touched)
             if why is None and rule is not None:
                 call: Call | None = None
@@ -92,14 +93,14 @@ class Tracer(TorchFunctionMode):
                     why = self._reason(func, str(refused))
         if why is not None or rule is None or call is None:
             result = func(*args, **kwargs)
-            with torch._C.DisableTorchFunction():
+            with torch_private.DisableTorchFunction():
                 if why is not None:
                     self._mark(result, None, why)
                 else:
                     self._judge_unknown(func, result, args, kwargs)
             return result
         call.result = result = call.func(*call.args, **call.kwargs)
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             layout, why = self._end(call, rule.after)
             self._mark(result, layout, why)
         return result
@@ -206,7 +207,7 @@ class Tracer(TorchFunctionMode):
                     self._mark(tensor, None, why)
 
     def _remember_count(self, args: tuple[Any, ...], result: Any) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             if all(type(x) is int for x in args) and args in ((result.numel(),), (0, result.numel())):
                 self._counts[id(result)] = _Made(ref(result), result._version, None, None)
 

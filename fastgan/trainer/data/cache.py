@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +16,13 @@ Parts = Callable[[], Iterable[bytes]]  # what a file is made of, one part after 
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+    """Below the user's cache folder; for a user without a home, in a folder of their own for temporary files."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "fastgan"
+    try:
+        return Path.home() / ".cache" / "fastgan"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"fastgan-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def cache_path(name: str, *about: object) -> Path:

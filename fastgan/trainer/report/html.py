@@ -45,7 +45,7 @@ def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Reco
         "<h2>Settings and machine</h2>",
         html_page.properties(rows),
     ]
-    run.html.write_text(html_page.page(title, sections))
+    run.html.write_text(html_page.page(title, sections), encoding="utf-8")
 
 
 def cards(last: Record, quality: Record) -> str:

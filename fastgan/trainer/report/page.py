@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
@@ -67,7 +67,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         rows.append(("modes", covered(quality)))
     rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
     if run.verify.exists():
-        rows.append(("verified", verified(json.loads(run.verify.read_text()))))
+        rows.append(("verified", verified(strict_json.loads(run.verify.read_text()))))
     short = too_short(last["step"])
     html_report.write(run, config.name, rows, quality, short)
     alarms = [record for record in run.read_metrics() if "alarm" in record]
@@ -78,7 +78,8 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         f"# {config.name}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"Samples of the averaged generator from fixed noise; earlier ones are in `{run.history.name}/`.\n\n"
         f"The same with diagnostics, on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
-        f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n"
+        f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
+        encoding="utf-8",
     )
 
 

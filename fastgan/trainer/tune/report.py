@@ -28,7 +28,7 @@ def write(study: optuna.Study, folder: Path) -> None:
         settings = [_short(trial.params.get(name, "")) for name in names]
         rows.append([str(trial.number), trial.state.name.lower(), cost, *settings])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    (folder / "trials.md").write_text(f"{table}\n\n![trials](trials.png)\n")
+    (folder / "trials.md").write_text(f"{table}\n\n![trials](trials.png)\n", encoding="utf-8")
     plot([trial for trial in trials if trial.state == TrialState.COMPLETE], names, folder / "trials.png")
 
 

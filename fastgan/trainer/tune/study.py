@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data.held_out import hold_out
 from fastgan.trainer.data.sources import Mixture, load_source
@@ -65,7 +65,7 @@ def tune(config: TuneConfig) -> TrainConfig:
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = settings(config.start, study.best_params)
-    (config.out / "best.json").write_text(json.dumps(best.to_json(), indent=2) + "\n")
+    (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from fastgan import backends
+from fastgan import backends, strict_json
 from fastgan.trainer.config import PRESETS, Architecture, MinibatchStatistic, ModelConfig, OptimConfig, SpectralNorm
 from fastgan.trainer.data.sources import DatasetName, load_source
 from fastgan.trainer.device import choose_device, environment
@@ -133,7 +132,7 @@ def verify(config: VerifyConfig) -> bool:
             "environment": environment(device),
             "per_step": [step.to_json() for step in steps],
         }
-        (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
+        (config.out / "verify.json").write_text(strict_json.dumps(result, indent=2) + "\n")
     return not breaches
 
 

@@ -20,10 +20,10 @@ from optuna.trial import TrialState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from fastgan import cli  # noqa: E402
-from fastgan.trainer import tune as tuning  # noqa: E402
 from fastgan.trainer.config import PRESETS, TrainConfig  # noqa: E402
 from fastgan.trainer.errors import TrainerError  # noqa: E402
 from fastgan.trainer.gan import GAN  # noqa: E402
+from fastgan.trainer.tune import study as tuning  # noqa: E402
 from fastgan.trainer.tune.study import DIVERGED, Game, TuneConfig, cost, open_study, settings, tune, values_of  # noqa: E402
 
 
