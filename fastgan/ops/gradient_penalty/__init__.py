@@ -22,7 +22,7 @@ from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -111,7 +111,7 @@ def gradient_penalty(
         x = floating(given)
         small = _is_small(discriminator, x)
         with gathering(discriminator):
-            with uncompiled if small else twice_differentiable():
+            with barely_rerouted(discriminator, x) if small else twice_differentiable():
                 returned = discriminator(given, *args, **(kwargs or {}))
             part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
@@ -304,7 +304,7 @@ def _forward(
     given = differentiable(inputs)
     x = floating(given)
     if _is_small(discriminator, x):
-        with uncompiled:
+        with barely_rerouted(discriminator, x):
             returned = discriminator(given, *args, **(kwargs or {}))
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
     with twice_differentiable(), Tracer(*x) as tracer:
