@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
-from fastgan.ops import conv, norm, piecewise, pool
+from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 
@@ -68,7 +70,13 @@ def _batch_norm(
     return result
 
 
+# What PyTorch differentiates once, at most.
+_LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+}
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_LACKING,
     **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
@@ -106,13 +114,20 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
+        super().__init__()
+        self._routes = routes
+        self.is_whole = routes is _ROUTES
+        self.taken = False  # whether any call was rerouted
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = _ROUTES.get(func)
+        route = self._routes.get(func)
         kwargs = kwargs or {}
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
+        self.taken = True
         if _PLAIN.issuperset(types):
             return route(*args, **kwargs)
         own = [cls for cls in types if cls not in _PLAIN]
@@ -135,7 +150,7 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in torch_private.function_modes())
+    return any(isinstance(mode, _Reroute) and mode.is_whole for mode in torch_private.function_modes())
 
 
 class _Uncompiled:
@@ -175,7 +190,8 @@ def twice_differentiable() -> Iterator[None]:
     relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
     softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
     adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
-    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
+    replication and around a circle; interpolate by area; and scaled_dot_product_attention and nn.MultiheadAttention, of
+    which PyTorch has no second derivative: called as functions, as methods or by modules, in place too.
     PyTorch's own run for everything else: for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
     of their own (for any subclass in place), while gradients are off, for what torch.utils.checkpoint will run again,
     and for what is recorded (torch.jit.trace, torch.export, make_fx, torch.fx). What torch.compile made runs
@@ -189,3 +205,26 @@ def twice_differentiable() -> Iterator[None]:
         return
     with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield
+
+
+# Of each module the kinds of calls that were seen to take no route of _LACKING.
+_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+@contextmanager
+def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """For one call of the module: PyTorch's functions, but for those that it cannot differentiate twice.
+
+    Looking at every function costs a small module a tenth of its time. So where there were none of these, the next
+    call of its kind is not looked at.
+    """
+    seen = _complete.setdefault(module, set())
+    kind = module.training, tuple(x.shape[1:] for x in inputs)
+    if kind in seen:
+        with uncompiled:
+            yield
+        return
+    with uncompiled, _Reroute(_LACKING) as mode:
+        yield
+    if not mode.taken:
+        seen.add(kind)

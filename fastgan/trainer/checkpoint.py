@@ -104,7 +104,8 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # A CPU run must not initialize CUDA, which takes memory and makes forking impossible.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
