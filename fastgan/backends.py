@@ -170,7 +170,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, wanted: str) -> str:
     chosen = next(name for name in order if reasons[name] is None)
     if chosen == "reference" and len(order) > 1 and len(_ops[op].implementations) > 1:
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        _log.warning("%s falls back to plain PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
+        _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
     return chosen
 
 

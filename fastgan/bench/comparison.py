@@ -61,7 +61,7 @@ def refuse_others(old: Results, path: object, new: Results, only: Sequence[str] 
     then, now = old["provenance"], new["provenance"]
     for what in ("device", "threads") if now["device_type"] == "cpu" else ("device",):
         if then[what] != now[what]:
-            raise ValueError(f"{path} has {what} {then}, this run has {now[what]}: they cannot be compared")
+            raise ValueError(f"{path} has {what} {then[what]}, this run has {now[what]}: they cannot be compared")
     was, is_now = (about.get("freed_memory", GIVEN_BACK) for about in (then, now))  # older files lack the key
     if now["device_type"] == "cpu" and was != is_now:
         raise ValueError(f"{path} has freed memory {was}, this run has it {is_now}: they cannot be compared")

@@ -97,5 +97,5 @@ def covered(quality: dict[str, Any]) -> str:
 
 
 def verified(result: dict[str, Any]) -> str:
-    verdict = "fused agrees with plain PyTorch" if result["passed"] else "**fused differs from plain PyTorch**"
+    verdict = "fused agrees with pure PyTorch" if result["passed"] else "**fused differs from pure PyTorch**"
     return f"{verdict} over {result['steps']} steps; {result['speed']['fused_over_torch']:.2f}x as fast"

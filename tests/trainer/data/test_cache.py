@@ -104,7 +104,7 @@ def test_a_folder_of_pictures_without_a_cache_stays_in_memory(no_cache, tmp_path
     for _ in range(2):
         images, _ = read_folder(tmp_path / "p", 32)
         assert images.float().mean((2, 3)).tolist() == [[255, 0, 0], [0, 255, 0]]
-        assert capsys.readouterr().err.count("left out bad.png") == 1
+        assert capsys.readouterr().err.count("skipped bad.png") == 1
 
 
 def test_a_source_that_is_damaged_leaves_nothing_in_the_cache(fashion_mnist_folder, own_cache):

@@ -91,7 +91,7 @@ def test_a_batch_larger_than_the_data_is_refused(fashion_mnist_folder):
 
 def test_images_of_another_size_are_refused(tmp_path, write_idx):
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((2, 32, 32), np.uint8))
-    with pytest.raises(DataError, match=r"\(2, 32, 32\), wanted \(N, 28, 28\)"):
+    with pytest.raises(DataError, match=r"\(2, 32, 32\), expected \(N, 28, 28\)"):
         fashion_mnist(0, CPU, tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_bad_files_are_named_and_left_out(folder, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     for name in ("bomb.png", "large.png", "cut.jpg", "text.png"):
-        assert sum(f"left out {name}: " in line for line in lines) == 1
+        assert sum(f"skipped {name}: " in line for line in lines) == 1
     assert not list((folder.parent / "cache").rglob("*.partial"))
 
 
@@ -144,7 +144,7 @@ def test_a_folder_with_fewer_than_two_pictures_is_one_line(folder, count, capsys
         (folder / name).unlink()
     assert cli.main(["train", "folder", "--data", str(folder), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"holds {count} readable pictures" in error
+    assert f"contains {count} readable images" in error
     assert error.count("\n") == 1
 
 

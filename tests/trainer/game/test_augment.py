@@ -126,5 +126,5 @@ def test_a_game_with_augmentation_goes_on_from_its_state(kind):
 
 
 def test_only_images_are_augmented():
-    with pytest.raises(ValueError, match="changes images"):
+    with pytest.raises(ValueError, match="needs images"):
         GAN(ModelConfig(), OptimConfig(augment="ada"), load_source("ring8", 2, CPU), 0, CPU)

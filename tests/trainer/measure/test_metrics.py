@@ -150,7 +150,7 @@ class TestExtractors:
 
     @pytest.mark.parametrize("dataset", ["grid25", "waveforms"])
     def test_one_that_nothing_would_ask_is_refused_before_the_run(self, config, dataset):
-        with pytest.raises(ValueError, match="extractor 'foo:bar' is for images"):
+        with pytest.raises(ValueError, match="extractor 'foo:bar' needs images"):
             Trainer(dataclasses.replace(config, dataset=dataset, extractor="foo:bar"))
         assert not config.folder.exists()
 
