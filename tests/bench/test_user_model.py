@@ -166,7 +166,10 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         (["my_module:pairs", "--batch", "3"], "--input and --batch are for a model without"),
         (["my_module:build", "--input", "4,8,8"], "cannot take an input of shape (16, 4, 8, 8): RuntimeError: "),
         (["my_module:pairs"], "the model of my_module:pairs must return a tensor of logits, got tuple"),
-        (["my_module:frozen"], "my_module:frozen returns a model without floating-point parameters: there is nothing to train"),
+        (
+            ["my_module:frozen"],
+            "my_module:frozen returns a model without floating-point parameters: there is nothing to train",
+        ),
         (["my_module:deaf"], "the output of the model of my_module:deaf does not depend on its input"),
         (["my_module:detached"], "the output of the model of my_module:detached does not depend on its input"),
         (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
