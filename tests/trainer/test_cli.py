@@ -135,7 +135,7 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert cli.main(RING) == 0
     assert "Too short to judge: 3 steps" in capsys.readouterr().out
     assert cli.main(RING) == 2
-    assert "ring8 exists already" in capsys.readouterr().err
+    assert "ring8 already exists" in capsys.readouterr().err
     assert cli.main(["train", "ring8", "--resume", "--steps", "5"]) == 0
     saved = json.loads(Path("runs/ring8/config.json").read_text())
     assert (saved["steps"], saved["model"]["width"]) == (5, 8)
@@ -148,7 +148,7 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
 def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):
     Path("half.json").write_text('{"dataset": "ring8"}')
     assert cli.main(["train", "--config", "half.json"]) == 2
-    assert capsys.readouterr().err == "fastgan: half.json is not a configuration: it has no 'runs'\n"
+    assert capsys.readouterr().err == "fastgan: half.json is not a valid configuration: 'runs' is missing\n"
 
 
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):
