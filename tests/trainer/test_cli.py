@@ -75,7 +75,11 @@ def test_help_needs_no_extra(in_tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["nosuch"], "no preset 'nosuch'"), ([], "a preset first"), (["--seed", "1"], "a preset first")],
+    [
+        (["nosuch"], "no preset 'nosuch'"),
+        ([], "needs a preset as its first argument"),
+        (["--seed", "1"], "needs a preset as its first argument"),
+    ],
 )
 def test_an_unknown_preset_is_one_line_that_names_the_known(arguments, says, capsys):
     assert cli.main(["train", *arguments]) == 2
