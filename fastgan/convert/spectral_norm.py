@@ -1,4 +1,4 @@
-"""Spectral normalisation as codebases write it themselves: a method that returns the weight, or a wrapper around it.
+"""Spectral normalization as codebases write it themselves: a method that returns the weight, or a wrapper around it.
 
     a method     weight, a buffer (1, out) for u and one (1) for sigma: u0 and sv0 with W_() in BigGAN's style, sn_u and
                  sn_sigma in others. v first, then u; in evaluation an iteration too, which is not stored.
@@ -51,7 +51,7 @@ class _Method(Replacement):
             u = u.clone()
         u = u.view(-1)
         v = u.new_empty(weight.numel() // len(u))  # renewed before it is read
-        (normalised,) = ops.spectral_norm(
+        (normalized,) = ops.spectral_norm(
             [weight],
             [u],
             [v],
@@ -66,7 +66,7 @@ class _Method(Replacement):
                 row = u.abs().argmax().view(1)
                 product = weight.flatten(1).index_select(0, row) @ v
                 getattr(self, settings["sigma"]).copy_(product / u.index_select(0, row))
-        return normalised
+        return normalized
 
 
 class _Wrapper(Replacement):
@@ -75,7 +75,7 @@ class _Wrapper(Replacement):
     def replacement(self: Any) -> None:
         settings, name = self._fastgan, self.name
         weight, u, v = (getattr(self.module, name + suffix) for suffix in ("_bar", "_u", "_v"))
-        (normalised,) = ops.spectral_norm(
+        (normalized,) = ops.spectral_norm(
             [weight],
             [u],
             [v],
@@ -84,7 +84,7 @@ class _Wrapper(Replacement):
             eps=settings["eps"],
             v_first=True,
         )
-        setattr(self.module, name, normalised)
+        setattr(self.module, name, normalized)
 
     def around(self: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -122,7 +122,7 @@ def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
         return None, f"has {u} and {sigma}, but no method that is known to return the weight"
 
     def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
-        def normalised(weight: Tensor) -> Tensor:
+        def normalized(weight: Tensor) -> Tensor:
             found = getattr(copied, attribute)
             return cast(Tensor, found() if callable(found) else found)
 
@@ -131,15 +131,15 @@ def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
         found: list[Tensor] = []
         for training in (True, True, False):
             copied.train(training)
-            found += derivatives(normalised, copied.weight)
+            found += derivatives(normalized, copied.weight)
             found += [getattr(copied, name).clone() for name in (u, sigma)]
-        return found, _after_two_forwards(normalised, copied, copied.weight)
+        return found, _after_two_forwards(normalized, copied, copied.weight)
 
     return _replace_if_equal(module, _Method, attribute, results, mend, u=u, sigma=sigma)
 
 
 def _weight_method(cls: type) -> str | None:
-    """The method without arguments, or the property, that returns the normalised weight."""
+    """The method without arguments, or the property, that returns the normalized weight."""
     for name in dir(cls):
         if _METHODS.fullmatch(name) and name not in dir(nn.Module):
             found = inspect.getattr_static(cls, name)
@@ -174,7 +174,7 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
         child = copied.module
         weight, u, v = (getattr(child, copied.name + suffix) for suffix in ("_bar", "_u", "_v"))
 
-        def normalised(weight: Tensor) -> Tensor:
+        def normalized(weight: Tensor) -> Tensor:
             getattr(copied, attribute)()
             return cast(Tensor, getattr(child, copied.name))
 
@@ -185,9 +185,9 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
         found: list[Tensor] = []
         for training in (True, True, False):
             copied.train(training)
-            found += derivatives(normalised, weight)
+            found += derivatives(normalized, weight)
             found += [u.detach().clone(), v.detach().clone()]
-        return found, _after_two_forwards(normalised, copied, weight)
+        return found, _after_two_forwards(normalized, copied, weight)
 
     # Of one row or column there is one pair of singular vectors: overwriting it is wrong, but doesn't show.
     return _replace_if_equal(module, _Wrapper, attribute, results, mend, hidden=1 in weight.flatten(1).shape)

@@ -1,4 +1,4 @@
-"""PyTorch's own two forms of spectral normalisation: the parametrization, and the older hook."""
+"""PyTorch's own two forms of spectral normalization: the parametrization, and the older hook."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Outcome = tuple[str | None, str]  # replaced by, and why or what to know
 
 
 def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
-    """What became of each module that has a weight normalised by PyTorch."""
+    """What became of each module that has a weight normalized by PyTorch."""
     fused_before = any(_is_fused(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
     ours_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_ours(norm)}
     outcomes: dict[nn.Module, Outcome] = {}
@@ -66,7 +66,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _norms(module: nn.Module) -> list[Any]:
-    """The parametrizations and hooks that normalise a weight of this module, PyTorch's or ours."""
+    """The parametrizations and hooks that normalize a weight of this module, PyTorch's or ours."""
     found: list[Any] = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
     if parametrize.is_parametrized(module):
         for tensors in cast(nn.ModuleDict, module.parametrizations).values():

@@ -1,4 +1,4 @@
-"""Functions on tensors: the fused kernels behind fastgan.nn."""
+"""Functional interface: the fused operations behind fastgan.nn."""
 
 from fastgan.ops.bias_act import bias_act, leaky_relu, relu
 from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d

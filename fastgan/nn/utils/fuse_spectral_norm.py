@@ -25,7 +25,7 @@ from fastgan.nn.utils.ready import (
     thread_and_region,
 )
 from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, leaves_to_pytorch
-from fastgan.ops.spectral_norm import fits, normalise
+from fastgan.ops.spectral_norm import fits, normalize
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class _Hook(TorchHook):
         if leaves_to_pytorch(weight, u, v, dim):
             return self.compute_weight(self.module, do_power_iteration=settings.training)
         n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
-        (normalized,) = normalise([weight], [u], [v], [dim], n, settings.eps, v_first=True)
+        (normalized,) = normalize([weight], [u], [v], [dim], n, settings.eps, v_first=True)
         return _like(self.original(), normalized)
 
     def look(self) -> tuple[Operands, Settings] | None:
@@ -219,7 +219,7 @@ class _Fused:
         weights, us, vs, dims = zip(*operands, strict=True)
         n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
         vectors = _vectors(us, vs) if n else [None] * len(us)
-        normalized = normalise(weights, us, vs, dims, n, settings.eps, settings.v_first)
+        normalized = normalize(weights, us, vs, dims, n, settings.eps, settings.v_first)
         thread, region = thread_and_region()
         for member, weight, renewed in zip(members, normalized, vectors, strict=True):
             original = member.original()

@@ -1,4 +1,4 @@
-"""Weights that a model's forward has normalised for its layers, kept until each layer reads its own."""
+"""Weights that a model's forward has normalized for its layers, kept until each layer reads its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Vectors(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A normalised weight, and what must still hold when it is read."""
+    """A normalized weight, and what must still hold when it is read."""
 
     weight: Tensor
     original: Tensor
@@ -118,7 +118,7 @@ def discard(module: nn.Module, name: str, *, of_all: bool = False) -> bool:
 
 
 def _key(name: str) -> str:
-    return f"_normalised_{name}"
+    return f"_normalized_{name}"
 
 
 def is_recomputing() -> bool:

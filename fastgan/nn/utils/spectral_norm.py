@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan import backends
 from fastgan.nn.utils.ready import is_recomputing, read
-from fastgan.ops.spectral_norm import fits, normalise
+from fastgan.ops.spectral_norm import fits, normalize
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class SpectralNorm(_SpectralNorm):
         if weight.ndim == 1 or leaves_to_pytorch(weight, self._u, self._v, self.dim):
             return super().forward(weight)
         renew = self.training and not is_recomputing()
-        return normalise(
+        return normalize(
             [weight], [self._u], [self._v], [self.dim], self.n_power_iterations if renew else 0, self.eps, v_first=False
         )[0]
 
@@ -41,7 +41,7 @@ class SpectralNorm(_SpectralNorm):
 
 
 def leaves_to_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
-    """Whether PyTorch's own operations must normalise this weight.
+    """Whether PyTorch's own operations must normalize this weight.
 
     They are what a tracer may record and what transforms of torch.func see through; and they take, or refuse in their
     own words, complex and integer weights, tensor subclasses, empty weights and vectors of another dtype or device.

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch's two forms of spectral normalisation, one into the other."""
+"""Checkpoints of PyTorch's two forms of spectral normalization, one into the other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VECTORS = {"parametrization": ("0._u", "0._v"), "hook": ("u", "v")}
 def convert_spectral_norm_state_dict(
     state_dict: Mapping[str, Tensor], form: Literal["parametrization", "hook"]
 ) -> OrderedDict[str, Tensor]:
-    """Rename the keys of spectrally normalised weights in a state_dict to those of the other form.
+    """Rename the keys of spectrally normalized weights in a state_dict to those of the other form.
 
     ``"hook"`` is ``torch.nn.utils.spectral_norm``: weight_orig, weight_u, weight_v. ``"parametrization"`` is
     ``torch.nn.utils.parametrizations.spectral_norm`` and fastgan's: parametrizations.weight.original, .0._u, .0._v.

@@ -1,4 +1,4 @@
-"""Layer, group, instance and batch normalisation, fused up to the second derivative."""
+"""Layer, group, instance and batch normalization, fused up to the second derivative."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
-from fastgan.ops.norm.autograd import normalise, statistics_of
+from fastgan.ops.norm.autograd import normalize, statistics_of
 from fastgan.ops.norm.evaluation import normalized, scale_and_shift
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
@@ -32,7 +32,7 @@ def layer_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise over the last dimensions: (x - mean) / sqrt(var + eps) * weight + bias, var without correction.
+    """Normalize over the last dimensions: (x - mean) / sqrt(var + eps) * weight + bias, var without correction.
 
     As ``torch.nn.functional.layer_norm``. Sums are kept in float32 (float64 for float64 input); the same inputs give
     the same bits. The result of a channels_last input is channels_last, of any other contiguous; an input that is
@@ -69,8 +69,8 @@ def layer_norm(
     layout = Layout(input.numel() // size, 1, size, 1, 1)
     if len(shape) == input.ndim - 1 and channels_last(input):  # the order of a row's values is all the same to it
         input, weight, bias = input.movedim(1, -1), _last(weight), _last(bias)
-        return normalise(input, weight, bias, layout, eps, chosen).movedim(-1, 1)
-    return normalise(input, weight, bias, layout, eps, chosen)
+        return normalize(input, weight, bias, layout, eps, chosen).movedim(-1, 1)
+    return normalize(input, weight, bias, layout, eps, chosen)
 
 
 @symbolic
@@ -83,7 +83,7 @@ def group_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise each group of consecutive channels of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
+    """Normalize each group of consecutive channels of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
 
     As ``torch.nn.functional.group_norm``; sums, bits and strides as ``layer_norm``.
 
@@ -113,7 +113,7 @@ def group_norm(
     chosen = _select("group_norm", input, backend)
     if chosen == "reference":
         return reference.group_norm(input, num_groups, weight, bias, eps)
-    return normalise(input, weight, bias, of_channels(input, num_groups), eps, chosen)
+    return normalize(input, weight, bias, of_channels(input, num_groups), eps, chosen)
 
 
 @symbolic
@@ -129,7 +129,7 @@ def instance_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise each channel of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
+    """Normalize each channel of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
 
     As ``torch.nn.functional.instance_norm``, which runs where there are running statistics or
     ``use_input_stats=False``; sums, bits and strides as ``layer_norm``.
@@ -140,7 +140,7 @@ def instance_norm(
         running_var: (C,) or None.
         weight: (C,), of the input's dtype, or float32 with an input in half precision.
         bias: likewise.
-        use_input_stats: False normalises with the running statistics.
+        use_input_stats: False normalizes with the running statistics.
         momentum: of the running statistics.
         eps: added to the variance.
         backend: run on this backend instead of the fastest.
@@ -161,7 +161,7 @@ def instance_norm(
     chosen = "reference" if running else _select("instance_norm", input, backend)
     if chosen == "reference":
         return reference.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return normalise(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
+    return normalize(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
 
 @symbolic
@@ -177,7 +177,7 @@ def batch_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise each channel over all samples: (x - mean) / sqrt(var + eps) * weight + bias.
+    """Normalize each channel over all samples: (x - mean) / sqrt(var + eps) * weight + bias.
 
     As ``torch.nn.functional.batch_norm``, which runs where ``training`` is False: there the running statistics are
     used, and it is affine. In training these move by ``momentum`` towards the mean and the variance (with Bessel's
@@ -189,7 +189,7 @@ def batch_norm(
         running_var: (C,) or None; likewise.
         weight: (C,), of the input's dtype, or float32 with an input in half precision.
         bias: likewise.
-        training: normalise with the statistics of the batch.
+        training: normalize with the statistics of the batch.
         momentum: the part of the running statistics that is renewed, a number as in ``torch.nn.functional``.
         eps: added to the variance.
         backend: run on this backend instead of the fastest.
@@ -226,7 +226,7 @@ def batch_norm(
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layout = of_batch(input)
     statistics = statistics_of(input, layout, 2 if running_var is None else 3)
-    result = normalise(input, weight, bias, layout, eps, chosen, statistics)
+    result = normalize(input, weight, bias, layout, eps, chosen, statistics)
     for values, i in ((running_mean, 0), (running_var, 2)):
         if values is not None:
             _renew(values, statistics[i], momentum)

@@ -1,4 +1,4 @@
-"""The operators of normalisation, their implementations a backend, and the derivatives up to the second."""
+"""The operators of normalization, their implementations a backend, and the derivatives up to the second."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def statistics_of(x: Tensor, layout: Layout, count: int) -> Tensor:
     return torch.empty(count, layout.rows, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def normalise(
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

@@ -2,7 +2,7 @@
 
     channel_moments    of a tile of channels and a part of their positions, the mean and the squares about it
     row_statistics     of these, for each row
-    normalise_channels    y
+    normalize_channels    y
     channel_products   sums of dy, dy d, h, h d and h dy with d = x - mean, as in csrc/cpu/norm_channels.cpp
     row_means          of these, what the derivatives want of each row, and of each channel for weight and bias
     grad_channels      dx
@@ -147,7 +147,7 @@ def row_statistics(
 
 
 @triton.jit
-def normalise_channels(
+def normalize_channels(
     x_ptr,
     weight_ptr,
     bias_ptr,

@@ -1,4 +1,4 @@
-"""Normalisation in Triton: which kernels a call launches, over which grids. Their code is in the two files beside."""
+"""Normalization in Triton: which kernels a call launches, over which grids. Their code is in the two files beside."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastgan.ops.norm.triton_channels import (
     channel_products,
     grad_channels,
     grad_grad_channels,
-    normalise_channels,
+    normalize_channels,
     row_means,
     row_statistics,
 )
-from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalise_rows
+from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalize_rows
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
@@ -42,7 +42,7 @@ _WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
 # and the values that its constants take together, without DTYPE, the input's dtype.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
-        normalise_rows,
+        normalize_rows,
         addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
         [{"EPS": 1e-5, "BLOCK": _BLOCK}, {"EPS": 1e-5, "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None}],
     ),
@@ -80,7 +80,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         [{"EPS": 1e-5, "VARIANCE": variance, "BLOCK": _SMALL} for variance in (False, True)],
     ),
     (
-        normalise_channels,
+        normalize_channels,
         addresses("x", "weight", "bias", "y", "statistics") | _TILED,
         [_TALL, _WIDE | {"weight_ptr": None, "bias_ptr": None}],
     ),
@@ -115,7 +115,7 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
             constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
-            normalise_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
+            normalize_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
             return
         tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
         moments = t.statistics.new_empty(2, layout.samples, tiles[1], layout.channels)
@@ -123,7 +123,7 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
         channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **constants)
         small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
         row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
-        normalise_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
+        normalize_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
 
 
 def backward(t: Backward, layout: Layout) -> None:

@@ -1,6 +1,6 @@
 """Triton kernels of norms whose rows are contiguous, a program a row; the formulas are in csrc/cpu/norm.cpp.
 
-    normalise_rows    y and the statistics
+    normalize_rows    y and the statistics
     grad_rows         dx
     grad_grad_rows    by_dy, by_x, and the means of H and H xh of each row, from which
     affine_sums       dweight and dbias, or by_weight: a program has a tile of channels and a range of samples
@@ -17,7 +17,7 @@ from fastgan.ops.triton_language import rounded, typed
 
 
 @triton.jit
-def normalise_rows(
+def normalize_rows(
     x_ptr,
     weight_ptr,
     bias_ptr,

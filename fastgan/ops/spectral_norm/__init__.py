@@ -1,4 +1,4 @@
-"""Spectral normalisation of many weights in one call."""
+"""Spectral normalization of many weights in one call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.ops.spectral_norm.autograd import normalise
+from fastgan.ops.spectral_norm.autograd import normalize
 from fastgan.ops.spectral_norm.layout import vector_shapes
 
-__all__ = ["fits", "normalise", "spectral_norm"]
+__all__ = ["fits", "normalize", "spectral_norm"]
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -47,7 +47,7 @@ def spectral_norm(
         backend: run on this backend instead of the fastest.
 
     Returns:
-        The normalised weights, in the shapes and strides of ``weights``.
+        The normalized weights, in the shapes and strides of ``weights``.
 
     Raises:
         TypeError: something is not a tensor, or a dtype is not floating or not the same throughout.
@@ -77,11 +77,11 @@ def spectral_norm(
             _check_vector(f"us[{i}]", u, weight, rows, "rows")
             _check_vector(f"vs[{i}]", v, weight, weight.numel() // rows, "columns")
         rows_at = [dim % weight.ndim for weight, dim in zip(weights, rows_at, strict=True)]
-    return normalise(weights, us, vs, rows_at, n_power_iterations if update else 0, eps, v_first, backend)
+    return normalize(weights, us, vs, rows_at, n_power_iterations if update else 0, eps, v_first, backend)
 
 
 def fits(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]) -> bool:
-    """Whether all is as it mostly is, plain tensors that fit together, so that `normalise` may be called.
+    """Whether all is as it mostly is, plain tensors that fit together, so that `normalize` may be called.
 
     Said once and fast; `spectral_norm` looks at what is not one thing at a time.
     """

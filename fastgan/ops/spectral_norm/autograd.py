@@ -1,4 +1,4 @@
-"""Spectral normalisation as operators and autograd Functions: first order fused, second order exact, third raises."""
+"""Spectral normalization as operators and autograd Functions: first order fused, second order exact, third raises."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def _double_backward(
     return results
 
 
-def normalise(
+def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],

@@ -1,4 +1,4 @@
-"""Spectral normalisation in pure PyTorch: the specification, the fallback and the benchmark's baseline."""
+"""Spectral normalization in pure PyTorch: the specification, the fallback and the benchmark's baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectral normalisation of many weights in Triton: 2 n + 1 launches forward, two backward for all.
+"""Spectral normalization of many weights in Triton: 2 n + 1 launches forward, two backward for all.
 
 A u-first iteration is s = W v, u = s / |s|, t = W^T u, v = t / |t|, and then sigma = u^T W v = t.v:
     _product  s = W v          a program has a block of rows, and leaves its part of |s|^2
