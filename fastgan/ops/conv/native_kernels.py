@@ -61,7 +61,7 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Compute dx (N, C_in, *S) of ``shape`` from grad (N, C_out, *S') and weight (C_out, C_in, *K), S of 1 or 2 sizes."""
+    """Compute dx (N, C_in, *S) of ``shape`` from grad (N, C_out, *S') and weight (C_out, C_in, *K), in 1d or 2d."""
     result = grad.new_empty(shape)
     dimensions = plane_of(shape, grad.shape, weight, geometry)
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
@@ -71,6 +71,9 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
 
 
 def plane_of(input: torch.Size, output: torch.Size, weight: Tensor, geometry: Geometry) -> list[tuple[int, ...]]:
-    """Return, for rows and columns: input, output and kernel size, stride, padding and dilation. 1d input is one row."""
+    """Return the sizes of input, output and kernel, stride, padding and dilation for rows and for columns.
+
+    A 1d input is one row.
+    """
     dimensions = list(zip(input[2:], output[2:], weight.shape[2:], *geometry[:3], strict=True))
     return dimensions if len(dimensions) > 1 else [ONE_ROW, *dimensions]
