@@ -9,7 +9,7 @@ from torch import Tensor
 def minibatch_discrimination(
     rows: Tensor, everyone: Tensor, first: int, segments: Tensor | None, exclude_self: bool
 ) -> Tensor:
-    """Compare each of ``rows`` with all of ``everyone``. ``rows`` is the part of ``everyone`` that starts at ``first``."""
+    """Compare each of ``rows`` with all of ``everyone``; ``rows`` is the part of ``everyone`` from ``first`` on."""
     distance = (rows[:, None] - everyone[None]).abs().sum(-1)  # (rows, everyone, B)
     similarity = torch.exp(-distance)
     own = torch.arange(first, first + len(rows), device=rows.device)

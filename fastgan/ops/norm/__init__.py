@@ -126,7 +126,7 @@ def group_norm(
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
-        ValueError: a shape, device or number does not fit, or the input has a single value per group and one group.
+        ValueError: a shape, device or number does not fit, or the batch has a single value per group.
         BackendUnavailable: the requested backend cannot run here.
     """
     _check_channels(input, weight, bias)
