@@ -113,10 +113,10 @@ def _in_memory(tensors: Sequence[Tensor]) -> bool:
     This takes three calls per tensor. More calls would slow down small models.
     """
     try:
-        stored = all(map(Tensor.data_ptr, tensors))  # zero tensors without storage have no address
+        have_addresses = all(map(Tensor.data_ptr, tensors))  # zero tensors without storage have no address
     except RuntimeError:  # batched gradients have no address either
         return False
-    return stored and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+    return have_addresses and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:

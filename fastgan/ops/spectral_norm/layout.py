@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """The layout of a list of weights: each is (outer, rows, inner). A flat buffer holds sigma, u and v of each in turn.
+    """The layout of a list of weights: each is (outer, rows, inner). A flat buffer holds sigma, u and v of each.
 
     Row r of the matrix is index r of the weight's dimension ``dim``. The column is outer_index * inner + inner_index.
     """
