@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
-from fastgan.ops import conv, norm, piecewise, pool
+from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 
@@ -68,7 +70,13 @@ def _batch_norm(
     return result
 
 
+# Functions that PyTorch differentiates at most once.
+_LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+}
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_LACKING,
     **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
@@ -106,13 +114,20 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
+        super().__init__()
+        self._routes = routes
+        self.is_whole = routes is _ROUTES
+        self.taken = False  # whether any call was rerouted
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = _ROUTES.get(func)
+        route = self._routes.get(func)
         kwargs = kwargs or {}
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
+        self.taken = True
         if _PLAIN.issuperset(types):
             return route(*args, **kwargs)
         own = [cls for cls in types if cls not in _PLAIN]
@@ -135,7 +150,7 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in torch_private.function_modes())
+    return any(isinstance(mode, _Reroute) and mode.is_whole for mode in torch_private.function_modes())
 
 
 class _Uncompiled:
@@ -184,6 +199,7 @@ def twice_differentiable() -> Iterator[None]:
     - avg_pool, max_pool, adaptive_avg_pool and adaptive_max_pool in 1, 2 and 3 dimensions, and fractional_max_pool2d/3d
     - pad with mode "reflect", "replicate" or "circular"
     - interpolate with mode "area"
+    - scaled_dot_product_attention and nn.MultiheadAttention, whose fused kernels in PyTorch have no second derivative
 
     PyTorch's own implementation runs in all other cases: for tensor subclasses with their own ``__torch_function__`` or
     ``__torch_dispatch__`` (and for in-place calls on any subclass), while gradients are disabled, inside
@@ -209,3 +225,26 @@ def twice_differentiable() -> Iterator[None]:
         return
     with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield
+
+
+# For each module, the kinds of calls (mode and input shapes) that used no route of _LACKING.
+_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+@contextmanager
+def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """For one call of the module, reroute only the functions that PyTorch cannot differentiate twice.
+
+    Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions, the
+    next call of the same kind is not intercepted.
+    """
+    seen = _complete.setdefault(module, set())
+    kind = module.training, tuple(x.shape[1:] for x in inputs)
+    if kind in seen:
+        with uncompiled:
+            yield
+        return
+    with uncompiled, _Reroute(_LACKING) as mode:
+        yield
+    if not mode.taken:
+        seen.add(kind)

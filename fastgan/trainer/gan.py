@@ -99,7 +99,7 @@ class GAN:
 
     def latents(self) -> Tensor:
         """This rank's rows of the next latents."""
-        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise)
+        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise, device="cpu")
         return z[self.ranks.rows(len(z))].to(self.device)
 
     def real(self) -> Tensor:
@@ -111,7 +111,7 @@ class GAN:
         real, labels = self.source.next_labelled(self.optim.batch_size, rows)
         alpha = noise = None
         if self.regularizer.between:
-            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise)
+            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise, device="cpu")
             alpha = alpha[self.ranks.rows(len(alpha))].to(self.device)
         if self.optim.penalty == "dragan":
             noise = self._uniform(*self.source.shape)
@@ -120,7 +120,7 @@ class GAN:
 
     def _uniform(self, *shape: int) -> Tensor:
         """This rank's rows of uniform numbers for the whole batch."""
-        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise)
+        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise, device="cpu")
         return drawn[self.ranks.rows(len(drawn))].to(self.device)
 
     def _changes(self) -> Tensor | None:

@@ -66,6 +66,7 @@ class Trainer:
             POINT_SAMPLES if points else GRID_SAMPLES,
             config.model.latent_dim,
             generator=torch.Generator().manual_seed(seed + 3),
+            device="cpu",
         )
         self.step = 0
         self.seconds = 0.0

@@ -17,12 +17,12 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
-from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -96,7 +96,7 @@ def gradient_penalty(
             logit; logits without a row for each sample; logits that do not depend on the input; a target for a kind
             without one; dims that are not in the input, or name the samples.
         TypeError: an argument has a wrong type; an input is not floating; ``fake`` is missing for a kind that needs it.
-        RuntimeError: gradients are off, or FSDP shards the discriminator.
+        RuntimeError: gradients are off, or FSDP1 or tensor parallelism shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
@@ -104,16 +104,16 @@ def gradient_penalty(
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
     check_select(select)
-    refuse_sharded(discriminator)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
         given = differentiable(point)
         x = floating(given)
         small = _is_small(discriminator, x)
-        with uncompiled if small else twice_differentiable():
-            returned = discriminator(given, *args, **(kwargs or {}))
-        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
+        with gathering(discriminator):
+            with barely_rerouted(discriminator, x) if small else twice_differentiable():
+                returned = discriminator(given, *args, **(kwargs or {}))
+            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
             for tensor in x:
                 mark_unused(tensor)
@@ -239,10 +239,11 @@ def logits_and_penalty(
     The source of the one pass is one_pass.py.
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
-    returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
-    if tracer is not None and reason is None:
-        return one_pass(returned, logits, x, tracer, penalty)
-    value = _penalty(logits, x, penalty, plain=tracer is None)
+    with gathering(discriminator):
+        returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
+        if tracer is not None and reason is None:
+            return one_pass(returned, logits, x, tracer, penalty)
+        value = _penalty(logits, x, penalty, plain=tracer is None)
     if tracer is not None:
         for tensor in x:
             mark_unused(tensor)
@@ -272,7 +273,8 @@ def explain_penalty(
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
-    forward = _forward(discriminator, inputs, select, args, kwargs)
+    with gathering(discriminator):
+        forward = _forward(discriminator, inputs, select, args, kwargs)
     if forward.tracer is None or forward.reason is not None:
         return f"general path: {forward.reason}"
     remark = forward.tracer.remark()
@@ -298,12 +300,11 @@ def _forward(
 ) -> _Forward:
     check_inputs("inputs", inputs)
     check_select(select)
-    refuse_sharded(discriminator)
     _require_grad_mode()
     given = differentiable(inputs)
     x = floating(given)
     if _is_small(discriminator, x):
-        with uncompiled:
+        with barely_rerouted(discriminator, x):
             returned = discriminator(given, *args, **(kwargs or {}))
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
     with twice_differentiable(), Tracer(*x) as tracer:

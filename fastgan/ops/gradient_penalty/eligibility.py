@@ -28,6 +28,7 @@ from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
 from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
+from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
 
 _UNSEEN = "was written to where no torch function shows it, or through a view; one pass needs to see every change"
@@ -176,6 +177,12 @@ class Tracer(TorchFunctionMode):
         if not is_plain(value):
             raise Refused(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
         if not value.requires_grad or self._known(value) is not None:
+            return value
+        shard = source(value)
+        if shard is not None:  # the gather of a view is the view that a call may read
+            if id(shard.view) not in self._views:
+                self._views[id(shard.view)] = shard.view
+                self.parameters.append(shard)
             return value
         view = self._views.get(id(value))
         if view is None:

@@ -117,4 +117,4 @@ def labels_of(names: list[str]) -> Tensor | None:
     kinds = sorted({folder for folder in folders if folder is not None})
     if None in folders or len(kinds) < 2:
         return None
-    return torch.tensor([kinds.index(folder) for folder in folders if folder is not None])
+    return torch.tensor([kinds.index(folder) for folder in folders if folder is not None], device="cpu")

@@ -49,7 +49,7 @@ class Images:
         self.images = images.to(device) if fits(images, device) else images
         self.labels = None if labels is None else labels.long()
         self.classes = None if labels is None else int(labels.max()) + 1
-        self.members = torch.arange(len(images)) if members is None else members
+        self.members = torch.arange(len(images), device="cpu") if members is None else members
         self.shape = tuple(images.shape[1:])
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
@@ -63,7 +63,7 @@ class Images:
 
     def split(self, count: int, seed: int) -> Images:
         """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed), device="cpu")
         taken = Images(self.images, seed, self.device, self.labels, self.members[order[:count]])
         self.members = self.members[order[count:]]
         self._start_epoch()
@@ -71,7 +71,7 @@ class Images:
 
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
-        self.order = self.members[torch.randperm(self.size, generator=self.generator)]
+        self.order = self.members[torch.randperm(self.size, generator=self.generator, device="cpu")]
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
@@ -114,8 +114,8 @@ class Mixture(Drawn):
         self.sigma = sigma
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        mode = torch.randint(len(self.modes), (count,), generator=self.generator)
-        offset = torch.randn(count, 2, generator=self.generator)
+        mode = torch.randint(len(self.modes), (count,), generator=self.generator, device="cpu")
+        offset = torch.randn(count, 2, generator=self.generator, device="cpu")
         return self.modes[mode] + self.sigma * offset, mode
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
@@ -131,21 +131,21 @@ class Discs(Drawn):
     scale = 1.0
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        x, y, radius = torch.rand(3, count, 1, 1, generator=self.generator)
-        axis = torch.arange(32.0)
+        x, y, radius = torch.rand(3, count, 1, 1, generator=self.generator, device="cpu")
+        axis = torch.arange(32.0, device="cpu")
         distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))  # (N, 32, 32)
         return torch.tanh(4 + 4 * radius - distance)[:, None], None
 
 
 def ring8(seed: int, device: torch.device) -> Mixture:
     """Eight modes on the unit circle, sigma 0.01."""
-    angle = torch.arange(8) * (2 * math.pi / 8)
+    angle = torch.arange(8, device="cpu") * (2 * math.pi / 8)
     return Mixture(torch.stack([angle.cos(), angle.sin()], 1), 0.01, seed, device)
 
 
 def grid25(seed: int, device: torch.device) -> Mixture:
     """25 modes on {-4, -2, 0, 2, 4}^2, sigma 0.05."""
-    axis = torch.arange(-4.0, 5.0, 2.0)
+    axis = torch.arange(-4.0, 5.0, 2.0, device="cpu")
     return Mixture(torch.cartesian_prod(axis, axis), 0.05, seed, device)
 
 
@@ -172,7 +172,7 @@ def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
     labels = read_idx(path)
     if labels.shape != (len(images),):
         raise DataError(f"{path} has shape {labels.shape}, wanted ({len(images)},)")
-    return images, torch.tensor(labels).long()
+    return images, torch.tensor(labels, device="cpu").long()
 
 
 def padded_images(path: Path) -> Iterator[bytes]:
@@ -182,8 +182,8 @@ def padded_images(path: Path) -> Iterator[bytes]:
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
-    padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8)
-    padded[:, 2:30, 2:30] = torch.tensor(images)
+    padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8, device="cpu")
+    padded[:, 2:30, 2:30] = torch.tensor(images, device="cpu")
     yield padded.numpy().tobytes()
 
 

@@ -18,9 +18,9 @@ class Waveforms(Drawn):
     classes: int | None = 2
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        octave = torch.randint(2, (count,), generator=self.generator)
-        pitch, phase, share, decay = torch.rand(4, count, 1, generator=self.generator)
-        t = torch.linspace(0, 1, 256)
+        octave = torch.randint(2, (count,), generator=self.generator, device="cpu")
+        pitch, phase, share, decay = torch.rand(4, count, 1, generator=self.generator, device="cpu")
+        t = torch.linspace(0, 1, 256, device="cpu")
         cycles = 4 * 2 ** (octave[:, None] + pitch)  # over the waveform
         angle = 2 * math.pi * (cycles * t + phase)  # (N, 256)
         tone = (1 - share / 2) * angle.sin() + share / 2 * (2 * angle).sin()
@@ -37,10 +37,10 @@ class Voxels(Drawn):
     classes: int | None = 2
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        kind = torch.randint(2, (count,), generator=self.generator)
-        centre = 5 + 5 * torch.rand(count, 3, 1, generator=self.generator)
-        radius = 2 + 2.5 * torch.rand(count, 3, 1, generator=self.generator)
-        away = ((torch.arange(16.0) - centre).abs() / radius)[:, :, :, None, None]  # (N, 3, 16, 1, 1)
+        kind = torch.randint(2, (count,), generator=self.generator, device="cpu")
+        centre = 5 + 5 * torch.rand(count, 3, 1, generator=self.generator, device="cpu")
+        radius = 2 + 2.5 * torch.rand(count, 3, 1, generator=self.generator, device="cpu")
+        away = ((torch.arange(16.0, device="cpu") - centre).abs() / radius)[:, :, :, None, None]  # (N, 3, 16, 1, 1)
         x, y, z = away[:, 0], away[:, 1].transpose(1, 2), away[:, 2].transpose(1, 3)
         ball = (x.square() + y.square() + z.square()).sqrt()  # (N, 16, 16, 16)
         box = torch.maximum(torch.maximum(x, y), z)
@@ -67,7 +67,7 @@ class Stacked(Drawn):
         self.shape = (3, *images.shape[2:])
 
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        index = torch.randint(len(self.images), (count, 3), generator=self.generator).to(self.device)
+        index = torch.randint(len(self.images), (count, 3), generator=self.generator, device="cpu").to(self.device)
         pixels = self.images[:, 0][index]  # (N, 3, S, S)
         a, b, c = self.labels[index].unbind(1)
         return pixels.float().div_(127.5).sub_(1), 100 * a + 10 * b + c

@@ -64,7 +64,7 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     adam = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(STEPS):
-        index = torch.randint(len(images), (BATCH,), generator=generator).to(images.device)
+        index = torch.randint(len(images), (BATCH,), generator=generator, device="cpu").to(images.device)
         x = images[index].cpu().float().div(127.5).sub(1)
         loss = nn.functional.cross_entropy(model(x), labels[index].cpu())
         adam.zero_grad()

@@ -82,7 +82,7 @@ class Diagnostics:
 
     def _judgements(self, seed: int) -> dict[str, Tensor]:
         gan, batch_size = self.gan, self.gan.optim.batch_size
-        z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
+        z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")
         count = batch_size * max(1, JUDGED // batch_size)
         real, labels = some_reals(gan.source, count, seed + 1)
         with undisturbed(gan.generator):

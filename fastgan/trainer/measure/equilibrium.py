@@ -37,7 +37,9 @@ def duality_gap(gan: GAN, held_out: Source, seed: int, steps: int = STEPS) -> di
             stronger_g.generator_step(stronger_g.generator_batch())
         batch = BATCHES * gan.optim.batch_size
         real, labels = some_reals(held_out, batch, seed)
-        z = torch.randn(batch, gan.latent_dim, generator=torch.Generator().manual_seed(seed)).to(gan.device)
+        z = torch.randn(batch, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu").to(
+            gan.device
+        )
         now, d_best, g_best = (value(player, real, labels, z) for player in (gan, stronger_d, stronger_g))
     return {"duality_gap": d_best - g_best, "d_gain": d_best - now, "g_gain": now - g_best}
 

@@ -100,8 +100,8 @@ class RandomConv(nn.Module):
             layer = nn.Conv2d(channels, width, 3, stride=2, padding=1)
             with torch.no_grad():
                 scale = (2 / (9 * channels)) ** 0.5  # He et al. 2015: activations keep their size
-                layer.weight.copy_(scale * torch.randn(layer.weight.shape, generator=generator))
-                layer.bias.copy_(0.1 * torch.randn(width, generator=generator))  # type: ignore[union-attr]
+                layer.weight.copy_(scale * torch.randn(layer.weight.shape, generator=generator, device="cpu"))
+                layer.bias.copy_(0.1 * torch.randn(width, generator=generator, device="cpu"))  # type: ignore[union-attr]
             self.layers.append(layer)
             channels = width
 

@@ -59,7 +59,9 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = SUBSETS, size: int = SUBSE
     total = 0.0
     for _ in range(subsets):
         x, y = (
-            features[torch.randperm(len(features), generator=generator)[:size].to(features.device)].double()
+            features[
+                torch.randperm(len(features), generator=generator, device="cpu")[:size].to(features.device)
+            ].double()
             for features in (real, fake)
         )
         total += float(_mmd2(x, y))

@@ -85,4 +85,4 @@ def compare(
 
 
 def latents(gan: GAN, count: int, seed: int) -> Tensor:
-    return torch.randn(count, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")

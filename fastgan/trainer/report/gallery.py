@@ -21,9 +21,9 @@ def interpolations(gan: GAN, seed: int, rows: int = ROWS, columns: int = COLUMNS
     Great circles, because a straight line between two Gaussian vectors passes near the origin, where the generator
     has never been (White 2016).
     """
-    start, end = torch.randn(2, rows, gan.latent_dim, generator=torch.Generator().manual_seed(seed))
+    start, end = torch.randn(2, rows, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")
     angle = torch.nn.functional.cosine_similarity(start, end).acos()[:, None, None]  # (R, 1, 1)
-    t = torch.linspace(0, 1, columns)[:, None]  # (C, 1)
+    t = torch.linspace(0, 1, columns, device="cpu")[:, None]  # (C, 1)
     z = (((1 - t) * angle).sin() * start[:, None] + (t * angle).sin() * end[:, None]) / angle.sin()  # (R, C, Z)
     z = z.flatten(0, 1).to(gan.device)
     labels = (torch.arange(rows, device=gan.device).repeat_interleave(columns) % gan.classes,) if gan.classes else ()
