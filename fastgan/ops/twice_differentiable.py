@@ -235,8 +235,8 @@ _complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary
 def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
     """For one call of the module, reroute only the functions that PyTorch cannot differentiate twice.
 
-    Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions, the
-    next call of the same kind is not intercepted.
+    Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions,
+    the next call of the same kind is not intercepted.
     """
     seen = _complete.setdefault(module, set())
     kind = module.training, tuple(x.shape[1:] for x in inputs)

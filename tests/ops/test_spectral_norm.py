@@ -341,12 +341,12 @@ BAD = {
     "wrong length of u": (
         dict(us=[U[:3]]),
         ValueError,
-        r"us\[0\] must have shape \(4,\), the number of rows of its weight",
+        r"us\[0\] must have shape \(4,\), the number of rows",
     ),
     "wrong length of v": (
         dict(vs=[U]),
         ValueError,
-        r"vs\[0\] must have shape \(6,\), the number of columns of its weight",
+        r"vs\[0\] must have shape \(6,\), the number of columns",
     ),
     "dtype of u": (dict(us=[U.double()]), TypeError, r"us\[0\] must have its weight's dtype"),
     "strided u": (dict(us=[torch.randn(8)[::2]]), ValueError, r"us\[0\] must be contiguous"),
