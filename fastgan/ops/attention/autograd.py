@@ -99,7 +99,8 @@ def _double_backward(*arguments: Any) -> None:
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    blocks.double_backward(*grads, stored(g), *operands, seed, *results, options)
+    everything: list[Any] = [*grads, stored(g), *operands, seed, *results, options]
+    blocks.double_backward(*everything)
 
 
 class _Attention(torch.autograd.Function):
