@@ -316,7 +316,7 @@ BAD = {
     "one dimension, dims given": (
         dict(weights=[U], vs=[V[:1]], dims=[0]),
         ValueError,
-        r"weights\[0\] must have two dimensions",
+        r"weights\[0\] must have at least two dimensions",
     ),
     "three dimensions": (dict(weights=[W[None]]), ValueError, r"weights\[0\] must be \(rows, columns\)"),
     "empty": (dict(weights=[W[:0]], us=[U[:0]]), ValueError, r"weights\[0\] must not be empty"),
