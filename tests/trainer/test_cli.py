@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_is_one_line_that_says_how_to_go_on(in_tmp_path, capsys,
     monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", interrupted)
     assert cli.main(RING) == 130
     output = capsys.readouterr()
-    assert "last whole checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
+    assert "last complete checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
     assert output.err == ""
 
 
