@@ -433,17 +433,17 @@ def test_the_same_inputs_give_the_same_bits(backend):
 BAD = {
     "query": ({"query": [1]}, TypeError, "query must be a tensor"),
     "dtype": ({"query": torch.zeros(2, 3, 4).int()}, TypeError, "query must be float16"),
-    "dtypes": ({"key": torch.zeros(2, 5, 4).double()}, TypeError, "one dtype"),
+    "dtypes": ({"key": torch.zeros(2, 5, 4).double()}, TypeError, "the same dtype"),
     "dimensions": ({"query": torch.zeros(4)}, ValueError, r"got shape \(4,\)"),
     "width": ({"key": torch.zeros(2, 5, 3)}, ValueError, "key must have the query's width, 4"),
     "tokens": ({"value": torch.zeros(2, 6, 4)}, ValueError, "as many tokens as key, 5"),
-    "batch": ({"query": torch.zeros(3, 3, 4)}, ValueError, "that broadcast"),
+    "batch": ({"query": torch.zeros(3, 3, 4)}, ValueError, "must broadcast, got"),
     "mask": ({"attn_mask": torch.zeros(4, 5)}, ValueError, r"broadcast to \(2, 3, 5\), got shape \(4, 5\)"),
     "mask's dtype": ({"attn_mask": torch.zeros(3, 5).long()}, TypeError, "attn_mask must be bool"),
     "mask's type": ({"attn_mask": 3.0}, TypeError, "attn_mask must be a tensor or None"),
     "causal mask": ({"attn_mask": torch.zeros(3, 5), "is_causal": True}, ValueError, "is_causal"),
     "dropout": ({"dropout_p": 1.5}, ValueError, "dropout_p must be a probability, got 1.5"),
-    "groups": ({"query": torch.zeros(3, 3, 4), "enable_gqa": True}, ValueError, "divide the query's"),
+    "groups": ({"query": torch.zeros(3, 3, 4), "enable_gqa": True}, ValueError, "a divisor of the query's"),
 }
 
 
