@@ -124,7 +124,7 @@ def test_a_graph_that_can_no_longer_be_captured_is_a_regression(pair, variant, n
         (lambda new: new["provenance"].update(threads=64), "is of threads 1, this is of 64: they cannot be compared"),
         (
             lambda new: new["provenance"].update(freed_memory="given back"),
-            "in old.json freed memory was kept, here it is given back: they cannot be compared",
+            "old.json has freed memory kept, this run has it given back: they cannot be compared",
         ),
         (lambda new: new["cases"][0].update(name="x"), f"other cases: it lacks x; this run lacks {CASE}"),
         (lambda new: new["cases"].pop(), f"other cases: this run lacks {CASE}_backward"),

@@ -43,7 +43,7 @@ def test_the_table_shows_graphs_memory_and_what_was_left_out(found):
     table = report.table(found)
     assert "| 0.002 (0.001 to 0.003) |  | 25.0% |" in table
     assert "| 12.3 | cannot be captured |  |  |" in table
-    assert "The floor is the bytes over the copy bandwidth" in table
+    assert "The floor is the bytes divided by this run's copy bandwidth" in table
     assert table.endswith(f"Left out:\n- {CASE}, cuda: no nvcc\n- norm/layer_norm/r1: not run")
     header, *rows = [cells(line) for line in table.splitlines() if line.startswith("|")]
     assert header[5] == "peak MB"

@@ -102,7 +102,7 @@ def test_no_case_begins_after_the_minutes_that_are_given(measured, tmp_path, cap
     assert run.main([*ARGUMENTS, "--output", str(path), "--minutes", "0"]) == 0
     assert json.loads(path.read_text())["not_yet_run"] == [CASE, f"{CASE}_backward"]
     captured = capsys.readouterr()
-    assert "2 cases not run, time is up" in captured.err
+    assert "time is up, 2 cases did not run" in captured.err
     assert f"- {CASE}: not run" in captured.out
 
 
@@ -175,7 +175,7 @@ def test_a_case_in_which_the_process_ended_is_passed_over_when_it_goes_on(measur
     path.write_text(json.dumps(json.loads(path.read_text()) | {"begun": CASE}))
     assert run.main(["--keep-going", "--resume", str(path)]) == 1
     found = json.loads(path.read_text())
-    assert found["failed"] == {CASE: "the process ended in it"}
+    assert found["failed"] == {CASE: "the process ended during this case"}
     assert [case["name"] for case in found["cases"]] == [f"{CASE}_backward"]
 
 
@@ -199,11 +199,11 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
     [
         (["--suite", "stairs"], "suite must be one of ops, steps, memory, growth, got 'stairs'"),
         (["--case", "spectral_norm/medium", "--device", "cpu"], "matches 'spectral_norm/medium': choose from spectral"),
-        (["--case", "*/large/*", "--device", "cpu"], "no case of ops for cpu matches '*/large/*'"),
+        (["--case", "*/large/*", "--device", "cpu"], "no ops case for cpu matches '*/large/*'"),
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
         (["--resume", "x.json", "--suite", "ops"], "--resume uses the settings of the file: leave out --suite"),
         (["--resume", "nowhere.json"], "nowhere.json"),
-        (["--batch", "4"], "--input and --batch are the discriminator's: they want --model MODULE:FUNCTION"),
+        (["--batch", "4"], "--input and --batch describe the model of --model MODULE:FUNCTION, which is missing"),
         (["--suite", "memory", "--rounds", "3"], "--suite memory times one call: leave out --rounds"),
     ],
 )

@@ -119,7 +119,7 @@ def test_three_steps_of_a_model_are_timed_after_the_conversion_is_told(tmp_path,
     assert "2 replaced, 4 left alone" in out
     assert "equal up to rounding" in out
     assert "R1: one pass" in out
-    assert "1 layers of dropout are off" in out
+    assert "1 dropout layers are off" in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert [case["name"] for case in found["cases"]] == [f"{name}, 5x3x8x8" for name in ("no penalty", "R1", "WGAN-GP")]
     for case in found["cases"]:
@@ -161,10 +161,10 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         (["my_module:nothing"], "--model my_module:nothing: my_module has no function 'nothing'"),
         (["my_module:number"], "--model my_module:number: my_module has no function 'number'"),
         (["my_module:integer"], "must return a torch.nn.Module or (module, example_input), got int"),
-        (["my_module:words"], "the example input of my_module:words must begin with a tensor, got str"),
-        (["my_module:build"], "returns no example input: give one sample's shape, such as --input 3,64,64"),
-        (["my_module:pairs", "--batch", "3"], "--input and --batch are for a model without"),
-        (["my_module:build", "--input", "4,8,8"], "cannot take an input of shape (16, 4, 8, 8): RuntimeError: "),
+        (["my_module:words"], "the example input of my_module:words must start with a tensor, got str"),
+        (["my_module:build"], "returns no example input: pass the shape of one sample, such as --input 3,64,64"),
+        (["my_module:pairs", "--batch", "3"], "leave out --input and --batch"),
+        (["my_module:build", "--input", "4,8,8"], "does not accept an input of shape (16, 4, 8, 8): RuntimeError: "),
         (["my_module:pairs"], "the model of my_module:pairs must return a tensor of logits, got tuple"),
         (
             ["my_module:frozen"],
@@ -175,8 +175,8 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
         (["my_module:all_frozen"], "returns a model with only frozen parameters: there is nothing to train"),
         (["my_module:noisy"], "fastgan differs from torch by"),
-        (["my_module:not_finite"], "torch gives numbers that are not finite"),
-        (["my_module:build", "--suite", "ops"], "--model is a suite of its own: leave out --suite and --case"),
+        (["my_module:not_finite"], "torch returns values that are not finite"),
+        (["my_module:build", "--suite", "ops"], "--model defines its own cases: leave out --suite and --case"),
     ],
 )
 def test_a_model_that_cannot_be_benched_is_refused_in_one_line(arguments, message, capsys):

@@ -75,7 +75,11 @@ def test_help_needs_no_extra(in_tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["nosuch"], "no preset 'nosuch'"), ([], "a preset first"), (["--seed", "1"], "a preset first")],
+    [
+        (["nosuch"], "no preset 'nosuch'"),
+        ([], "needs a preset as its first argument"),
+        (["--seed", "1"], "needs a preset as its first argument"),
+    ],
 )
 def test_an_unknown_preset_is_one_line_that_names_the_known(arguments, says, capsys):
     assert cli.main(["train", *arguments]) == 2
@@ -135,7 +139,7 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert cli.main(RING) == 0
     assert "Too short to judge: 3 steps" in capsys.readouterr().out
     assert cli.main(RING) == 2
-    assert "ring8 exists already" in capsys.readouterr().err
+    assert "ring8 already exists" in capsys.readouterr().err
     assert cli.main(["train", "ring8", "--resume", "--steps", "5"]) == 0
     saved = json.loads(Path("runs/ring8/config.json").read_text())
     assert (saved["steps"], saved["model"]["width"]) == (5, 8)
@@ -148,7 +152,7 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
 def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):
     Path("half.json").write_text('{"dataset": "ring8"}')
     assert cli.main(["train", "--config", "half.json"]) == 2
-    assert capsys.readouterr().err == "fastgan: half.json is not a configuration: it has no 'runs'\n"
+    assert capsys.readouterr().err == "fastgan: half.json is not a valid configuration: 'runs' is missing\n"
 
 
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):

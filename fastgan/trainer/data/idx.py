@@ -31,7 +31,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
-        raise DataError(f"{path} has magic {content[:4].hex()}, expected 000008 followed by the number of axes")
+        raise DataError(f"{path} has the wrong magic {content[:4].hex()}, expected 000008 and a number of axes")
     axes = content[3]
     start = 4 + 4 * axes
     if len(content) < start:

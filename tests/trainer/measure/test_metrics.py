@@ -171,7 +171,7 @@ class TestExtractors:
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)
-        wanted = rf"extractor '{name}' must give features \(2, F\) of images \(2, 1, 32, 32\), {came}"
+        wanted = rf"extractor '{name}' must return features \(2, F\) for images \(2, 1, 32, 32\), {came}"
         with pytest.raises(ValueError, match=wanted):
             Trainer(dataclasses.replace(config, extractor=name))
         assert not config.folder.exists()

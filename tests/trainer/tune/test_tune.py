@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     arguments = ["tune", "ring8", "--steps", "4", "--device", "cpu", "--out", str(toy.out)]
     assert cli.main(arguments) == 130
     output = capfd.readouterr()
-    assert output.out == f"\nstopped; the same command continue with the same command: fastgan {' '.join(arguments)}\n"
+    assert output.out == f"\nstopped; continue with the same command: fastgan {' '.join(arguments)}\n"
     assert output.err == ""
 
 
@@ -302,7 +302,7 @@ class TestBeforeTheFirstTrial:
         ("extractor", "says"),
         [
             ("inception", "extractor must be one of random-conv, efficientnet-lite0, or module:callable"),
-            (f"{__name__}:broken_extractor", r"must give features \(2, F\)"),
+            (f"{__name__}:broken_extractor", r"must return features \(2, F\)"),
             (f"{__name__}:nothing", "got .*nothing"),
         ],
     )
