@@ -98,7 +98,7 @@ def test_the_penalty_that_is_verified_is_fastgans_however_small_the_discriminato
     [
         (["--matrix", "--steps", "3", "--out", "here"], "leave out steps, out"),
         (["--matrix", "--dataset", "ring8"], "leave out dataset"),
-        (["--quick"], "quick is a third of the matrix"),
+        (["--quick"], "selects a third of the matrix"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(arguments, message, capsys):
