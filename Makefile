@@ -26,16 +26,18 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test examples lint bench gpu data build dist docs clean
+.PHONY: help demo test test-gpu-simulated examples lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
 	@echo "make test    install, run the tests"
+	@echo "make test-gpu-simulated   tests on a simulated CUDA device; SIMULATED=all runs them all"
 	@echo "make examples install accelerate and Lightning too, run the tests of every example"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
-	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
+	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network;"
+	@echo "             SIMULATED=1 rehearses it without one"
 	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
 	@echo "make build   install into $(VENV) and build the native modules"
 	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
@@ -55,6 +57,10 @@ demo: build data
 test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
 
+# On CUDA devices that are the CPU: tests/simulated_gpu/README.md.
+test-gpu-simulated: build
+	. tools/toolchain.sh && $(PY) tests/simulated_gpu/run.py $(or $(SIMULATED),short)
+
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
 	$(PY) -m pytest tests/test_examples.py
@@ -69,7 +75,7 @@ lint: $(VENV)/.deps-$(MODE)
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-only
 
-gpu:
+gpu: $(if $(SIMULATED),build)
 	sh tools/gpu.sh
 
 dist: $(VENV)/.deps-$(MODE)

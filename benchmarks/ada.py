@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from fastgan.bench.provenance import slug
-from fastgan.trainer.alarms import Watch
-from fastgan.trainer.augment import AugmentName
 from fastgan.trainer.config import ModelConfig, OptimConfig
-from fastgan.trainer.data import Images
+from fastgan.trainer.data.emoji import find_emoji, read_emoji
+from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.sources import Images
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.diagnostics import Diagnostics
-from fastgan.trainer.emoji import find_emoji, read_emoji
-from fastgan.trainer.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.game.augment import AugmentName
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.held_out import some_reals
-from fastgan.trainer.metrics import kid, neighbours
-from fastgan.trainer.mode_collapse import spread
-from fastgan.trainer.quality import latents
+from fastgan.trainer.measure.alarms import Watch
+from fastgan.trainer.measure.diagnostics import Diagnostics
+from fastgan.trainer.measure.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.measure.metrics import kid, neighbours
+from fastgan.trainer.measure.mode_collapse import spread
+from fastgan.trainer.measure.quality import latents
 
 IMAGES, JUDGED = 500, 1000
 OBSERVED, SCORED = 25, 4  # steps between diagnostics; scores of a training

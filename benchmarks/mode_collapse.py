@@ -20,7 +20,7 @@ import torch
 
 from fastgan.bench.provenance import slug
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.mode_collapse import Protocol, Toy, Variant, experiment, table, to_json
+from fastgan.trainer.measure.mode_collapse import Protocol, Toy, Variant, experiment, table, to_json
 
 PAPER_STEPS = 400_000
 

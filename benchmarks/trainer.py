@@ -21,7 +21,7 @@ import torch
 from fastgan.bench.heap import keep_freed_memory
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import CRITIC, PRESETS, R3GAN, RESIDUAL, WGAN_GP, ModelConfig, OptimConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
 

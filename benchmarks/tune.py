@@ -25,8 +25,8 @@ import torch
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.mode_collapse import spread
-from fastgan.trainer.tune import FINISHED, Game, TuneConfig, open_study, tune
+from fastgan.trainer.measure.mode_collapse import spread
+from fastgan.trainer.tune.study import FINISHED, Game, TuneConfig, open_study, tune
 
 FIRST_FRESH_SEED = 1000
 

@@ -17,18 +17,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastgan import torch_private
 from fastgan._version import __version__
 
 # Which implementations a device type tries, the best first. On NVIDIA, Triton leads until a CUDA kernel has been
 # measured to beat it (docs/decisions.md); an op whose CUDA kernel wins says so when it registers.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "meta": ("reference",)}
 _ORDER_ELSEWHERE = ("triton", "reference")
+_KNOWN = frozenset(("cpu", "cuda", "xpu", "meta"))
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Triton's interpreter runs kernels on CPU tensors; the variable is Triton's own and is read once.
@@ -95,9 +92,14 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
     return _choose(op, device.type, dtype, wanted)
 
 
+def is_known(device: torch.device) -> bool:
+    """Whether fastgan's own formulas run on tensors of this device. On any other all is PyTorch's own."""
+    return device.type in _KNOWN
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch_private.in_transform()
 
 
 def is_recorded() -> bool:
@@ -107,11 +109,11 @@ def is_recorded() -> bool:
     only watch (a counter of FLOPs, a profiler, a logger) record nothing. torch.compile doesn't either: what it makes
     runs here, and can call fastgan's operators.
     """
-    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing():
+    if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
         return True
-    if not (_len_torch_dispatch_stack() or _len_torch_function_stack()):  # as nearly always
+    if not (torch_private.count_dispatch_modes() or torch_private.count_function_modes()):  # as nearly always
         return False
-    modes = (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack())
+    modes = (*torch_private.dispatch_modes(), *torch_private.function_modes())
     return any(type(mode).__name__ in _RECORDERS for mode in modes)
 
 
@@ -163,7 +165,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, wanted: str) -> str:
         order = ("cuda", "triton", "reference")
     reasons = {name: why_not(op, name, device_type, dtype) for name in order}
     chosen = next(name for name in order if reasons[name] is None)
-    if chosen == "reference" and len(_ops[op].implementations) > 1:
+    if chosen == "reference" and len(order) > 1 and len(_ops[op].implementations) > 1:
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
     return chosen
@@ -196,6 +198,8 @@ def _no_cuda(device_type: str) -> str | None:
 
 
 def _no_triton(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return "it runs on tensors on a GPU of NVIDIA, AMD or Intel"
     reason = _import("triton")[1]
     if reason is None and device_type == "cpu" and not TRITON_INTERPRETS:
         return "on CPU tensors it needs TRITON_INTERPRET=1, set before the process starts"

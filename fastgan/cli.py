@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shlex
 import signal
 import sys
@@ -37,7 +38,7 @@ def train(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
-    from fastgan.trainer.report import too_short
+    from fastgan.trainer.report.page import too_short
 
     keep_freed_memory()
     trainer = Trainer(config)
@@ -123,7 +124,7 @@ def tune(arguments: Sequence[str]) -> int:
     """Search for a preset's best settings by what the generator makes."""
     import tyro
 
-    from fastgan.trainer.tune_config import TuneConfig
+    from fastgan.trainer.tune.config import TuneConfig
 
     config = tyro.cli(
         TuneConfig,
@@ -131,7 +132,7 @@ def tune(arguments: Sequence[str]) -> int:
         description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
         args=list(arguments),
     )
-    from fastgan.trainer.tune import tune as run
+    from fastgan.trainer.tune.study import tune as run
 
     try:
         best = run(config)
@@ -149,8 +150,8 @@ def verify(arguments: Sequence[str]) -> int:
     import tyro
 
     from fastgan.bench.heap import keep_freed_memory
-    from fastgan.trainer.verify import VerifyConfig
-    from fastgan.trainer.verify import verify as run
+    from fastgan.trainer.verify.verify import VerifyConfig
+    from fastgan.trainer.verify.verify import verify as run
 
     config = tyro.cli(
         VerifyConfig,
@@ -219,6 +220,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the result is the exit status. Errors that a user can act on take one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_what_is_possible()
     if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
@@ -244,6 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
         return fail(str(error))
+
+
+def print_what_is_possible() -> None:
+    """A terminal or a pipe that isn't UTF-8 gets question marks for the signs that it lacks, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def lacking(command: str, package: str) -> str | None:

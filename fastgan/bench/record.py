@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastgan import strict_json
 from fastgan.bench.provenance import commit_of, device_name
 
 Results = dict[str, Any]
@@ -19,7 +20,7 @@ SCHEMA = 2
 def load(path: Path) -> Results:
     """Raises: ValueError if the file is none of ours, or of another schema."""
     try:
-        results = json.loads(path.read_text())
+        results = strict_json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, dict) or not isinstance(results.get("cases"), list):
@@ -33,7 +34,7 @@ def save(results: Results, path: Path) -> None:
     """All at once, so that a run killed while it writes leaves the file of the case before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.write_text(strict_json.dumps(results, indent=2) + "\n")
     partial.replace(path)
 
 

@@ -134,8 +134,10 @@ def write(results: Results, folder: Path, stem: str) -> list[Path]:
     images = "\n\n".join(f"![{figure.caption}]({path.name})" for path, figure in pictures.items())
     provenance = markdown(["", ""], provenance_rows(results), words=2)
     title = f"# fastgan bench, suite {results['suite']}"
-    text.write_text("\n\n".join([title, table(results), images, "## Provenance", provenance]) + "\n")
-    page.write_text(html_report.page(results, {path: figure.caption for path, figure in pictures.items()}))
+    text.write_text("\n\n".join([title, table(results), images, "## Provenance", provenance]) + "\n", encoding="utf-8")
+    page.write_text(
+        html_report.page(results, {path: figure.caption for path, figure in pictures.items()}), encoding="utf-8"
+    )
     return [sheet, text, *pictures, page]
 
 
@@ -148,7 +150,7 @@ def write_csv(results: Results, path: Path) -> None:
     header += [f"{of}_{quantile}" for of in ("seconds", "ratio") for quantile in quantiles]
     header += ["floor_fraction", "error", *_COUNTS, "graph_seconds", "graph_ratio", "device", "threads", "commit"]
     header += ["dirty", "torch", "date"]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for case in results["cases"]:

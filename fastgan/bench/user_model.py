@@ -66,7 +66,9 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{spec} returns a model whose parameters are all frozen: there is nothing to train")
     if shape is not None:
-        inputs = (torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype),)
+        inputs = (
+            torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype),
+        )
     first, *rest = (value.to(device) if isinstance(value, Tensor) else value for value in inputs)
     if rest:
         model = _Conditioned(model, rest)
@@ -113,7 +115,7 @@ def _try(spec: str, model: nn.Module, x: Tensor) -> None:
 
 def cases(model: nn.Module, real: Tensor) -> list[Case]:
     """A discriminator's step without a penalty, with R1 and with WGAN-GP, on ``real`` and on noise of its spread."""
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1)).to(real)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(real)
     fake = noise * real.std() + real.mean()
     shape = "x".join(map(str, real.shape))
 

@@ -23,38 +23,32 @@ _REROUTED = (
 
 
 def convert(model: nn.Module, *, mend: bool = False) -> Report:
-    """Replace, in place, what fastgan computes faster and equally; the report says what was, and why the rest was not.
+    """Replace in place what fastgan computes faster and equally, and report what was replaced and what was not.
 
-    ==================================== ==========================================================================
-    found                                as
-    ==================================== ==========================================================================
-    spectral norm                        PyTorch's parametrization and its older hook; modules with u0, sv0 or
-                                         sn_u, sn_sigma and a method for the weight; wrappers with weight_bar, if
-                                         ``mend``
-    minibatch standard deviation         a layer of such a name
-    minibatch discrimination             a layer with a parameter T (in, B, C)
-    the forward of a model of convolutions inside ``twice_differentiable()``, on a CPU where it is large enough
-    ==================================== ==========================================================================
+    | found                         | in these forms |
+    |-------------------------------|------|
+    | spectral norm                 | PyTorch's parametrization and older hook; modules with u0, sv0 or sn_u, sn_sigma |
+    | spectral norm, if ``mend``    | wrappers with weight_bar |
+    | minibatch standard deviation  | a layer of such a name |
+    | minibatch discrimination      | a layer with a parameter T (in, B, C) |
+    | a large model of convolutions | its forward runs inside ``twice_differentiable()`` on a CPU |
 
-    What is not PyTorch's own is replaced only if a copy of it and ours give the same values and derivatives up to the
-    second on random inputs; the report then says how far they differ. Called otherwise than it was compared (further
-    arguments, other dimensions, settings changed since), such a layer computes as it did. Convolutions, activations and
-    norms stay modules of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls, and on a CPU
-    the forward of the converted model by itself does, which saves a penalty that is written by hand its dense zeros
-    too. It does so while gradients are on, no backend is named and nothing is traced, for batches of images from some
-    2^36 multiplications on, where a training step was measured to gain.
+    A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
+    values and derivatives up to the second. The report says how far they differ. Called in a way that was not compared
+    (other arguments, dimensions or settings), such a layer computes as before. Convolutions, activations and norms stay
+    PyTorch's modules: ``gradient_penalty`` and ``twice_differentiable`` reroute their calls. On a CPU the forward of a
+    converted model does so too, from about 2^36 multiplications on, while gradients are on, no backend is named and
+    nothing records the call. A penalty written by hand then makes no dense zeros either.
 
-    A conversion never changes a training run beyond rounding. What would, because the layer's own gradients are wrong,
-    is left as it is, and the report says what is wrong with it. So it is with a wrapper with weight_bar: it overwrites
-    u and v in each forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the
-    second. ``mend=True`` replaces such layers too, by ones with the right gradients.
+    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is left alone,
+    and the report says what is wrong with it. A wrapper with weight_bar is such a layer: it overwrites u and v in each
+    forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
+    ``mend=True`` replaces these layers by ones with the right gradients.
 
-    ``forward`` keeps its signature and its source. Where a call is recorded (torch.jit.trace and script, torch.export,
-    make_fx, torch.fx) or compiled, the model is as it was written.
-
-    Parameters and buffers stay the same tensors under the same keys: optimizers go on, checkpoints of the unconverted
-    model load, and hooks, ``copy.deepcopy``, ``pickle`` and wrapping in DistributedDataParallel afterwards work.
-    Converting again converts what has been added. ``revert`` undoes it.
+    ``forward`` keeps its signature and source. Recorded (torch.jit, torch.export, make_fx, torch.fx) or compiled, the
+    model is as it was written. Parameters and buffers stay the same tensors under the same keys: optimizers,
+    checkpoints of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel work.
+    Converting again converts what was added. ``revert`` undoes it.
 
         report = fastgan.convert(discriminator)
         print(report)
@@ -62,7 +56,10 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
 
     Args:
         model: changed in place.
-        mend: replace also what has wrong gradients, by what has the right ones.
+        mend: also replace layers that have wrong gradients, by layers that have the right ones.
+
+    Returns:
+        A report with a row for each module; ``print`` it, and call its ``verify``.
 
     Raises:
         TypeError: ``model`` is not a module.

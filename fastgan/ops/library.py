@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastgan import backends
+from fastgan import backends, torch_private
+from fastgan.torch_private import is_batched as is_batched
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+# The function of each operator, kept where the operators are: these outlive a module whose import failed.
+_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
 
 
 def is_traced() -> bool:
@@ -51,9 +53,31 @@ def is_eager(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and _get_current_dispatch_mode() is None
+        and not torch_private.is_jit_tracing()
+        and torch_private.dispatch_mode() is None
     )
+
+
+@cache
+def is_plain_class(cls: type) -> bool:
+    """Whether PyTorch's functions do with tensors of this class what they do with its own.
+
+    A class with a ``__torch_function__`` or ``__torch_dispatch__`` of its own has a say in every call.
+    """
+    own: Any = cls
+    functions = (Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
+    says = {getattr(function, "__func__", function) for function in functions}
+    has_no_say = getattr(own.__torch_function__, "__func__", own.__torch_function__) in says
+    return has_no_say and own.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device. PyTorch raises for a device that has none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,15 +106,23 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for several gradients that autograd sends through a graph at once."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
+def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Define an operator of this schema. It writes into what it is given: there is nothing for a trace to make.
 
+    An import that follows one which failed halfway defines it again. The operator then stays, and the function that it
+    runs is the newest.
+    """
+    name = schema.partition("(")[0]
 
-def returns_nothing(*operators: str) -> None:
-    """Tell a trace that these operators write into what they are given: there is nothing for it to make."""
-    for operator in operators:
-        torch.library.register_fake(f"fastgan::{operator}", _nothing, lib=LIBRARY)
+    def define(function: Callable[..., None]) -> Callable[..., None]:
+        _implementations[name] = function
+        if not hasattr(torch.ops.fastgan, name):
+            LIBRARY.define(schema)
+            LIBRARY.impl(name, lambda *arguments: _implementations[name](*arguments), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastgan::{name}", _nothing, lib=LIBRARY)
+        return function
+
+    return define
 
 
 def _nothing(*arguments: Any) -> None:
@@ -110,15 +142,12 @@ def checkpointed_region() -> object | None:
     """
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
-        return None
-    return hooks[0]
+    return torch_private.checkpoint_hook()
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
-    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
+    apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan import torch_private
+
 _UNREAD = "fastgan: nobody reads this gradient"
 
 
@@ -23,7 +25,7 @@ def needed(ctx: Any) -> tuple[bool, ...]:
     """
     wanted: tuple[bool, ...] = ctx.needs_input_grad
     # Not the engine's: traced, or run by another node, as a function in place on a view is.
-    if torch.compiler.is_compiling() or torch._C._current_autograd_node() is not ctx:
+    if torch.compiler.is_compiling() or torch_private.current_node() is not ctx:
         return wanted
     nodes = iter(node for node, _ in ctx.next_functions if node is not None)
     first, *others = [next(nodes) if want else None for want in wanted]
@@ -47,6 +49,6 @@ def _is_asked_for(node: Node | None) -> bool:
     if node is None or _UNREAD in cast(Any, node.metadata):
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return torch_private.will_execute(node)
     except RuntimeError:
         return True  # not executed, but one of the leaves that autograd.grad() was given

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
-from fastgan.ops import conv, norm, piecewise, pool
+from fastgan import torch_private
+from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region, is_traced
+from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +34,7 @@ def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
     """Autocast has a precision of its own for these, which PyTorch's own functions know."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
+        plain = is_autocast(input.device.type) or not input.is_floating_point()
         return (theirs if plain else ours)(input, *args, **kwargs)
 
     return route
@@ -67,7 +70,13 @@ def _batch_norm(
     return result
 
 
+# What PyTorch differentiates once, at most.
+_LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+}
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_LACKING,
     **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
@@ -99,27 +108,49 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_IN_PLACE = {function for function in _ROUTES if function.__name__.rstrip("_") + "_" == function.__name__}
+_WITH_A_FLAG = {function for function in _ROUTES if "inplace" in getattr(function, "__annotations__", ())}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
+        super().__init__()
+        self._routes = routes
+        self.is_whole = routes is _ROUTES
+        self.taken = False  # whether any call was rerouted
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = _ROUTES.get(func)
-        if (
-            route is None
-            or not torch.is_grad_enabled()
-            or not _PLAIN.issuperset(types)
-            or checkpointed_region() is not None
-            or is_traced()
-        ):
-            return func(*args, **(kwargs or {}))
-        return route(*args, **(kwargs or {}))
+        route = self._routes.get(func)
+        kwargs = kwargs or {}
+        if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
+            return func(*args, **kwargs)
+        self.taken = True
+        if _PLAIN.issuperset(types):
+            return route(*args, **kwargs)
+        own = [cls for cls in types if cls not in _PLAIN]
+        if len(own) > 1 or not is_plain_class(own[0]) or _is_in_place(func, args, kwargs):
+            return func(*args, **kwargs)
+        # The class may have methods of its own, which PyTorch's functions never call. Its __torch_function__ gives the
+        # result the type that PyTorch gives it.
+        args, kwargs = tuple(map(_as_plain, args)), {name: _as_plain(value) for name, value in kwargs.items()}
+        return own[0].__torch_function__(route, types, args, kwargs)
+
+
+def _as_plain(value: Any) -> Any:
+    return torch.Tensor.as_subclass(value, torch.Tensor) if isinstance(value, torch.Tensor) else value
+
+
+def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func in _WITH_A_FLAG:
+        return kwargs.get("inplace", False) or any(value is True for value in args[1:])
+    return func in _IN_PLACE
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, _Reroute) and mode.is_whole for mode in torch_private.function_modes())
 
 
 class _Uncompiled:
@@ -159,11 +190,12 @@ def twice_differentiable() -> Iterator[None]:
     relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
     softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
     adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
-    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
-    Everything else is PyTorch's own: tensor subclasses, all calls while gradients are off, those that
-    torch.utils.checkpoint will run again, and those that are recorded (torch.jit.trace, torch.export, make_fx,
-    torch.fx). What torch.compile made runs uncompiled; inside a function that it traces, this does nothing. Holds for
-    this thread; may be nested.
+    replication and around a circle; interpolate by area; and scaled_dot_product_attention and nn.MultiheadAttention, of
+    which PyTorch has no second derivative: called as functions, as methods or by modules, in place too.
+    PyTorch's own run for everything else: for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
+    of their own (for any subclass in place), while gradients are off, for what torch.utils.checkpoint will run again,
+    and for what is recorded (torch.jit.trace, torch.export, make_fx, torch.fx). What torch.compile made runs
+    uncompiled; inside a function that it traces, this does nothing. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
@@ -171,5 +203,28 @@ def twice_differentiable() -> Iterator[None]:
     if is_traced():  # the compiler's stance cannot change inside of a function that it traces
         yield
         return
-    with uncompiled, _Reroute():
+    with uncompiled, nullcontext() if is_rerouting() else _Reroute():
         yield
+
+
+# Of each module the kinds of calls that were seen to take no route of _LACKING.
+_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+@contextmanager
+def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """For one call of the module: PyTorch's functions, but for those that it cannot differentiate twice.
+
+    Looking at every function costs a small module a tenth of its time. So where there were none of these, the next
+    call of its kind is not looked at.
+    """
+    seen = _complete.setdefault(module, set())
+    kind = module.training, tuple(x.shape[1:] for x in inputs)
+    if kind in seen:
+        with uncompiled:
+            yield
+        return
+    with uncompiled, _Reroute(_LACKING) as mode:
+        yield
+    if not mode.taken:
+        seen.add(kind)

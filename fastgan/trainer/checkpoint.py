@@ -104,7 +104,8 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # A run on the CPU leaves the GPU alone: its first use takes memory, and forbids forks.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 

@@ -6,15 +6,17 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastgan.trainer.augment import AugmentName
+import tyro
+
+from fastgan.trainer.data.sources import DatasetName
 from fastgan.trainer.errors import RunFolderError
-from fastgan.trainer.losses import LossName
-from fastgan.trainer.optimisers import OptimiserName
-from fastgan.trainer.regulariser import Kernels, PenaltyName
+from fastgan.trainer.game.augment import AugmentName
+from fastgan.trainer.game.losses import LossName
+from fastgan.trainer.game.optimizers import OptimizerName
+from fastgan.trainer.game.regularizer import Kernels, PenaltyName
 
-DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -25,6 +27,9 @@ RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
 }
+
+
+_NEW_NAMES = {"optimiser": "optimizer"}  # of settings in the files of older runs
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class OptimConfig:
     batch_size: int = 64  # of all ranks together
     accumulate: int = 1  # parts that a rank's batch is computed in, for less memory; statistics are a part's
     precision: Precision = "float32"  # autocast, with scaled gradients for float16
-    optimiser: OptimiserName = "adam"
+    optimizer: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimiser"])] = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
     betas: tuple[float, float] = (0.5, 0.999)  # of Adam in all its forms
@@ -73,9 +78,9 @@ class OptimConfig:
         for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
-        if self.optimiser == "extra-adam" and self.precision == "float16":
+        if self.optimizer == "extra-adam" and self.precision == "float16":
             raise ValueError("extra-adam looks ahead with unscaled gradients: choose precision bfloat16 or float32")
-        if self.optimiser == "extra-adam" and self.d_steps != 1:
+        if self.optimizer == "extra-adam" and self.d_steps != 1:
             raise ValueError(f"extra-adam moves both players at once: d_steps must be 1, got {self.d_steps}")
 
 
@@ -134,7 +139,7 @@ class TrainConfig:
         values["runs"] = Path(values["runs"])
         values["data"] = None if values["data"] is None else Path(values["data"])
         values["model"] = ModelConfig(**values["model"])
-        optim = dict(values["optim"])
+        optim = {_NEW_NAMES.get(key, key): value for key, value in values["optim"].items()}
         optim["betas"] = tuple(optim["betas"])
         values["optim"] = OptimConfig(**optim)
         return cls(**values)

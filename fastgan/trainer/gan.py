@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 import fastgan.nn as fnn
 from fastgan import backends
-from fastgan.trainer.augment import NUMBERS, Augment
 from fastgan.trainer.config import ModelConfig, OptimConfig
-from fastgan.trainer.data import Source
-from fastgan.trainer.ema import EMA
-from fastgan.trainer.losses import LOSSES
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.game.augment import NUMBERS, Augment
+from fastgan.trainer.game.ema import EMA
+from fastgan.trainer.game.losses import LOSSES
+from fastgan.trainer.game.optimizers import ExtraAdam, make_optimizer
+from fastgan.trainer.game.regularizer import Regularizer
 from fastgan.trainer.models import build_models
-from fastgan.trainer.optimisers import ExtraAdam, make_optimiser
 from fastgan.trainer.ranks import Ranks
-from fastgan.trainer.regulariser import Regulariser
 
 STATEFUL = (
     *("generator", "discriminator", "ema", "g_adam", "d_adam", "g_scaler", "d_scaler"),
-    *("source", "regulariser", "augment"),
+    *("source", "regularizer", "augment"),
 )
 
 
@@ -83,8 +83,8 @@ class GAN:
         self.ema = EMA(self.generator, optim.ema_decay)
         self.ranks.join(self.generator)
         self.ranks.join(self.discriminator)
-        self.g_adam = make_optimiser(optim.optimiser, self.generator.parameters(), optim.g_lr, optim.betas)
-        self.d_adam = make_optimiser(optim.optimiser, self.discriminator.parameters(), optim.d_lr, optim.betas)
+        self.g_adam = make_optimizer(optim.optimizer, self.generator.parameters(), optim.g_lr, optim.betas)
+        self.d_adam = make_optimizer(optim.optimizer, self.discriminator.parameters(), optim.d_lr, optim.betas)
         scaled = optim.precision == "float16"
         self.g_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.d_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -93,13 +93,13 @@ class GAN:
             raise ValueError(f"augment {optim.augment} changes images (C, H, W), the samples are {source.shape}")
         self.augment = Augment(optim.augment, device, optim.ada_images, optim.ada_target)
         together = not mixes_its_batch(discriminator)
-        self.regulariser = Regulariser(
+        self.regularizer = Regularizer(
             optim.penalty, optim.penalty_weight, optim.penalty_every, optim.kernels, together
         )
 
     def latents(self) -> Tensor:
         """This rank's rows of the next latents."""
-        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise)
+        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise, device="cpu")
         return z[self.ranks.rows(len(z))].to(self.device)
 
     def real(self) -> Tensor:
@@ -110,8 +110,8 @@ class GAN:
         rows = self.ranks.rows(self.optim.batch_size)
         real, labels = self.source.next_labelled(self.optim.batch_size, rows)
         alpha = noise = None
-        if self.regulariser.between:
-            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise)
+        if self.regularizer.between:
+            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise, device="cpu")
             alpha = alpha[self.ranks.rows(len(alpha))].to(self.device)
         if self.optim.penalty == "dragan":
             noise = self._uniform(*self.source.shape)
@@ -120,7 +120,7 @@ class GAN:
 
     def _uniform(self, *shape: int) -> Tensor:
         """This rank's rows of uniform numbers for the whole batch."""
-        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise)
+        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise, device="cpu")
         return drawn[self.ranks.rows(len(drawn))].to(self.device)
 
     def _changes(self) -> Tensor | None:
@@ -173,7 +173,7 @@ class GAN:
                     real = self.augment(part.real, part.u_real)
                 real, fake = packed(real, self.pack), packed(fake, self.pack)
                 noise = None if part.noise is None else packed(part.noise, self.pack)
-                judged = self.regulariser(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
+                judged = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
             loss = self.loss.discriminator(at_least_float(judged.real), at_least_float(judged.fake))
             if judged.penalty is not None:
                 loss = loss + judged.penalty
@@ -247,6 +247,8 @@ class GAN:
         return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"noise": self.noise.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "regulariser" in state:  # a checkpoint of an older run
+            state = state | {"regularizer": state["regulariser"]}
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         self.noise.set_state(state["noise"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -16,17 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
+from fastgan import strict_json
+from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics
-from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import check_scoring, score
+from fastgan.trainer.measure import alarms
+from fastgan.trainer.measure.diagnostics import Diagnostics
+from fastgan.trainer.measure.equilibrium import duality_gap
+from fastgan.trainer.measure.quality import check_scoring, score
 from fastgan.trainer.ranks import Ranks
+from fastgan.trainer.report import gallery, pictures
+from fastgan.trainer.report import page as report
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
@@ -40,7 +43,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         if config.tensorboard:
-            from fastgan.trainer.board import Board  # before anything is written: its package may be missing
+            from fastgan.trainer.report.tensorboard import (
+                Board,  # before anything is written: its package may be missing
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -61,6 +66,7 @@ class Trainer:
             POINT_SAMPLES if points else GRID_SAMPLES,
             config.model.latent_dim,
             generator=torch.Generator().manual_seed(seed + 3),
+            device="cpu",
         )
         self.step = 0
         self.seconds = 0.0
@@ -213,7 +219,7 @@ class Trainer:
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
         quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
-        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
+        self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig, refuse_changes
 from fastgan.trainer.errors import RunFolderError
 
@@ -49,7 +49,7 @@ class RunFolder:
         if config.overwrite:
             self._clear()
         make_folder(self.path)
-        replace_text(self.config, json.dumps(config.to_json(), indent=2) + "\n")
+        replace_text(self.config, strict_json.dumps(config.to_json(), indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
@@ -65,19 +65,19 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(strict_json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of whole lines; a line that a crash cut short is left out."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [strict_json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run takes again."""
         records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-        replace_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.metrics, "".join(strict_json.dumps(record) + "\n" for record in records))
 
 
 def make_folder(path: Path) -> None:
@@ -97,7 +97,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all: a full disk or a kill leaves what was there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

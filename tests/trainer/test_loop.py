@@ -39,7 +39,7 @@ def metrics(trainer: Trainer) -> list[dict[str, Any]]:
 @pytest.fixture
 def no_plot(monkeypatch):
     """Matplotlib takes longer than such a run."""
-    monkeypatch.setattr("fastgan.trainer.pictures.save_losses", lambda metrics, path: None)
+    monkeypatch.setattr("fastgan.trainer.report.pictures.save_losses", lambda metrics, path: None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 import fastgan
 from fastgan.trainer.config import PRESETS, ModelConfig, TrainConfig
-from fastgan.trainer.data import Images
+from fastgan.trainer.data.sources import Images
 from fastgan.trainer.gan import GAN, packed
 from fastgan.trainer.models import build_models
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgan.bench.case import Case
 from fastgan.bench.cases import (
+    attention,
     bias_act,
     conv,
     gradient_penalty,
@@ -23,6 +24,7 @@ _FILES = (
     minibatch_discrimination,
     minibatch_stddev,
     norm,
+    attention,
     conv,
     bias_act,
     growth,

@@ -24,7 +24,7 @@ from fastgan.ops.bias_act.layout import (
 from fastgan.ops.bias_act.small import is_small
 from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
 
 # The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
@@ -57,9 +57,7 @@ def _implementation(name: str, *arguments: Any) -> None:
 
 
 for _name, _tensors in _OPERATORS.items():
-    LIBRARY.define(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")
-    LIBRARY.impl(f"bias_act_{_name}", partial(_implementation, _name), "CompositeExplicitAutograd")
-    returns_nothing(f"bias_act_{_name}")
+    operator(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")(partial(_implementation, _name))
 
 
 class _Call(NamedTuple):

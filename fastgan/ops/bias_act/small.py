@@ -21,7 +21,8 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 def is_small(x: Tensor) -> bool:
     """Whether this route is the better one, and nothing was said about another."""
-    return x.numel() < _LEAST and x.is_cpu and backends.is_plain() and not backends.is_forced()
+    few = x.is_meta or (x.numel() < _LEAST and x.is_cpu)  # kernels have nothing to read on meta
+    return few and backends.is_plain() and not backends.is_forced()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:

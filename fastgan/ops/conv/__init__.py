@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.conv.autograd import convolve
 from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.library import is_autocast
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
@@ -81,14 +82,15 @@ def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Call
 
 
 def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Batched, real and in a plain eager call: everything else, errors too, is PyTorch's."""
+    """Batched, real, of a known device and in a plain eager call: everything else, errors too, is PyTorch's."""
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
         and backends.is_plain()
         and input.ndim == weight.ndim == n + 2
         and input.is_floating_point()
-        and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
+        and (input.dtype == weight.dtype or is_autocast(input.device.type))
+        and backends.is_known(input.device)
         and 0 not in input.shape
     )
 
@@ -121,7 +123,7 @@ def _pad(
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts that autocast makes at a convolution, made before what the backward will keep."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)

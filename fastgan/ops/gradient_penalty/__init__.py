@@ -23,7 +23,7 @@ from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -46,19 +46,18 @@ def gradient_penalty(
 ) -> Tensor:
     """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
 
-    ============== ========================================== =======================================
-    kind           at                                         penalty
-    ============== ========================================== =======================================
-    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - target)^2
-    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - target)^2
-    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
-    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
-    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - target)^2
-    r1             real                                       weight / 2 * mean |g|^2
-    r2             fake                                       weight / 2 * mean |g|^2
-    r1+r2          real and fake                              the sum of both
-    a function f   as wgan-gp; real, if there is no fake      weight * mean f(|g|)
-    ============== ========================================== =======================================
+    | kind             | at                                        | penalty                                    |
+    |------------------|-------------------------------------------|--------------------------------------------|
+    | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
+    | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
+    | "max-gp"         | alpha real + (1 - alpha) fake             | weight * max norm^2                        |
+    | "zero-centered"  | alpha real + (1 - alpha) fake             | weight * mean norm^2                       |
+    | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
+    | "r1"             | real                                      | weight / 2 * mean norm^2                   |
+    | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
+    | "r1+r2"          | real and fake                             | the sum of both                            |
+    | "r1-finite-difference" | real                                | as "r1"; its gradient is approximate       |
+    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
     "r1-finite-difference" is R1 whose gradient is approximated without a double backward, for models that are too large
     for one or have layers without a second derivative. Its value is exact. Its gradient is that of
@@ -68,7 +67,7 @@ def gradient_penalty(
     backward to the inputs, then two forwards and their backward: 8 forwards' work where an exact penalty takes 4 to 6.
     The two forwards use the same random numbers and, of a module, the same buffers as the first.
 
-    alpha ~ U(0, 1), one for each sample; |g| is a norm over all dimensions of a sample, and the mean is over samples.
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
     Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
 
     Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
@@ -125,7 +124,7 @@ def gradient_penalty(
         x = floating(given)
         small = _is_small(discriminator, x)
         with gathering(discriminator):
-            with uncompiled if small else twice_differentiable():
+            with barely_rerouted(discriminator, x) if small else twice_differentiable():
                 returned = discriminator(given, *args, **(kwargs or {}))
             part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
@@ -361,7 +360,7 @@ def _forward(
     given = differentiable(inputs)
     x = floating(given)
     if _is_small(discriminator, x):
-        with uncompiled:
+        with barely_rerouted(discriminator, x):
             returned = discriminator(given, *args, **(kwargs or {}))
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
     with twice_differentiable(), Tracer(*x) as tracer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
+from fastgan.ops.library import without_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
@@ -162,7 +163,4 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return without_autocast(tensor.device.type)

@@ -15,41 +15,38 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
 # h: gradient of o, w: gradient of dm; they, segments and m, which is packed for the backend, are everyone's. What is
 # written is of the rows from `first` on.
-LIBRARY.define(
-    "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
-    " -> ()"
-)
-LIBRARY.define(
-    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
-)
-LIBRARY.define(
-    "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
-    " Tensor(b!)? by_m, int first, str backend) -> ()"
-)
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("minibatch_discrimination", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_fwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
+    " -> ()"
+)
 def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool, backend: str) -> None:
     _kernels(backend).forward(m, segments, o, first, exclude_self)
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
+)
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
     _kernels(backend).backward(stored(h).contiguous(), m, segments, target, first)
     copy_back(target, dm)
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
+    " Tensor(b!)? by_m, int first, str backend) -> ()"
+)
 def _double_backward(
     w: Tensor,
     h: Tensor,
@@ -64,9 +61,6 @@ def _double_backward(
     _kernels(backend).double_backward(stored(w).contiguous(), stored(h).contiguous(), m, segments, *targets, first)
     copy_back(targets[0], by_h)
     copy_back(targets[1], by_m)
-
-
-returns_nothing(*(f"minibatch_discrimination_{order}" for order in ("fwd", "bwd", "bwd_bwd")))
 
 
 @cache

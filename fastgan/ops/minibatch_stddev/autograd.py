@@ -10,26 +10,16 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import differentiate, double_backward
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
 from fastgan.ops.minibatch_stddev import native_kernels, reference
 from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
-
-LIBRARY.define("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
-LIBRARY.define(
-    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
-    " -> ()"
-)
-LIBRARY.define(
-    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
-    " float eps, str backend) -> ()"
-)
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("minibatch_stddev", dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
 backends.register("minibatch_stddev_across_ranks", {"reference": _DTYPES})
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_fwd", "CompositeExplicitAutograd")
+@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
 def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: str) -> None:
     layout = Layout(*layout)
     target = _dense(y, layout)
@@ -37,7 +27,10 @@ def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: s
     copy_back(target, y)
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
+    " -> ()"
+)
 def _backward(
     dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Sequence[int], eps: float, backend: str
 ) -> None:
@@ -47,7 +40,10 @@ def _backward(
     copy_back(target, dx)
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
+    " float eps, str backend) -> ()"
+)
 def _double_backward(
     h: Tensor,
     x: Tensor,
@@ -63,9 +59,6 @@ def _double_backward(
     _kernels(backend).double_backward(_dense(h, layout), _dense(x, layout), slope, *targets, layout, eps)
     for target, output in zip(targets, (by_dy, by_x), strict=True):
         copy_back(target, output)
-
-
-returns_nothing("minibatch_stddev_fwd", "minibatch_stddev_bwd", "minibatch_stddev_bwd_bwd")
 
 
 def _kernels(backend: str) -> Any:

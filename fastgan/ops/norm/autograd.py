@@ -9,24 +9,12 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
 from fastgan.ops.norm import native_kernels, reference
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, channels_last
 
 # All write into tensors that they are given: an operator cannot return a tensor that may be absent.
-LIBRARY.define(
-    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
-    " int[] layout, float eps, str backend) -> ()"
-)
-LIBRARY.define(
-    "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
-)
-LIBRARY.define(
-    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
-)
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 for _op in ("layer_norm", "group_norm", "instance_norm", "batch_norm"):
@@ -37,19 +25,28 @@ _OF_INPUT = {"x", "y", "dy", "dx", "h", "by_dy", "by_x"}
 _WRITTEN = {"y", "statistics", "dx", "dweight", "dbias", "by_dy", "by_x", "by_weight"}
 
 
-@torch.library.impl(LIBRARY, "norm_fwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
+    " int[] layout, float eps, str backend) -> ()"
+)
 def _forward(*arguments: Any) -> None:
     *tensors, layout, eps, backend = arguments
     _run("forward", Forward(*tensors), layout, backend, eps)
 
 
-@torch.library.impl(LIBRARY, "norm_bwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
+    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
+)
 def _backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
     _run("backward", Backward(*tensors), layout, backend)
 
 
-@torch.library.impl(LIBRARY, "norm_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
+    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
+)
 def _double_backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
     _run("double_backward", DoubleBackward(*tensors), layout, backend)
@@ -81,9 +78,6 @@ def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> 
     getattr(_kernels(backend), name)(operands._make(taken), Layout(*layout), *options)
     for given, stand_in in stand_ins:
         given.copy_(stand_in)
-
-
-returns_nothing("norm_fwd", "norm_bwd", "norm_bwd_bwd")
 
 
 def _kernels(backend: str) -> Any:

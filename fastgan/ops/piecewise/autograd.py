@@ -43,7 +43,8 @@ def takes(input: Any, inplace: bool = False) -> bool:
         and input.requires_grad
         and not (inplace and input.is_leaf)
         and input.dtype in DTYPES
-        and input.device.type != "meta"
+        and backends.is_known(input.device)
+        and not input.is_meta
         and input.layout == torch.strided
         and input.numel() > 0
         and backends.is_plain()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.library import is_autocast
 from fastgan.ops.needed import needed
 from fastgan.ops.piecewise.autograd import takes
 
@@ -32,7 +33,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def _autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not is_autocast(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

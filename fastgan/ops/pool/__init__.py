@@ -90,7 +90,8 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    if not (backends.is_plain() and input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0):
+    plainly = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
+    if not (plainly and backends.is_plain() and backends.is_known(input.device)):
         plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
     if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # in float32, by PyTorch's list

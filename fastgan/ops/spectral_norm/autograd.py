@@ -11,32 +11,26 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.library import (
-    LIBRARY,
     accumulation_dtype,
     is_eager,
     is_traced,
     last_order,
-    returns_nothing,
+    operator,
     stored,
 )
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import Layout, layout_of, split_saved
 
 # Both write into tensors that they are given: an operator that renews its arguments may not also return a list.
-LIBRARY.define(
-    "spectral_norm_fwd(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
-    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend) -> ()"
-)
-LIBRARY.define(
-    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
-    " str backend) -> ()"
-)
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
-@torch.library.impl(LIBRARY, "spectral_norm_fwd", "CompositeExplicitAutograd")
+@operator(
+    "spectral_norm_fwd(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
+    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend) -> ()"
+)
 def _forward(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -69,7 +63,10 @@ def _run_forward(
     _copy_back(targets, outputs)
 
 
-@torch.library.impl(LIBRARY, "spectral_norm_bwd", "CompositeExplicitAutograd")
+@operator(
+    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
+    " str backend) -> ()"
+)
 def _backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -94,9 +91,6 @@ def _run_backward(
     inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
     _kernels(backend).backward(_contiguous(grads), inputs, targets, saved, layout)
     _copy_back(targets, outputs)
-
-
-returns_nothing("spectral_norm_fwd", "spectral_norm_bwd")
 
 
 @cache

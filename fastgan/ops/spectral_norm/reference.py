@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.library import accumulation_dtype, without_autocast
 from fastgan.ops.spectral_norm.layout import as_matrix
 
 
@@ -29,7 +29,7 @@ def spectral_norm(
 
 def _one(weight: Tensor, u: Tensor, v: Tensor, dim: int, n: int, eps: float, v_first: bool) -> Tensor:
     acc = accumulation_dtype(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         matrix = as_matrix(weight, dim).to(acc)  # (rows, columns)
         with torch.no_grad():
             # Copies: backward must see the u and v of its own forward, though another forward has renewed them since.

@@ -137,7 +137,7 @@ def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device)
         _captured.append((host, host.to(device, non_blocking=True), plan))
         return _captured[-1][1]
     if not _spare or len(_spare[0]) < _SPARE // 2:
-        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True)]
+        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True, device="cpu")]
     return _table(plan.rows, addresses, device, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -151,7 +151,7 @@ def _table(
 
 
 def _entries(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
-    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)])
+    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device="cpu")
 
 
 def _from_spare(entries: Tensor) -> Tensor:

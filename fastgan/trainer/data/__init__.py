@@ -1,0 +1,1 @@
+"""Where samples come from: data sets, toy distributions, caches, held-out samples."""

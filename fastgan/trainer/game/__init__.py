@@ -1,0 +1,1 @@
+"""The parts of the game: losses, optimizers, penalties, averaged weights, augmentation."""

@@ -1,0 +1,1 @@
+"""Fused and pure PyTorch in lockstep."""
