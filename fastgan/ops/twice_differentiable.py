@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
-from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops import attention, conv, lacking, norm, piecewise, pool
 from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
@@ -74,6 +74,8 @@ def _batch_norm(
 _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
+    F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
+    **lacking.ROUTES,
 }
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,
@@ -190,8 +192,10 @@ def twice_differentiable() -> Iterator[None]:
     relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
     softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
     adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
-    replication and around a circle; interpolate by area; and scaled_dot_product_attention and nn.MultiheadAttention, of
-    which PyTorch has no second derivative: called as functions, as methods or by modules, in place too.
+    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
+    Of some functions PyTorch has no second derivative, and here they have one: scaled_dot_product_attention and
+    nn.MultiheadAttention, cdist, pdist, pairwise_distance (at distance zero), hardsigmoid, embedding_bag with
+    per-sample weights, segment_reduce, and LSTM, GRU and RNN on CUDA, which run without cuDNN.
     PyTorch's own run for everything else: for tensor subclasses with a ``__torch_function__`` or ``__torch_dispatch__``
     of their own (for any subclass in place), while gradients are off, for what torch.utils.checkpoint will run again,
     and for what is recorded (torch.jit.trace, torch.export, make_fx, torch.fx). What torch.compile made runs
