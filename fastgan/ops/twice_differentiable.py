@@ -222,13 +222,26 @@ def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[N
     Looking at every function costs a small module a tenth of its time. So where there were none of these, the next
     call of its kind is not looked at.
     """
-    seen = _complete.setdefault(module, set())
-    kind = module.training, tuple(x.shape[1:] for x in inputs)
-    if kind in seen:
+    if is_complete(module, inputs):
         with uncompiled:
             yield
         return
     with uncompiled, _Reroute(_LACKING) as mode:
         yield
     if not mode.taken:
-        seen.add(kind)
+        _complete.setdefault(module, set()).add(_kind(module, inputs))
+
+
+def is_complete(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether PyTorch has all derivatives of such a call of the module, as one before has shown."""
+    return _kind(module, inputs) in _complete.get(module, ())
+
+
+def forget(module: Any) -> None:
+    """Look at the next call of the module as at its first."""
+    if isinstance(module, torch.nn.Module):
+        _complete.pop(module, None)
+
+
+def _kind(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return module.training, tuple(x.shape[1:] for x in inputs)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative, watched
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
@@ -23,7 +25,7 @@ from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
+from fastgan.ops.twice_differentiable import barely_rerouted, forget, is_complete, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -123,10 +125,11 @@ def gradient_penalty(
         given = differentiable(point)
         x = floating(given)
         small = _is_small(discriminator, x)
-        with gathering(discriminator):
+        plain = small and _is_complete(discriminator, point)
+        with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
             with barely_rerouted(discriminator, x) if small else twice_differentiable():
                 returned = discriminator(given, *args, **(kwargs or {}))
-            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
+            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
         if not small:
             for tensor in x:
                 leave_unread(tensor)
@@ -214,10 +217,13 @@ def _gradients(
             path = paths(connected, *inputs)
             refuse_sharded_graph(path)
             keep = keep and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
-        ones = [torch.ones_like(output) for output in connected]
-        grads = torch.autograd.grad(
-            connected, inputs, ones, retain_graph=keep, create_graph=create_graph, allow_unused=True
-        )
+        with watched(path, inputs) as watch:
+            ones = [watch.factor(output) for output in connected]
+            grads = torch.autograd.grad(
+                connected, inputs, ones, retain_graph=keep, create_graph=create_graph, allow_unused=True
+            )
+            if create_graph:
+                watch.refuse(grads)
     found = [grad for grad in grads if grad is not None]
     if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
@@ -296,10 +302,12 @@ def logits_and_penalty(
             check_select(select)
             _require_grad_mode()
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
+        plain = _is_complete(discriminator, inputs)
         returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
         if tracer is not None and reason is None:
             return one_pass(returned, logits, x, tracer, penalty)
-        value = _penalty(logits, x, penalty, plain=tracer is None)
+        with _naming(discriminator, inputs, select, args, kwargs):
+            value = _penalty(logits, x, penalty, plain=tracer is None and plain)
     if tracer is not None:
         for tensor in x:
             leave_unread(tensor)
@@ -324,13 +332,19 @@ def explain_penalty(
 
     Returns:
         "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
-        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call; or
+        "no penalty" with every layer that has no second derivative, by its path in the model.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
+    layers = Layers(discriminator)
     with gathering(discriminator):
-        forward = _forward(discriminator, inputs, select, args, kwargs)
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        lacks = layers.lacking(forward.logits, forward.inputs)
+    if lacks:
+        return f"no penalty: {len(lacks)} without a second derivative: {'; '.join(lacks)}"
     if forward.tracer is None or forward.reason is not None:
         return f"general path: {forward.reason}"
     remark = forward.tracer.remark()
@@ -367,6 +381,30 @@ def _forward(
         returned = discriminator(given, *args, **(kwargs or {}))
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
+
+
+@contextmanager
+def _naming(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Iterator[None]:
+    """Inside, an error about second derivatives gets the names of the layers, which a second forward finds."""
+    try:
+        yield
+    except NoSecondDerivative as error:
+        layers = Layers(discriminator)
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        forget(discriminator)
+        raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
+
+
+def _is_complete(discriminator: Callable[..., Any], inputs: Inputs) -> bool:
+    """Whether a call was seen before, and needed nothing that PyTorch lacks."""
+    return isinstance(discriminator, nn.Module) and is_complete(discriminator, floating(inputs))
 
 
 def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
