@@ -120,8 +120,8 @@ def test_a_graph_that_can_no_longer_be_captured_is_a_regression(pair, variant, n
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda new: new["provenance"].update(device="another"), "is of device .*, this is of another: they cannot be"),
-        (lambda new: new["provenance"].update(threads=64), "is of threads 1, this is of 64: they cannot be compared"),
+        (lambda new: new["provenance"].update(device="another"), "has device .*, this run has another: they cannot be"),
+        (lambda new: new["provenance"].update(threads=64), "has threads 1, this run has 64: they cannot be compared"),
         (
             lambda new: new["provenance"].update(freed_memory="given back"),
             "old.json has freed memory kept, this run has it given back: they cannot be compared",

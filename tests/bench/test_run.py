@@ -204,7 +204,7 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
         (["--resume", "x.json", "--suite", "ops"], "--resume uses the settings of the file: leave out --suite"),
         (["--resume", "nowhere.json"], "nowhere.json"),
         (["--batch", "4"], "--input and --batch describe the model of --model MODULE:FUNCTION, which is missing"),
-        (["--suite", "memory", "--rounds", "3"], "--suite memory times one call: leave out --rounds"),
+        (["--suite", "memory", "--rounds", "3"], "--suite memory times only one call: leave out --rounds"),
     ],
 )
 def test_what_is_unknown_is_refused_in_one_line(arguments, message, capsys):

@@ -157,7 +157,7 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
     ("arguments", "message"),
     [
         (["my_module"], "--model must be MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
-        (["no_module:build"], "--model no_module:build: there is no module 'no_module' here or on PYTHONPATH"),
+        (["no_module:build"], "--model no_module:build: no module 'no_module' in this folder or on PYTHONPATH"),
         (["my_module:nothing"], "--model my_module:nothing: my_module has no function 'nothing'"),
         (["my_module:number"], "--model my_module:number: my_module has no function 'number'"),
         (["my_module:integer"], "must return a torch.nn.Module or (module, example_input), got int"),
@@ -172,7 +172,7 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
         ),
         (["my_module:deaf"], "the output of the model of my_module:deaf does not depend on its input"),
         (["my_module:detached"], "the output of the model of my_module:detached does not depend on its input"),
-        (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
+        (["my_module:aside"], "the output of the model of my_module:aside depends on no trainable parameter"),
         (["my_module:all_frozen"], "returns a model with only frozen parameters: there is nothing to train"),
         (["my_module:noisy"], "fastgan differs from torch by"),
         (["my_module:not_finite"], "torch returns values that are not finite"),

@@ -96,7 +96,7 @@ def test_what_is_wrong_with_a_flag_is_said_of_this_preset_alone(flags, capsys):
     assert "fastgan train discs --help" in words
     assert "fashion-mnist" not in words
     assert "dummy" not in words
-    assert ("--steps INT generator steps to stop at (default: 2000)" in words) == (flags[0] == "--stesp")
+    assert ("--steps INT stop after this many generator steps (default: 2000)" in words) == (flags[0] == "--stesp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -146,7 +146,7 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert cli.main(["train", "ring8", "--resume", "--width", "9"]) == 2
     assert "width: 8 -> 9" in capsys.readouterr().err
     assert cli.main(["train", "grid25", "--name", "ring8", "--resume"]) == 2
-    assert capsys.readouterr().err == "fastgan: runs/ring8 is a run of ring8, not of grid25\n"
+    assert capsys.readouterr().err == "fastgan: runs/ring8 is a run on ring8, not on grid25\n"
 
 
 def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):

@@ -47,17 +47,17 @@ def _penalized(
 def setup(activation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
     plain, gain = _ACTIVATIONS[activation]
     smooth = activation == "silu"
-    ours = partial(ops.bias_act, activation=activation, gain=gain)
+    fused = partial(ops.bias_act, activation=activation, gain=gain)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalized(ours, smooth, shape, device, dtype))
+        return on_backend(backend, _penalized(fused, smooth, shape, device, dtype))
 
     compiled: Make = lambda: _penalized(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
     variants: dict[str, Make] = {
         BASELINE: partial(_penalized, plain, smooth, shape, device, dtype),
         "torch.compile": compiled,
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalized, ours, smooth, shape, device, dtype),
+        "fastgan": partial(_penalized, fused, smooth, shape, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:

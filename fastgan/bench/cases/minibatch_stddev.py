@@ -41,17 +41,17 @@ def setup(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) ->
     def chain(x: Tensor) -> Tensor:
         return reference.minibatch_stddev(x, GROUP_SIZE, 1, EPS)
 
-    ours = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
+    fused = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
     variants: dict[str, Make] = {
         BASELINE: partial(variant, chain),
         "torch.compile": lambda: variant(torch.compile(chain)),
-        "reference": partial(variant, ours, "reference"),
-        "fastgan": partial(variant, ours),
+        "reference": partial(variant, fused, "reference"),
+        "fastgan": partial(variant, fused),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not("minibatch_stddev", backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, backend)
+                variants[backend] = partial(variant, fused, backend)
     return variants
 
 

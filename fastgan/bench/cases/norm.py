@@ -53,7 +53,7 @@ def _fast_squares(grad: Tensor) -> Tensor:
 
 
 def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
-    theirs, ours, of_affine = NORMS[name]
+    baseline, fused, of_affine = NORMS[name]
     x = torch.randn(shape, dtype=dtype, device=device)
     by_logits = torch.randn_like(x)  # gradient of the logits with respect to the normalized tensor
     sizes = [shape[of_affine]] * 2 if shape[of_affine] else []
@@ -69,13 +69,13 @@ def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ..
         return run if backend is None else on_backend(backend, run)
 
     variants: dict[str, Make] = {
-        BASELINE: partial(variant, theirs, _squares),
-        "fastgan": partial(variant, ours, _fast_squares),
+        BASELINE: partial(variant, baseline, _squares),
+        "fastgan": partial(variant, fused, _fast_squares),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not(name, backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, _fast_squares, backend)
+                variants[backend] = partial(variant, fused, _fast_squares, backend)
     return variants
 
 
