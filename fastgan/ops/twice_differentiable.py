@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
-from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops import attention, conv, lacking, norm, piecewise, pool
 from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
@@ -74,6 +74,8 @@ def _batch_norm(
 _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
+    F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
+    **lacking.ROUTES,
 }
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,
@@ -238,13 +240,26 @@ def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[N
     Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions,
     the next call of the same kind is not intercepted.
     """
-    seen = _complete.setdefault(module, set())
-    kind = module.training, tuple(x.shape[1:] for x in inputs)
-    if kind in seen:
+    if is_complete(module, inputs):
         with uncompiled:
             yield
         return
     with uncompiled, _Reroute(_LACKING) as mode:
         yield
     if not mode.taken:
-        seen.add(kind)
+        _complete.setdefault(module, set()).add(_kind(module, inputs))
+
+
+def is_complete(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether PyTorch has all derivatives of such a call of the module, as one before has shown."""
+    return _kind(module, inputs) in _complete.get(module, ())
+
+
+def forget(module: Any) -> None:
+    """Look at the next call of the module as at its first."""
+    if isinstance(module, torch.nn.Module):
+        _complete.pop(module, None)
+
+
+def _kind(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return module.training, tuple(x.shape[1:] for x in inputs)
