@@ -1,14 +1,14 @@
 #!/bin/sh
 # gpu.sh: builds, tests, verifies and times fastgan on this machine's NVIDIA GPU, in at most eight minutes.
 #
-# Needs no network and installs nothing: the system's python3 (PYTHON=... names another) brings torch, triton,
-# pybind11, cmake, ninja and pytest, and tests go side by side if it has pytest-xdist.  Results go to $OUT, or to
-# benchmarks/results: gpu.json says what became of each stage, gpu.log what it said.  A stage that fails does not keep
-# the next from running; the exit status is non-zero if any did.  The order is that of their value: what native kernels
-# compute, what a sanitizer says of them, each operation against its floor, whole steps, the trainer.
+# Needs no network and installs nothing.  The system's python3 (or PYTHON=...) must have torch, triton, pybind11,
+# cmake, ninja and pytest; with pytest-xdist, tests run in parallel.  Results go to $OUT or benchmarks/results:
+# gpu.json has the result of each stage, gpu.log the output.  A failed stage does not stop the next one, but makes the
+# exit status non-zero.  The most valuable stages come first: tests of native kernels, a sanitizer, each operation
+# against its floor, whole steps, the trainer.
 #
-# SIMULATED=1 rehearses it on a simulated device (tests/simulated_gpu): every stage on a few cases.  What that device
-# cannot show is reported as "not simulated".
+# SIMULATED=1 runs a rehearsal on a simulated device (tests/simulated_gpu), with a few cases per stage.  Stages that
+# need a real device are reported as "not simulated".
 set -u
 cd "$(dirname "$0")/.." || exit 1
 simulated=${SIMULATED:-}
@@ -21,14 +21,14 @@ log=$out/gpu.log
 : >"$log"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 CUDAARCHS=${CUDAARCHS:-$(sh tools/gpu-arch.sh)}
-# Of the CPU's kernels the GPU's tests need none.
+# The GPU tests do not need the CPU kernels.
 export CUDAARCHS FASTGAN_BUILD=auto FASTGAN_CUDA=require
 end=$(($(date +%s) + 470))
 slower=1
 if [ -n "$simulated" ]; then
     export SIMULATED_GPU=1 SIMULATED_GPU_REFUSES=fastgan._native_cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     PYTHONPATH="$PWD/tests/simulated_gpu/python:$PYTHONPATH"
-    slower=8  # than a GPU, an interpreter on few cases
+    slower=8  # an interpreter is slower than a GPU, even on few cases
     end=$(($(date +%s) + 470 * slower))
 fi
 failed=''
@@ -36,7 +36,7 @@ stages=''
 
 left() { echo $((end - $(date +%s))); }
 
-# stage NAME SECONDS COMMAND...: what it does with `limited` ends in that time.
+# stage NAME SECONDS COMMAND...: runs the command; programs that it starts with `limited` end within that time.
 stage() {
     name=$1 seconds=$(($2 * slower))
     shift 2
@@ -58,7 +58,7 @@ stage() {
     note "$(tail -n 1 "$log" | tr -cd 'A-Za-z0-9 .,:;()/=_-' | cut -c 1-160)"
 }
 
-# note WHAT: writes the result of the stage, so that it is there whatever becomes of the next.
+# note WHAT: writes the result of the stage, so that it is kept if a later stage fails.
 note() {
     echo "== $name: $result, $took s" | tee -a "$log"
     stages="$stages${stages:+,
@@ -66,7 +66,7 @@ note() {
     printf '[\n%s\n]\n' "$stages" >"$out/gpu.json"
 }
 
-# gpu_stage WHAT NAME SECONDS COMMAND...: a stage that a simulated device cannot show.
+# gpu_stage WHAT NAME SECONDS COMMAND...: a stage that needs a real device.
 gpu_stage() {
     what=$1
     shift
@@ -103,9 +103,9 @@ tests() {
     limited "$python" -m pytest "$@"
 }
 
-# Compiling is most of the work, and a crash ends one process.
+# Use many processes: most of the work is compiling, and a crash ends only one of them.
 workers=$(nproc)
-[ "$workers" -le 16 ] || workers=16  # the cores of a machine that a container has a part of
+[ "$workers" -le 16 ] || workers=16  # nproc can count the whole machine's cores in a container
 many_tests() (
     export OMP_NUM_THREADS=1
     if [ -n "$simulated" ]; then
@@ -134,8 +134,8 @@ if [ -n "$simulated" ]; then
     verify_on="ring8 $out 2" train_on="ring8 $out 3"
 fi
 
-# bench RESERVE FILE ARGUMENTS...: no case begins in the last RESERVE seconds; another process goes on where one has
-# crashed; cases not come to stay listed for --resume.
+# bench RESERVE FILE ARGUMENTS...: starts no case in the last RESERVE seconds.  After a crash another process continues.
+# Cases that did not run stay listed for --resume.
 bench() {
     reserve=$1 file=$out/$2
     shift 2
@@ -153,7 +153,7 @@ bench() {
     return $status
 }
 
-# None of these needs tyro, the command line's parser of options.
+# These stages do not use tyro, the command line's option parser.
 verify='
 import sys
 from pathlib import Path
@@ -172,7 +172,7 @@ config = TrainConfig(
 )
 Trainer(config).train()
 '
-# One case of each operation that has a CUDA kernel; a tool of the CUDA toolkit, which is not everywhere.
+# One case of each operation with a CUDA kernel.  compute-sanitizer belongs to the CUDA toolkit, which may be missing.
 sanitize() {
     for op in spectral_norm minibatch_discrimination; do
         limited compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k cuda --share 1/40 \
@@ -199,7 +199,7 @@ stage verify 40 limited "$python" -c "$verify" $verify_on
 stage train 40 limited "$python" -c "$train" $train_on
 gpu_stage 'Triton kernels that torch.compile makes' bench-compiled 35 \
     bench 20 ops-compiled.json --case "$compiled" --compile
-# Last: a capture that fails may take the process's GPU with it.
+# This stage is last, because a failed capture can make the GPU unusable for the process.
 stage test-more "$(($(left) / slower))" tests $more
 
 if [ -n "$failed" ]; then

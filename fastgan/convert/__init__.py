@@ -1,4 +1,4 @@
-"""Existing models, made to use fastgan's ops where these compute the same."""
+"""Convert existing models to fastgan's ops where these compute the same."""
 
 from __future__ import annotations
 
@@ -23,43 +23,58 @@ _REROUTED = (
 
 
 def convert(model: nn.Module, *, mend: bool = False) -> Report:
-    """Replace in place what fastgan computes faster and equally, and report what was replaced and what was not.
+    """Replace layers in place by faster fastgan layers that compute the same, and report the outcome for each module.
 
-    | found                         | in these forms |
-    |-------------------------------|------|
-    | spectral norm                 | PyTorch's parametrization and older hook; modules with u0, sv0 or sn_u, sn_sigma |
-    | spectral norm, if ``mend``    | wrappers with weight_bar |
-    | minibatch standard deviation  | a layer of such a name |
-    | minibatch discrimination      | a layer with a parameter T (in, B, C) |
-    | a large model of convolutions | its forward runs inside ``twice_differentiable()`` on a CPU |
+    | Layer | Recognized forms |
+    |---|---|
+    | spectral norm | PyTorch's parametrization and older hook; modules with u0 and sv0, or sn_u and sn_sigma |
+    | spectral norm, with ``mend=True`` | wrappers with weight_bar |
+    | minibatch standard deviation | a layer with a matching class name |
+    | minibatch discrimination | a layer with a parameter T (in_features, B, C) |
+    | a large convolutional model | its forward runs inside ``twice_differentiable()`` on a CPU |
 
     A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
-    values and derivatives up to the second. The report says how far they differ. Called in a way that was not compared
-    (other arguments, dimensions or settings), such a layer computes as before. Convolutions, activations and norms stay
-    PyTorch's modules: ``gradient_penalty`` and ``twice_differentiable`` reroute their calls. On a CPU the forward of a
-    converted model does so too, from about 2^36 multiplications on, while gradients are on, no backend is named and
-    nothing records the call. A penalty written by hand then makes no dense zeros either.
+    values and in derivatives up to the second. The report states how much they differ. If such a layer is called in a
+    way that was not compared (other arguments, dimensions or settings), its original code runs.
 
-    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is left alone,
-    and the report says what is wrong with it. A wrapper with weight_bar is such a layer: it overwrites u and v in each
-    forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
-    ``mend=True`` replaces these layers by ones with the right gradients.
+    Convolutions, activations and norms stay PyTorch modules. ``gradient_penalty`` and ``twice_differentiable`` reroute
+    their calls. On a CPU, the forward of a converted model reroutes them too if it has about 2^36 multiplications or
+    more, gradients are enabled, no backend is requested by name, and no tracer records the call. A hand-written penalty
+    then creates no dense zeros either.
 
-    ``forward`` keeps its signature and source. Recorded (torch.jit, torch.export, make_fx, torch.fx) or compiled, the
-    model is as it was written. Parameters and buffers stay the same tensors under the same keys: optimizers,
-    checkpoints of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel work.
-    Converting again converts what was added. ``revert`` undoes it.
+    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is not replaced,
+    and the report states what is wrong. A wrapper with weight_bar is such a layer. It overwrites u and v in each
+    forward, so after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
+    ``mend=True`` replaces these layers by layers with correct gradients.
 
-        report = fastgan.convert(discriminator)
-        print(report)
-        print(report.verify(images))
+    ``forward`` keeps its signature and source. A tracer (torch.jit, torch.export, make_fx, torch.fx) or torch.compile
+    sees the original model. Parameters and buffers stay the same tensors under the same keys, so optimizers,
+    checkpoints of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel keep working.
+    A second conversion converts only layers added since. ``revert`` undoes a conversion.
+
+    Order of derivative: that of the fused layers; spectral norm has two.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 8, 3)),
+        torch.nn.LeakyReLU(0.2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 14 * 14, 1),
+    )
+    report = fastgan.convert(discriminator)
+    print(report)
+    print(report.verify(torch.randn(4, 3, 16, 16)))
+    ```
 
     Args:
-        model: changed in place.
-        mend: also replace layers that have wrong gradients, by layers that have the right ones.
+        model: the module to convert. It is changed in place.
+        mend: also replace layers whose gradients are wrong by layers with correct gradients.
 
     Returns:
-        A report with a row for each module; ``print`` it, and call its ``verify``.
+        A report with one row per module. Print it, and call its ``verify``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -73,7 +88,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
             continue
         name = _name_of(module)
         if is_converted(module):
-            outcome: tuple[str | None, str] | None = None, "converted already"
+            outcome: tuple[str | None, str] | None = None, "already converted"
         elif isinstance(module, torch.jit.ScriptModule):
             outcome = None, "compiled by TorchScript"
         else:
@@ -82,7 +97,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
     if reroute.convert(model):
-        rows.insert(0, Row("", _name_of(model), None, "its forward's calls are rerouted on a CPU, for large batches"))
+        rows.insert(0, Row("", _name_of(model), None, "calls in its forward are rerouted on a CPU, for large batches"))
     return Report(model, rows)
 
 
@@ -92,11 +107,11 @@ def _name_of(module: nn.Module) -> str:
 
 def _left_alone(module: nn.Module) -> tuple[None, str] | None:
     if isinstance(module, _REROUTED):
-        return None, "PyTorch's; inside penalties its calls are rerouted"
+        return None, "PyTorch layer; its calls are rerouted inside penalties"
     if type(module).__module__.startswith("torch.nn."):
-        return None if _is_container(module) else (None, "PyTorch's")
+        return None if _is_container(module) else (None, "PyTorch layer")
     if not _is_container(module) or module._parameters or module._buffers:
-        return None, "of no form that fastgan knows"
+        return None, "not a form that fastgan recognizes"
     return None
 
 

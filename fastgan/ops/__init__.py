@@ -1,4 +1,4 @@
-"""Functions on tensors: the fused kernels behind fastgan.nn."""
+"""Functional interface: the fused operations behind fastgan.nn."""
 
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.bias_act import bias_act, leaky_relu, relu

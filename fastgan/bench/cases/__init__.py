@@ -1,4 +1,4 @@
-"""The cases that are timed, declared once: `fastgan bench`, pytest-benchmark and the tests read CASES."""
+"""All timed cases. `fastgan bench`, pytest-benchmark and the tests read CASES."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgan.bench.cases import (
     whole_steps,
 )
 
-# What matters most first: a run that is cut short keeps what it has.
+# The most important cases come first, so that an interrupted run has them.
 _FILES = (
     spectral_norm,
     whole_steps,

@@ -1,7 +1,7 @@
 """Scaled dot product attention: forward and backward, and R1 through it.
 
-The baseline of R1 is PyTorch's MATH backend, the only one that has a second derivative; that of a forward and a
-backward is what PyTorch takes by itself. ``reference`` is the plain formulas.
+The baseline of R1 is PyTorch's MATH backend, the only one with a second derivative. The baseline of forward and
+backward is the backend that PyTorch chooses. ``reference`` computes the plain formulas.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def setup(batch: int, tokens: int, order: str, device: torch.device, dtype: torc
 def _case(batch: int, tokens: int, order: str, device_types: tuple[str, ...]) -> Case:
     dtype = torch.float32
     values = batch * HEADS * tokens * WIDTH
-    # Forward: three read, one written. Backward: four read, three written. Double backward: seven read, three written.
+    # Forward reads 3, writes 1. Backward reads 4, writes 3. Double backward reads 7, writes 3.
     moved = {"forward_backward": 11, "r1": 21}
-    # Matrix products of the formulas (docs/second_order.md), where nothing is computed twice.
+    # Matrix products in the formulas (docs/second_order.md), without recomputation.
     products = {"forward_backward": 6, "r1": 16}
     return Case(
         name=f"attention/{batch}x{tokens}/{order}",

@@ -1,4 +1,4 @@
-"""The operators of attention, their implementations a backend, and the derivatives up to the second."""
+"""The operators of attention, their implementation on each backend, and the derivatives up to the second."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastgan.ops.needed import needed
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) of which any size may be 1, o and lse of the
-# forward. seed: of dropout. All write into tensors that they are given. So far blocks run on every device, whatever
-# the backend.
+# q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) in which any size may be 1, o and lse of the
+# forward, seed of the dropout. All operators write into tensors that the caller allocates. The blocks run on every
+# device, for each backend.
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 _OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
 
@@ -29,7 +29,7 @@ backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "c
 
 
 def _exactly(run: Callable[P, R]) -> Callable[P, R]:
-    """Without autocast, which would round what a kernel keeps in float32."""
+    """Run without autocast, which would round the kernels' float32 intermediates."""
 
     @wraps(run)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,26 +43,26 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
 @_exactly
 def _forward(*arguments: Any) -> None:
     q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, _ = arguments
-    if not (q.is_cpu and _is_torchs(q, k, v, mask, dropout_p)):
+    if not (q.is_cpu and _is_fused_by_pytorch(q, k, v, mask, dropout_p)):
         blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
         return
-    theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    reference_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    results = theirs(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
+    results = reference_kernel(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
     o.copy_(results[0])
     lse.copy_(results[1])
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o, which lies in memory as (B, L, H, Ev), as PyTorch's, and lse."""
+    """Allocate o, in the memory order (B, L, H, Ev) of PyTorch's result, and lse."""
     (batch, heads, length), wide = q.shape[:3], v.shape[-1]
-    strides = length * heads * wide, wide, heads * wide, 1  # no view of another tensor: it may be written into
+    strides = length * heads * wide, wide, heads * wide, 1  # not a view, so that the user may write into it
     o = torch.empty_strided((batch, heads, length, wide), strides, dtype=q.dtype, device=q.device)
     return o, q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
 
 
-def _is_torchs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    """Whether PyTorch's kernel for CPUs, which returns the log-sum-exp, takes this without a copy of a large mask."""
+def _is_fused_by_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Return whether PyTorch's CPU kernel, which returns the log-sum-exp, can run without a copy of a large mask."""
     if dropout_p > 0 or v.shape[-1] != q.shape[-1] or any(t.stride(-1) != 1 for t in (q, k, v)):
         return False
     if mask is None or mask.dtype == torch.bool:
@@ -99,7 +99,8 @@ def _double_backward(*arguments: Any) -> None:
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    blocks.double_backward(*grads, stored(g), *operands, seed, *results, options)
+    everything: list[Any] = [*grads, stored(g), *operands, seed, *results, options]
+    blocks.double_backward(*everything)
 
 
 class _Attention(torch.autograd.Function):
@@ -127,7 +128,7 @@ class _Attention(torch.autograd.Function):
         wanted = needed(ctx)[:4]
         if g is None or not any(wanted):
             return (None,) * 7
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         run: Any = _AttentionBackward.apply if torch.is_grad_enabled() else _run_backward
         q, k, v, mask, o, lse, seed = ctx.saved_tensors
         grads = run(g, q, k, v, mask, o.detach(), lse, seed, wanted, ctx.options, ctx.backend)
@@ -157,7 +158,7 @@ def _run_backward(
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """o, lse and seed are no inputs to be differentiated: the double backward knows how the first two are made."""
+    """The backward. o, lse and seed are not differentiated; the double backward includes how o and lse are computed."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -190,7 +191,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:
-    """The op on canonical operands, on the backend chosen."""
+    """Run the op on canonical operands on the chosen backend."""
     if backend == "reference":
         return _exactly(reference.attention)(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)

@@ -1,4 +1,4 @@
-"""Attention to the second derivative from PyTorch's matrix products, on blocks of rows of the scores.
+"""Attention up to the second derivative with PyTorch's matrix products, on blocks of rows of the scores.
 
     P = softmax(s Q K^T + mask)    D: the factors of dropout, or 1    O = (D P) V
 
@@ -11,9 +11,9 @@
       by g: D P (T - tau) V + D P GV    by Q: s (dS GK + dS2 K)    by K: s (dS^T GQ + dS2^T Q)
       by V: (D P (T - tau))^T g    by mask: dS2
 
-P, D, dP, T, R, M, dS and dS2 are (L, S), and products of two of them are by elements. A block has some rows of some
-heads, in buffers that stay in the cache and are written again and again. P is made anew from the scores and the
-log-sum-exp of each row, which are subtracted by the matrix product: Q has a column -lse / s more, K one of ones.
+P, D, dP, T, R, M, dS and dS2 are (L, S), and products of two of them are elementwise. A block holds some rows of some
+heads in reused buffers, which stay in the cache. P is recomputed from the scores and the log-sum-exp of each row. The
+matrix product subtracts the log-sum-exp: Q gets an extra column -lse / s, and K a column of ones.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from fastgan.ops.library import accumulation_dtype
 
 
 class _Block:
-    """Rows of the scores of some heads, which may look at the first ``columns`` keys."""
+    """Rows of the scores of some heads. They may attend to the first ``columns`` keys."""
 
     def __init__(self, call: _Blocks, heads: Heads, rows: slice, columns: int) -> None:
         self.call, self.heads, self.rows, self.columns = call, heads, rows, columns
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left (heads, rows, E), right (heads, S, E): left right^T, in the buffer of that name"""
+        """Compute left right^T in the named buffer, with left (heads, rows, E) and right (heads, S, E)."""
         right = right[:, : self.columns]
         return torch.bmm(left, right.mT, out=self.call.buffer(name, len(left), left.shape[1], self.columns))
 
     def masked(self, scores: Tensor) -> Tensor:
-        """The scores, in place, of which those that do not count are -inf."""
+        """Apply the masks to the scores in place. Masked scores are -inf."""
         mask = self.call.mask
         if self.call.options.is_causal and self.columns > self.rows.start + 1:
             kept = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril_(self.rows.start)
@@ -52,7 +52,7 @@ class _Block:
         return scores
 
     def dropout(self, p: Tensor) -> Tensor | None:
-        """D, or None for ones."""
+        """Return D, or None without dropout."""
         generator = self.call.generator
         if generator is None:
             return None
@@ -64,14 +64,14 @@ class _Block:
         return self.call.buffer(name, *like.shape)
 
     def add_to_mask(self, target: Tensor | None, values: Tensor | None) -> None:
-        """Into the gradient of the mask, summed where the mask is broadcast."""
+        """Add the values to the gradient of the mask, summed over broadcast dimensions."""
         if target is not None and values is not None:
             target = self.heads.of_mask(target, self.rows, self.columns)
             target += self.heads.by_sample(values).sum_to_size(target.shape)
 
 
 class _Blocks:
-    """All blocks of a call, and the buffers that they share."""
+    """All blocks of a call and their shared buffers."""
 
     def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options) -> None:
         self.dtype = accumulation_dtype(q.dtype)
@@ -104,7 +104,7 @@ class _Blocks:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
-    """o (B, H, L, Ev) and lse (B, H, L), 0 for a row that looks at nothing."""
+    """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
     blocks = _Blocks(q, k, mask, seed, options)
     for heads in blocks.parts:
         queries = heads.queries(q, blocks.dtype) * options.scale
@@ -125,7 +125,7 @@ def forward(
 
 
 class _Operands:
-    """Of some heads, what both backward orders read, and P and dP - delta of a block."""
+    """The operands of some heads that both backward orders read. ``of`` computes P and dP - delta of a block."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class _Operands:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """total[:, :columns] += scale left^T right"""
+    """Add scale left^T right to total[:, :columns]."""
     total = total[:, : left.shape[2]]
     torch.baddbmm(total, left.mT, right, alpha=scale, out=total)
 
@@ -203,7 +203,7 @@ def backward(
 
 
 class _Second:
-    """Of some heads, the gradients of the backward's results, and what the double backward makes of them."""
+    """The gradients of the backward's results for some heads, and the double backward's results from them."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Second:
     def of(
         self, block: _Block, p: Tensor, factors: Tensor | None, d_scores: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """D P, D P (T - tau) and dS2 (None: zeros); d_scores is dP - delta and becomes dS."""
+        """Return D P, D P (T - tau) and dS2 (None: zeros). d_scores holds dP - delta and becomes dS."""
         t = self._tangent(block, p)
         weighted = p if factors is None or self.gv is None else torch.mul(p, factors, out=block.buffer("DP", p))
         of_value = of_tangent = None
@@ -300,7 +300,7 @@ def double_backward(
     by_mask: Tensor | None,
     options: Options,
 ) -> None:
-    """gq, gk, gv and gmask: of the backward's results, None for zeros."""
+    """Run the double backward. gq, gk, gv and gmask are the gradients of the backward's results, None for zeros."""
     blocks = _Blocks(q, k, mask, seed, options)
     into_mask = None if by_mask is None else blocks.zeros(by_mask)
     for heads in blocks.parts:

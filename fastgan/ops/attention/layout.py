@@ -1,4 +1,4 @@
-"""What a call of attention needs to know besides its tensors, and how its heads are shared out in blocks."""
+"""The options of an attention call, and the partition of its heads into blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**19  # scores that are held at a time
+BLOCK = 2**19  # scores held at a time
 _LEAST_ROWS = 64
 
 
@@ -18,11 +18,11 @@ class Options(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Some heads: those of several samples, or some of one sample."""
+    """A set of heads: all heads of several samples, or some heads of one sample."""
 
     samples: slice
     heads: slice
-    groups: slice  # of keys and values
+    groups: slice  # groups of keys and values
     repeats: int  # heads that share a group
 
     def queries(self, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,7 +35,7 @@ class Heads(NamedTuple):
         return t.flatten(0, 1)  # (heads, S, E)
 
     def put_queries(self, target: Tensor, values: Tensor | None, rows: slice) -> None:
-        """``None``: zeros."""
+        """Write values into the rows of ``target``. None: write zeros."""
         target = target[self.samples, self.heads, rows]
         _ = target.zero_() if values is None else target.copy_(values.view(target.shape))
 
@@ -45,17 +45,17 @@ class Heads(NamedTuple):
         target.copy_(by_group.sum(2) if self.repeats > 1 else by_group[:, :, 0])
 
     def by_sample(self, scores: Tensor) -> Tensor:
-        """(heads, rows, columns) as (samples, heads of each, rows, columns)"""
+        """View (heads, rows, columns) as (samples, heads of each, rows, columns)."""
         return scores.view(self.samples.stop - self.samples.start, -1, *scores.shape[1:])
 
     def of_mask(self, mask: Tensor, rows: slice, columns: int) -> Tensor:
-        """The part of a (B, H, L, S) mask, of which any size may be 1."""
+        """Return the part of a (B, H, L, S) mask for these heads. Any size of the mask may be 1."""
         wanted = self.samples, self.heads, rows, slice(columns)
         return mask[tuple(slice(None) if size == 1 else at for size, at in zip(mask.shape, wanted, strict=True))]
 
 
 def partition(q: Tensor, k: Tensor) -> tuple[list[Heads], int]:
-    """The heads that are computed together, and how many of their rows at a time."""
+    """Return the sets of heads that are computed together, and the number of rows per block."""
     (batch, heads, length, _), (groups, keys) = q.shape, k.shape[1:3]
     repeats = heads // groups
     together = max(1, BLOCK // max(1, length * keys * repeats))  # groups

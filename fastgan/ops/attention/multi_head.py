@@ -1,7 +1,7 @@
-"""``torch.nn.functional.multi_head_attention_forward`` on fastgan's attention.
+"""``torch.nn.functional.multi_head_attention_forward`` with fastgan's attention.
 
-It is a torch function as a whole, so that a mode sees it and not the attention that it calls. Here its own code runs
-with another ``scaled_dot_product_attention`` among its globals.
+A torch function mode intercepts this function as a whole, but not the attention call inside it. So this module runs its
+code with another ``scaled_dot_product_attention`` among its globals.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from fastgan.ops.attention import scaled_dot_product_attention
 
 
 @cache
-def _with_ours() -> FunctionType:
-    theirs = F.multi_head_attention_forward
+def _fused() -> FunctionType:
+    reference = F.multi_head_attention_forward
     names = {
-        **theirs.__globals__,
+        **reference.__globals__,
         "scaled_dot_product_attention": scaled_dot_product_attention,
-        "has_torch_function": _is_plain,
+        "has_torch_function": _has_no_torch_function,
     }
-    ours = FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
-    ours.__kwdefaults__ = theirs.__kwdefaults__
-    return ours
+    fused = FunctionType(reference.__code__, names, reference.__name__, reference.__defaults__, reference.__closure__)
+    fused.__kwdefaults__ = reference.__kwdefaults__
+    return fused
 
 
-def _is_plain(tensors: Any) -> bool:
-    """In place of ``has_torch_function``: what is rerouted has no torch functions of its own."""
+def _has_no_torch_function(tensors: Any) -> bool:
+    """Replace ``has_torch_function``, since only plain tensors are rerouted. It always returns False."""
     return False
 
 
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-    return _with_ours()(*args, **kwargs)
+    return _fused()(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Scaled dot product attention in plain formulas: the specification, the fallback and the benchmark's baseline."""
+"""Scaled dot product attention in elementary PyTorch operations: the reference, fallback and benchmark baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fastgan.ops.library import accumulation_dtype
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, dropout_p: float
 ) -> Tensor:
-    """q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev) with H a multiple of G, mask bool or additive, (B, H, L, S)."""
+    """Compute attention of q (B, H, L, E), k (B, G, S, E) and v (B, G, S, Ev), with H a multiple of G.
+
+    The mask is boolean or additive, (B, H, L, S).
+    """
     acc = accumulation_dtype(q.dtype)
     repeats = q.shape[1] // k.shape[1] if k.shape[1] else 1
     if repeats > 1:
@@ -29,7 +32,7 @@ def attention(
     elif mask is not None:
         scores = scores + mask
     probabilities = scores.softmax(-1)
-    # A row of which everything is masked gives 0, as PyTorch's.
+    # A row whose keys are all masked gives 0, as in PyTorch.
     empty = (scores.detach() == -inf).all(-1, keepdim=True) if kept is not None or mask is not None else None
     if empty is not None:
         probabilities = probabilities.masked_fill(empty, 0.0)

@@ -24,7 +24,7 @@ from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, ref
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
-from fastgan.ops.needed import leave_unread
+from fastgan.ops.needed import mark_unused
 from fastgan.ops.twice_differentiable import barely_rerouted, forget, is_complete, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -132,7 +132,7 @@ def gradient_penalty(
             part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
         if not small:
             for tensor in x:
-                leave_unread(tensor)
+                mark_unused(tensor)
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -310,7 +310,7 @@ def logits_and_penalty(
             value = _penalty(logits, x, penalty, plain=tracer is None and plain)
     if tracer is not None:
         for tensor in x:
-            leave_unread(tensor)
+            mark_unused(tensor)
     return returned, value
 
 

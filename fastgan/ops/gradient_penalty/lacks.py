@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.needed import leave_unread
+from fastgan.ops.needed import mark_unused
 
 _RAISING = {"NotImplemented", "Error", "CdistBackwardBackward0", "PdistBackwardBackward0", "DelayedErrorBackward"}
 _CHECKPOINT = "CheckpointFunctionBackward"
@@ -71,7 +71,7 @@ class Watch:
         """Ones. They require a gradient where a backward must show that it hands that on."""
         factor = torch.ones_like(output)
         if self._needs_factors:
-            leave_unread(factor.requires_grad_())
+            mark_unused(factor.requires_grad_())
         return factor
 
     def leave(self) -> None:

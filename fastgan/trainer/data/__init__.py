@@ -1,1 +1,1 @@
-"""Where samples come from: data sets, toy distributions, caches, held-out samples."""
+"""Real samples: data sets, toy distributions, caches and held-out samples."""

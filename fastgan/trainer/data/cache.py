@@ -1,4 +1,4 @@
-"""Pixels that took work to make, kept in files below the user's cache folder and memory-mapped from there."""
+"""A cache of decoded pixels: files in the user's cache folder, read through memory maps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 Pixels = npt.NDArray[np.uint8]
-Parts = Callable[[], Iterable[bytes]]  # what a file is made of, one part after another
+Parts = Callable[[], Iterable[bytes]]  # the content of a file, in consecutive parts
 
 
 def cache_folder() -> Path:
-    """Below the user's cache folder; for a user without a home, in a folder of their own for temporary files."""
+    """Return fastgan's folder in the user's cache folder, or a temporary folder if the user has no home folder."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "fastgan"
     try:
@@ -26,32 +26,32 @@ def cache_folder() -> Path:
 
 
 def cache_path(name: str, *about: object) -> Path:
-    """The file for what is made of `about`: where a source's name, size or time of change is other, so is the file."""
+    """Return the cache file for data made from `about`. A source with a new name, size or mtime gets a new file."""
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     return cache_folder() / "images" / f"{name}-{key}.bytes"
 
 
 def stamp(source: Path) -> tuple[str, int, int]:
-    """What tells a file from its later versions: where it is, its size and its time of change."""
+    """Identify a version of a file by its path, size and modification time."""
     status = source.stat()
     return str(source.resolve()), status.st_size, status.st_mtime_ns
 
 
 def kept(path: Path, parts: Parts) -> Pixels:
-    """The bytes of a cache file (B,), which is written if it is not there."""
+    """Return the bytes of a cache file (B,); write the file first if it does not exist."""
     return mapped(path) if os.path.exists(path) else written(path, parts)
 
 
 def written(path: Path, parts: Parts) -> Pixels:
-    """Write a cache file and map it; where it cannot be written, the bytes stay in memory."""
+    """Write a cache file and map it. If it cannot be written, keep the bytes in memory."""
     try:
         return mapped(path) if write(path, parts()) else np.empty(0, np.uint8)
-    except OSError:  # a full disk, a folder that may not be written to
+    except OSError:  # for example a full disk or a read-only folder
         return np.frombuffer(bytearray(b"".join(parts())), np.uint8)
 
 
 def write(path: Path, parts: Iterable[bytes]) -> int:
-    """Write `path` whole or not at all, and not where it would be empty; how many bytes it has."""
+    """Write `path` atomically, unless it would be empty. Return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other ranks may write the same file
     try:
@@ -67,5 +67,5 @@ def write(path: Path, parts: Iterable[bytes]) -> int:
 
 
 def mapped(path: Path) -> Pixels:
-    # Copy on write: PyTorch has no read-only tensors, and the file must not change.
+    # Use copy-on-write: PyTorch has no read-only tensors, and the file must not change.
     return np.memmap(path, np.uint8, "c")

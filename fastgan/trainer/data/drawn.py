@@ -1,4 +1,4 @@
-"""What every source of real samples can do, and sources that draw fresh samples."""
+"""The interface of every source of real samples, and a base class for sources that generate fresh samples."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ ALL = slice(None)
 class Source(Protocol):
     """An endless stream of real batches."""
 
-    shape: tuple[int, ...]  # of one sample
-    scale: float  # about the largest value in a sample
-    classes: int | None  # how many labels there are, where there are any
+    shape: tuple[int, ...]  # shape of one sample
+    scale: float  # approximate largest absolute value in a sample
+    classes: int | None  # number of classes, or None without labels
 
     @property
     def size(self) -> int | None:
-        """How many samples there are; None where each one is drawn afresh."""
+        """Number of samples, or None if every sample is generated fresh."""
 
     def fork(self, seed: int) -> Source:
-        """Another stream of the same samples (not a copy of them), in an order of its own."""
+        """Return another stream of the same samples, in its own order. The samples are not copied."""
 
     def next(self, batch_size: int) -> Tensor: ...
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
-        """The `rows` of the next batch and their labels; the stream moves on by the whole batch."""
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+        """Return the `rows` of the next batch and their labels. The stream advances by the whole batch."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 class Drawn(ABC):
-    """A source that draws fresh samples, on the CPU so that every device sees the same ones."""
+    """A source that generates fresh samples on the CPU, so that every device sees the same ones."""
 
     shape: tuple[int, ...]
     scale: float
@@ -49,15 +49,15 @@ class Drawn(ABC):
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self, batch_size: int) -> Tensor:
-        return self.next_labelled(batch_size)[0]
+        return self.next_labeled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         samples, labels = self.draw(batch_size)
         return samples[rows].to(self.device), None if labels is None else labels[rows].to(self.device)
 
     @abstractmethod
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Samples and their labels, on the CPU or on the device."""
+        """Return samples and their labels, on the CPU or on the device."""
 
     def fork(self, seed: int) -> Source:
         other = copy.copy(self)

@@ -1,4 +1,4 @@
-"""Noto colour emoji: some 3,800 small pictures out of the font file of Debian's package fonts-noto-color-emoji."""
+"""Noto color emoji: about 3,800 small pictures from the font in Debian's package fonts-noto-color-emoji."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ DEBIAN_FOLDER = Path("/usr/share/fonts/truetype/noto")
 
 
 def find_emoji(folder: Path | None = None) -> Path:
-    """The font: in ``folder``, else in the cache, else where Debian has it."""
+    """Find the font: in ``folder`` if given, otherwise in the cache, otherwise in Debian's folder."""
     candidates = [folder] if folder else [cache_folder() / "noto-emoji", DEBIAN_FOLDER]
     for candidate in candidates:
         path = candidate if candidate.suffix == ".ttf" else candidate / FONT
         if path.is_file():
             return path
     raise DataError(
-        f"no {FONT} in {' or '.join(map(str, candidates))}; give its folder with --data PATH, fetch it with "
+        f"no {FONT} in {' or '.join(map(str, candidates))}; pass its folder with --data PATH, download it with "
         "`sh tools/noto-emoji.sh`, or install Debian's package fonts-noto-color-emoji"
     )
 
 
 def read_emoji(font: Path, size: int) -> Tensor:
-    """Each different bitmap of a colour font on white, (N, 3, size, size) uint8, in the font's order.
+    """Return each distinct bitmap of a color font on white, (N, 3, size, size) uint8, in the font's order.
 
     The font's 136x128 pictures are padded to squares and resized.
 
     Raises:
-        DataError: the file is no font with colour bitmaps (tables CBDT and CBLC).
+        DataError: the file is not a font with color bitmaps (tables CBDT and CBLC).
     """
     path = cache_path(f"emoji-{size}", *stamp(font))
     if os.path.exists(path):
         return as_images(mapped(path), size)
-    bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share one
+    bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share a bitmap
     images, good = squares(path, size, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
     if not good:
-        raise DataError(f"{font} holds no colour bitmaps")
+        raise DataError(f"{font} contains no color bitmaps")
     return images
 
 
 def bitmaps_of(font: Path) -> list[bytes]:
-    """The PNG files in the first strike of a font's CBDT table."""
+    """Return the PNG files in the first strike of a font's CBDT table."""
     from fontTools.ttLib import TTFont, TTLibError
 
     try:
@@ -63,7 +63,7 @@ def bitmaps_of(font: Path) -> list[bytes]:
 
 
 def padded(png: bytes) -> Image.Image:
-    """A PNG file on a transparent square."""
+    """Center a PNG file on a transparent square."""
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     side = max(image.size)
     ground = Image.new("RGBA", (side, side))

@@ -1,4 +1,4 @@
-"""Real samples that the discriminator never trains on: what it says about them shows what it learned by heart."""
+"""Real samples that the discriminator never trains on. Its logits for them show how much it memorized."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOST = 1024
 
 
 def hold_out(source: Source, batch_size: int, seed: int) -> Source | None:
-    """Take a tenth of a finite source's samples, 1024 at most, out of it; only before the first batch is drawn.
+    """Remove a tenth of a finite source's samples, at most 1024, and return them. Call this before the first batch.
 
-    Of an endless source, another stream is as unseen as it gets. None where a batch would no longer be filled.
+    For an endless source, return another stream. Return None if too few samples would be left for a batch.
     """
     if not isinstance(source, Images):
         return source.fork(seed)
@@ -24,7 +24,7 @@ def hold_out(source: Source, batch_size: int, seed: int) -> Source | None:
 
 
 def some_reals(source: Source, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """`count` samples that `seed` chooses, and their labels; all of them in turn where there are fewer."""
-    drawn, labels = source.fork(seed).next_labelled(count if source.size is None else min(count, source.size))
+    """Return `count` samples chosen by `seed`, and their labels. If the source has fewer, they repeat."""
+    drawn, labels = source.fork(seed).next_labeled(count if source.size is None else min(count, source.size))
     index = torch.arange(count, device=drawn.device) % len(drawn)
     return drawn[index], None if labels is None else labels[index]

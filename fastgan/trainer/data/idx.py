@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and its kin: two zero bytes, a type, the number of axes, each axis, the values."""
+"""The IDX format of MNIST and similar data: two zero bytes, a type, the number of axes, their sizes, the values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """Read a gzip-compressed IDX file of unsigned bytes.
 
     Raises:
-        DataError: the file is missing, is no gzip file, is cut short, or does not hold what its header says.
+        DataError: the file is missing, not a gzip file, truncated, or inconsistent with its header.
     """
     try:
         with gzip.open(path) as file:
@@ -31,13 +31,13 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
-        raise DataError(f"{path} has the wrong magic {content[:4].hex()}, wanted 000008 and a number of axes")
+        raise DataError(f"{path} has the wrong magic {content[:4].hex()}, expected 000008 and a number of axes")
     axes = content[3]
     start = 4 + 4 * axes
     if len(content) < start:
-        raise DataError(f"{path} is truncated: its header wants {start} bytes, the file has {len(content)}")
+        raise DataError(f"{path} is truncated: its header needs {start} bytes, but the file has {len(content)}")
     shape = struct.unpack(f">{axes}I", content[4:start])
     wanted = start + math.prod(shape)
     if len(content) != wanted:
-        raise DataError(f"{path} holds {len(content)} bytes, but shape {shape} needs {wanted}")
+        raise DataError(f"{path} has {len(content)} bytes, but shape {shape} needs {wanted}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -1,4 +1,4 @@
-"""Pictures of any size from a folder, cut square, resized once and kept as memory-mapped unsigned bytes."""
+"""Images of any size from a folder, cropped to squares, resized once and cached as memory-mapped bytes."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from fastgan.trainer.data.cache import Pixels, cache_path, mapped, write, writte
 from fastgan.trainer.errors import DataError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
-LARGEST = 100_000_000  # pixels; a small file may claim more than memory holds (a decompression bomb)
-REPORTED = 5  # bad files that are named
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+LARGEST = 100_000_000  # pixels; a small file can declare an image that exceeds memory (a decompression bomb)
+REPORTED = 5  # bad files to report by name
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # errors that Pillow raises
 
 
 def read_folder(folder: Path, size: int) -> tuple[Tensor, Tensor | None]:
-    """Every picture below ``folder`` as (N, 3, size, size) uint8, and its sub-folder's number where there are several.
+    """Read every image in ``folder`` as (N, 3, size, size) uint8, with labels if there are several subfolders.
 
-    Files that are no picture, or are cut short, or too large, are named on stderr and left out. The result is cached
-    under the files' names, sizes and times of change.
+    Files that are not images, are truncated or too large are reported on stderr and skipped. The result is cached; the
+    cache key covers the files' names, sizes and modification times.
 
     Raises:
-        DataError: the folder cannot be read, or fewer than two pictures are left.
+        DataError: the folder cannot be read, or contains fewer than two readable images.
     """
     try:
-        os.listdir(folder)  # rglob takes a folder that is not there, or may not be read, for an empty one
+        os.listdir(folder)  # rglob treats a missing or unreadable folder as empty
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
         stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     path = cache_path(f"{folder.resolve().name}-{size}", str(folder.resolve()), stats)
-    names = path.with_suffix(".json")  # the pictures that were good; written last
+    names = path.with_suffix(".json")  # names of the readable images; written last
     if os.path.exists(names) and os.path.exists(path):
         return as_images(mapped(path), size), labels_of(json.loads(names.read_text()))
     images, good = squares(path, size, [(name, partial(open_image, folder / name)) for name, _, _ in stats])
     if len(good) < 2:
         endings = ", ".join(sorted(ENDINGS))
-        raise DataError(f"{folder} holds {len(good)} readable pictures ({endings}), wanted at least 2")
-    with contextlib.suppress(OSError):  # the next run reads the pictures again
+        raise DataError(f"{folder} contains {len(good)} readable images ({endings}), but at least 2 are needed")
+    with contextlib.suppress(OSError):  # without this file the next run reads the images again
         write(names, [json.dumps(good).encode()])
     return images, labels_of(good)
 
@@ -58,7 +58,7 @@ def as_images(pixels: Pixels, size: int) -> Tensor:
 
 
 def squares(path: Path, size: int, images: Sequence[tuple[str, Callable[[], Image.Image]]]) -> tuple[Tensor, list[str]]:
-    """The pictures that open, (N, 3, size, size), kept in the cache file `path`; the names of these."""
+    """Return the readable images (N, 3, size, size), stored in the cache file `path`, and their names."""
     good: list[str] = []
     bad: list[str] = []
 
@@ -76,9 +76,9 @@ def squares(path: Path, size: int, images: Sequence[tuple[str, Callable[[], Imag
 
     found = as_images(written(path, parts), size)
     for line in bad[:REPORTED]:
-        print(f"fastgan: left out {line}", file=sys.stderr)
+        print(f"fastgan: skipped {line}", file=sys.stderr)
     if len(bad) > REPORTED:
-        print(f"fastgan: left out {len(bad) - REPORTED} more", file=sys.stderr)
+        print(f"fastgan: skipped {len(bad) - REPORTED} more", file=sys.stderr)
     return found, good
 
 
@@ -90,14 +90,14 @@ def open_image(file: Path) -> Image.Image:
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from None
     if image.width * image.height > LARGEST:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {LARGEST}")
+        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {LARGEST}")
     return image
 
 
 def square(image: Image.Image, size: int) -> Pixels:
-    """The middle square (3, size, size) of an image, upright; what is transparent becomes white."""
+    """Crop the central square (3, size, size) of an image, upright. Transparent parts become white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -112,7 +112,7 @@ def square(image: Image.Image, size: int) -> Pixels:
 
 
 def labels_of(names: list[str]) -> Tensor | None:
-    """The number of each picture's first folder (N,), where every picture lies in one and there are several."""
+    """Return the index of each image's top folder (N,), if every image is in one and there are several."""
     folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else None for name in names]
     kinds = sorted({folder for folder in folders if folder is not None})
     if None in folders or len(kinds) < 2:

@@ -1,4 +1,4 @@
-"""Where real samples come from: no loader, data on the device, and an order that resumes where it stopped."""
+"""Sources of real samples. They need no data loader, live on the device, and resume exactly where they stopped."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Images:
-    """Images (N, C, H, W), unsigned bytes, scaled to [-1, 1] on the device as they are drawn.
+    """Images (N, C, H, W) in unsigned bytes, scaled to [-1, 1] on the device as they are drawn.
 
-    They are moved to the device where they fill no more than half of its free memory; those of a memory-mapped file
-    stay where they are, and only what is drawn is read. Each epoch visits every image at most once, in an order drawn
-    from `seed`; a last part that fills no batch is left out.
+    Images move to the device if they need at most half of its free memory. Images of a memory-mapped file stay in the
+    file, and only the drawn ones are read. Each epoch visits every image at most once, in an order drawn from `seed`;
+    a last incomplete batch is dropped.
 
     Args:
         images: (N, C, H, W) uint8.
         labels: (N,), or None.
-        members: indices of the images that take part; None: all.
+        members: indices of the images to use; None uses all.
     """
 
     scale = 1.0
@@ -62,7 +62,7 @@ class Images:
         return Images(self.images, seed, self.device, self.labels, self.members)
 
     def split(self, count: int, seed: int) -> Images:
-        """Take `count` images, chosen by `seed`, out of this source into another; only before the first `next`."""
+        """Move `count` images, chosen by `seed`, to a new source. Call this before the first `next`."""
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed), device="cpu")
         taken = Images(self.images, seed, self.device, self.labels, self.members[order[:count]])
         self.members = self.members[order[count:]]
@@ -75,11 +75,11 @@ class Images:
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
-        return self.next_labelled(batch_size)[0]
+        return self.next_labeled(batch_size)[0]
 
-    def next_labelled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
+    def next_labeled(self, batch_size: int, rows: slice = ALL) -> tuple[Tensor, Tensor | None]:
         if batch_size > self.size:
-            raise DataError(f"a batch of {batch_size} needs as many images, the data has {self.size}")
+            raise DataError(f"a batch of {batch_size} needs at least {batch_size} images, but the data has {self.size}")
         if self.cursor + batch_size > self.size:
             self._start_epoch()
         index = self.order[self.cursor : self.cursor + batch_size][rows]
@@ -102,7 +102,7 @@ def fits(images: Tensor, device: torch.device) -> bool:
 
 
 class Mixture(Drawn):
-    """Equal Gaussians of standard deviation `sigma` around `modes` (K, 2)."""
+    """A mixture of equally likely Gaussians with standard deviation `sigma` around `modes` (K, 2)."""
 
     shape: tuple[int, ...] = (2,)
 
@@ -119,13 +119,13 @@ class Mixture(Drawn):
         return self.modes[mode] + self.sigma * offset, mode
 
     def shares(self, samples: Tensor, radius: float) -> Tensor:
-        """The share of `samples` (N, 2) that lies within `radius` of each mode (K,)."""
+        """Return the fraction of `samples` (N, 2) within `radius` of each mode (K,)."""
         distance = torch.cdist(samples.cpu(), self.modes)  # (N, K)
         return (distance <= radius).float().mean(0)
 
 
 class Discs(Drawn):
-    """Soft-edged bright discs on a dark ground, of random place and size: images (1, 32, 32) in [-1, 1]."""
+    """Soft bright discs of random position and size on a dark background: images (1, 32, 32) in [-1, 1]."""
 
     shape: tuple[int, ...] = (1, 32, 32)
     scale = 1.0
@@ -156,9 +156,9 @@ def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -
 
 
 def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, 1, 32, 32) and labels (N,), which may be missing where no labels are needed.
+    """Return images (N, 1, 32, 32) and labels (N,), or None if the label file is missing.
 
-    The images are unpacked once, and mapped from the cache until the file changes.
+    The images are unpacked once, then mapped from the cache until the file changes.
     """
     from fastgan.trainer.data.cache import cache_path, kept, stamp
     from fastgan.trainer.data.idx import read_idx
@@ -171,24 +171,24 @@ def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
         return images, None
     labels = read_idx(path)
     if labels.shape != (len(images),):
-        raise DataError(f"{path} has shape {labels.shape}, wanted ({len(images)},)")
+        raise DataError(f"{path} has shape {labels.shape}, expected ({len(images)},)")
     return images, torch.tensor(labels, device="cpu").long()
 
 
 def padded_images(path: Path) -> Iterator[bytes]:
-    """The images of an IDX file (N, 28, 28) as (N, 32, 32), in one part."""
+    """Pad the images (N, 28, 28) of an IDX file to (N, 32, 32), in one part."""
     from fastgan.trainer.data.idx import read_idx
 
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise DataError(f"{path} has shape {images.shape}, wanted (N, 28, 28)")
+        raise DataError(f"{path} has shape {images.shape}, expected (N, 28, 28)")
     padded = torch.zeros(len(images), 32, 32, dtype=torch.uint8, device="cpu")
     padded[:, 2:30, 2:30] = torch.tensor(images, device="cpu")
     yield padded.numpy().tobytes()
 
 
 def stacked(seed: int, device: torch.device, folder: Path | None = None) -> Source:
-    """Fashion-MNIST three by three."""
+    """Fashion-MNIST images stacked in threes."""
     from fastgan.trainer.data.toys import Stacked
 
     folder = find_fashion_mnist(folder)
@@ -199,9 +199,9 @@ def stacked(seed: int, device: torch.device, folder: Path | None = None) -> Sour
 
 
 def find_fashion_mnist(folder: Path | None = None) -> Path:
-    """The folder of Fashion-MNIST's IDX files: `folder`, else $FASTGAN_DATA, else the cache, else Debian's.
+    """Find the folder of Fashion-MNIST's IDX files: `folder`, $FASTGAN_DATA, the cache, or Debian's folder.
 
-    A folder that was named and does not hold the file is an error, not a reason to look elsewhere.
+    If `folder` or $FASTGAN_DATA is set and lacks the file, that is an error; no other folder is searched.
     """
     from fastgan.trainer.data.cache import cache_folder
 
@@ -211,20 +211,20 @@ def find_fashion_mnist(folder: Path | None = None) -> Path:
         if (candidate / FASHION_MNIST_IMAGES).is_file():
             return candidate
     raise DataError(
-        f"no {FASHION_MNIST_IMAGES} in {' or '.join(map(str, candidates))}; give its folder with --data PATH "
-        "or FASTGAN_DATA=PATH, fetch it with `make data`, or install Debian's package dataset-fashion-mnist"
+        f"no {FASHION_MNIST_IMAGES} in {' or '.join(map(str, candidates))}; pass its folder with --data PATH "
+        "or FASTGAN_DATA=PATH, download it with `make data`, or install Debian's package dataset-fashion-mnist"
     )
 
 
 def load_source(
     dataset: DatasetName, seed: int, device: torch.device, folder: Path | None = None, image_size: int = 32
 ) -> Source:
-    """The source of a data set's real samples. `image_size` is for data that has no size of its own."""
+    """Load a data set's source of real samples. `image_size` applies to data without a fixed size."""
     if dataset == "folder":
         from fastgan.trainer.data.image_folder import read_folder
 
         if folder is None:
-            raise DataError("the data set is a folder of images: say which with --data PATH")
+            raise DataError("dataset folder needs a folder of images: pass it with --data PATH")
         images, labels = read_folder(folder, image_size)
         return Images(images, seed, device, labels)
     if dataset == "emoji":

@@ -1,1 +1,1 @@
-"""The parts of the game: losses, optimizers, penalties, averaged weights, augmentation."""
+"""Components of a GAN: losses, optimizers, penalties, averaged weights, augmentation."""

@@ -1,9 +1,9 @@
-"""Augmentation of what the discriminator sees, reals and fakes alike, for data that is scarce.
+"""Augmentation of the discriminator's inputs, for both reals and fakes, when data is scarce.
 
-DiffAugment (Zhao et al. 2020) changes every image; ADA (Karras et al. 2020) makes each change with a probability p that
-follows how sure the discriminator is of its training images, and cuts no holes, as its authors found best. A change is
-affine in the image (products with numbers, sums, whole pixels moved), so it can be differentiated any number of times.
-A penalty is taken on the gradient at the images as the discriminator sees them, changed.
+DiffAugment (Zhao et al. 2020) changes every image. ADA (Karras et al. 2020) makes each change with a probability p,
+which it adapts to how confident the discriminator is on training images. ADA omits cutout, because its authors got the
+best results without it. Each change is affine in the image (it multiplies, adds, or moves whole pixels), so it can be
+differentiated any number of times. Penalties use the gradient with respect to the augmented images.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from torch.nn.functional import pad
 
 AugmentName = Literal["none", "diffaugment", "ada"]
 
-EVERY = 4  # batches from one look at the signs to the next
-SHIFT, CUT = 1 / 8, 1 / 2  # of a side: the longest translation, and the side of what is cut out
+EVERY = 4  # batches between updates of p
+SHIFT, CUT = 1 / 8, 1 / 2  # as fractions of a side: the largest translation, and the side of the cutout square
 
 
 class Augment:
-    """Changes images (N, C, H, W) by numbers that the caller draws, so that they are the same on every device.
+    """Augments images (N, C, H, W) with random numbers from the caller, so that every device gets the same result.
 
     Args:
         kind: "none", "diffaugment", or "ada".
-        images_to_one: images in which ADA's p may go from 0 to 1.
-        target: of E[sign D(real)], above which ADA's p rises.
+        images_to_one: images over which ADA's p can rise from 0 to 1.
+        target: target of E[sign D(real)]; ADA raises p above it.
     """
 
     def __init__(
         self, kind: AugmentName, device: torch.device, images_to_one: int = 500_000, target: float = 0.6
     ) -> None:
         self.kind, self.images_to_one, self.target = kind, images_to_one, target
-        # On the device, where nobody has to wait for it.
+        # p stays on the device, so that nothing waits for it.
         self.p = torch.full((), 1.0 if kind == "diffaugment" else 0.0, device=device)
-        self.signs = torch.zeros((), device=device)  # sum over the reals since the last look
+        self.signs = torch.zeros((), device=device)  # sum over the reals since the last update
         self.seen = self.batches = 0
 
     def __call__(self, x: Tensor, u: Tensor | None) -> Tensor:
         """
         Args:
             x: (N, C, H, W).
-            u: (N, 6, 3), uniform in [0, 1): for each change whether it is made, and how. None: x stays as it is.
+            u: (N, 6, 3), uniform in [0, 1): whether and how each change is made. None leaves x unchanged.
         """
         if u is None:
             return x
@@ -53,11 +53,11 @@ class Augment:
 
     @torch.no_grad()
     def look(self, signs: Tensor, count: int) -> None:
-        """Let ADA's p follow the answers to a batch of reals.
+        """Update ADA's p from the discriminator's output for a batch of reals.
 
         Args:
             signs: (), the mean sign of their logits, over all ranks.
-            count: how many reals, on all ranks.
+            count: number of reals, over all ranks.
         """
         if self.kind != "ada":
             return
@@ -89,9 +89,9 @@ def brightness(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
 
 
 def saturation(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
-    """Multiply each pixel's distance from its grey by a number in [0, 2)."""
-    grey = x.mean(1, keepdim=True)
-    return grey + column(torch.where(taken, 2 * how, 1)) * (x - grey)
+    """Multiply each pixel's distance from its gray value by a number in [0, 2)."""
+    gray = x.mean(1, keepdim=True)
+    return gray + column(torch.where(taken, 2 * how, 1)) * (x - gray)
 
 
 def contrast(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
@@ -101,12 +101,12 @@ def contrast(x: Tensor, taken: Tensor, how: Tensor, _: Tensor) -> Tensor:
 
 
 def translation(x: Tensor, taken: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Move the image by up to an eighth of a side each way, over zeros."""
+    """Move the image by up to an eighth of a side in each direction, and fill with zeros."""
     index = []
     for how, size in ((down, x.shape[2]), (right, x.shape[3])):
         most = int(SHIFT * size)
         moved = taken * ((2 * most + 1) * how - most).floor().long()  # (N,)
-        # One pixel of zeros around the image stands for all outside it.
+        # One pixel of zero padding stands for everything outside the image.
         index.append((torch.arange(size, device=x.device) - moved[:, None] + 1).clamp(0, size + 1))
     samples = torch.arange(len(x), device=x.device)[:, None, None]
     around = pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (N, H + 2, W + 2, C)
@@ -114,7 +114,7 @@ def translation(x: Tensor, taken: Tensor, down: Tensor, right: Tensor) -> Tensor
 
 
 def cutout(x: Tensor, taken: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Put zeros into a square of half a side, whose middle is anywhere."""
+    """Set a square of half a side to zero, centered anywhere."""
     inside = []
     for how, size in ((down, x.shape[2]), (right, x.shape[3])):
         middle = (size * how).floor()[:, None]
@@ -128,6 +128,6 @@ def column(values: Tensor) -> Tensor:
 
 
 CHANGES = (mirror, brightness, saturation, contrast, translation, cutout)
-# A hole makes the discriminator unsure of images that it knows by heart, and p follows that: with it, p stayed too low.
+# Cutout lowers the discriminator's confidence on memorized images. ADA's p follows that confidence and stayed too low.
 LEFT_OUT = {"diffaugment": mirror, "ada": cutout}
-NUMBERS = (len(CHANGES), 3)  # uniform numbers a sample
+NUMBERS = (len(CHANGES), 3)  # uniform numbers per sample

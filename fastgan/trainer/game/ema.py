@@ -11,9 +11,9 @@ from torch import nn
 class EMA:
     """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)) after t updates.
 
-    The warm-up lets an early average forget the random start, which a constant decay remembers for
-    1 / (1 - decay) steps. Floating-point buffers (batch norm's running statistics) are averaged with
-    the weights that they belong to; other buffers are copied.
+    The warm-up makes an early average forget the random initialization; a constant decay would remember it for
+    1 / (1 - decay) steps. Floating-point buffers (batch norm's running statistics) are averaged like the weights that
+    they belong to. Other buffers are copied.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -1,4 +1,4 @@
-"""GAN losses on logits. A loss is a pair: one for the discriminator, one for the generator."""
+"""GAN losses on logits. A loss is a pair of functions, for the discriminator and for the generator."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LossName = Literal["non-saturating", "saturating", "hinge", "least-squares", "wa
 
 
 class Loss(NamedTuple):
-    """What each player minimises.
+    """The functions that the discriminator and the generator minimize.
 
-    Both functions take (real logits, fake logits) of equal shape and return a scalar. Only a relativistic generator
-    looks at the reals; the others are given them or None.
+    Both functions take (real logits, fake logits) of equal shape and return a scalar. Only relativistic generators use
+    the real logits; for other losses they may be None.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor | None, Tensor], Tensor]
-    boundary: float | None = 0.0  # the logit that parts real from fake, where differences alone do not decide
+    boundary: float | None = 0.0  # logit that separates real from fake; None if only differences of logits matter
     relativistic: bool = False
 
 
@@ -35,7 +35,7 @@ def non_saturating_generator(real: Tensor | None, fake: Tensor) -> Tensor:
 
 
 def saturating_generator(real: Tensor | None, fake: Tensor) -> Tensor:
-    """mean(log(1 - sigmoid(fake))), the minimax game; its gradient vanishes where the discriminator is sure."""
+    """mean(log(1 - sigmoid(fake))), the minimax game. Its gradient vanishes if the discriminator is confident."""
     return -softplus(fake).mean()
 
 
@@ -60,7 +60,7 @@ def least_squares_generator(real: Tensor | None, fake: Tensor) -> Tensor:
 
 
 def wasserstein_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """mean(fake) - mean(real), Arjovsky et al. 2017; the discriminator must be kept smooth, by a penalty say."""
+    """mean(fake) - mean(real), Arjovsky et al. 2017. It needs a smooth discriminator, for example through a penalty."""
     return fake.mean() - real.mean()
 
 

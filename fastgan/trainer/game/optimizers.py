@@ -1,7 +1,7 @@
-"""Optimizers for games. Two players who each descend their own loss may circle each other; these look ahead.
+"""Optimizers for two-player games. Plain gradient descent on both losses can cycle; these optimizers look ahead.
 
-With g_t the gradient, Adam's direction is a_t = m_t / (sqrt(v_t) + eps), m_t and v_t the bias-corrected means of g and
-g^2 (Kingma & Ba 2015). Two time scales are two learning rates (Heusel et al. 2017).
+With gradient g_t, Adam's direction is a_t = m_t / (sqrt(v_t) + eps), where m_t and v_t are the bias-corrected means of
+g and g^2 (Kingma & Ba 2015). Two time scales mean two learning rates (Heusel et al. 2017).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OptimizerName = Literal["adam", "optimistic-adam", "extra-adam"]
 
 
 class _Directed(torch.optim.Optimizer):
-    """Keeps Adam's moments, and leaves to its heirs what to do with the direction."""
+    """Keeps Adam's moments. Subclasses decide how to use the direction."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float = 1e-8
@@ -27,7 +27,7 @@ class _Directed(torch.optim.Optimizer):
         return [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _direction(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """Take the gradient into the moments, and return a_t."""
+        """Update the moments with the gradient, and return a_t."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = 0
@@ -44,7 +44,7 @@ class _Directed(torch.optim.Optimizer):
 
 
 class OptimisticAdam(_Directed):
-    """x <- x - 2 lr a_t + lr a_{t-1}, with a_0 = 0: the next gradient is guessed to change as the last did.
+    """x <- x - 2 lr a_t + lr a_{t-1}, with a_0 = 0. It predicts that the gradient changes as it did in the last step.
 
     Source: Daskalakis et al., Training GANs with Optimism (2018), algorithm 1.
     """
@@ -61,10 +61,10 @@ class OptimisticAdam(_Directed):
 
 
 class ExtraAdam(_Directed):
-    """y = x - lr a(g(x)), then x <- x - lr a(g(y)): the step is taken from x with the gradient found ahead.
+    """y = x - lr a(g(x)), then x <- x - lr a(g(y)): a step from x with the gradient at y.
 
-    ``extrapolate`` goes to y, ``step`` goes on from where ``extrapolate`` started, or from x itself where it was not
-    called. Both take their gradient into the moments.
+    ``extrapolate`` moves to y. ``step`` starts from the weights before ``extrapolate``, or from the current weights if
+    it was not called. Both update the moments with their gradient.
     Source: Gidel et al., A Variational Inequality Perspective on GANs (2019), algorithm 4.
     """
 

@@ -1,12 +1,13 @@
-"""The discriminator's logits and its gradient penalty, by the least work that the combination needs.
+"""The discriminator's logits and its gradient penalty, computed with the least work for each combination.
 
-Costs in forwards of the discriminator on one half (F), loss and penalty with their backward, for a piecewise-affine D:
+Costs of loss, penalty and their backward passes, in forward passes of the discriminator on one half of the batch (F),
+for a piecewise-affine D:
 
     penalty            fastgan    PyTorch
     none                  6          6       both halves in one call
-    r1, r2                7          9       penalty and loss of one half in one pass; the other half by itself
+    r1, r2                7          9       penalty and loss of one half in one pass; a separate call for the other
     r1+r2                 8         12       both halves in one pass
-    wgan-gp and kin      10         12       at points of their own, beside the loss
+    wgan-gp and similar  10         12       a separate pass at other points
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ Discriminator = Callable[..., Tensor]
 class Judged(NamedTuple):
     real: Tensor  # logits (N, ...)
     fake: Tensor  # logits (N, ...)
-    penalty: Tensor | None  # (), None where none is due
+    penalty: Tensor | None  # (), or None in batches without a penalty
 
 
 class Regularizer:
-    """Judges a real and a fake batch, and takes the penalty at every ``every``-th batch (lazily, times ``every``).
+    """Computes logits for real and fake batches, and the penalty in every ``every``-th batch, scaled by ``every``.
 
     Args:
         penalty: a kind of ``fastgan.gradient_penalty``, or "none".
-        weight: its factor.
-        every: batches from one penalty to the next, at least 1; the first batch has it.
-        kernels: "fastgan", or "torch" for the same numbers by PyTorch's own double backward.
-        together: whether D may be given reals and fakes in one call, which is so unless it mixes its batch.
+        weight: factor of the penalty.
+        every: batches from one penalty to the next, at least 1. The first batch has a penalty.
+        kernels: "fastgan", or "torch" to compute the same values with PyTorch's double backward.
+        together: whether D may take reals and fakes in one call. It must be false if D mixes its batch.
     """
 
     def __init__(self, penalty: PenaltyName, weight: float, every: int, kernels: Kernels, together: bool) -> None:
@@ -49,7 +50,7 @@ class Regularizer:
 
     @property
     def between(self) -> bool:
-        """Whether the penalty is taken at random points (``alpha``)."""
+        """Whether the penalty uses points between reals and fakes, or around reals (``alpha``)."""
         return self.penalty in ("wgan-gp", "wgan-lp", "zero-centered", "max-gp", "dragan")
 
     def __call__(
@@ -67,9 +68,9 @@ class Regularizer:
         Args:
             real, fake: (N, *S).
             labels: (N,), for a discriminator that takes them.
-            alpha: (N,) in [0, 1), where ``between``.
+            alpha: (N,) in [0, 1), if ``between`` is true.
             noise: (N, *S) in [0, 1), for "dragan".
-            part: a batch that comes in parts counts once, at part 0.
+            part: index of this part if the batch is split. Only part 0 counts as a new batch.
         """
         self.batches += part == 0
         args = () if labels is None else (labels,)
@@ -88,7 +89,7 @@ class Regularizer:
     def _logits(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
         if not self.together:
             return discriminator(real, *args), discriminator(fake, *args)
-        # One call for both halves: one power iteration, and larger matrix products.
+        # One call for both halves saves a power iteration and makes larger matrix products.
         logits = discriminator(torch.cat([real, fake]), *(torch.cat([labels, labels]) for labels in args))
         real_logits, fake_logits = logits.chunk(2)
         return real_logits, fake_logits
@@ -138,7 +139,7 @@ class Regularizer:
 def double_backward(
     discriminator: Discriminator, inputs: Tensor, *, kind: str, weight: float, args: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Logits and penalty at ``inputs`` (N, *S) as one writes them without fastgan."""
+    """Return logits and penalty at ``inputs`` (N, *S), computed with plain PyTorch."""
     x = inputs.detach().requires_grad_()
     logits = discriminator(x, *args)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)

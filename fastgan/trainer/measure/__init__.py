@@ -1,1 +1,1 @@
-"""What a run measures: scores, diagnostics, alarms."""
+"""Measurements of a run: scores, diagnostics, alarms."""

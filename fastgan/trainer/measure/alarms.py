@@ -1,4 +1,4 @@
-"""Alarms: what goes wrong in a GAN, how its diagnostics show it, and which flags to try."""
+"""Alarms: common failures of GANs, how diagnostics reveal them, and which flags to try."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ Record = dict[str, Any]  # a line of metrics.jsonl with diagnostics
 @dataclass(frozen=True)
 class Alarm:
     name: str
-    sign: Callable[[Record], str | None]  # what is wrong with a record, or None
-    patience: int  # records whose median must show it: one bad batch is no illness
+    sign: Callable[[Record], str | None]  # describes the problem in a record, or returns None
+    patience: int  # number of records whose median must show the problem, so that one bad batch raises no alarm
     remedy: str
-    from_step: int = 0  # a generator starts with little variety, and that is no collapse
+    from_step: int = 0  # first step to check; an untrained generator has little diversity, which is not collapse
 
 
 def diverging(record: Record) -> str | None:
-    """Weights that leap or losses out of all proportion: a step overshoots whatever it aims at."""
+    """Weights jump or losses explode: steps overshoot."""
     if record["nonfinite"]:
         return f"{record['nonfinite']:.0f} weights or gradients are infinite or NaN"
     for key, player in (("d", "discriminator"), ("g", "generator")):
         if record.get(f"{key}_update_ratio", 0.0) > 0.1:
-            return f"a step of the {player} moves its weights by {record[f'{key}_update_ratio']:.0%} of their norm"
+            return f"one step of the {player} changes its weights by {record[f'{key}_update_ratio']:.0%} of their norm"
         if not abs(record[f"{key}_loss"]) < 1e3:
             return f"the {player}'s loss is {record[f'{key}_loss']:.3g}"
     return None
 
 
 def vanishing(record: Record) -> str | None:
-    """The discriminator is right about everything and its slope no longer reaches the generator."""
+    """The discriminator classifies everything correctly, and its gradient no longer reaches the generator."""
     won = min(record["d_real_accuracy"], record["d_fake_accuracy"]) >= 0.95
     if won and record["g_grad_norm"] < 2e-3:
         return (
-            f"the discriminator is right about {record['d_fake_accuracy']:.0%} of the fakes, and the generator's "
+            f"the discriminator classifies {record['d_fake_accuracy']:.0%} of the fakes correctly, and the generator's "
             f"gradient has norm {record['g_grad_norm']:.1e}"
         )
     return None
 
 
 def collapsing(record: Record) -> str | None:
-    """A batch of fakes holds far fewer different samples than a batch of reals."""
+    """A batch of fakes contains far fewer different samples than a batch of reals."""
     if record["diversity"] < 0.3:
-        return f"a batch of samples is {record['diversity']:.0%} as diverse as one of reals"
+        return f"a batch of samples is only {record['diversity']:.0%} as diverse as a batch of reals"
     return None
 
 
 def overfitting(record: Record) -> str | None:
-    """The discriminator knows its training images by heart: unseen reals look like fakes to it."""
+    """The discriminator has memorized its training images: unseen reals look like fakes to it."""
     if record["d_real_accuracy"] >= 0.6 and record.get("overfit", 0.0) > 0.3:
         return (
-            f"the discriminator gives its training images {record['d_train']:.2f}, unseen ones "
-            f"{record['d_held_out']:.2f} and fakes {record['d_fake']:.2f}"
+            f"the mean logit is {record['d_train']:.2f} on training images, {record['d_held_out']:.2f} on unseen reals "
+            f"and {record['d_fake']:.2f} on fakes"
         )
     return None
 
@@ -66,7 +66,7 @@ ALARMS = (
         "vanishing gradient",
         vanishing,
         3,
-        "--loss non-saturating; a weaker discriminator: lower --d-lr, or --penalty r1",
+        "--loss non-saturating; weaken the discriminator with a lower --d-lr or --penalty r1",
     ),
     Alarm(
         "mode collapse",
@@ -79,7 +79,7 @@ ALARMS = (
         "overfitting",
         overfitting,
         5,
-        "--augment ada, then a lower --ada-target; more images, --penalty r1, a smaller --width",
+        "--augment ada, then a lower --ada-target; more images, --penalty r1 or a smaller --width",
     ),
 )
 
@@ -93,7 +93,7 @@ class Watch:
         self.raised: set[str] = set()
 
     def look(self, record: Record) -> list[Record]:
-        """The alarms that this record sets off, as records of their own."""
+        """Return the alarms that this record raises, as new records."""
         self.recent.append(record)
         found = []
         for alarm in self.alarms:
@@ -107,14 +107,14 @@ class Watch:
         return found
 
     def replay(self, records: Iterable[Record]) -> None:
-        """Take up where a run's earlier records leave off, without raising its alarms again."""
+        """Continue from a run's earlier records, without raising their alarms again."""
         for record in records:
             if "nonfinite" in record:
                 self.look(record)
 
 
 def median(records: list[Record]) -> Record:
-    """The median of each number that all records have."""
+    """Return the median of each number that all records contain."""
     return {
         key: statistics.median(record[key] for record in records)
         for key, value in records[0].items()

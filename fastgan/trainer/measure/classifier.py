@@ -1,4 +1,4 @@
-"""A small classifier whose classes are the modes of stacked images; trained once and kept in the cache."""
+"""A small classifier that recognizes the modes of stacked images. It is trained once and cached."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ BATCH = 128
 
 
 def stacked_modes(samples: Tensor, source: Stacked, cache: Path | None = None) -> Tensor:
-    """How many of `samples` (N, 3, S, S) fall into each of the 1000 modes (1000,).
+    """Count how many of `samples` (N, 3, S, S) fall into each of the 1000 modes (1000,).
 
-    The mode of a sample is the classes of its three channels. Metz et al. 2017.
+    A sample's mode is the combination of its three channels' classes. Metz et al. 2017.
     """
     model = digit_classifier(source.images, source.labels, cache)
-    grey = samples.flatten(0, 1)[:, None]  # (3 N, 1, S, S)
+    gray = samples.flatten(0, 1)[:, None]  # (3 N, 1, S, S)
     with torch.no_grad():
-        classes = torch.cat([model(batch.to(source.device)).argmax(1).cpu() for batch in grey.split(512)])
+        classes = torch.cat([model(batch.to(source.device)).argmax(1).cpu() for batch in gray.split(512)])
     a, b, c = classes.view(-1, 3).unbind(1)
     return torch.bincount(100 * a + 10 * b + c, minlength=1000)
 
 
 def digit_classifier(images: Tensor, labels: Tensor, cache: Path | None = None) -> nn.Module:
-    """A convolutional classifier of images (N, 1, S, S) uint8 into 10 classes, from `cache` where it is there."""
+    """Return a convolutional classifier of images (N, 1, S, S) uint8 into 10 classes, from `cache` if it is there."""
     model = network(images.shape[-1])
     key = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:16]
     cache = cache or cache_folder()
@@ -47,7 +47,7 @@ def digit_classifier(images: Tensor, labels: Tensor, cache: Path | None = None) 
 
 
 def network(size: int) -> nn.Sequential:
-    """Two convolutions and a linear layer; its start is the same every time."""
+    """Two convolutions and a linear layer, always with the same initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(

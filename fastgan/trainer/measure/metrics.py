@@ -1,7 +1,7 @@
-"""How good samples are: by the modes of a known mixture, or by features of images against features of reals.
+"""Quality of samples: by the modes of a known mixture, or by comparing image features with those of reals.
 
-Every feature metric is a comparison of two finite sets, so it is reported with its N and its floor: the same metric
-between two disjoint sets of reals, which no generator is expected to go below.
+Feature metrics compare two finite sets. Each is reported with its N and its floor: the same metric between two disjoint
+sets of reals. No generator is expected to go below the floor.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from fastgan.trainer.data.sources import Mixture
 
-NEIGHBOURS = 5  # k of density, coverage and recall, as their authors choose it
-SUBSET = 100  # samples of one KID estimate
+NEIGHBORS = 5  # k of density, coverage and recall, as in their papers
+SUBSET = 100  # samples in one KID estimate
 SUBSETS = 50
 
 
 class Modes(NamedTuple):
-    covered: int  # modes with a high-quality sample
+    covered: int  # modes with at least one high-quality sample
     total: int
-    high_quality: float  # share of the samples within 3 sigma of a mode
-    reverse_kl: float  # KL(share of each mode among the samples || uniform), in nats; inf without high-quality samples
+    high_quality: float  # fraction of the samples within 3 sigma of a mode
+    reverse_kl: float  # KL(fraction of samples in each mode || uniform) in nats; inf without high-quality samples
 
 
 def modes(samples: Tensor, source: Mixture) -> Modes:
-    """Score points (N, 2) against the mixture that they should be drawn from.
+    """Score points (N, 2) against the mixture that they should follow.
 
-    A sample is of high quality within 3 sigma of a mode, and belongs to it; as Srivastava et al. 2017 and Lin et al.
-    2018 (PacGAN) count.
+    A sample within 3 sigma of a mode is of high quality and belongs to that mode, as in Srivastava et al. 2017 and Lin
+    et al. 2018 (PacGAN).
     """
     distance = torch.cdist(samples.cpu(), source.modes)  # (N, K)
     nearest, mode = distance.min(1)
@@ -39,7 +39,7 @@ def modes(samples: Tensor, source: Mixture) -> Modes:
 
 
 def count_modes(counts: Tensor, samples: int) -> Modes:
-    """The score of `samples` of which `counts` (K,) fell into each mode; a classifier's classes are modes too."""
+    """Score `samples` of which `counts` (K,) fell into each mode. A classifier's classes also count as modes."""
     total = int(counts.sum())
     share = counts.double() / max(total, 1)
     present = share[share > 0]
@@ -50,8 +50,8 @@ def count_modes(counts: Tensor, samples: int) -> Modes:
 def kid(real: Tensor, fake: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> float:
     """Kernel inception distance of features (N, F) and (M, F): squared MMD, unbiased, kernel (x.y / F + 1)^3.
 
-    The mean over random subsets of `size` samples of each set. An unbiased estimate may be slightly negative where
-    the sets agree. Binkowski et al. 2018.
+    The result is the mean over random subsets of `size` samples of each set. The unbiased estimate may be slightly
+    negative if the sets agree. Binkowski et al. 2018.
     """
     _require_features(real, fake)
     size = min(size, len(real), len(fake))
@@ -78,7 +78,7 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """|m_r - m_f|^2 + tr(C_r + C_f - 2 (C_r C_f)^(1/2)) of the means and covariances of features (N, F).
 
-    Biased upwards by about 1 / N: compare at one N, beside the floor. Computed in float64. Heusel et al. 2017.
+    Biased upwards by about 1 / N, so compare values with equal N, and with the floor. Uses float64. Heusel et al. 2017.
     """
     _require_features(real, fake)
     (mean_r, cov_r), (mean_f, cov_f) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (real, fake))
@@ -89,24 +89,24 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return float((mean_r - mean_f).square().sum() + cov_r.trace() + cov_f.trace() - 2 * cross)
 
 
-class Neighbours(NamedTuple):
-    density: float  # how many reals' balls a fake lies in, over k; about 1 where the sets agree
-    coverage: float  # share of reals whose ball holds a fake
-    recall: float  # share of reals that lie in some fake's ball
+class Neighbors(NamedTuple):
+    density: float  # number of reals' balls that contain a fake, over k; about 1 if the sets agree
+    coverage: float  # fraction of reals whose ball contains a fake
+    recall: float  # fraction of reals inside at least one fake's ball
 
 
-def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
+def neighbors(real: Tensor, fake: Tensor, k: int = NEIGHBORS) -> Neighbors:
     """Density and coverage (Naeem et al. 2020) and recall (Kynkaanniemi et al. 2019) of features (N, F).
 
-    The ball of a sample reaches to its k-th neighbour in its own set.
+    A sample's ball extends to its k-th nearest neighbor in its own set.
     """
     _require_features(real, fake)
     if k >= min(len(real), len(fake)):
-        raise ValueError(f"k must be less than the number of samples, got {k} for {len(real)} and {len(fake)}")
+        raise ValueError(f"k must be less than the number of samples, got {k} for {len(real)} and {len(fake)} samples")
     real, fake = real.double(), fake.double()
     real_radius, fake_radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, fake))
     distance = torch.cdist(real, fake)  # (N, M)
-    return Neighbours(
+    return Neighbors(
         density=float((distance <= real_radius[:, None]).double().sum(0).mean() / k),
         coverage=float((distance.min(1).values <= real_radius).double().mean()),
         recall=float((distance <= fake_radius).any(1).double().mean()),
@@ -117,4 +117,4 @@ def _require_features(real: Tensor, fake: Tensor) -> None:
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"features must be (N, F) and (M, F), got {tuple(real.shape)} and {tuple(fake.shape)}")
     if min(len(real), len(fake)) < 2:
-        raise ValueError(f"at least 2 samples of each set are needed, got {len(real)} and {len(fake)}")
+        raise ValueError(f"each set needs at least 2 samples, got {len(real)} and {len(fake)}")

@@ -1,13 +1,13 @@
-"""Does a statistic over the batch keep a GAN from collapsing? PacGAN's experiment on eight and on 25 Gaussians.
+"""Do batch statistics prevent mode collapse? PacGAN's experiment on 8 and on 25 Gaussians.
 
-Lin et al. 2018, as VEEGAN (Srivastava et al. 2017) before it. Generator: z ~ N(0, I2), four layers of 400 with batch
-norm and ReLU. Discriminator: three layers of 200 maxout units of five pieces. Adam, learning rate 1e-4, beta1 0.8,
-batches of 100; the discriminator minimises softplus(-D(x)) + softplus(D(G(z))), the generator softplus(-D(G(z))). Of
-2500 samples, one is of high quality within 3 sigma of its nearest mode; a mode is found if a sample of high quality is
-nearest to it; reverse KL is that of the shares of the samples nearest to each mode, from equal ones.
+The setup follows Lin et al. 2018, who follow VEEGAN (Srivastava et al. 2017). Generator: z ~ N(0, I2), four layers of
+400 units with batch norm and ReLU. Discriminator: three layers of 200 maxout units of five pieces. Adam, learning rate
+1e-4, beta1 0.8, batches of 100. The discriminator minimizes softplus(-D(x)) + softplus(D(G(z))), the generator
+softplus(-D(G(z))). Of 2500 samples, those within 3 sigma of the nearest mode are of high quality. A mode is found if it
+is nearest to a high-quality sample. Reverse KL compares the fractions of samples nearest to each mode with uniform.
 
-The same question may be asked of the trainer's own presets. They have spectral norm, which every variant but the plain
-GAN, "none", keeps, and packs of two, which only "pack2" does: that is the preset.
+The experiment also runs on the trainer's presets. They use spectral norm, and so does every variant except "none", the
+plain GAN. They judge pairs of samples, as only the variant "pack2" does: that variant is the preset itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Protocol = Literal["pacgan", "preset"]
 
 SAMPLES = 2500
 OPTIM = OptimConfig(loss="non-saturating", batch_size=100, d_lr=1e-4, g_lr=1e-4, betas=(0.8, 0.999), ema_decay=0.0)
-# Modes found, the mean of ten trainings, PacGAN's table of 2-D ring and 2-D grid: of GAN and of PacGAN2.
+# Modes found, mean of ten trainings, for GAN and PacGAN2: PacGAN's tables for the 2-D ring and the 2-D grid.
 PUBLISHED: dict[tuple[str, str], float] = {
     ("ring8", "none"): 6.3,
     ("ring8", "pack2"): 7.9,
@@ -44,21 +44,21 @@ PUBLISHED: dict[tuple[str, str], float] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one training found."""
+    """The result of one training."""
 
     dataset: Toy
     variant: Variant
     seed: int
     steps: int
-    modes: int  # with a sample of high quality
-    high_quality: float  # share of the samples
+    modes: int  # modes with a high-quality sample
+    high_quality: float  # fraction of the samples
     reverse_kl: float  # KL(generated || uniform) over the modes, in nats
     seconds: float
     protocol: Protocol = "pacgan"
 
 
 def judge(samples: Tensor, source: Mixture) -> tuple[int, float, float]:
-    """Modes found, the share of high quality and the reverse KL of samples (N, 2)."""
+    """Return the number of modes found, the fraction of high-quality samples and the reverse KL of samples (N, 2)."""
     distance, nearest = torch.cdist(samples.double(), source.modes.double()).min(1)  # (N,)
     good = distance <= 3 * source.sigma
     shares = nearest.bincount(minlength=len(source.modes)) / len(samples)
@@ -83,7 +83,7 @@ def settings(dataset: Toy, variant: Variant, protocol: Protocol) -> tuple[ModelC
 def play(
     dataset: Toy, variant: Variant, seed: int, steps: int, device: torch.device, protocol: Protocol = "pacgan"
 ) -> Outcome:
-    """Train one GAN and judge its averaged generator, batch norm in evaluation."""
+    """Train one GAN and judge its averaged generator, with batch norm in evaluation mode."""
     model, optim = settings(dataset, variant, protocol)
     source = load_source(dataset, 4 * seed + 2, device)
     assert isinstance(source, Mixture)
@@ -104,9 +104,9 @@ def experiment(
     device: torch.device,
     protocol: Protocol = "pacgan",
 ) -> Iterator[Outcome]:
-    """Every variant of every data set with every seed, as they end; seeds outermost, so that a part is of use.
+    """Run every variant on every data set with every seed, and yield outcomes as they finish.
 
-    ``steps`` None: as many as the preset has.
+    Seeds are the outermost loop, so that a partial result is useful. ``steps`` None uses the preset's number.
     """
     variants = list(variants)
     datasets = list(datasets)
@@ -117,7 +117,7 @@ def experiment(
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Means and standard errors over the seeds, beside PacGAN's modes, in Markdown."""
+    """Format means and standard errors over the seeds as a Markdown table, with PacGAN's published modes."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.dataset, outcome.variant), []).append(outcome)
@@ -140,7 +140,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def spread(values: list[float] | list[int], style: str) -> str:
-    """Mean ± standard error of the mean, which one value does not have."""
+    """Format the mean ± its standard error, or only the mean for a single value."""
     mean = format(statistics.fmean(values), style)
     if len(values) < 2:
         return mean

@@ -1,4 +1,4 @@
-"""Scores of a generator: what the metrics say, with the N and the floor without which they say nothing."""
+"""Scores of a generator, always reported with their N and floor."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fastgan.trainer.data.toys import Stacked
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.classifier import stacked_modes
 from fastgan.trainer.measure.extractors import Extractor, check_extractor, features_of, label, load_extractor
-from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbours
+from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbors
 
 POINTS = 2500
-LEAST = 10  # images that distances are taken over
-STACKED = 10_000  # enough to meet each of 1000 modes
+LEAST = 10  # fewest images to compute distances from
+STACKED = 10_000  # enough samples to find each of 1000 modes
 
 
 def score(
     gan: GAN, held_out: Source | None, seed: int, extractor: str = "random-conv", images: int = 1000
 ) -> dict[str, Any]:
-    """The scores of the averaged generator; empty where nothing here measures such data.
+    """Return the scores of the averaged generator, or an empty dict if no metric fits the data.
 
-    Points of a mixture: modes covered, share of high-quality samples, reverse KL. Stacked images: the same of the 1000
-    modes that a classifier tells apart, which takes every sample for one. Other images: KID, Frechet distance, density,
-    coverage and recall of ``images`` samples, if there are as many reals, against held-out ones, and the floor of each
-    from training reals.
+    Points of a mixture: modes covered, fraction of high-quality samples, reverse KL. Stacked images: the same for the
+    1000 modes of a classifier, which assigns every sample to a mode. Other images: KID, Frechet distance, density,
+    coverage and recall of ``images`` samples (fewer if there are fewer reals) against held-out reals, with the floor of
+    each, computed from training reals.
     """
     if isinstance(gan.source, Mixture):
         samples = gan.samples(latents(gan, POINTS, seed))
@@ -53,24 +53,27 @@ def measures_images(shape: tuple[int, ...]) -> bool:
 
 
 def check_scoring(extractor: str, source: Source, device: torch.device) -> None:
-    """Try the extractor that `score` would use, and refuse one that it would not.
+    """Try the extractor that `score` would use. Reject a custom extractor that `score` would ignore.
 
     Raises:
-        ValueError: the extractor does not work, or such data is not scored by features.
+        ValueError: the extractor does not work, or this data is not scored by features.
         ModuleNotFoundError: its weights are not installed.
     """
     if measures_images(source.shape) and not isinstance(source, Stacked):
         check_extractor(extractor, source.shape, device)
     elif extractor != TrainConfig.extractor:
-        raise ValueError(f"extractor {extractor!r} is for images that are scored by features, which these data are not")
+        raise ValueError(
+            f"extractor {extractor!r} needs images that are scored by features, but this data is not: leave it out"
+        )
 
 
 def compare(
     real: Tensor, other_real: Tensor, fake: Tensor, extractor: Extractor, name: str, device: torch.device
 ) -> dict[str, Any]:
-    """Scores of images `fake` against `real`, and their floor: those of `other_real`, all (N, C, H, W) in [-1, 1].
+    """Return scores of images `fake` against `real`, and their floor, computed from `other_real` instead of `fake`.
 
-    `extractor` may be any callable from images to features (N, F); `name` says which, in the names of the distances.
+    All images are (N, C, H, W) in [-1, 1]. `extractor` may be any callable from images to features (N, F). `name` is
+    its name in the names of the distances.
     """
     features = {
         key: features_of(images, extractor, device)
@@ -79,7 +82,7 @@ def compare(
 
     def against_real(key: str) -> dict[str, float]:
         pair = features["real"], features[key]
-        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbours(*pair)._asdict()}
+        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbors(*pair)._asdict()}
 
     return {"extractor": name, "n": len(fake), **against_real("fake"), "floor": against_real("floor")}
 

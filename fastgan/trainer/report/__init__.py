@@ -1,1 +1,1 @@
-"""What a run shows: its page, charts, pictures, TensorBoard."""
+"""Reports of a run: its page, charts, pictures, TensorBoard."""

@@ -1,4 +1,4 @@
-"""Line charts as SVG: text that a page carries within itself, and that takes the page's colours."""
+"""Line charts as inline SVG that takes its colors from the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 24
 
 
 def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note: str = "") -> str:
-    """A figure of named lines over steps; values that are not finite, or not positive on a log scale, break a line."""
+    """Draw named lines over steps. Lines break at values that are not finite, or not positive on a log scale."""
     shown = {name: [(x, y) for x, y in points if _fits(y, log)] for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
     if not shown:
@@ -59,7 +59,7 @@ def _scale(value: float, log: bool) -> float:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Four or so round numbers within [low, high]; powers of ten on a log scale, which come as their logarithms."""
+    """Return about four round numbers in [low, high]. On a log scale these are logarithms of powers of ten."""
     if log:
         first, last = math.floor(low), math.ceil(high)
         return [float(power) for power in range(first, last + 1, max(1, (last - first) // 4))]

@@ -1,4 +1,4 @@
-"""Pictures that ask questions: is the latent space smooth, and are the samples new?"""
+"""Pictures that show whether the latent space is smooth and whether the samples are new."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastgan.trainer.gan import GAN
 ROWS = 6
 COLUMNS = 10
 NEAREST = 3
-SEARCHED = 10_000  # training samples among which neighbours are looked for
+SEARCHED = 10_000  # training samples to search for neighbors
 
 
 @torch.no_grad()
 def interpolations(gan: GAN, seed: int, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
-    """Samples (rows * columns, *S) on great circles between pairs of latents; a row keeps its class.
+    """Return samples (rows * columns, *S) on great circles between pairs of latents. Each row keeps its class.
 
-    Great circles, because a straight line between two Gaussian vectors passes near the origin, where the generator
-    has never been (White 2016).
+    A straight line between two Gaussian vectors would pass near the origin, which the generator never sees in training
+    (White 2016).
     """
     start, end = torch.randn(2, rows, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")
     angle = torch.nn.functional.cosine_similarity(start, end).acos()[:, None, None]  # (R, 1, 1)
@@ -33,9 +33,9 @@ def interpolations(gan: GAN, seed: int, rows: int = ROWS, columns: int = COLUMNS
 
 @torch.no_grad()
 def nearest_reals(gan: GAN, samples: Tensor, seed: int, count: int = NEAREST) -> Tensor:
-    """Each of `samples` (N, *S), then the `count` training samples nearest to it: (N * (1 + count), *S).
+    """Return each of `samples` (N, *S), followed by its `count` nearest training samples: (N * (1 + count), *S).
 
-    Nearest in Euclidean distance between pixels: what a generator that copies cannot hide from.
+    The distance is Euclidean in pixels, which reveals copies of training images.
     """
     pool = some_reals(gan.source, min(SEARCHED, gan.source.size or SEARCHED), seed)[0].cpu()
     distance = torch.cdist(samples.flatten(1), pool.flatten(1))  # (N, P)

@@ -11,16 +11,16 @@ from fastgan.bench import html_page
 from fastgan.trainer.report.charts import Series, line_chart
 from fastgan.trainer.run import RunFolder
 
-STAGES = 8  # pictures of the run's course
+STAGES = 8  # pictures of the training progress
 Record = dict[str, Any]
 picture = partial(html_page.picture, kind="pixels")
 
 
-CALM = "None: nothing vanished, diverged, collapsed or was learned by heart."
+CALM = "None: no vanishing gradient, divergence, mode collapse or overfitting."
 
 
 def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Record, short: str | None = None) -> None:
-    """Write report.html from the run's own files, the `rows` of its table, its scores, and why it is too `short`."""
+    """Write report.html from the run's files, the `rows` of its table, its scores and the warning `short`, if any."""
     records = run.read_metrics()
     alarms = [record for record in records if "alarm" in record]
     last = [record for record in records if "d_loss" in record][-1]
@@ -34,10 +34,10 @@ def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Reco
         "" if alarms else '<p class="faint">None yet.</p>' if short else f'<p class="calm">{CALM}</p>',
         '<h2>Samples</h2><div class="hero">',
         picture(run.samples, "The averaged generator, from fixed noise."),
-        picture(run.interpolations, "Each row walks a great circle from one latent to another."),
+        picture(run.interpolations, "Each row follows a great circle from one latent to another."),
         picture(run.nearest, "First column: samples. Then the training samples nearest to each, in pixels."),
         "</div>",
-        "<h2>Course</h2>",
+        "<h2>Progress</h2>",
         f'<div class="stages">{"".join(picture(path, stage_name(path)) for path in stages(run.history))}</div>',
         "<h2>Diagnostics</h2>",
         f'<div class="charts">{"".join(charts(records))}</div>',
@@ -73,7 +73,7 @@ def alarm_box(alarm: Record) -> str:
 
 
 def stages(history: Path) -> list[Path]:
-    """The first and the last picture and some evenly between."""
+    """Return the first and the last picture, and some evenly spaced ones between them."""
     paths = sorted(history.glob("step-*.png"))
     if len(paths) <= STAGES:
         return paths
@@ -100,34 +100,34 @@ def charts(records: list[Record]) -> list[str]:
         line_chart(
             "Accuracy of the discriminator",
             series(reals="d_real_accuracy", fakes="d_fake_accuracy"),
-            note="Both near 1: it has won. Both near 0.5: it cannot tell.",
+            note="Both near 1: the discriminator has won. Both near 0.5: it cannot tell reals from fakes.",
         ),
         line_chart(
             "Mean logits",
             series(training_reals="d_train", held_out_reals="d_held_out", fakes="d_fake"),
-            note="Held-out reals that sink towards the fakes are overfitting.",
+            note="Held-out reals that drop toward the fakes indicate overfitting.",
         ),
         line_chart(
             "Diversity",
             series(samples="diversity"),
-            note="Different samples in a batch, over those of a batch of reals. A fall to 0 is mode collapse.",
+            note="Different samples in a batch, relative to a batch of reals. A drop to 0 means mode collapse.",
         ),
         line_chart(
             "ADA",
             series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
-            note="It augments more while the discriminator's sign on training images is above the target.",
+            note="ADA augments more while the discriminator's mean sign on training images is above the target.",
         ),
         line_chart("Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True),
         line_chart(
             "Update over weight",
             series(discriminator="d_update_ratio", generator="g_update_ratio"),
             log=True,
-            note="One step's change over the weights' norm; about 1e-3 is usual.",
+            note="Norm of one step's change relative to the weights' norm; about 1e-3 is usual.",
         ),
         line_chart(
             "Duality gap",
             series(gap="duality_gap", discriminator_gains="d_gain", generator_gains="g_gain"),
-            note="What the players gain by twenty steps alone, on held-out data. 0 at an equilibrium.",
+            note="What each network gains in twenty steps alone, on held-out data. 0 at an equilibrium.",
         ),
         line_chart("Spectral norms of the raw weights", sigma),
     ]
@@ -142,7 +142,7 @@ def quality_table(quality: Record) -> str:
         for key in floor
     )
     return (
-        f"<h2>Quality</h2><p>{quality['n']:,} samples against as many held-out reals, features: "
-        f"{escape(quality['extractor'])}. The floor is what training reals score in the samples' place.</p>"
+        f"<h2>Quality</h2><p>{quality['n']:,} samples against equally many held-out reals; features: "
+        f"{escape(quality['extractor'])}. The floor is the score of training reals in place of samples.</p>"
         f"<table><tr><th>metric</th><th>samples</th><th>floor</th></tr>{rows}</table>"
     )

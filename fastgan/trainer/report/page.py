@@ -1,4 +1,4 @@
-"""A run on one page."""
+"""A run's report on one page."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from fastgan.trainer.measure.alarms import describe
 from fastgan.trainer.report import html as html_report
 from fastgan.trainer.run import RunFolder
 
-SHORT = 1000  # steps below which no preset's samples have settled, and few alarms could have rung
+SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
 
 
 def too_short(steps: int) -> str | None:
-    """What to say of a run that cannot be judged yet."""
+    """Return a warning if the run cannot be judged yet."""
     if steps >= SHORT:
         return None
     return (
-        f"Too short to judge: {steps:,} steps, where {SHORT:,} are few. Samples and scores are of a generator that has "
-        "hardly begun to learn, and an alarm that did not ring says little. Raise --steps or --minutes"
+        f"Too short to judge: {steps:,} steps, and even {SHORT:,} are few. Samples and scores come from a generator "
+        "that has hardly begun to learn, and a missing alarm means little. Raise --steps or --minutes"
     )
 
 
 def header(config: TrainConfig, device: torch.device, step: int) -> dict[str, Any]:
-    """The first record of a metrics file, and of each resumption."""
+    """Return the first record of a metrics file, and of each resumption."""
     return {"started_at_step": step, "config": config.to_json(), **environment(device)}
 
 
 def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]) -> None:
-    """Write report.md and report.html from the run's own files and the scores of its generator."""
+    """Write report.md and report.html from the run's files and its generator's scores."""
     records = [record for record in run.read_metrics() if "d_loss" in record]
     last = records[-1]
     where = environment(gan.device)
@@ -49,13 +49,13 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         (
             "game",
             f"{config.optim.loss} loss, Adam {config.optim.betas}, learning rates D {config.optim.d_lr:g} "
-            f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) a G step, "
+            f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) per G step, "
             f"EMA {config.optim.ema_decay:g}",
         ),
         ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
         (
             "speed",
-            f"{images / last['seconds']:.0f} images/s, the whole loop, pictures and checkpoints included",
+            f"{images / last['seconds']:.0f} images/s for the whole loop, including pictures and checkpoints",
         ),
         ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
         ("device", f"{where['device']}, {where['threads']} threads"),
@@ -76,8 +76,8 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     run.report.write_text(
         f"# {config.name}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
-        f"Samples of the averaged generator from fixed noise; earlier ones are in `{run.history.name}/`.\n\n"
-        f"The same with diagnostics, on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
+        f"Samples of the averaged generator from fixed noise; earlier samples are in `{run.history.name}/`.\n\n"
+        f"The same with diagnostics on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
         encoding="utf-8",
     )
@@ -89,13 +89,13 @@ def parameters(model: nn.Module) -> int:
 
 def covered(quality: dict[str, Any]) -> str:
     if quality["total"] == 1000:
-        return f"{quality['covered']} of 1000 met by {quality['n']:,} samples, reverse KL {quality['reverse_kl']:.3f}"
+        return f"{quality['covered']} of 1000 in {quality['n']:,} samples, reverse KL {quality['reverse_kl']:.3f}"
     return (
         f"{quality['covered']} of {quality['total']} have a sample within 3 sigma; "
-        f"{quality['high_quality']:.0%} of the samples are that near to one"
+        f"{quality['high_quality']:.0%} of the samples are within 3 sigma of a mode"
     )
 
 
 def verified(result: dict[str, Any]) -> str:
     verdict = "fused agrees with pure PyTorch" if result["passed"] else "**fused differs from pure PyTorch**"
-    return f"{verdict} over {result['steps']} steps; {result['speed']['fused_over_torch']:.2f}x its speed"
+    return f"{verdict} over {result['steps']} steps; {result['speed']['fused_over_torch']:.2f}x as fast"

@@ -1,4 +1,4 @@
-"""Pictures of a run: samples as a grid or a scatter plot, and the course of the losses."""
+"""Pictures of a run: samples as a grid or a scatter plot, and curves of the losses."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.functional import pad
 from fastgan.trainer.data.drawn import Source
 from fastgan.trainer.data.sources import Mixture
 
-SCALE = 2  # 32 pixels are small on a screen
+SCALE = 2  # enlarge: 32 pixels are small on a screen
 MARGIN = 1
 
 
 def save_samples(samples: Tensor, source: Source, path: Path, columns: int | None = None) -> None:
-    """Save what samples look like.
+    """Save a picture of samples.
 
-    Images (N, C, H, W) in [-1, 1] and voxels (N, C, D, H, W), seen through the depth, as a grid; waveforms (N, C, T) as
-    curves; points (N, 2) over the modes they should meet. A grid is square unless `columns` are given.
+    Images (N, C, H, W) in [-1, 1] and voxels (N, C, D, H, W), projected along the depth, are drawn as a grid, waveforms
+    (N, C, T) as curves, and points (N, 2) over the modes of their source. A grid is square unless `columns` is given.
     """
     if samples.ndim == 5:
         save_grid(samples.amax(2), path, columns)

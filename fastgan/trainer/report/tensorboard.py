@@ -1,4 +1,4 @@
-"""A run's records for TensorBoard, beside its own files. Importing this needs the package tensorboard."""
+"""Writes a run's records for TensorBoard, in addition to its own files. This module needs the package tensorboard."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastgan.trainer.measure.alarms import describe
 
 
 class Board:
-    """Writes into `folder`; what an earlier process wrote of the steps after `step` no longer counts."""
+    """Writes into `folder`. Events that an earlier process wrote for steps after `step` are discarded."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Every number of a record of one step under its own name, of a table in it under both; an alarm as text."""
+        """Write every number of a record under its name, and numbers of a nested table under both names."""
         if "step" not in record:
             return
         step = record["step"]

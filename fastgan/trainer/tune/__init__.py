@@ -1,1 +1,1 @@
-"""The search for settings."""
+"""Hyperparameter search."""

@@ -1,4 +1,4 @@
-"""What a study is made of, for the command line to show without the packages that a study needs."""
+"""Configuration of a study. The command line can show it without the packages that a study needs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastgan.trainer.config import PRESETS, TrainConfig
 
 @dataclass(frozen=True)
 class TuneConfig:
-    preset: tyro.conf.Positional[str] = "ring8"  # whose settings are tuned
-    trials: int = 12  # in all; those that an earlier call finished count
-    workers: int = 1  # processes
-    steps: int | None = None  # generator steps of each training; unset: the preset's
-    seeds: int = 2  # trainings of each trial, whose costs are averaged
-    sampler: Literal["gp", "tpe"] = "gp"  # gp: few trials; tpe: many, with the unpromising stopped by Hyperband
-    extractor: str = "random-conv"  # features of the KID, as for fastgan train
+    preset: tyro.conf.Positional[str] = "ring8"  # preset to tune
+    trials: int = 12  # total number of trials, including those that an earlier call finished
+    workers: int = 1  # number of processes
+    steps: int | None = None  # generator steps of each training run; default: the preset's
+    seeds: int = 2  # training runs per trial; their costs are averaged
+    sampler: Literal["gp", "tpe"] = "gp"  # gp: for few trials; tpe: for many, and Hyperband stops poor ones early
+    extractor: str = "random-conv"  # features for KID, as for fastgan train
     data: Path | None = None  # as for fastgan train
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    out: Path = Path("runs/tune")  # folder of the journal, the table, the plot and the best settings
+    out: Path = Path("runs/tune")  # folder for the journal, the table, the plot and the best settings
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -36,7 +36,7 @@ class TuneConfig:
 
     @property
     def start(self) -> TrainConfig:
-        """The settings to improve on."""
+        """The settings that the study starts from."""
         preset = PRESETS[self.preset][1]
         steps = self.steps or preset.steps
         return dataclasses.replace(preset, name=f"{preset.name}-tuned", steps=steps, data=self.data, device=self.device)

@@ -1,4 +1,4 @@
-"""A study as a table and a plot."""
+"""A table and a plot of a study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def line(trial: FrozenTrial) -> str:
-    """One trial, for the terminal."""
+    """Format one trial for the terminal."""
     cost = f"cost {trial.value:.4f}" if trial.value is not None else ""
     return f"trial {trial.number}: {trial.state.name.lower()} {cost}  " + "  ".join(
         f"{name} {_short(value)}" for name, value in trial.params.items()
@@ -18,7 +18,7 @@ def line(trial: FrozenTrial) -> str:
 
 
 def write(study: optuna.Study, folder: Path) -> None:
-    """trials.md, the best first, and trials.png."""
+    """Write trials.md, with the best trial first, and trials.png."""
     trials = [trial for trial in study.trials if trial.params]
     trials.sort(key=lambda trial: (trial.state != TrialState.COMPLETE, _cost(trial), trial.number))
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
@@ -33,7 +33,7 @@ def write(study: optuna.Study, folder: Path) -> None:
 
 
 def plot(trials: list[FrozenTrial], names: list[str], path: Path) -> None:
-    """The course of the study, and the cost over each setting."""
+    """Plot the costs over the course of the study, and over each setting."""
     columns = 3
     rows = -(-(1 + len(names)) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")

@@ -1,7 +1,7 @@
-"""Bayesian optimization of a preset's settings, judged by what the generator makes and never by a loss.
+"""Bayesian optimization of a preset's settings. The cost is the quality of the generator's samples, never a loss.
 
-Workers are processes that share one journal file. A worker that is killed costs no more than the time of the trial that
-it was in, which is queued again; a study that was stopped goes on when the same command is given again.
+Workers are processes that share one journal file. If a worker is killed, only its current trial is lost, and that trial
+is queued again. A stopped study continues when the same command runs again.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from fastgan.trainer.run import make_folder
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
 
-RUNGS = 4  # times that a training is judged, the last at its end; tpe stops the unpromising earlier
-CHECK_EVERY = 50  # steps between looks for a loss that is not finite
-DIVERGED = 10.0  # far above the cost of any training that ends, and finite: the optimizer learns from it too
-NO_SCORE = "this preset has no score to tune by: wanted points of a mixture or images"
+RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
+CHECK_EVERY = 50  # steps between checks for a loss that is not finite
+DIVERGED = 10.0  # far above the cost of any completed training run, but finite, so that the optimizer can use it
+NO_SCORE = "this preset cannot be tuned, because its samples have no score: use one with points or images"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def tune(config: TuneConfig) -> TrainConfig:
-    """Run the study, and leave best.json, trials.md and trials.png in its folder.
+    """Run the study, and write best.json, trials.md and trials.png to its folder.
 
     Raises:
-        TrainerError: all workers died, the folder cannot be written to or holds the study of something else, or no
-            trial could be scored.
+        TrainerError: all workers died, the folder cannot be written to or contains another study, or no trial could be
+            scored.
         ValueError: the extractor does not work.
-        ModuleNotFoundError: a package is missing that the sampler or the extractor needs.
+        ModuleNotFoundError: the sampler or the extractor needs a package that is missing.
     """
     check(config)
     make_folder(config.out)
     study = open_study(config)
     requeue_orphans(study)
     if not study.trials:
-        study.enqueue_trial(values_of(config.start))  # the best found is then no worse than the preset
+        study.enqueue_trial(values_of(config.start))  # so that the best result is at least as good as the preset
     if config.workers == 1:
         work(config, 0)
     else:
@@ -71,9 +71,9 @@ def tune(config: TuneConfig) -> TrainConfig:
 
 
 def check(config: TuneConfig) -> None:
-    """Raise what every trial would fail of, or its score, before there is one."""
+    """Raise errors that would make every trial or its score fail, before the first trial."""
     if config.sampler == "gp":
-        import_module("scipy")  # which optuna asks for only after the trials that are drawn at random
+        import_module("scipy")  # optuna imports it only after the random trials
     start = config.start
     device = choose_device(start.device)
     source = load_source(start.dataset, 0, device, start.data, start.image_size)
@@ -82,19 +82,19 @@ def check(config: TuneConfig) -> None:
     check_scoring(config.extractor, source, device)
     if isinstance(source, Mixture | Stacked):
         return
-    largest = 2 * start.optim.batch_size  # that a trial may ask for
+    largest = 2 * start.optim.batch_size  # largest batch size of any trial
     held_out = hold_out(source, largest, 0)
     if held_out is None or (held_out.size or LEAST) < LEAST:
         raise TrainerError(
-            f"the data has too few images: trials take batches of up to {largest}, and scores hold out a tenth, "
+            f"the data has too few images: trials use batches of up to {largest}, and scores need a held-out tenth of "
             f"at least {LEAST}"
         )
 
 
 def share(config: TuneConfig) -> None:
-    """Run the workers until the study is done; the trial of one that is killed is queued again, and another starts."""
-    context = multiprocessing.get_context("spawn")  # a forked process has no CUDA and may have no OpenMP
-    indices = iter(range(config.workers + config.trials))  # should every setting kill, it ends
+    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process, and OpenMP may not
+    indices = iter(range(config.workers + config.trials))  # finite, in case every setting kills its worker
 
     workers: list[multiprocessing.process.BaseProcess] = []
 
@@ -119,18 +119,18 @@ def share(config: TuneConfig) -> None:
                 if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
                     with contextlib.suppress(StopIteration):
                         start()
-    finally:  # should this process be interrupted: it would wait for them before it ends
+    finally:  # if this process is interrupted, stop the workers; otherwise it would wait for them
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.join()
-    requeue_orphans(open_study(config))  # should one have been killed before it signed its trial
-    work(config, config.workers + config.trials)  # what is left over; an error that ends every worker shows here
+    requeue_orphans(open_study(config))  # a worker may have been killed before it registered its trial
+    work(config, config.workers + config.trials)  # run the remaining trials; raises an error that ended every worker
 
 
 @contextlib.contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """A process that starts inside ignores Ctrl-C, which a terminal sends to all of them: their parent ends them."""
+    """Make processes that start inside ignore Ctrl-C. A terminal sends it to all processes; their parent stops them."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -148,30 +148,30 @@ def open_study(config: TuneConfig) -> optuna.Study:
     about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
     known = study.user_attrs.get("about", about)
     if known != about:
-        raise TrainerError(f"{config.out} holds a study of {known}, not of {about}: choose another --out")
+        raise TrainerError(f"{config.out} contains a study of {known}, not of {about}: choose another --out")
     if "about" not in study.user_attrs:
         study.set_user_attr("about", about)
     return study
 
 
 def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None, killed: bool = False) -> None:
-    """Fail the running trials of `workers` (None: of processes that are gone), and queue their settings again.
+    """Mark the running trials of `workers` as failed and queue their settings again. None: of all dead processes.
 
-    Settings that had their worker `killed` twice are given up: it may well be they that kill it, by all the memory they
-    take. A stop of the whole command says nothing of them.
+    Settings whose worker was `killed` twice are dropped: they probably need too much memory. Stopping the whole command
+    does not count as a kill.
     """
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("worker")
         if worker in workers if workers is not None else not alive(worker):
             study.tell(trial.number, state=TrialState.FAIL)
             if killed and trial.user_attrs.get("killed"):
-                print(f"trial {trial.number} is given up: its process died twice", flush=True)
+                print(f"trial {trial.number} is dropped: its process died twice", flush=True)
             else:
                 queue_again(study, trial, killed)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial, killed: bool = False) -> None:
-    queued = trial.system_attrs.get("fixed_params", {})  # not all of them may have been taken yet
+    queued = trial.system_attrs.get("fixed_params", {})  # the trial may not have used all of them yet
     killed = killed or trial.user_attrs.get("killed", False)
     study.enqueue_trial(queued | trial.params, user_attrs={"killed": killed})
 
@@ -185,13 +185,13 @@ def alive(process: int | None) -> bool:
 
 
 def done(config: TuneConfig, study: optuna.Study) -> bool:
-    """Whether there are trials enough, and none is queued that a dead process has left."""
+    """Whether there are enough finished trials, and no trial of a dead process is waiting."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     return len(finished) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
 def work(config: TuneConfig, index: int) -> None:
-    """Take trials until the study is done."""
+    """Run trials until the study is done."""
     study = open_study(config)
     if done(config, study):
         return
@@ -207,16 +207,16 @@ def work(config: TuneConfig, index: int) -> None:
     def objective(trial: Trial) -> float:
         try:
             return cost_of(config, trial)
-        except KeyboardInterrupt:  # which optuna takes for the trial's failure
+        except KeyboardInterrupt:  # optuna treats it as a failure of the trial
             queue_again(study, study.trials[trial.number])
-            optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would warn with a traceback
+            optuna.logging.set_verbosity(optuna.logging.ERROR)  # suppress optuna's warning with a traceback
             raise
 
     study.optimize(objective, callbacks=[enough])
 
 
 def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
-    seed = 1000 * config.seed + index  # workers of one seed would try the same settings
+    seed = 1000 * config.seed + index  # workers with equal seeds would try the same settings
     if config.sampler == "tpe":
         pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=RUNGS, reduction_factor=2)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True), pruner
@@ -225,7 +225,7 @@ def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSample
 
 
 def values_of(config: TrainConfig) -> dict[str, Any]:
-    """The point of the search space where `config` stands."""
+    """Return the point in the search space that corresponds to `config`."""
     model, optim = config.model, config.optim
     values = {
         "d_lr": optim.d_lr,
@@ -243,10 +243,10 @@ def values_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def suggest(trial: Trial, start: TrainConfig) -> dict[str, Any]:
-    """A point of the search space: a decade to each side of `start` for rates and weights, a factor of 2 for sizes."""
-    centre = values_of(start)
+    """Sample the search space: within a factor of 10 of `start` for rates and weights, a factor of 2 for sizes."""
+    center = values_of(start)
     values: dict[str, Any] = {}
-    for name, value in centre.items():
+    for name, value in center.items():
         if name in ("d_lr", "g_lr", "penalty_weight"):
             values[name] = trial.suggest_float(name, value / 10, value * 10, log=True)
         elif name == "beta1":
@@ -261,7 +261,7 @@ def suggest(trial: Trial, start: TrainConfig) -> dict[str, Any]:
 
 
 def settings(start: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    """`start` at another point of the search space."""
+    """Return `start` with the settings of another point in the search space."""
     values = dict(values)
     betas = values.pop("beta1"), values.pop("beta2")
     of_model = {name: values.pop(name) for name in ("width", "n_power_iterations") if name in values}
@@ -270,7 +270,7 @@ def settings(start: TrainConfig, values: dict[str, Any]) -> TrainConfig:
 
 
 def cost_of(config: TuneConfig, trial: Trial) -> float:
-    """The mean cost of the trial's settings over the seeds, after training each to the end."""
+    """Train with the trial's settings for every seed, and return the mean cost."""
     trial.set_user_attr("worker", os.getpid())
     start = config.start
     chosen = settings(start, suggest(trial, start))
@@ -286,7 +286,7 @@ def cost_of(config: TuneConfig, trial: Trial) -> float:
 
 
 class Game:
-    """One training of a trial, without a folder."""
+    """One training run of a trial. It has no run folder."""
 
     def __init__(self, config: TrainConfig, seed: int, extractor: str) -> None:
         device = choose_device(config.device)
@@ -298,7 +298,7 @@ class Game:
         self.scores: dict[str, Any] = {}
 
     def play_to(self, step: int) -> float:
-        """The cost after `step` steps; a game that has diverged is not played on."""
+        """Train up to `step` and return the cost. A diverged run is not trained further."""
         while self.step < step and not self.diverged:
             losses = self.gan.step()
             self.step += 1
@@ -311,10 +311,12 @@ class Game:
 
 
 def cost(scores: dict[str, Any]) -> float:
-    """Of points: the share of modes missed, plus a tenth of the share of poor samples. Of images: the KID.
+    """Return the cost of scores. It is the KID for images.
+
+    For points it is the fraction of missed modes, plus a tenth of the fraction of samples that are not of high quality.
 
     Raises:
-        TrainerError: nothing here scores such data.
+        TrainerError: the data has no score.
     """
     if "covered" in scores:
         return float(1 - scores["covered"] / scores["total"] + 0.1 * (1 - scores["high_quality"]))

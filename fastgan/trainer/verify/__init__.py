@@ -1,1 +1,1 @@
-"""Fused and pure PyTorch in lockstep."""
+"""Verification of fastgan against plain PyTorch in lockstep."""

@@ -1,31 +1,32 @@
-"""Lockstep: a fused and a pure PyTorch copy of one GAN take the same steps from the same state.
+"""Lockstep: a fused and a plain PyTorch copy of one GAN take the same steps from the same state.
 
-Before each half-step the fused copy gets the pure copy's state, so that what is compared is the error of one half-step
-and nothing that training made of it. It is done in two ways:
+Before each half-step the fused copy receives the plain copy's state, so that the comparison shows the error of one
+half-step and not its growth in training. There are two comparisons:
 
-- float32, with SiLU for the networks' ReLUs and a smooth loss for the hinge: where a kink decides, a difference in the
-  last bit picks another slope, and the gradient's error says nothing about the kernels.
-- float64, with the networks and the loss as they are: kinks within 1e-15 of a value do not occur. Here a penalty takes
-  the one pass of piecewise-affine discriminators, which the smooth copy does not see.
+- float32, with SiLU in place of ReLU and a smooth loss in place of the hinge. At a kink, a difference in the last bit
+  selects another slope, and the gradient's error would say nothing about the kernels.
+- float64, with networks and loss unchanged. Values within 1e-15 of a kink do not occur. Here a penalty uses one pass
+  through a piecewise-affine discriminator, which the smooth copy never does.
 
-Where a third copy computes in float64, a float32 error may also be OWN times PyTorch's own float32 error: sums that
-cancel (the distances of nearly equal samples in minibatch discrimination, say) lose digits in any implementation.
+If a third copy computes in float64, a float32 error may also reach OWN times PyTorch's own float32 error. Sums that
+cancel (for example the distances of nearly equal samples in minibatch discrimination) lose digits in any
+implementation.
 
-Minibatch discrimination has a kink that cannot be smoothed away, |m_i - m_j|. Where two samples are so near that
-rounding decides on its sign, that sign was seen to be worth 9e-4 of a gradient: in float32 such games are held to
-KINKED, and their digits are judged in float64.
+Minibatch discrimination has a kink that cannot be smoothed, |m_i - m_j|. If two samples are so close that rounding
+decides its sign, the gradient was seen to change by 9e-4. In float32, these games use the tolerances KINKED, and
+float64 checks their digits.
 
-Tolerances, of float32 and of float64:
+Tolerances in float32 and float64:
 
-- losses: 1e-5 and 1e-12, relative to max(1, |loss|), since a mean of logits of order 1 may cancel.
+- losses: 1e-5 and 1e-12, relative to max(1, |loss|), because a mean of logits of order 1 may cancel.
 - gradients: 1e-4 and 1e-10 of each tensor's norm. A tensor whose gradient cancels (the last bias, real against fake;
-  under a relativistic loss it is zero) carries the rounding of the whole gradient, so no norm counts as less than 1e-2
-  of the whole one: in float32 that allows 1e-6 of it, eight units in the last place.
+  with a relativistic loss it is zero) carries the rounding error of the whole gradient. Therefore each norm counts as
+  at least 1e-2 of the whole norm. In float32 that allows 1e-6 of it, eight units in the last place.
 - u, v: 1e-5 and 1e-12; both are unit vectors.
-- updates (what the optimizer adds to the weights): 2e-2 and 2e-5 of the norm over all weights. In its first steps Adam
-  divides a gradient by about its own size, so an element whose gradient is smaller than its error may move lr the wrong
-  way. A relative error e in the gradient makes a share of about e of the elements do so, which is 2 sqrt(e) of the
-  update's norm: 2e-2 for the 1e-4 above, and 2e-5 for 1e-10.
+- updates (the optimizer's change of the weights): 2e-2 and 2e-5 of the norm over all weights. In its first steps Adam
+  divides a gradient by about its own size, so an element whose gradient is smaller than its error may move by lr in the
+  wrong direction. With a relative gradient error e, that is a fraction of about e of the elements, or 2 sqrt(e) of the
+  update's norm: 2e-2 for e = 1e-4, and 2e-5 for e = 1e-10.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ TOLERANCES = {
 }
 KINKED = {"gradient": 5e-3, "update": 0.15}
 OWN = 4.0
-LEAST_SHARE = 1e-2  # of the whole gradient's norm
+LEAST_SHARE = 1e-2  # as a fraction of the whole gradient's norm
 
 
 @dataclass
 class Errors:
-    """The largest error of each kind, and the tensor that it was found in."""
+    """The largest error of each kind, and the tensor that has it."""
 
     dtype: torch.dtype = torch.float32
     worst: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
-    own: dict[str, float] = dataclasses.field(default_factory=dict)  # PyTorch's, where it was measured
-    kinked: bool = False  # the float32 of a game whose kinks cannot be smoothed
+    own: dict[str, float] = dataclasses.field(default_factory=dict)  # PyTorch's own errors, if measured
+    kinked: bool = False  # float32, with kinks that cannot be smoothed
 
     def add(self, kind: str, error: float, where: str) -> None:
-        # NaN is larger than everything: a kernel that returns it must not pass.
+        # NaN counts as larger than everything, so that a kernel that returns it fails.
         if kind not in self.worst or math.isnan(error) or error > self.worst[kind][0]:
             self.worst[kind] = (error, where)
 
@@ -89,12 +90,12 @@ class Errors:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of both players showed."""
+    """The results of one step of both networks."""
 
     number: int
-    losses: tuple[float, float]  # the discriminator's and the generator's, of the pure copy
+    losses: tuple[float, float]  # of the discriminator and the generator, from the plain copy
     errors: Errors
-    drift: float | None  # of the copy that runs freely
+    drift: float | None  # of the free-running copy
 
     def to_json(self) -> dict[str, Any]:
         worst = self.errors.worst
@@ -116,9 +117,9 @@ def lockstep(
     """Compare ``steps`` steps of two copies.
 
     Args:
-        free: a copy of the fused kind that takes the steps too and is never set back. Training amplifies rounding, so
-            its drift is reported, and not judged.
-        exact: a copy of the pure kind, which computes in float64 and shows the pure copy's own error.
+        free: a fused copy that takes the same steps and is never reset. Training amplifies rounding, so its drift is
+            reported but has no tolerance.
+        exact: a plain copy that computes in float64 and shows the plain copy's own error.
     """
     for gan in filter(None, (reference, fused, free, exact)):
         for model in (gan.generator, gan.discriminator):
@@ -151,14 +152,14 @@ def lockstep(
 
 
 def half_step(gan: GAN, name: str, batch: Batch) -> float:
-    """Take the step of one player; its loss. However small the networks are, a fused copy's penalty is fastgan's."""
+    """Take one network's step and return its loss. The fused copy uses fastgan's penalty for networks of any size."""
     with at_any_size():
         loss: Tensor = getattr(gan, f"{name}_step")(batch)
     return loss.item()
 
 
 def smooth(gan: GAN) -> GAN:
-    """Replace what has kinks, in place."""
+    """Replace everything that has kinks, in place."""
     if gan.loss is LOSSES["hinge"]:
         gan.loss = LOSSES["non-saturating"]
     for model in (gan.generator, gan.discriminator):
@@ -170,18 +171,18 @@ def smooth(gan: GAN) -> GAN:
 
 
 def copy_state(source: GAN, target: GAN) -> None:
-    """Models, optimizers and the count of lazy penalties; the keys are the same for every kind of spectral norm."""
+    """Copy networks, optimizers and the count of lazy penalties. All kinds of spectral norm have the same keys."""
     for name in ("generator", "discriminator", "g_adam", "d_adam", "regularizer"):
-        # An optimizer adopts the tensors that it loads: without a copy both would share their moments.
+        # An optimizer keeps the tensors that it loads. Without a copy both would share their moments.
         getattr(target, name).load_state_dict(copy.deepcopy(getattr(source, name).state_dict()))
 
 
 def compare_half_step(
     before: dict[str, Tensor], true: GAN, other: GAN, name: str, wanted: float, got: float, errors: Errors
 ) -> None:
-    """Add to ``errors`` what ``other`` made of the half-step that both just took, measured from ``true``.
+    """Add to ``errors`` how ``other`` differs from ``true`` after the half-step that both just took.
 
-    ``before`` are the weights of that player that both started from, ``wanted`` and ``got`` the losses.
+    ``before`` are that network's weights before the half-step, ``wanted`` and ``got`` are the losses.
     """
     errors.add("loss", abs(got - wanted) / max(1.0, abs(wanted)), name)
     pure, found = getattr(true, name), getattr(other, name)
@@ -218,7 +219,7 @@ def compare_updates(
 
 
 def relative_drift(reference: GAN, free: GAN) -> float:
-    """How far the free copy's weights are from the reference's, as a share of their norm."""
+    """Return the distance of the free copy's weights from the reference's, relative to the norm of the reference's."""
     difference = norm = 0.0
     for name in ("generator", "discriminator"):
         wanted, got = weights(getattr(reference, name)), weights(getattr(free, name))
@@ -228,5 +229,5 @@ def relative_drift(reference: GAN, free: GAN) -> float:
 
 
 def ratio(difference: float, scale: float) -> float:
-    """difference / scale, where nothing differs by nothing."""
+    """difference / scale, or 0 if the difference is 0."""
     return 0.0 if difference == 0 else difference / scale if scale else math.inf

@@ -1,4 +1,4 @@
-"""Verification over loss x penalty x minibatch statistic x network: many small games in lockstep, as a table."""
+"""Verification of loss x penalty x minibatch statistic x network: many small games in lockstep, printed as a table."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ class Game:
 
 
 def games(quick: bool) -> Iterator[Game]:
-    """Every pair of penalty and statistic on every network, the losses in turn; quick: every third of these.
+    """Yield every pair of penalty and statistic on every network, cycling through the losses; quick: every third game.
 
-    In both, every loss, penalty and statistic occurs, on points and on images.
+    In both cases, every loss, penalty and statistic occurs, on points and on images.
     """
     losses, packs = itertools.cycle(LOSSES), itertools.cycle((1, 1, 2))
     for row, (architecture, dataset) in enumerate(NETWORKS):
         for column, (penalty, minibatch) in enumerate(itertools.product(PENALTIES, STATISTICS)):
-            # The statistics run fastest: in a diagonal each penalty meets one of them, another one on the next network.
+            # The statistics vary fastest. A diagonal pairs each penalty with one statistic, another per network.
             if not quick or (column + column // 3 + row) % 3 == 0:
                 yield Game(architecture, dataset, next(losses), penalty, minibatch, next(packs))
 
 
 def verify_matrix(device: torch.device, steps: int, quick: bool) -> bool:
-    """Print a row for each game, and say whether all kept to the tolerances of lockstep.py in float32 and float64.
+    """Print a row for each game, and return whether all errors are within lockstep.py's tolerances.
 
-    A row shows the worst relative error of the gradients in each, and the largest share of a tolerance that any
-    error takes up.
+    Each row shows the worst relative error of the gradients in float32 and float64, and the largest error of any kind
+    as a fraction of its tolerance.
     """
     print(f"{'network':10}{'data':11}{'loss':16}{'penalty':15}{'minibatch':16}pack  float32  float64  of tolerance")
     failed = count = 0
@@ -95,7 +95,7 @@ def verify_matrix(device: torch.device, steps: int, quick: bool) -> bool:
 
 
 def compare(game: Game, device: torch.device, steps: int, dtype: torch.dtype) -> Errors:
-    """The worst errors of all steps."""
+    """Return the worst errors over all steps."""
     total = Errors(dtype)
     exact = game.build("torch", device) if dtype == torch.float32 else None
     for step in lockstep(game.build("torch", device), game.build("fastgan", device), steps, dtype, exact=exact):

@@ -1,4 +1,4 @@
-"""Verification: a fused and a pure PyTorch copy of a preset's game in lockstep (see lockstep.py), and their speed."""
+"""Verification of a preset: fastgan and plain PyTorch in lockstep (see lockstep.py), and their speed."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from fastgan.trainer.run import make_folder
 from fastgan.trainer.verify.lockstep import TOLERANCES, Errors, Step, lockstep
 from fastgan.trainer.verify.matrix import verify_matrix
 
-PRINTED = 8  # steps from one row to the next; the file has them all
+PRINTED = 8  # print every eighth step; the file has all of them
 NAMES = {
-    torch.float32: "float32, with what has kinks (ReLU, hinge) made smooth",
-    torch.float64: "float64, networks and loss as they are",
+    torch.float32: "float32, with functions that have kinks (ReLU, hinge) replaced by smooth ones",
+    torch.float64: "float64, with networks and loss unchanged",
 }
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    dataset: DatasetName = "discs"  # what both copies learn; discs needs no files
-    data: Path | None = None  # folder of Fashion-MNIST's files, as for fastgan train
-    loss: LossName | None = None  # unset: the preset's
-    penalty: PenaltyName | None = None  # unset: the preset's
-    minibatch: MinibatchStatistic | None = None  # unset: the preset's
-    architecture: Architecture | None = None  # unset: the preset's
+    dataset: DatasetName = "discs"  # training data; discs needs no files
+    data: Path | None = None  # folder with Fashion-MNIST's files, as for fastgan train
+    loss: LossName | None = None  # default: the preset's
+    penalty: PenaltyName | None = None  # default: the preset's
+    minibatch: MinibatchStatistic | None = None  # default: the preset's
+    architecture: Architecture | None = None  # default: the preset's
     steps: int = 32
-    timed_steps: int = 20  # for each variant, in turns
+    timed_steps: int = 20  # per variant; the variants take turns
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None  # CPU threads; unset: PyTorch's choice
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the fused copy
-    matrix: bool = False  # instead: small games of every loss, penalty, minibatch statistic and network
-    quick: bool = False  # of the matrix a third, one step each
-    out: Path | None = None  # folder to write verify.json to, such as runs/demo
+    threads: int | None = None  # CPU threads; default: PyTorch's choice
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # backend of the fused copy
+    matrix: bool = False  # verify small games of every loss, penalty, minibatch statistic and network instead
+    quick: bool = False  # with --matrix: only a third of the games, one step each
+    out: Path | None = None  # folder to write verify.json to, for example runs/demo
 
     def __post_init__(self) -> None:
         for name in ("steps", "timed_steps", "threads"):
@@ -54,13 +54,13 @@ class VerifyConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.quick and not self.matrix:
-            raise ValueError("quick is a third of the matrix: it goes with matrix")
+            raise ValueError("quick needs matrix: it selects a third of the matrix")
         if self.matrix:
             kept = ("device", "threads", "backend", "matrix", "quick")
             others = [f for f in dataclasses.fields(self) if f.name not in kept]
             given = [f.name for f in others if getattr(self, f.name) != f.default]
             if given:
-                raise ValueError(f"the matrix has games of its own: leave out {', '.join(given)}")
+                raise ValueError(f"matrix defines its own games: leave out {', '.join(given)}")
 
     @property
     def optim(self) -> OptimConfig:
@@ -80,11 +80,11 @@ class VerifyConfig:
 
 
 def verify(config: VerifyConfig) -> bool:
-    """Run the verification, print what was found, and say whether every step kept to the tolerances.
+    """Run the verification, print the results, and return whether every step is within the tolerances.
 
     Raises:
-        BackendUnavailable: the backend asked for cannot run here.
-        RunFolderError: the result could not be written.
+        BackendUnavailable: the requested backend cannot run here.
+        RunFolderError: the result cannot be written.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -99,7 +99,7 @@ def verify(config: VerifyConfig) -> bool:
         f"{config.dataset} on {device}, {config.optim.loss} loss, penalty {config.optim.penalty}, "
         f"minibatch {config.model.minibatch}: fastgan ({backend}) against PyTorch"
     )
-    # At kinks only a penalty's double backward and minibatch discrimination differ from what float32 shows.
+    # Only a penalty's double backward and minibatch discrimination behave differently with kinks than in float32.
     lengths = {torch.float32: config.steps}
     if config.optim.penalty != "none" or config.model.minibatch == "discrimination":
         lengths[torch.float64] = max(1, config.steps // 4)
@@ -137,7 +137,7 @@ def verify(config: VerifyConfig) -> bool:
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """Deterministic float32 convolutions: what is compared is not cuDNN's choices."""
+    """Make cuDNN use deterministic float32 convolutions, so that its choices do not affect the comparison."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
@@ -146,13 +146,13 @@ def _forced(config: VerifyConfig) -> str | None:
 
 
 LEGEND = """\
-The largest errors since the row above, relative to PyTorch: of the losses, the gradients, spectral norm's u and v (uv)
-and what the optimizers add to the weights (update). drift: how far the weights of a copy that is never set back are
-from PyTorch's, which is not judged."""
+The largest errors since the row above, relative to PyTorch: losses, gradients, spectral norm's u and v (uv), and the
+optimizers' changes of the weights (update). drift: distance of the weights of a copy that is never reset from PyTorch's
+weights; it has no tolerance."""
 
 
 def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, length: int) -> list[Step]:
-    """The steps of both copies; every eighth and each that breaches a tolerance is printed as it is taken."""
+    """Run both copies and return their steps. Print every eighth step, and each that exceeds a tolerance."""
     reference, fused, free = (build(config, kernels, device) for kernels in ("torch", "fastgan", "fastgan"))
     tolerances = TOLERANCES[dtype]
     print(f"\n{NAMES[dtype]}")
@@ -171,7 +171,7 @@ def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, leng
 
 
 def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
-    """The preset's game by fastgan or by PyTorch alone."""
+    """Build the preset's GAN with fastgan or with plain PyTorch."""
     model = config.model
     if model.spectral_norm != "none":
         spectral_norm: SpectralNorm = "fused" if kernels == "fastgan" else "torch"
@@ -181,21 +181,21 @@ def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
 
 
 def build_plain(config: VerifyConfig, device: torch.device) -> GAN:
-    """The preset's game without what fastgan makes fast."""
+    """Build the preset's GAN without the parts that fastgan accelerates."""
     model = dataclasses.replace(config.model, spectral_norm="none", minibatch="none")
     optim = dataclasses.replace(config.optim, penalty="none")
     return GAN(model, optim, load_source(config.dataset, config.seed, device, config.data), config.seed, device)
 
 
 def compare_speed(config: VerifyConfig, device: torch.device) -> dict[str, float]:
-    """Median times of a whole step by fastgan, by PyTorch, and of the plain game, measured in turns."""
+    """Return median times of a whole step with fastgan, with PyTorch and without penalties. They take turns."""
     copies = {
         "fused": build(config, "fastgan", device),
         "torch": build(config, "torch", device),
         "none": build_plain(config, device),
     }
     times: dict[str, list[float]] = {kind: [] for kind in copies}
-    for turn in range(-3, config.timed_steps):  # the first turns warm up
+    for turn in range(-3, config.timed_steps):  # negative turns are a warm-up
         for kind, gan in copies.items():
             started = time.perf_counter()
             gan.step()

@@ -98,13 +98,13 @@ def test_stacked_images_are_mapped_too(fashion_mnist_folder, write_idx, opened):
 
 def test_a_folder_of_pictures_without_a_cache_stays_in_memory(no_cache, tmp_path, capsys):
     (tmp_path / "p").mkdir()
-    for i, colour in enumerate(["red", "lime"]):
-        Image.new("RGB", (40, 40), colour).save(tmp_path / "p" / f"{i}.png")
+    for i, color in enumerate(["red", "lime"]):
+        Image.new("RGB", (40, 40), color).save(tmp_path / "p" / f"{i}.png")
     (tmp_path / "p" / "bad.png").write_text("no picture")
     for _ in range(2):
         images, _ = read_folder(tmp_path / "p", 32)
         assert images.float().mean((2, 3)).tolist() == [[255, 0, 0], [0, 255, 0]]
-        assert capsys.readouterr().err.count("left out bad.png") == 1
+        assert capsys.readouterr().err.count("skipped bad.png") == 1
 
 
 def test_a_source_that_is_damaged_leaves_nothing_in_the_cache(fashion_mnist_folder, own_cache):

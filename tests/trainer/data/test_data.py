@@ -20,8 +20,8 @@ def test_ring8_has_unit_radius_eight_equal_modes_and_sigma_one_hundredth():
     nearest = distance.argmin(1)
     offset = x - source.modes[nearest]
     assert torch.allclose(source.modes.norm(dim=1), torch.ones(8))
-    neighbours = torch.cdist(source.modes, source.modes).fill_diagonal_(9).min(1).values
-    assert torch.allclose(neighbours, torch.full((8,), 2 * math.sin(math.pi / 8)))
+    neighbors = torch.cdist(source.modes, source.modes).fill_diagonal_(9).min(1).values
+    assert torch.allclose(neighbors, torch.full((8,), 2 * math.sin(math.pi / 8)))
     # Standard errors: sigma / sqrt(2 * 80000) = 2.5e-5, and sqrt(1/8 * 7/8 / 40000) = 1.7e-3; six of each.
     assert abs(float(offset.std()) - 0.01) < 1.5e-4
     assert (nearest.bincount(minlength=8) / 40_000 - 1 / 8).abs().max() < 1e-2
@@ -91,7 +91,7 @@ def test_a_batch_larger_than_the_data_is_refused(fashion_mnist_folder):
 
 def test_images_of_another_size_are_refused(tmp_path, write_idx):
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((2, 32, 32), np.uint8))
-    with pytest.raises(DataError, match=r"\(2, 32, 32\), wanted \(N, 28, 28\)"):
+    with pytest.raises(DataError, match=r"\(2, 32, 32\), expected \(N, 28, 28\)"):
         fashion_mnist(0, CPU, tmp_path)
 
 

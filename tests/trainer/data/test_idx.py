@@ -29,9 +29,9 @@ HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 3])
     [
         (gzip.compress(b"\0\0\x0d\1" + HEADER[4:] + b"abc"), "wrong magic 00000d01"),
         (gzip.compress(b"\x1f"), "wrong magic"),
-        (gzip.compress(HEADER + b"ab"), "holds 10 bytes, but shape (3,) needs 11"),
-        (gzip.compress(HEADER + b"abcd"), "holds 12 bytes, but shape (3,) needs 11"),
-        (gzip.compress(HEADER[:6]), "header wants 8 bytes, the file has 6"),
+        (gzip.compress(HEADER + b"ab"), "has 10 bytes, but shape (3,) needs 11"),
+        (gzip.compress(HEADER + b"abcd"), "has 12 bytes, but shape (3,) needs 11"),
+        (gzip.compress(HEADER[:6]), "header needs 8 bytes, but the file has 6"),
         (gzip.compress(HEADER + bytes(500))[:-9], "truncated"),
         (HEADER + b"abc", "cannot be read"),
         (b"", "wrong magic"),

@@ -22,18 +22,18 @@ from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.errors import DataError
 
 CPU = torch.device("cpu")
-COLOURS = ["red", "lime", "blue", "white"]
+COLORS = ["red", "lime", "blue", "white"]
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Four pictures of other sizes and formats, a colour each."""
+    """Four pictures of other sizes and formats, a color each."""
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
-    for colour, size, name in zip(
-        COLOURS, [(40, 40), (64, 33), (20, 90), (300, 200)], ["a.png", "b.jpg", "below/c.webp", "d.JPEG"], strict=True
+    for color, size, name in zip(
+        COLORS, [(40, 40), (64, 33), (20, 90), (300, 200)], ["a.png", "b.jpg", "below/c.webp", "d.JPEG"], strict=True
     ):
-        Image.new("RGB", size, colour).save(folder / name)
+        Image.new("RGB", size, color).save(folder / name)
     return folder
 
 
@@ -134,7 +134,7 @@ def test_bad_files_are_named_and_left_out(folder, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     for name in ("bomb.png", "large.png", "cut.jpg", "text.png"):
-        assert sum(f"left out {name}: " in line for line in lines) == 1
+        assert sum(f"skipped {name}: " in line for line in lines) == 1
     assert not list((folder.parent / "cache").rglob("*.partial"))
 
 
@@ -144,7 +144,7 @@ def test_a_folder_with_fewer_than_two_pictures_is_one_line(folder, count, capsys
         (folder / name).unlink()
     assert cli.main(["train", "folder", "--data", str(folder), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"holds {count} readable pictures" in error
+    assert f"contains {count} readable images" in error
     assert error.count("\n") == 1
 
 
@@ -163,15 +163,15 @@ def test_a_split_shares_the_pixels_and_keeps_images_with_their_labels(folder):
     assert source.images.data_ptr() == taken.images.data_ptr() == pixels.data_ptr()
     seen = []
     for part in (source, taken):
-        images, labels = part.next_labelled(part.size)
+        images, labels = part.next_labeled(part.size)
         assert ((images[:, 0, 0, 0] + 1) * 127.5).round().long().tolist() == labels.tolist()
         seen += labels.tolist()
     assert sorted(seen) == list(range(20))
 
 
-def colour_font(path: Path, colours: list[str]) -> Path:
-    """A font of colour bitmaps of 136x128, one glyph a colour; the first colour is there twice."""
-    names = [".notdef", *(f"g{i}" for i in range(len(colours) + 1))]
+def colour_font(path: Path, colors: list[str]) -> Path:
+    """A font of color bitmaps of 136x128, one glyph a color; the first color is there twice."""
+    names = [".notdef", *(f"g{i}" for i in range(len(colors) + 1))]
     builder = FontBuilder(1024, isTTF=True)
     builder.setupGlyphOrder(names)
     builder.setupCharacterMap({0x41 + i: name for i, name in enumerate(names[1:])})
@@ -192,9 +192,9 @@ def colour_font(path: Path, colours: list[str]) -> Path:
     index = eblc_index_sub_table_1(b"", font)
     index.names, index.indexFormat, index.imageFormat = names[1:], 1, 17
     strike.indexSubTables.append(index)
-    for name, colour in zip(names[1:], [*colours, colours[0]], strict=True):
+    for name, color in zip(names[1:], [*colors, colors[0]], strict=True):
         stored = io.BytesIO()
-        Image.new("RGB", (136, 128), colour).save(stored, "png")
+        Image.new("RGB", (136, 128), color).save(stored, "png")
         glyph = cbdt_bitmap_format_17(b"", font)
         glyph.imageData, glyph.metrics = stored.getvalue(), SmallGlyphMetrics()
         glyph.metrics.__dict__.update(height=128, width=136, BearingX=0, BearingY=0, Advance=136)
@@ -228,7 +228,7 @@ def test_a_font_that_is_missing_or_has_no_bitmaps_says_so(tmp_path, monkeypatch)
     builder = FontBuilder(1024, isTTF=True)
     builder.setupGlyphOrder([".notdef"])
     builder.font.save(tmp_path / "plain.ttf")
-    with pytest.raises(DataError, match="no colour bitmaps"):
+    with pytest.raises(DataError, match="no color bitmaps"):
         read_emoji(tmp_path / "plain.ttf", 32)
 
 
@@ -242,7 +242,7 @@ def test_stacked_images_are_three_classes_as_colours(tmp_path, write_idx):
         load_source("stacked", 0, CPU, tmp_path)
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
     source = load_source("stacked", 0, CPU, tmp_path)
-    x, mode = source.next_labelled(500)
+    x, mode = source.next_labeled(500)
     assert x.shape == (500, 3, 32, 32)
     digits = ((x[:, :, 16, 16] + 1) * 127.5 / 20).round().long()
     assert torch.equal(mode, (digits * torch.tensor([100, 10, 1])).sum(1))
@@ -250,7 +250,7 @@ def test_stacked_images_are_three_classes_as_colours(tmp_path, write_idx):
 
 
 def test_waveforms_have_the_pitch_of_their_octave_and_die_away():
-    x, octave = load_source("waveforms", 0, CPU).next_labelled(256)
+    x, octave = load_source("waveforms", 0, CPU).next_labeled(256)
     assert x.shape == (256, 1, 256)
     assert x.abs().max() <= 1
     spectrum = torch.fft.rfft(x[:, 0]).abs()
@@ -261,7 +261,7 @@ def test_waveforms_have_the_pitch_of_their_octave_and_die_away():
 
 
 def test_voxels_are_balls_and_boxes_inside_the_cube():
-    x, kind = load_source("voxels", 0, CPU).next_labelled(64)
+    x, kind = load_source("voxels", 0, CPU).next_labeled(64)
     assert x.shape == (64, 1, 16, 16, 16)
     assert x[:, :, 0].max() < 0
     assert x.amax((1, 2, 3, 4)).min() > 0.9

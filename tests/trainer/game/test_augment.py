@@ -70,7 +70,7 @@ def test_ada_changes_as_large_a_share_of_the_images_as_p_says():
     assert torch.equal(augment(x, u), x)
     augment.p.fill_(0.1)
     same = (augment(x, u) - x).abs().amax((1, 2, 3)) < 1e-6
-    # Of constant grey images, brightness and translation change all but the unmoved (1 / 9).
+    # Of constant gray images, brightness and translation change all but the unmoved (1 / 9).
     assert float(same.float().mean()) == pytest.approx(0.9 * (1 - 0.1 * 8 / 9), abs=0.03)
 
 
@@ -126,5 +126,5 @@ def test_a_game_with_augmentation_goes_on_from_its_state(kind):
 
 
 def test_only_images_are_augmented():
-    with pytest.raises(ValueError, match="changes images"):
+    with pytest.raises(ValueError, match="needs images"):
         GAN(ModelConfig(), OptimConfig(augment="ada"), load_source("ring8", 2, CPU), 0, CPU)

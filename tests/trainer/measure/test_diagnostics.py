@@ -14,7 +14,7 @@ from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.diagnostics import Diagnostics, boundary_of, diversity, effective_number, sigmas
 from fastgan.trainer.measure.equilibrium import duality_gap, value
-from fastgan.trainer.models import normalise
+from fastgan.trainer.models import normalize
 
 CPU = torch.device("cpu")
 RING8 = PRESETS["ring8"][1]
@@ -148,7 +148,7 @@ class TestDiversity:
 
 @pytest.mark.parametrize("kind", ["fused", "per-layer", "torch"])
 def test_sigma_is_the_largest_singular_value_of_every_normalised_layer(kind):
-    model = normalise(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)), kind)
+    model = normalize(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)), kind)
     for _ in range(100):
         model(torch.randn(2, 2, 4, 4))
     found = sigmas(model)

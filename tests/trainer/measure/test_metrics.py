@@ -15,7 +15,7 @@ from fastgan.trainer.gan import GAN
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.measure.classifier import stacked_modes
 from fastgan.trainer.measure.extractors import RandomConv, as_rgb, features_of, load_extractor
-from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbours
+from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbors
 from fastgan.trainer.measure.quality import compare, score
 
 CPU = torch.device("cpu")
@@ -86,12 +86,12 @@ def test_frechet_distance_of_fewer_samples_than_features_is_finite():
 class TestNeighbours:
     def test_equal_sets_cover_each_other(self):
         x = torch.randn(200, 3)
-        found = neighbours(x, x)
+        found = neighbors(x, x)
         assert (found.coverage, found.recall) == (1.0, 1.0)
         assert found.density > 1  # each fake lies in its own real's ball as well
 
     def test_two_draws_of_one_distribution_have_density_and_coverage_near_one(self):
-        found = neighbours(torch.randn(1000, 3), torch.randn(1000, 3))
+        found = neighbors(torch.randn(1000, 3), torch.randn(1000, 3))
         assert found.density == pytest.approx(1, abs=0.1)
         assert found.coverage == pytest.approx(
             1 - 2.0**-5, abs=0.04
@@ -100,16 +100,16 @@ class TestNeighbours:
 
     def test_half_of_two_modes_is_half_covered_and_dense(self):
         real = torch.cat([torch.randn(200, 3), torch.randn(200, 3) + 50])
-        found = neighbours(real, torch.randn(400, 3))
+        found = neighbors(real, torch.randn(400, 3))
         assert found.coverage == pytest.approx(0.5, abs=0.03)
         assert found.recall <= 0.5
         assert found.density > 0.7
 
     def test_fakes_elsewhere_score_nothing(self):
-        assert neighbours(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0)
+        assert neighbors(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("metric", [kid, frechet_distance, neighbours])
+@pytest.mark.parametrize("metric", [kid, frechet_distance, neighbors])
 def test_features_of_different_widths_are_refused(metric):
     with pytest.raises(ValueError, match=r"\(N, F\) and \(M, F\), got \(9, 3\) and \(9, 4\)"):
         metric(torch.randn(9, 3), torch.randn(9, 4))
@@ -117,7 +117,7 @@ def test_features_of_different_widths_are_refused(metric):
 
 def test_more_neighbours_than_samples_are_refused():
     with pytest.raises(ValueError, match="k must be less than the number of samples, got 5"):
-        neighbours(torch.randn(5, 2), torch.randn(5, 2))
+        neighbors(torch.randn(5, 2), torch.randn(5, 2))
 
 
 class TestExtractors:
@@ -125,10 +125,10 @@ class TestExtractors:
         weights = torch.cat([p.flatten() for p in RandomConv().parameters()])
         torch.manual_seed(99)
         assert torch.equal(torch.cat([p.flatten() for p in RandomConv().parameters()]), weights)
-        grey = torch.rand(3, 1, 20, 20)
-        features = features_of(grey, RandomConv(), CPU)
+        gray = torch.rand(3, 1, 20, 20)
+        features = features_of(gray, RandomConv(), CPU)
         assert features.shape == (3, 480)
-        assert torch.equal(features, features_of(grey.expand(-1, 3, -1, -1), RandomConv(), CPU))
+        assert torch.equal(features, features_of(gray.expand(-1, 3, -1, -1), RandomConv(), CPU))
 
     def test_a_function_of_the_users_is_one_by_its_name(self, config, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text("def pixels(images): return images.flatten(1)\n\nnothing = None\n")
@@ -150,7 +150,7 @@ class TestExtractors:
 
     @pytest.mark.parametrize("dataset", ["grid25", "waveforms"])
     def test_one_that_nothing_would_ask_is_refused_before_the_run(self, config, dataset):
-        with pytest.raises(ValueError, match="extractor 'foo:bar' is for images"):
+        with pytest.raises(ValueError, match="extractor 'foo:bar' needs images"):
             Trainer(dataclasses.replace(config, dataset=dataset, extractor="foo:bar"))
         assert not config.folder.exists()
 
@@ -171,7 +171,7 @@ class TestExtractors:
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)
-        wanted = rf"extractor '{name}' must give features \(2, F\) of images \(2, 1, 32, 32\), {came}"
+        wanted = rf"extractor '{name}' must return features \(2, F\) for images \(2, 1, 32, 32\), {came}"
         with pytest.raises(ValueError, match=wanted):
             Trainer(dataclasses.replace(config, extractor=name))
         assert not config.folder.exists()
@@ -213,7 +213,7 @@ class TestStackedModes:
 
     def test_every_draw_is_counted_in_its_own_mode_and_the_classifier_is_kept(self, source, tmp_path, monkeypatch):
         monkeypatch.setattr("fastgan.trainer.measure.classifier.STEPS", 60)
-        real, labels = source.next_labelled(300)
+        real, labels = source.next_labeled(300)
         counts = stacked_modes(real, source, tmp_path)
         assert float((counts - torch.bincount(labels, minlength=1000)).abs().sum()) <= 0.1 * 300
         (kept,) = tmp_path.iterdir()

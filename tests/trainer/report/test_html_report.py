@@ -88,8 +88,8 @@ def test_a_run_too_short_to_judge_says_so_instead_of_that_nothing_went_wrong(
     for shown in (words, text):
         assert (f"Too short to judge: {steps} steps" in shown) == (steps < 8)
         assert ("None yet." in shown) == (steps < 8)
-    assert ("nothing vanished" in words) == (steps == 8)
-    assert "scoring, and writing the report" in capsys.readouterr().out
+    assert ("no vanishing gradient" in words) == (steps == 8)
+    assert "computing the final scores and writing the report" in capsys.readouterr().out
 
 
 def test_adas_probability_is_recorded_and_drawn(config, no_plot):

@@ -107,7 +107,7 @@ def test_settings_that_kill_their_worker_twice_are_given_up(toy, forked, no_plot
     tune(config)
     assert states(config).count("FAIL") == 2
     assert states(config).count("COMPLETE") >= 2
-    assert "given up: its process died twice" in capfd.readouterr().out
+    assert "dropped: its process died twice" in capfd.readouterr().out
 
 
 def test_stopping_the_command_twice_during_a_trial_does_not_give_up_its_settings(toy, no_plot):
@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     arguments = ["tune", "ring8", "--steps", "4", "--device", "cpu", "--out", str(toy.out)]
     assert cli.main(arguments) == 130
     output = capfd.readouterr()
-    assert output.out == f"\nstopped; the same command goes on where this one was: fastgan {' '.join(arguments)}\n"
+    assert output.out == f"\nstopped; continue with the same command: fastgan {' '.join(arguments)}\n"
     assert output.err == ""
 
 
@@ -175,7 +175,7 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
         signal.signal(signal.SIGINT, before)
     assert multiprocessing.active_children() == []
     output = capfd.readouterr()
-    assert "goes on where this one was" in output.out
+    assert "continue with the same command" in output.out
     assert output.err == ""
     tune(dataclasses.replace(toy, trials=1))
     assert open_study(toy).best_params == values_of(toy.start)
@@ -302,7 +302,7 @@ class TestBeforeTheFirstTrial:
         ("extractor", "says"),
         [
             ("inception", "extractor must be one of random-conv, efficientnet-lite0, or module:callable"),
-            (f"{__name__}:broken_extractor", r"must give features \(2, F\)"),
+            (f"{__name__}:broken_extractor", r"must return features \(2, F\)"),
             (f"{__name__}:nothing", "got .*nothing"),
         ],
     )
@@ -326,12 +326,12 @@ class TestBeforeTheFirstTrial:
         assert wanted in self.complaint(capsys, tmp_path, *arguments)
 
     def test_data_that_nothing_scores_is_one_line(self, capsys, tmp_path):
-        assert "no score to tune by" in self.complaint(capsys, tmp_path, "waveforms")
+        assert "samples have no score" in self.complaint(capsys, tmp_path, "waveforms")
 
     def test_data_that_is_missing_or_too_little_is_one_line(self, fashion_mnist_folder, capsys, tmp_path):
         assert "no train-images" in self.complaint(capsys, tmp_path, "fashion-mnist", "--data", str(tmp_path))
         error = self.complaint(capsys, tmp_path, "fashion-mnist", "--data", str(fashion_mnist_folder))
-        assert "too few images: trials take batches of up to 128" in error
+        assert "too few images: trials use batches of up to 128" in error
 
     def test_ten_images_to_score_by_are_asked_for(self, tmp_path, capsys):
         (tmp_path / "pictures").mkdir()
@@ -351,4 +351,4 @@ class TestConfigFlag:
     @pytest.mark.parametrize("arguments", [["--config", "nowhere.json"], ["--config"]])
     def test_a_missing_file_is_named(self, arguments, capsys):
         assert cli.main(["train", *arguments]) == 2
-        assert "--config wants a file of settings" in capsys.readouterr().err
+        assert "--config needs an existing settings file" in capsys.readouterr().err
