@@ -48,11 +48,26 @@ def _by_dimension() -> dict[str, tuple[Call, tuple[int, ...]]]:
     cases: dict[str, tuple[Call, tuple[int, ...]]] = {}
     for n, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
         for name, args in {
-            **{"Conv": (6, 4, 3), "ConvTranspose": (6, 4, 3), "LazyConv": (4, 3), "LazyConvTranspose": (4, 3)},
-            **{"MaxPool": (2,), "AvgPool": (2,), "LPPool": (2.0, 2), "AdaptiveAvgPool": (2,), "AdaptiveMaxPool": (2,)},
-            **{"BatchNorm": (6,), "InstanceNorm": (6,), "LazyBatchNorm": (), "LazyInstanceNorm": (), "Dropout": ()},
-            **{"ReflectionPad": (1,), "ReplicationPad": (1,), "CircularPad": (1,), "ZeroPad": (1,)},
-            **{"ConstantPad": (1, 0.5), "FractionalMaxPool": (2, 2)},
+            "Conv": (6, 4, 3),
+            "ConvTranspose": (6, 4, 3),
+            "LazyConv": (4, 3),
+            "LazyConvTranspose": (4, 3),
+            "MaxPool": (2,),
+            "AvgPool": (2,),
+            "LPPool": (2.0, 2),
+            "AdaptiveAvgPool": (2,),
+            "AdaptiveMaxPool": (2,),
+            "BatchNorm": (6,),
+            "InstanceNorm": (6,),
+            "LazyBatchNorm": (),
+            "LazyInstanceNorm": (),
+            "Dropout": (),
+            "ReflectionPad": (1,),
+            "ReplicationPad": (1,),
+            "CircularPad": (1,),
+            "ZeroPad": (1,),
+            "ConstantPad": (1, 0.5),
+            "FractionalMaxPool": (2, 2),
         }.items():
             cls: Any = getattr(nn, f"{name}{n}d", None)
             if cls is not None:
@@ -219,7 +234,8 @@ def judged(name: str, call: Call, shape: tuple[int, ...]) -> str:
                 penalty = fastgan.gradient_penalty(model, x, kind="r1")
                 (ours,) = torch.autograd.grad(penalty, model.scale)
         except RuntimeError as error:
-            assert "layer (_Layer)" in str(error) or f"{name}:" in str(error), error
+            if "layer (_Layer)" not in str(error) and f"{name}:" not in str(error):
+                raise
             return REFUSED
     if theirs is None:
         return OURS
