@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_traced
+from fastgan.ops.work import CALL, work
 
 
 def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,12 +104,22 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
+    """``after``: multiplications that PyTorch's own functions do first, less what fastgan's would cost."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.left = after
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.left > 0:
+            cost = work(func, args, kwargs or {})
+            self.left -= cost - CALL if cost else 0
         route = _ROUTES.get(func)
         if (
             route is None
+            or self.left > 0
             or not torch.is_grad_enabled()
             or not _PLAIN.issuperset(types)
             or checkpointed_region() is not None
@@ -151,6 +162,33 @@ class _Uncompiled:
 uncompiled = _Uncompiled()
 
 
+class Rerouting:
+    """``twice_differentiable`` from the call on that passes ``after`` multiplications."""
+
+    def __init__(self, after: int = 0) -> None:
+        self._mode = _Reroute(after)
+        self.late = after > 0
+        self._inside = False
+
+    @property
+    def never_began(self) -> bool:
+        return self._mode.left > 0
+
+    def __enter__(self) -> Rerouting:
+        self._inside = not is_traced()  # the compiler's stance cannot change inside of a function that it traces
+        if self._inside:
+            uncompiled.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._inside:
+            try:
+                self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+            finally:
+                uncompiled.__exit__(*error)
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
@@ -168,8 +206,5 @@ def twice_differentiable() -> Iterator[None]:
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
-    if is_traced():  # the compiler's stance cannot change inside of a function that it traces
-        yield
-        return
-    with uncompiled, _Reroute():
+    with Rerouting():
         yield

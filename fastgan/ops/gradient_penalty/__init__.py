@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,18 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
-from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
-from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import Rerouting, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -104,7 +105,7 @@ def gradient_penalty(
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
     other code bases' penalties are in docs/conventions.md.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     check_select(select)
     refuse_sharded(discriminator)
     total: Tensor | None = None
@@ -112,9 +113,15 @@ def gradient_penalty(
         _require_grad_mode()
         given = differentiable(point)
         x = floating(given)
-        small = _is_small(discriminator, x)
-        with uncompiled if small else twice_differentiable():
-            returned = discriminator(given, *args, **(kwargs or {}))
+        size = size_of(discriminator, x)
+        if size is Size.SMALL:
+            with uncompiled:
+                returned = discriminator(given, *args, **(kwargs or {}))
+            small = True
+        else:
+            with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
+                returned = discriminator(given, *args, **(kwargs or {}))
+            small = rerouting.never_began
         part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
             for tensor in x:
@@ -157,7 +164,7 @@ def penalty_from_logits(
         ValueError: an input does not require a gradient; otherwise as ``gradient_penalty``.
         TypeError, RuntimeError: as ``gradient_penalty``.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     check_inputs("inputs", inputs)
     check_select(select)
     _require_grad_mode()
@@ -193,7 +200,8 @@ def _penalty(
     found = [grad for grad in grads if grad is not None]
     if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return leave_zeros(penalty(found), path, inputs)
+    value = penalty(found)
+    return leave_zeros(value, path, inputs) if path else value
 
 
 @untraced
@@ -240,7 +248,7 @@ def logits_and_penalty(
 
     The source of the one pass is one_pass.py.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
     if tracer is not None and reason is None:
         return one_pass(returned, logits, x, tracer, penalty)
@@ -304,18 +312,39 @@ def _forward(
     _require_grad_mode()
     given = differentiable(inputs)
     x = floating(given)
-    if _is_small(discriminator, x):
+
+    def call() -> Any:
+        return discriminator(given, *args, **(kwargs or {}))
+
+    size = size_of(discriminator, x)
+    if size is Size.SMALL:
         with uncompiled:
-            returned = discriminator(given, *args, **(kwargs or {}))
+            returned = call()
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
-    with twice_differentiable(), Tracer(*x) as tracer:
-        returned = discriminator(given, *args, **(kwargs or {}))
+    if size is Size.UNKNOWN:
+        return _counted(discriminator, call, select, x)
+    with Rerouting(), Tracer(*x) as tracer:
+        returned = call()
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
 
-def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
-    return all(is_small(discriminator, x) for x in inputs)
+def _counted(
+    discriminator: Callable[..., Any], call: Callable[[], Any], select: Select | None, x: tuple[Tensor, ...]
+) -> _Forward:
+    """A forward that is counted while it runs."""
+    tracer = None if was_small(discriminator, x) else Tracer(*x)
+    with Rerouting(LEAST) as rerouting, tracer or nullcontext():
+        returned = call()
+    logits = logits_of(returned, select, len(x[0]))
+    small = rerouting.never_began
+    if small != (tracer is None):
+        remember(discriminator, x, small)
+    if small:
+        return _Forward(returned, logits, x, None, REASON)
+    if tracer is None:
+        return _Forward(returned, logits, x, None, "the forward was a small one when it ran before")
+    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned, late=True))
 
 
 def _require_grad_mode() -> None:

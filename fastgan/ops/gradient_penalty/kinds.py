@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -85,21 +85,40 @@ class Penalty:
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The penalty of the gradients, each (N, *S)."""
+        if _is_autocast(grads[0].device.type):
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return self._of(grads)
+        return self._of(grads)
+
+    def _of(self, grads: Sequence[Tensor]) -> Tensor:
         formula = self._formula
         target = formula.target if self.target is None else self.target
-        with _full_precision(grads[0]):
-            size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
-            each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
-            penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
-            if isinstance(self.weight, Tensor):
-                return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-            factor = (10.0 if self.weight is None else self.weight) * formula.factor
-            return factor * penalty
+        size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
+        each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
+        penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(penalty.dtype) * (formula.factor * penalty)
+        return penalty * ((10.0 if self.weight is None else self.weight) * formula.factor)
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
         shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
         return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
+
+
+def penalty_of(kind: Kind, weight: Number | None, target: Number | None, dims: Dims | None, reduction: str) -> Penalty:
+    """A Penalty, whose arguments are checked once where they are common ones."""
+    if target is None and dims is None and type(weight) in _COMMON and type(kind) is str and type(reduction) is str:
+        return _common(kind, weight, reduction)
+    return Penalty(kind, weight, target, dims, reduction)
+
+
+_COMMON = (float, int, type(None))
+
+
+@lru_cache(64, typed=True)
+def _common(kind: str, weight: Number | None, reduction: str) -> Penalty:
+    return Penalty(kind, weight, reduction=reduction)
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
@@ -153,8 +172,8 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
     return target.to(norms.dtype)
 
 
-def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+_has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
