@@ -6,11 +6,13 @@ from fastgan.bench.case import Case
 from fastgan.bench.cases import (
     bias_act,
     conv,
+    forms,
     gradient_penalty,
     growth,
     minibatch_discrimination,
     minibatch_stddev,
     norm,
+    sizes,
     spectral_norm,
     whole_steps,
 )
@@ -26,6 +28,8 @@ _FILES = (
     conv,
     bias_act,
     growth,
+    forms,
+    sizes,
 )
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
 
@@ -39,4 +43,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "steps": _of("steps"),
     "memory": _of("memory", "steps"),
     "growth": _of("growth"),
+    "forms": _of("forms"),
+    "sizes": _of("sizes"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fastgan.ops.work import CALL, NORMALIZED
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_POOLED = 16  # positions that are often left before all are summed
 _BY_CHANNELS = (nn.modules.batchnorm._NormBase,)
 
 
@@ -106,6 +107,7 @@ class _Walk:
         self.per_sample = 0.0
         self.convolved: list[tuple[float, int]] = []  # the positions, and what each costs
         self.channels = 0
+        self.kernels = False  # of more than one position
         self.left: int | None = None  # elements of a sample after the convolutions
 
     def enter(self, module: nn.Module) -> None:
@@ -123,11 +125,13 @@ class _Walk:
                 self._use(module, parameter)
 
     def _use(self, module: nn.Module, weight: Tensor) -> None:
-        if weight.ndim > 2 and len(self.sample) > 1:
+        if weight.ndim > 2:
             if isinstance(module, _CONVS):
+                self._begin(module.in_channels)
                 self.positions /= prod(module.stride)
             self.convolved.append((max(self.positions, 1.0), weight.numel()))
             self.channels = weight.shape[0]
+            self.kernels |= prod(weight.shape[2:]) > 1
             if isinstance(module, _TRANSPOSED):
                 self.positions *= prod(module.stride)
                 self.channels = weight.shape[1]
@@ -138,6 +142,12 @@ class _Walk:
         else:
             self.per_sample += self._tokens(weight) * weight.numel()
 
+    def _begin(self, channels: int) -> None:
+        """Of the first convolution: the channels need not be the input's first dimension, nor be there at all."""
+        elements = prod(self.sample)
+        if not self.channels and elements % channels == 0:
+            self.positions = elements / channels
+
     def _tokens(self, weight: Tensor) -> int:
         """How often a sample passes a product, where nothing convolves it first."""
         return prod(self.sample[:-1]) if len(self.sample) > 1 and weight.shape[-1] < prod(self.sample) else 1
@@ -145,7 +155,10 @@ class _Walk:
     def total(self) -> float:
         shrunk = 1.0
         if self.convolved and self.left is not None and self.left % self.channels == 0:
-            shrunk = min(1.0, self.left / self.channels / self.convolved[-1][0])
+            left = self.left / self.channels
+            if left == 1:  # a sum over all positions, of which there were more
+                left = _POOLED if self.kernels else inf
+            shrunk = min(1.0, left / self.convolved[-1][0])
         last = max(1, len(self.convolved) - 1)
         steps: float = sum(
             max(1.0, positions * shrunk ** (i / last)) * cost for i, (positions, cost) in enumerate(self.convolved)
