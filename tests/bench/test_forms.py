@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import tables
 from fastgan.bench import measure
 from fastgan.bench.cases import CASES, SUITES
 from fastgan.bench.cases.forms import about, setup
@@ -64,10 +63,6 @@ def test_the_record_of_a_form_tells_its_path_and_a_forwards_work():
 
 
 def test_the_table_of_forms_is_made_from_the_record(tmp_path, monkeypatch):
-    path = Path(__file__).parents[2] / "benchmarks" / "tables.py"
-    spec = importlib.util.spec_from_file_location("tables", path)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
     variant = {"seconds": {"median": 0.02}, "ratio": {"median": 1.0}, "flops": 600}
     fast = {"seconds": {"median": 0.01}, "ratio": {"median": 2.0}, "flops": 400}
     paths = {
