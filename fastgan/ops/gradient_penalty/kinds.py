@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
+from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining, sum_of_squares
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
@@ -92,13 +92,27 @@ class Penalty:
 
     def _of(self, grads: Sequence[Tensor]) -> Tensor:
         formula = self._formula
+        if formula.squared and self._sums_all and (total := sum_of_squares(grads)) is not None:
+            samples = len(grads[0]) if self.reduction == "mean" else 1
+            return total * (self._weight * (formula.factor / samples))
         target = formula.target if self.target is None else self.target
         size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
         each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
         penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
         if isinstance(self.weight, Tensor):
             return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-        return penalty * ((10.0 if self.weight is None else self.weight) * formula.factor)
+        return penalty * (self._weight * formula.factor)
+
+    @property
+    def _weight(self) -> float:
+        assert not isinstance(self.weight, Tensor)
+        return 10.0 if self.weight is None else self.weight
+
+    @property
+    def _sums_all(self) -> bool:
+        """Whether the norms are only added up, so that a sum over everything does."""
+        plain = self._over is None and self.reduction != "none" and not isinstance(self.weight, Tensor)
+        return plain and not self._formula.largest
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""

@@ -87,6 +87,15 @@ def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Te
     return squares
 
 
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the squares of all norms, where that is the cheaper for being taken at once."""
+    if len(grads) > 1 or not _is_small(grads[0]):
+        return None
+    (grad,) = grads
+    dtype = _wide(grad.dtype)
+    return (grad if grad.dtype is dtype else grad.to(dtype)).square().sum()
+
+
 def _is_small(grad: Tensor) -> bool:
     return grad.is_cpu and grad.numel() < _LEAST
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from fastgan.ops.work import CALL, NORMALIZED
 
@@ -15,21 +15,23 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _POOLED = 16  # positions that are often left before all are summed
-_BY_CHANNELS = (nn.modules.batchnorm._NormBase,)
+_BY_CHANNELS = nn.modules.batchnorm._NormBase
+_NORMS = (_BY_CHANNELS, nn.GroupNorm, nn.LayerNorm)
 
 
-def all_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """These and all that they hold, each once, in the order of registration."""
-    seen = set()
-    waiting = list(modules)[::-1]
+    found: dict[nn.Module, None] = {}
+    waiting = list(modules)
+    waiting.reverse()
     while waiting:
         module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield module
-        if module._modules:
-            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+        if module not in found:
+            found[module] = None
+            children = module._modules
+            if children:
+                waiting += [child for child in reversed(children.values()) if child is not None]
+    return list(found)
 
 
 class Cost(NamedTuple):
@@ -49,17 +51,21 @@ def bound(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost | None
     """
     weights = layers = fixed = 0
     for module in all_modules(modules):
-        each, whole = _normalized(module)
-        weights += NORMALIZED * each
-        fixed += NORMALIZED * whole
-        layers += each + whole > 0
-        for parameter in module._parameters.values():
+        parameters = module._parameters
+        if not parameters:  # a normalization without weights has Nones
+            continue
+        if isinstance(module, _NORMS):
+            each, whole = _normalized(module)
+            weights += NORMALIZED * each
+            fixed += NORMALIZED * whole
+            layers += 1
+            continue
+        for parameter in parameters.values():
             if parameter is not None:
-                if is_lazy(parameter):
+                if isinstance(parameter, UninitializedParameter):
                     return None
-                if not each + whole:
-                    weights += parameter.numel()
-                    layers += parameter.ndim > 1
+                weights += parameter.numel()
+                layers += parameter.ndim > 1
     if not layers:
         return None
     positions = max(map(_positions, inputs))
