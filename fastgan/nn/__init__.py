@@ -1,4 +1,4 @@
-"""Drop-in modules over fastgan.ops."""
+"""Modules for discriminators, built on fastgan.ops."""
 
 from fastgan.nn import utils
 from fastgan.nn.gradient_penalty import GradientPenalty

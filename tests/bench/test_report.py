@@ -111,7 +111,7 @@ def test_pictures_by_resolution_and_batch_join_the_cases_of_a_family(found):
 def test_what_is_no_result_is_refused(tmp_path, results, capsys):
     for text, message in (
         ("{", "is not JSON"),
-        ("[]", "is no result of fastgan bench: it has no cases"),
+        ("[]", "is not a result of fastgan bench: it has no cases"),
         (json.dumps(json.loads(results.read_text()) | {"schema": 1}), "has schema 1, this version reads 2"),
     ):
         path = tmp_path / "x.json"

@@ -244,3 +244,19 @@ def test_errors_are_those_of_any_discriminator(call):
         call(mlp(16), x, kind="r1")
     with pytest.raises(ValueError, match="must return logits alone"):
         call(Named(2, 1), x, kind="r1")
+
+
+def test_attention_in_a_function_around_a_small_module_is_differentiated_twice():
+    net, other = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def attending(x):
+        h = net(x).unsqueeze(1)
+        return other(F.scaled_dot_product_attention(h, h, h).squeeze(1))
+
+    x = torch.randn(8, 4)
+    for function in (lambda x: other(x), lambda x: other(attending(x) * x), attending):
+        assert size_of(function, (x,)) is Size.SMALL
+        for _ in range(2):
+            fastgan.gradient_penalty(function, x, kind="r1").backward()
+            logits, penalty = fastgan.logits_and_penalty(function, x)
+            (logits.mean() + penalty).backward()

@@ -84,7 +84,7 @@ def test_an_unknown_preset_is_one_line_that_names_the_known(arguments, says, cap
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--stesp", "3"], ["--batch-size", "-1"], ["--optimiser", "sgd"]])
+@pytest.mark.parametrize("flags", [["--stesp", "3"], ["--batch-size", "-1"], ["--optimizer", "sgd"]])
 def test_what_is_wrong_with_a_flag_is_said_of_this_preset_alone(flags, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "discs", *flags])
@@ -183,15 +183,15 @@ def test_a_second_ctrl_c_is_one_line_that_says_how_to_go_on(in_tmp_path, capsys,
     monkeypatch.setattr("fastgan.trainer.loop.Trainer.train", interrupted)
     assert cli.main(RING) == 130
     output = capsys.readouterr()
-    assert "last whole checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
+    assert "last complete checkpoint with: fastgan train ring8 --name ring8 --runs runs --resume" in output.out
     assert output.err == ""
 
 
 @pytest.mark.parametrize(
     ("part", "arguments"),
     [
-        ("fastgan.trainer.verify.compare", ["verify", "--steps", "1", "--device", "cpu"]),
-        ("fastgan.trainer.matrix.compare", ["verify", "--matrix", "--device", "cpu"]),
+        ("fastgan.trainer.verify.verify.compare", ["verify", "--steps", "1", "--device", "cpu"]),
+        ("fastgan.trainer.verify.matrix.compare", ["verify", "--matrix", "--device", "cpu"]),
         ("fastgan.trainer.loop.Trainer.__init__", RING),
         ("fastgan.trainer.export.export", ["export", "runs/ring8"]),
         ("fastgan.info", ["info"]),

@@ -1,4 +1,4 @@
-"""Training steps of a discriminator: a penalty, or a loss and penalties, and every parameter's gradient."""
+"""Discriminator steps: a penalty, or a loss and penalties, and the gradients of all parameters."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def step_case(
     suite: str = "steps",
     function: bool = False,
 ) -> Case:
-    """A step of the discriminator that ``make`` makes.
+    """Build a case.
 
     Args:
-        family: the discriminator's name; where its input has pixels, their number follows it in the case's.
+        family: the discriminator's name; for images, the case's name appends the resolution.
         function: give fastgan a function around the module.
     """
     sizes = {"pixels": shape[-1], "batch": shape[0]} if len(shape) > 2 else {"batch": shape[0]}

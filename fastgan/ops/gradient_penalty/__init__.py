@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan.ops.gradient_penalty.behind import code_of, sole_module
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
@@ -18,12 +19,12 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
-from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, refuse_sharded_graph
 from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
-from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import Rerouting, uncompiled
+from fastgan.ops.needed import mark_unused
+from fastgan.ops.twice_differentiable import Rerouting, barely_rerouted
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -46,21 +47,19 @@ def gradient_penalty(
 ) -> Tensor:
     """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
 
-    ============== ========================================== =======================================
-    kind           at                                         penalty
-    ============== ========================================== =======================================
-    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - target)^2
-    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - target)^2
-    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
-    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
-    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - target)^2
-    r1             real                                       weight / 2 * mean |g|^2
-    r2             fake                                       weight / 2 * mean |g|^2
-    r1+r2          real and fake                              the sum of both
-    a function f   as wgan-gp; real, if there is no fake      weight * mean f(|g|)
-    ============== ========================================== =======================================
+    | kind             | at                                        | penalty                                    |
+    |------------------|-------------------------------------------|--------------------------------------------|
+    | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
+    | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
+    | "max-gp"         | alpha real + (1 - alpha) fake             | weight * max norm^2                        |
+    | "zero-centered"  | alpha real + (1 - alpha) fake             | weight * mean norm^2                       |
+    | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
+    | "r1"             | real                                      | weight / 2 * mean norm^2                   |
+    | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
+    | "r1+r2"          | real and fake                             | the sum of both                            |
+    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
-    alpha ~ U(0, 1), one for each sample; |g| is a norm over all dimensions of a sample, and the mean is over samples.
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
     Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
 
     Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
@@ -99,7 +98,7 @@ def gradient_penalty(
             logit; logits without a row for each sample; logits that do not depend on the input; a target for a kind
             without one; dims that are not in the input, or name the samples.
         TypeError: an argument has a wrong type; an input is not floating; ``fake`` is missing for a kind that needs it.
-        RuntimeError: gradients are off, or FSDP shards the discriminator.
+        RuntimeError: gradients are off, or FSDP1 or tensor parallelism shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
@@ -107,25 +106,25 @@ def gradient_penalty(
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     check_select(select)
-    refuse_sharded(discriminator)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
         given = differentiable(point)
         x = floating(given)
         size = size_of(discriminator, x)
-        if size is Size.SMALL:
-            with uncompiled:
-                returned = discriminator(given, *args, **(kwargs or {}))
-            small = True
-        else:
-            with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
-                returned = discriminator(given, *args, **(kwargs or {}))
-            small = rerouting.never_began
-        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
+        with gathering(discriminator):
+            if size is Size.SMALL:
+                with barely_rerouted(sole_module(discriminator), code_of(discriminator), x):
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = True
+            else:
+                with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = rerouting.never_began
+            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
         if not small:
             for tensor in x:
-                leave_unread(tensor)
+                mark_unused(tensor)
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -249,13 +248,14 @@ def logits_and_penalty(
     The source of the one pass is one_pass.py.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
-    returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
-    if tracer is not None and reason is None:
-        return one_pass(returned, logits, x, tracer, penalty)
-    value = _penalty(logits, x, penalty, plain=tracer is None)
+    with gathering(discriminator):
+        returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
+        if tracer is not None and reason is None:
+            return one_pass(returned, logits, x, tracer, penalty)
+        value = _penalty(logits, x, penalty, plain=reason is REASON)
     if tracer is not None:
         for tensor in x:
-            leave_unread(tensor)
+            mark_unused(tensor)
     return returned, value
 
 
@@ -282,7 +282,8 @@ def explain_penalty(
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
-    forward = _forward(discriminator, inputs, select, args, kwargs)
+    with gathering(discriminator):
+        forward = _forward(discriminator, inputs, select, args, kwargs)
     if forward.tracer is None or forward.reason is not None:
         return f"general path: {forward.reason}"
     remark = forward.tracer.remark()
@@ -308,7 +309,6 @@ def _forward(
 ) -> _Forward:
     check_inputs("inputs", inputs)
     check_select(select)
-    refuse_sharded(discriminator)
     _require_grad_mode()
     given = differentiable(inputs)
     x = floating(given)
@@ -318,7 +318,7 @@ def _forward(
 
     size = size_of(discriminator, x)
     if size is Size.SMALL:
-        with uncompiled:
+        with barely_rerouted(sole_module(discriminator), code_of(discriminator), x):
             returned = call()
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
     if size is Size.UNKNOWN:

@@ -43,6 +43,26 @@ def code_of(discriminator: Any) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
+def sole_module(discriminator: Any) -> nn.Module | None:
+    """The module, where a function refers to that alone and nothing else but its code can change what it computes."""
+    if isinstance(discriminator, nn.Module):
+        return discriminator
+    if not isinstance(discriminator, FunctionType) or discriminator.__defaults__ or discriminator.__kwdefaults__:
+        return None
+    values = [cell.cell_contents for cell in discriminator.__closure__ or ()]
+    values += [discriminator.__globals__[name] for name in _global_names(discriminator)]
+    if len(values) == 1 and isinstance(values[0], nn.Module):
+        return values[0]
+    return None
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    names = _names.get(function.__code__)
+    if names is None:
+        names = _names[function.__code__] = tuple(_names_in(function.__code__))
+    return [name for name in names if name in function.__globals__]
+
+
 def _look(value: Any, found: dict[int, nn.Module], depth: int) -> None:
     if isinstance(value, nn.Module):
         found[id(value)] = value
@@ -79,12 +99,9 @@ def _look_into(function: FunctionType, found: dict[int, nn.Module], depth: int) 
             _look(content, found, depth - 1)
     for default in function.__defaults__ or ():
         _look(default, found, depth - 1)
-    names = _names.get(function.__code__)
-    if names is None:
-        names = _names[function.__code__] = tuple(_names_in(function.__code__))
-    for name in names:
-        value = function.__globals__.get(name)
-        if value is not None and value is not function:
+    for name in _global_names(function):
+        value = function.__globals__[name]
+        if value is not function:
             _look(value, found, depth - 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining, sum_of_squares
+from fastgan.ops.library import is_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
@@ -85,7 +86,7 @@ class Penalty:
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The penalty of the gradients, each (N, *S)."""
-        if _is_autocast(grads[0].device.type):
+        if is_autocast(grads[0].device.type):
             with torch.autocast(grads[0].device.type, enabled=False):
                 return self._of(grads)
         return self._of(grads)
@@ -184,10 +185,3 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
     if not fits:
         raise ValueError(f"target must fit the norms, {tuple(norms.shape)}, got shape {tuple(target.shape)}")
     return target.to(norms.dtype)
-
-
-_has_autocast = cache(torch.amp.is_autocast_available)
-
-
-def _is_autocast(device_type: str) -> bool:
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)

@@ -71,18 +71,18 @@ _counted: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 
 
 def was_small(discriminator: Any, inputs: Sequence[Tensor]) -> bool:
-    owner = _owner(discriminator)
+    owner = owner_of(discriminator)
     return owner is not None and _shapes(inputs) in _counted.get(owner, ())
 
 
 def remember(discriminator: Any, inputs: Sequence[Tensor], small: bool) -> None:
-    owner = _owner(discriminator)
+    owner = owner_of(discriminator)
     if owner is not None:
         found = _counted.setdefault(owner, set())
         (found.add if small else found.discard)(_shapes(inputs))
 
 
-def _owner(discriminator: Any) -> Any:
+def owner_of(discriminator: Any) -> Any:
     """What outlives a function that is made for one call."""
     modules = behind(discriminator)
     return modules[0] if modules else code_of(discriminator)
