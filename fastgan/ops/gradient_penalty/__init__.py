@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan.ops.gradient_penalty.behind import code_of, sole_module
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
-from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative, watched
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
@@ -21,11 +22,17 @@ from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, refuse_sharded_graph
-from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.twice_differentiable import barely_rerouted, forget, is_complete, twice_differentiable
+from fastgan.ops.twice_differentiable import (
+    Rerouting,
+    barely_rerouted,
+    forget,
+    is_complete,
+    twice_differentiable,
+)
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -114,7 +121,7 @@ def gradient_penalty(
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
     other code bases' penalties are in docs/conventions.md.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     check_select(select)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
@@ -124,11 +131,21 @@ def gradient_penalty(
                 return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
         given = differentiable(point)
         x = floating(given)
-        small = _is_small(discriminator, x)
-        plain = small and _is_complete(discriminator, point)
+        size = size_of(discriminator, x)
         with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
-            with barely_rerouted(discriminator, x) if small else twice_differentiable():
-                returned = discriminator(given, *args, **(kwargs or {}))
+            if size is Size.SMALL:
+                module, code = sole_module(discriminator), code_of(discriminator)
+                plain = is_complete(module, code, x)
+                with barely_rerouted(module, code, x):
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = True
+            else:
+                with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = rerouting.never_began
+                plain = small and was_small(discriminator, x)
+                if small and not plain:
+                    remember(discriminator, x, small)
             part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
         if not small:
             for tensor in x:
@@ -171,7 +188,7 @@ def penalty_from_logits(
         ValueError: an input does not require a gradient; otherwise as ``gradient_penalty``.
         TypeError, RuntimeError: as ``gradient_penalty``.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     if penalty.is_approximate:
         raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
     check_inputs("inputs", inputs)
@@ -196,7 +213,8 @@ def _penalty(
         plain: the forward was PyTorch's own.
     """
     found, path = _gradients(logits, inputs, ours=ours, plain=plain)
-    return leave_zeros(penalty(found), path, inputs)
+    value = penalty(found)
+    return leave_zeros(value, path, inputs) if path else value
 
 
 def _gradients(
@@ -295,19 +313,18 @@ def logits_and_penalty(
 
     The source of the one pass is one_pass.py.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     with gathering(discriminator):
         if penalty.is_approximate:
             check_inputs("inputs", inputs)
             check_select(select)
             _require_grad_mode()
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
-        plain = _is_complete(discriminator, inputs)
-        returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
+        returned, logits, x, tracer, reason, plain = _forward(discriminator, inputs, select, args, kwargs)
         if tracer is not None and reason is None:
             return one_pass(returned, logits, x, tracer, penalty)
         with _naming(discriminator, inputs, select, args, kwargs):
-            value = _penalty(logits, x, penalty, plain=tracer is None and plain)
+            value = _penalty(logits, x, penalty, plain=plain)
     if tracer is not None:
         for tensor in x:
             mark_unused(tensor)
@@ -359,6 +376,7 @@ class _Forward(NamedTuple):
     inputs: tuple[Tensor, ...]
     tracer: Tracer | None  # None: the discriminator is left to PyTorch
     reason: str | None  # why one pass is not possible
+    plain: bool = False  # PyTorch's own functions ran, and have every derivative
 
 
 def _forward(
@@ -373,12 +391,21 @@ def _forward(
     _require_grad_mode()
     given = differentiable(inputs)
     x = floating(given)
-    if _is_small(discriminator, x):
-        with barely_rerouted(discriminator, x):
-            returned = discriminator(given, *args, **(kwargs or {}))
-        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
-    with twice_differentiable(), Tracer(*x) as tracer:
-        returned = discriminator(given, *args, **(kwargs or {}))
+
+    def call() -> Any:
+        return discriminator(given, *args, **(kwargs or {}))
+
+    size = size_of(discriminator, x)
+    if size is Size.SMALL:
+        module, code = sole_module(discriminator), code_of(discriminator)
+        plain = is_complete(module, code, x)
+        with barely_rerouted(module, code, x):
+            returned = call()
+        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON, plain)
+    if size is Size.UNKNOWN:
+        return _counted(discriminator, call, select, x)
+    with Rerouting(), Tracer(*x) as tracer:
+        returned = call()
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
@@ -398,17 +425,27 @@ def _naming(
         layers = Layers(discriminator)
         with layers.watched():
             forward = _forward(discriminator, inputs, select, args, kwargs)
-        forget(discriminator)
+        forget(sole_module(discriminator))
         raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
 
 
-def _is_complete(discriminator: Callable[..., Any], inputs: Inputs) -> bool:
-    """Whether a call was seen before, and needed nothing that PyTorch lacks."""
-    return isinstance(discriminator, nn.Module) and is_complete(discriminator, floating(inputs))
-
-
-def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
-    return all(is_small(discriminator, x) for x in inputs)
+def _counted(
+    discriminator: Callable[..., Any], call: Callable[[], Any], select: Select | None, x: tuple[Tensor, ...]
+) -> _Forward:
+    """A forward whose work is counted while it runs."""
+    seen = was_small(discriminator, x)
+    tracer = None if seen else Tracer(*x)
+    with Rerouting(LEAST) as rerouting, tracer or nullcontext():
+        returned = call()
+    logits = logits_of(returned, select, len(x[0]))
+    small = rerouting.never_began
+    if small != (tracer is None):
+        remember(discriminator, x, small)
+    if small:
+        return _Forward(returned, logits, x, None, REASON, plain=seen)
+    if tracer is None:
+        return _Forward(returned, logits, x, None, "the forward was a small one when it ran before")
+    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned, late=True))
 
 
 def _require_grad_mode() -> None:

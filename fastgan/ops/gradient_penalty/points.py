@@ -44,6 +44,10 @@ def _beside(alpha: Tensor, x: Tensor) -> Tensor:
     return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
 
 
+def _fixed(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
     noises = iter([torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in floating(real)])
     alpha = _alpha(real, generator)
@@ -51,5 +55,7 @@ def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
 
 
 def _between(real: Inputs, fake: Inputs, alpha: Tensor) -> Inputs:
+    if isinstance(real, Tensor) and isinstance(fake, Tensor) and real.dtype == fake.dtype:
+        return torch.lerp(_fixed(fake), _fixed(real), _beside(alpha, real))
     fakes = iter(floating(fake))
     return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))
