@@ -311,7 +311,7 @@ class TestBeforeTheFirstTrial:
         assert re.search(says, self.complaint(capsys, tmp_path, *arguments))
 
     def test_an_extractor_that_nothing_would_ask_is_one_line(self, capsys, tmp_path):
-        assert "'foo:bar' is for images" in self.complaint(capsys, tmp_path, "grid25", "--extractor", "foo:bar")
+        assert "'foo:bar' needs images" in self.complaint(capsys, tmp_path, "grid25", "--extractor", "foo:bar")
 
     @pytest.mark.parametrize(
         ("package", "extra", "arguments"),
