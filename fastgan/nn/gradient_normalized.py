@@ -16,8 +16,16 @@ from fastgan.ops.library import untraced
 class GradientNormalized(nn.Module):
     """A discriminator f as f / (|grad f| + |f|), whose slope in the input is at most 1 where f is piecewise affine.
 
-        discriminator = GradientNormalized(discriminator)
-        loss = softplus(-discriminator(real)).mean() + softplus(discriminator(fake)).mean()
+    ```python
+    import torch
+    from torch import nn
+
+    from fastgan.nn import GradientNormalized
+
+    discriminator = GradientNormalized(nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1)))
+    real, fake = torch.randn(2, 4, 8)
+    (discriminator(fake) - discriminator(real)).mean().backward()
+    ```
 
     The gradient is that of the sum of a sample's logits in its input, in float32 or better; |grad f| is its norm. With
     several logits a sample, each is divided by the sum of |grad f| and its own absolute value, as in the authors' code.

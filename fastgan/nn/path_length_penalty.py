@@ -18,11 +18,20 @@ class PathLengthPenalty(nn.Module):
     y is noise, N(0, 1), over the square root of the number of pixels, and ``a`` the running average of the lengths. A
     call in training renews ``a`` before it compares with it, from the samples of all ranks.
 
-        penalty = PathLengthPenalty()
-        latents = mapping(z)  # or a leaf that requires a gradient
-        with fastgan.twice_differentiable():
-            images = synthesis(latents)
-        loss = softplus(-discriminator(images)).mean() + penalty(images, latents)
+    ```python
+    import torch
+    from torch import nn
+
+    import fastgan
+    from fastgan.nn import PathLengthPenalty
+
+    generator = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.ConvTranspose2d(8, 3, 4), nn.Tanh())
+    penalty = PathLengthPenalty()
+    latents = torch.randn(4, 8, requires_grad=True)  # or what a mapping network returns
+    with fastgan.twice_differentiable():
+        images = generator(latents)
+    penalty(images, latents).backward()
+    ```
 
     Args:
         weight: factor.
