@@ -37,7 +37,7 @@ def _table(record: str, prefix: str | None) -> str:
     origin = measured["provenance"]
     return "\n".join(
         [
-            *(_memory(cases) if measured["suite"] == "memory" else _speed(cases)),
+            *_TABLES.get(measured["suite"], _speed)(cases),
             "",
             f"{origin['cpu'] if origin['device_type'] == 'cpu' else origin['device']}, {origin['threads']} threads,"
             f" torch {origin['torch']}, commit {origin['commit']}: `{origin['command']}`",
@@ -84,6 +84,25 @@ def _memory(cases: list[dict[str, Any]]) -> list[str]:
 
 def _speed(cases: list[dict[str, Any]]) -> list[str]:
     return ["| case | PyTorch, ms | fastgan, ms | speed-up |", "|---|---:|---:|---:|", *map(_row, cases)]
+
+
+def _forms(cases: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| discriminator | forwards: PyTorch | fastgan | path | PyTorch, ms | fastgan, ms | speed-up |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for case in cases:
+        about = case["about"]
+        forwards = [f"{case['variants'][name]['flops'] / about['forward_flops']:.2f}" for name in ("torch", "fastgan")]
+        path = about["path"].partition(":")[0].partition(",")[0]
+        if "same gradient" in about["path"]:
+            path += ", if a sample's logits share a gradient"
+        cells = [case["name"].partition("/")[2], *forwards, path, *_times(case)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+_TABLES = {"memory": _memory, "forms": _forms}
 
 
 def _row(case: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Case:
     sizes: Mapping[str, int] = field(default_factory=dict)
     growth: Growth | None = None
     negligible: float = 1e-6  # norms smaller than this, relative to the largest tensor's norm, count as rounding
+    about: Callable[[torch.device, torch.dtype], dict[str, Any]] | None = None  # what else the record says of it
 
 
 def on_backend(backend: str, run: Run) -> Run:

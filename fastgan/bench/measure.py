@@ -208,7 +208,9 @@ def _measure(case: Case, device: torch.device, results: Results, keep_going: boo
         "growth": None if case.growth is None else {of: _plain(value) for of, value in vars(case.growth).items()},
         "variants": measured,
         "left_out": left_out,
-    } | ({"failed": sorted(failed)} if failed else {})
+        **({} if case.about is None else {"about": case.about(device, case.dtype)}),
+        **({"failed": sorted(failed)} if failed else {}),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from fastgan.bench.heap import GIVEN_BACK, KEPT, keep_freed_memory
 from fastgan.bench.provenance import ROOT, commit_of, slug
 from fastgan.bench.record import Results
 
-ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "model": 7}
+ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 9, "model": 7}
 INTERRUPTED = 130
 
 EPILOG = """\
@@ -28,6 +28,8 @@ suites:
   steps    whole discriminator and generator steps, and their penalties, by resolution and batch size
   memory   peak and saved bytes of those steps and of minibatch discrimination; times one call of each
   growth   time and memory as one size doubles, with fitted and theoretical exponents
+  forms    loss + R1 of discriminators in the forms of well-known families: work in forwards, path, speed-up
+  sizes    penalties and whole steps from tiny to large discriminators, where fastgan must never be slower
 
 examples:
   fastgan bench --case 'spectral_norm/small/*' --device cpu

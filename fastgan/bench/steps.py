@@ -68,6 +68,14 @@ def _fast_loss_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-logits).mean() + penalty
 
 
+def _r1(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
+    return WEIGHT / 2 * _squares(gradient(logits, real)[1]).mean()
+
+
+def _fast_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return fastgan.gradient_penalty(model, real, kind="r1", weight=WEIGHT)
+
+
 def _relativistic(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
     (a, g), (b, h) = gradient(logits, real), gradient(logits, fake)
     return F.softplus(b - a).mean() + WEIGHT / 2 * (_squares(g) + _squares(h)).mean()
@@ -104,6 +112,7 @@ def _fast_non_saturating_r1(model: nn.Module, real: Tensor, fake: Tensor) -> Ten
 
 OBJECTIVES = {
     "wgan-gp": Objective(_wgan_gp, _fast_wgan_gp, draws=True),
+    "r1": Objective(_r1, _fast_r1),
     "loss+r1": Objective(_loss_r1, _fast_loss_r1),
     RELATIVISTIC: Objective(_relativistic, _fast_relativistic),
     "d-step/hinge": Objective(_hinge, _hinge, whole=True),
@@ -163,18 +172,28 @@ def batches(
     device: torch.device,
     dtype: torch.dtype,
     precision: str = "float32",
+    function: bool = False,
 ) -> dict[str, Make]:
     """Return the variants of ``d_step`` for the discriminator that ``make`` builds, on random batches of ``shape``."""
     real, fake = (torch.randn(*shape, dtype=dtype, device=device) for _ in range(2))
-    return d_step(seeded(make, device, dtype), real, fake, OBJECTIVES[objective], precision)
+    return d_step(seeded(make, device, dtype), real, fake, OBJECTIVES[objective], precision, function)
 
 
 def d_step(
-    model: Callable[[], nn.Module], real: Tensor, fake: Tensor, objective: Objective, precision: str = "float32"
+    model: Callable[[], nn.Module],
+    real: Tensor,
+    fake: Tensor,
+    objective: Objective,
+    precision: str = "float32",
+    function: bool = False,
 ) -> dict[str, Make]:
     """Return the variants of a discriminator step: the plain model with PyTorch's penalty, and fastgan's.
 
-    ``model`` builds equal modules on the device of the batches. fastgan's variant is converted.
+    fastgan's variant is converted.
+
+    Args:
+        model: builds equal modules on the device of the batches.
+        function: give fastgan a function around the module.
     """
     device, dtype = real.device, real.dtype
     size = len(real), *[1] * (real.ndim - 1)
@@ -193,7 +212,8 @@ def d_step(
     def fastgans() -> Run:
         net = model()
         fastgan.convert(net)
-        return training(net, lambda: objective.fast(net, real, fake), context, objective.whole)
+        called: Any = (lambda x: net(x)) if function else net
+        return training(net, lambda: objective.fast(called, real, fake), context, objective.whole)
 
     def compiled() -> Run:
         net = model()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
-from fastgan.ops import attention, conv, norm, piecewise, pool
+from fastgan.ops import attention, conv, lacking, norm, piecewise, pool
 from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
+from fastgan.ops.work import CALL, work
 
 
 def _if_floating(fused: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +75,8 @@ def _batch_norm(
 _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
+    F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
+    **lacking.ROUTES,
 }
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,
@@ -114,17 +117,24 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class _Reroute(TorchFunctionMode):
-    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
+    """Args:
+    routes: what is rerouted.
+    after: the multiplications that PyTorch's own functions do first, less what calls of fastgan's would cost. What
+        PyTorch cannot differentiate twice is rerouted from the start.
+    """
+
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0) -> None:
         super().__init__()
         self._routes = routes
         self.is_whole = routes is _ROUTES
         self.taken = False  # whether any call was rerouted
+        self.left = after
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = self._routes.get(func)
         kwargs = kwargs or {}
+        route = self._route(func, args, kwargs)
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
         self.taken = True
@@ -137,6 +147,14 @@ class _Reroute(TorchFunctionMode):
         # __torch_function__ then gives the result the same type as PyTorch does.
         args, kwargs = tuple(map(_as_plain, args)), {name: _as_plain(value) for name, value in kwargs.items()}
         return own[0].__torch_function__(route, types, args, kwargs)
+
+    def _route(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        if self.left > 0:
+            cost = work(func, args, kwargs)
+            self.left -= cost - CALL if cost else 0
+        return (self._routes if self.left <= 0 else _LACKING).get(func)
 
 
 def _as_plain(value: Any) -> Any:
@@ -183,6 +201,33 @@ class _Uncompiled:
 uncompiled = _Uncompiled()
 
 
+class Rerouting:
+    """``twice_differentiable`` from the call on that passes ``after`` multiplications."""
+
+    def __init__(self, after: int = 0) -> None:
+        self._mode = _Reroute(after=after)
+        self.late = after > 0
+        self._inside = False
+
+    @property
+    def never_began(self) -> bool:
+        return self._mode.left > 0
+
+    def __enter__(self) -> Rerouting:
+        self._inside = not is_traced()  # the compiler's stance cannot change inside of a function that it traces
+        if self._inside:
+            uncompiled.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._inside:
+            try:
+                self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+            finally:
+                uncompiled.__exit__(*error)
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Context manager: PyTorch functions use fastgan's ops wherever these make the second derivative cheaper.
@@ -220,10 +265,11 @@ def twice_differentiable() -> Iterator[None]:
     grad.square().sum().backward()
     ```
     """
-    if is_traced():  # the compiler's stance cannot change inside a function that it traces
-        yield
+    if is_rerouting() and not is_traced():
+        with uncompiled:
+            yield
         return
-    with uncompiled, nullcontext() if is_rerouting() else _Reroute():
+    with Rerouting():
         yield
 
 
@@ -232,19 +278,32 @@ _complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary
 
 
 @contextmanager
-def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
-    """For one call of the module, reroute only the functions that PyTorch cannot differentiate twice.
+def barely_rerouted(module: torch.nn.Module | None, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """For one call of a function around a module, reroute only the functions that PyTorch cannot differentiate twice.
 
     Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions,
     the next call of the same kind is not intercepted.
     """
-    seen = _complete.setdefault(module, set())
-    kind = module.training, tuple(x.shape[1:] for x in inputs)
-    if kind in seen:
+    if is_complete(module, code, inputs):
         with uncompiled:
             yield
         return
     with uncompiled, _Reroute(_LACKING) as mode:
         yield
-    if not mode.taken:
-        seen.add(kind)
+    if module is not None and not mode.taken:
+        _complete.setdefault(module, set()).add(_kind(module, code, inputs))
+
+
+def is_complete(module: torch.nn.Module | None, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Return whether an earlier call of this kind has shown that PyTorch has all derivatives of it."""
+    return module is not None and _kind(module, code, inputs) in _complete.get(module, ())
+
+
+def forget(module: torch.nn.Module | None) -> None:
+    """Intercept the next call of the module, as if it were the first."""
+    if module is not None:
+        _complete.pop(module, None)
+
+
+def _kind(module: torch.nn.Module, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return code, module.training, tuple(x.shape[1:] for x in inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan.ops.gradient_penalty.small import is_small
+from fastgan.ops.gradient_penalty import small
+from fastgan.ops.gradient_penalty.small import Size, size_of
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition, gradients, images
 
 pytestmark = pytest.mark.small
@@ -60,20 +62,167 @@ def test_their_functions_are_pytorchs_and_the_explanation_says_so():
     assert "LeakyReluBackward0" not in {output.grad_fn.name() for output in outputs[3:]}
 
 
-def test_a_large_one_and_what_is_no_module_are_not_small():
+def test_the_size_is_known_from_the_parameters_and_the_shapes():
     x = torch.randn(64, 2)
-    assert is_small(mlp(2**17 - 1), x)  # 2^19 parameters and one less than three, each once a sample
-    assert not is_small(mlp(2**17), x)
-    assert not is_small(mlp(2**17 - 1), torch.randn(65, 2))
-    assert not is_small(nn.Conv2d(3, 8, 4), torch.randn(128, 3, 64, 64)), "a weight is used at every position"
-    assert is_small(nn.Conv2d(3, 8, 4), torch.randn(2, 3, 64, 64))
-    assert not is_small(lambda x: x.square(), x), "nobody knows its parameters"
-    assert not is_small(nn.Flatten(), x), "nor these"
-    assert not is_small(nn.LazyLinear(1), x), "nor is their number known"
-    assert not is_small(mlp(16), x.to("meta"))
-    found = []
-    torch.func.grad(lambda x: (found.append(is_small(mlp(16), x)), x.sum())[1])(x)
-    assert found == [False], "inside a transform"
+    assert size_of(mlp(2**14), (x,)) is Size.SMALL
+    assert size_of(mlp(2**18), (x,)) is Size.LARGE
+    assert size_of(nn.Conv2d(3, 64, 4), (torch.randn(2, 3, 8, 8),)) is Size.SMALL
+    assert size_of(nn.Conv2d(3, 64, 4), (torch.randn(64, 3, 64, 64),)) is Size.LARGE, "used at every position"
+    points = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 1))
+    assert size_of(points, (torch.randn(512, 2048, 3),)) is Size.LARGE, "positions lie in the second dimension"
+    assert size_of(points, (torch.randn(512, 3),)) is Size.SMALL
+    tokens = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
+    assert size_of(tokens, (torch.randn(4, 8, 32),)) is Size.SMALL
+    assert size_of(tokens, (torch.randn(512, 512, 32),)) is Size.LARGE
+    assert size_of(mlp(16), (torch.randn(64, 2, device="meta"),)) is Size.LARGE
+
+
+def test_normalizations_count_by_elements():
+    for norm in (nn.InstanceNorm2d(32), nn.GroupNorm(4, 32), nn.BatchNorm2d(32), nn.LayerNorm([32, 32, 32])):
+        assert size_of(norm, (torch.randn(16, 32, 32, 32),)) is Size.LARGE
+    for norm in (nn.InstanceNorm2d(32), nn.GroupNorm(4, 32), nn.BatchNorm2d(32), nn.LayerNorm([32, 4, 4])):
+        assert size_of(norm, (torch.randn(2, 32, 4, 4),)) is Size.SMALL
+
+
+def test_nothing_is_known_where_the_parameters_are_not():
+    x = torch.randn(64, 2)
+    assert size_of(lambda x: x.square(), (x,)) is Size.UNKNOWN
+    assert size_of(nn.Flatten(), (x,)) is Size.UNKNOWN, "a function that it calls may have some"
+    assert size_of(nn.LazyLinear(1), (x,)) is Size.UNKNOWN
+    weight, holder = torch.randn(1, 2, requires_grad=True), {"net": mlp(16)}
+    assert size_of(lambda x: F.linear(x, weight), (x,)) is Size.UNKNOWN
+    assert size_of(lambda x: holder["net"](x), (x,)) is Size.UNKNOWN
+
+
+NET = mlp(16)
+
+
+def through_a_global(x):
+    return NET(x)
+
+
+class Trainer:
+    def __init__(self, net):
+        self.net = net
+
+    def logits(self, x):
+        return self.net(x)
+
+
+class Critic(nn.Sequential):
+    def logits(self, x, scale=1.0):
+        return self(x) * scale
+
+
+def test_functions_around_modules_are_seen_through():
+    x, net, large = torch.randn(64, 2), mlp(16), mlp(2**18)
+    inner = lambda x: net(x)  # noqa: E731
+    critic = Critic(*net)
+    around = [
+        lambda x: net(x),
+        lambda x: inner(x).squeeze(1),
+        lambda x, y=net: y(x),
+        lambda x: [part(x) for part in (lambda: [net, critic])()],
+        functools.partial(critic.logits, scale=2.0),
+        functools.partial(lambda net, x: net(x), net),
+        critic.logits,
+        net.forward,
+        through_a_global,
+    ]
+    for function in around:
+        assert size_of(function, (x,)) is Size.SMALL
+    assert size_of(lambda x: large(x), (x,)) is Size.LARGE
+    assert size_of(lambda x: net(x) + large(x), (x,)) is Size.LARGE
+    assert size_of(Trainer(net).logits, (x,)) is Size.UNKNOWN
+
+
+def test_a_backend_by_name_and_transforms_are_no_matter_of_size():
+    x, found = torch.randn(64, 2), []
+    torch.func.grad(lambda x: (found.append(size_of(mlp(16), (x,))), x.sum())[1])(x)
+    with fastgan.use_backend("cpu"):
+        found.append(size_of(mlp(16), (x,)))
+    with small.at_any_size():
+        found.append(size_of(lambda x: x, (x,)))
+    assert found == [Size.LARGE] * 3
+
+
+def nodes(logits):
+    names, waiting = [], [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.append(node.name())
+            waiting.extend(following for following, _ in node.next_functions)
+    return set(names)
+
+
+def late_net():
+    """A small first layer, and then large ones."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 128, 3, 1, 1), nn.LeakyReLU(0.2)),
+        *(nn.Conv2d(128, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 1)),
+    ).double()
+
+
+@pytest.mark.parametrize("call", ["penalty", "both"])
+def test_a_forward_that_proves_to_be_large_is_rerouted_from_there_on(call):
+    exact = late_net()
+    net = copy.deepcopy(exact)
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    seen = []
+    net[-1].register_forward_hook(lambda module, inputs, output: seen.append(nodes(output)))
+    for _ in range(2):  # the same way each time
+        wanted = by_definition(exact, x, None, "r1", 10.0, None)
+        if call == "penalty":
+            total = fastgan.gradient_penalty(Trainer(net).logits, x, kind="r1")
+        else:
+            logits, penalty = fastgan.logits_and_penalty(Trainer(net).logits, x)
+            total = F.softplus(-logits).mean() + penalty
+            wanted = wanted + F.softplus(-exact(x)).mean()
+        for ours, theirs in zip(gradients(net, total), gradients(exact, wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert seen[0] == seen[1]
+    assert {"ConvolutionBackward0", "LeakyReluBackward0"} <= seen[0], "the first layers are PyTorch's"
+    assert "ReluBackward0" not in seen[0], "the last are not"
+    assert fastgan.explain_penalty(Trainer(net).logits, x).startswith("one pass, after the first layers")
+
+
+def test_a_forward_that_proves_to_be_small_is_pytorchs_each_time():
+    net, x = mlp(16), torch.randn(8, 2)
+    function = Trainer(net).logits
+    results = []
+    for _ in range(3):
+        for parameter in net.parameters():
+            parameter.grad = None
+        logits, penalty = fastgan.logits_and_penalty(function, x)
+        assert "LeakyReluBackward0" in nodes(logits)
+        (logits.sum() + penalty).backward()
+        results.append([p.grad.clone() for p in net.parameters()])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    assert fastgan.explain_penalty(function, x) == f"general path: {small.REASON}"
+    assert small.was_small(function, (x,))
+
+
+def test_what_was_small_is_rerouted_where_it_is_no_longer():
+    class Growing(Trainer):
+        def logits(self, x):
+            return self.net[0](x) if len(self.net) == 1 else self.net[1](x)
+
+    torch.manual_seed(0)
+    small_one = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(1024, 1)).double()
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    function = Growing([small_one])
+    fastgan.logits_and_penalty(function.logits, x)
+    function.net.append(late_net())
+    exact = copy.deepcopy(function.net[1])
+    for _ in range(2):
+        logits, penalty = fastgan.logits_and_penalty(function.logits, x)
+        total = F.softplus(-logits).mean() + penalty
+        wanted = by_definition(exact, x, None, "r1", 10.0, None) + F.softplus(-exact(x)).mean()
+        for ours, theirs in zip(gradients(function.net[1], total), gradients(exact, wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 class Constant(nn.Linear):
@@ -95,3 +244,19 @@ def test_errors_are_those_of_any_discriminator(call):
         call(mlp(16), x, kind="r1")
     with pytest.raises(ValueError, match="must return logits alone"):
         call(Named(2, 1), x, kind="r1")
+
+
+def test_attention_in_a_function_around_a_small_module_is_differentiated_twice():
+    net, other = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def attending(x):
+        h = net(x).unsqueeze(1)
+        return other(F.scaled_dot_product_attention(h, h, h).squeeze(1))
+
+    x = torch.randn(8, 4)
+    for function in (lambda x: other(x), lambda x: other(attending(x) * x), attending):
+        assert size_of(function, (x,)) is Size.SMALL
+        for _ in range(2):
+            fastgan.gradient_penalty(function, x, kind="r1").backward()
+            logits, penalty = fastgan.logits_and_penalty(function, x)
+            (logits.mean() + penalty).backward()

@@ -7,11 +7,13 @@ from fastgan.bench.cases import (
     attention,
     bias_act,
     conv,
+    forms,
     gradient_penalty,
     growth,
     minibatch_discrimination,
     minibatch_stddev,
     norm,
+    sizes,
     spectral_norm,
     whole_steps,
 )
@@ -28,6 +30,8 @@ _FILES = (
     conv,
     bias_act,
     growth,
+    forms,
+    sizes,
 )
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
 
@@ -41,4 +45,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "steps": _of("steps"),
     "memory": _of("memory", "steps"),
     "growth": _of("growth"),
+    "forms": _of("forms"),
+    "sizes": _of("sizes"),
 }

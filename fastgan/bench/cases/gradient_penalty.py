@@ -22,22 +22,31 @@ def step_case(
     objective: str,
     device_types: tuple[str, ...],
     precision: str = "float32",
+    suite: str = "steps",
+    function: bool = False,
 ) -> Case:
-    """Build a case. ``family`` is the discriminator's name; for images, the case's name appends the resolution."""
+    """Build a case.
+
+    Args:
+        family: the discriminator's name; for images, the case's name appends the resolution.
+        function: give fastgan a function around the module.
+    """
     sizes = {"pixels": shape[-1], "batch": shape[0]} if len(shape) > 2 else {"batch": shape[0]}
     suffix = "" if precision == "float32" else f"/{precision}"
+    prefix = "" if suite == "steps" else f"{suite}/"
+    suffix += "/function" if function else ""
     return Case(
-        name=f"{objective}/{family}{sizes.get('pixels', '')}-batch{shape[0]}{suffix}",
+        name=f"{prefix}{objective}/{family}{sizes.get('pixels', '')}-batch{shape[0]}{suffix}",
         op=None,
         dtype=torch.float32,
         device_types=device_types,
         bytes=None,
         operations=None,
         tolerance=PRECISIONS[precision],
-        setup=lambda device, dtype: batches(make, shape, objective, device, dtype, precision),
-        suite="steps",
-        counted=COUNTS,
-        family=f"{objective}/{family.rstrip('-')}{suffix}",
+        setup=lambda device, dtype: batches(make, shape, objective, device, dtype, precision, function),
+        suite=suite,
+        counted=COUNTS if suite == "steps" else (),
+        family=f"{prefix}{objective}/{family.rstrip('-')}{suffix}",
         sizes=sizes,
         negligible=NEGLIGIBLE,
     )

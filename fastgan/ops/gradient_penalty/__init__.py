@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan.ops.gradient_penalty.behind import code_of, sole_module
+from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
-from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
+from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
+from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative, watched
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, refuse_sharded_graph
-from fastgan.ops.gradient_penalty.small import REASON, is_small
+from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.twice_differentiable import barely_rerouted, twice_differentiable
+from fastgan.ops.twice_differentiable import (
+    Rerouting,
+    barely_rerouted,
+    forget,
+    is_complete,
+    twice_differentiable,
+)
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -55,7 +65,16 @@ def gradient_penalty(
     | "r1"             | real                                      | weight / 2 * mean norm^2                   |
     | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
     | "r1+r2"          | real and fake                             | the sum of both                            |
+    | "r1-finite-difference" | real                                | as "r1"; its gradient is approximate       |
     | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
+
+    "r1-finite-difference" is R1 whose gradient is approximated without a double backward, for models that are too large
+    for one or have layers without a second derivative. Its value is exact. Its gradient is that of
+    (sum D(x + e u) - sum D(x - e u)) / (2 e), with u = dP/dg held fixed and e so that x moves by the cube root of its
+    precision, relative to its norm (0.005 in float32). Its bias is of the order e^2 where D is smooth; where D is
+    piecewise affine, it comes from the units that change sides between the two points. It costs a forward and a
+    backward to the inputs, then two forwards and their backward: 8 forwards' work where an exact penalty takes 4 to 6.
+    The two forwards use the same random numbers and, of a module, the same buffers as the first.
 
     alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
     Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
@@ -102,18 +121,32 @@ def gradient_penalty(
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
     other code bases' penalties are in docs/conventions.md.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     check_select(select)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
+        if penalty.is_approximate:
+            with gathering(discriminator):
+                return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
         given = differentiable(point)
         x = floating(given)
-        small = _is_small(discriminator, x)
-        with gathering(discriminator):
-            with barely_rerouted(discriminator, x) if small else twice_differentiable():
-                returned = discriminator(given, *args, **(kwargs or {}))
-            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
+        size = size_of(discriminator, x)
+        with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
+            if size is Size.SMALL:
+                module, code = sole_module(discriminator), code_of(discriminator)
+                plain = is_complete(module, code, x)
+                with barely_rerouted(module, code, x):
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = True
+            else:
+                with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = rerouting.never_began
+                plain = small and was_small(discriminator, x)
+                if small and not plain:
+                    remember(discriminator, x, small)
+            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
         if not small:
             for tensor in x:
                 mark_unused(tensor)
@@ -155,7 +188,9 @@ def penalty_from_logits(
         ValueError: an input does not require a gradient; otherwise as ``gradient_penalty``.
         TypeError, RuntimeError: as ``gradient_penalty``.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
+    if penalty.is_approximate:
+        raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
     check_inputs("inputs", inputs)
     check_select(select)
     _require_grad_mode()
@@ -177,21 +212,61 @@ def _penalty(
         ours: nobody else has these logits, so what their forward saved may be freed.
         plain: the forward was PyTorch's own.
     """
+    found, path = _gradients(logits, inputs, ours=ours, plain=plain)
+    value = penalty(found)
+    return leave_zeros(value, path, inputs) if path else value
+
+
+def _gradients(
+    logits: Sequence[Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    ours: bool = False,
+    plain: bool = False,
+    create_graph: bool = True,
+) -> tuple[list[Tensor], set[Node]]:
+    """The gradients of the logits' sum in those inputs that it depends on, and the nodes on the way."""
     connected = [output for output in logits if output.requires_grad]
     grads: Sequence[Tensor | None] = ()
     path: set[Node] = set()
     if connected:
-        keep = True
+        keep = create_graph
         if not plain or may_be_sharded():
             path = paths(connected, *inputs)
             refuse_sharded_graph(path)
-            keep = not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
-        ones = [torch.ones_like(output) for output in connected]
-        grads = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
+            keep = keep and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
+        with watched(path, inputs) as watch:
+            ones = [watch.factor(output) for output in connected]
+            grads = torch.autograd.grad(
+                connected, inputs, ones, retain_graph=keep, create_graph=create_graph, allow_unused=True
+            )
+            if create_graph:
+                watch.refuse(grads)
     found = [grad for grad in grads if grad is not None]
     if not found:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return leave_zeros(penalty(found), path, inputs)
+    return found, path
+
+
+def gradients_of_logits(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    create_graph: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The logits, one tensor, and the gradients of their sum in the inputs, which keep their own graph."""
+    check_inputs("inputs", inputs)
+    given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
+    x = floating(given)
+    with gathering(discriminator):
+        with twice_differentiable():
+            returned = discriminator(given, *args, **kwargs)
+        if not isinstance(returned, Tensor):
+            raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
+        grads, _ = _gradients(logits_of(returned, None, len(x[0])), x, create_graph=create_graph)
+    return returned, grads
 
 
 @untraced
@@ -238,12 +313,18 @@ def logits_and_penalty(
 
     The source of the one pass is one_pass.py.
     """
-    penalty = Penalty(kind, weight, target, dims, reduction)
+    penalty = penalty_of(kind, weight, target, dims, reduction)
     with gathering(discriminator):
-        returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
+        if penalty.is_approximate:
+            check_inputs("inputs", inputs)
+            check_select(select)
+            _require_grad_mode()
+            return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
+        returned, logits, x, tracer, reason, plain = _forward(discriminator, inputs, select, args, kwargs)
         if tracer is not None and reason is None:
             return one_pass(returned, logits, x, tracer, penalty)
-        value = _penalty(logits, x, penalty, plain=tracer is None)
+        with _naming(discriminator, inputs, select, args, kwargs):
+            value = _penalty(logits, x, penalty, plain=plain)
     if tracer is not None:
         for tensor in x:
             mark_unused(tensor)
@@ -268,13 +349,19 @@ def explain_penalty(
 
     Returns:
         "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
-        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call; or
+        "no penalty" with every layer that has no second derivative, by its path in the model.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
+    layers = Layers(discriminator)
     with gathering(discriminator):
-        forward = _forward(discriminator, inputs, select, args, kwargs)
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        lacks = layers.lacking(forward.logits, forward.inputs)
+    if lacks:
+        return f"no penalty: {len(lacks)} without a second derivative: {'; '.join(lacks)}"
     if forward.tracer is None or forward.reason is not None:
         return f"general path: {forward.reason}"
     remark = forward.tracer.remark()
@@ -289,6 +376,7 @@ class _Forward(NamedTuple):
     inputs: tuple[Tensor, ...]
     tracer: Tracer | None  # None: the discriminator is left to PyTorch
     reason: str | None  # why one pass is not possible
+    plain: bool = False  # PyTorch's own functions ran, and have every derivative
 
 
 def _forward(
@@ -303,18 +391,61 @@ def _forward(
     _require_grad_mode()
     given = differentiable(inputs)
     x = floating(given)
-    if _is_small(discriminator, x):
-        with barely_rerouted(discriminator, x):
-            returned = discriminator(given, *args, **(kwargs or {}))
-        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
-    with twice_differentiable(), Tracer(*x) as tracer:
-        returned = discriminator(given, *args, **(kwargs or {}))
+
+    def call() -> Any:
+        return discriminator(given, *args, **(kwargs or {}))
+
+    size = size_of(discriminator, x)
+    if size is Size.SMALL:
+        module, code = sole_module(discriminator), code_of(discriminator)
+        plain = is_complete(module, code, x)
+        with barely_rerouted(module, code, x):
+            returned = call()
+        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON, plain)
+    if size is Size.UNKNOWN:
+        return _counted(discriminator, call, select, x)
+    with Rerouting(), Tracer(*x) as tracer:
+        returned = call()
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
 
-def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
-    return all(is_small(discriminator, x) for x in inputs)
+@contextmanager
+def _naming(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Iterator[None]:
+    """Inside, an error about second derivatives gets the names of the layers, which a second forward finds."""
+    try:
+        yield
+    except NoSecondDerivative as error:
+        layers = Layers(discriminator)
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        forget(sole_module(discriminator))
+        raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
+
+
+def _counted(
+    discriminator: Callable[..., Any], call: Callable[[], Any], select: Select | None, x: tuple[Tensor, ...]
+) -> _Forward:
+    """A forward whose work is counted while it runs."""
+    seen = was_small(discriminator, x)
+    tracer = None if seen else Tracer(*x)
+    with Rerouting(LEAST) as rerouting, tracer or nullcontext():
+        returned = call()
+    logits = logits_of(returned, select, len(x[0]))
+    small = rerouting.never_began
+    if small != (tracer is None):
+        remember(discriminator, x, small)
+    if small:
+        return _Forward(returned, logits, x, None, REASON, plain=seen)
+    if tracer is None:
+        return _Forward(returned, logits, x, None, "the forward was a small one when it ran before")
+    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned, late=True))
 
 
 def _require_grad_mode() -> None:

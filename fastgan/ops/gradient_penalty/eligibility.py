@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
-from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
+from fastgan.ops.gradient_penalty.let_go import SENDS_ZEROS, is_piecewise_affine, keeps_clear
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
@@ -62,6 +62,7 @@ class Tracer(TorchFunctionMode):
         self.path: set[Node] = set()  # after judging: from the logits to the inputs
         self.single = True  # likewise: one logit a sample
         self.attached = False  # likewise: something else was returned that may be differentiated
+        self.sends_zeros = False  # likewise: some layers' double backward reaches the forward, with zeros
         self._inputs = inputs
         self._made = {id(x): _Made(ref(x), x._version, Layout(0), None) for x in inputs}
         self._views: dict[int, Tensor] = {}
@@ -221,12 +222,13 @@ class Tracer(TorchFunctionMode):
     def _reason(self, func: Any, why: str) -> str:
         return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
 
-    def judge(self, outputs: Sequence[Tensor], returned: Any) -> str | None:
+    def judge(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
         """Why one pass does not do, or None.
 
         Args:
             outputs: the logits.
             returned: everything that the discriminator returned.
+            late: the first layers may be PyTorch's own.
         """
         outputs = [output for output in outputs if output.requires_grad]
         for output in outputs:
@@ -245,14 +247,14 @@ class Tracer(TorchFunctionMode):
             return "the logits are not among the tensors that the discriminator returned"
         self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
         self.attached = any(self._is_attached(part, outputs) for part in parts)
-        return self._judge_graph(outputs)
+        return self._judge_graph(outputs, late)
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
         if isinstance(part, Tensor):
             return part.requires_grad and not any(part is output for output in outputs)
         return not isinstance(part, bool | int | float | str | type(None))
 
-    def _judge_graph(self, outputs: Sequence[Tensor]) -> str | None:
+    def _judge_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
         targets = {get_gradient_edge(x).node for x in self._inputs}
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
@@ -261,7 +263,10 @@ class Tracer(TorchFunctionMode):
         if leaves:
             shapes = ", ".join(sorted(str(tuple(leaf.variable.shape)) for leaf in leaves))  # type: ignore[attr-defined]
             return f"a tensor that requires a gradient, of shape {shapes}, enters where no torch function shows it"
-        also = ("CopySlices",) if self._writes_slices else ()
+        also = {"CopySlices"} if self._writes_slices else set()
+        if late:
+            also |= SENDS_ZEROS
+            self.sends_zeros = any(type(node).__name__ in SENDS_ZEROS for node in self.path)
         curved = {
             type(node).__name__ for node in self.path if node not in targets and not keeps_clear(node, self.path, also)
         }
@@ -283,6 +288,8 @@ class Tracer(TorchFunctionMode):
             remarks.append(
                 "where all logits of a sample have the same gradient, as in their mean; else 2 forwards more"
             )
+        if self.sends_zeros:
+            remarks.append("after the first layers, which are so small that PyTorch's own functions run them")
         if self.attached:
             remarks.append("what else it returns has a backward of its own: 2 forwards more where a loss uses it")
         return "; ".join(remarks) or None

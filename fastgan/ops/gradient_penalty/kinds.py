@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
-from fastgan.ops.library import without_autocast
+from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining, sum_of_squares
+from fastgan.ops.library import is_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
@@ -42,6 +42,7 @@ KINDS = {
     "r1": _SQUARED._replace(factor=0.5),
     "r2": _SQUARED._replace(factor=0.5),
     "r1+r2": _SQUARED._replace(factor=0.5),
+    "r1-finite-difference": _SQUARED._replace(factor=0.5),
 }
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda each: each}
 
@@ -65,6 +66,8 @@ class Penalty:
             raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        if self.is_approximate and self.reduction == "none":
+            raise ValueError(f"{self._name} differentiates the whole batch at once: reduction must be 'mean' or 'sum'")
         object.__setattr__(self, "_over", _checked_dims(self.dims))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
@@ -81,26 +84,64 @@ class Penalty:
         return KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
 
     @property
+    def is_approximate(self) -> bool:
+        """Whether its gradient is a difference of forwards."""
+        return self.kind == "r1-finite-difference"
+
+    @property
     def _name(self) -> str:
         return f"kind {self.kind!r}" if isinstance(self.kind, str) else "a kind that is a function"
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The penalty of the gradients, each (N, *S)."""
+        if is_autocast(grads[0].device.type):
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return self._of(grads)
+        return self._of(grads)
+
+    def _of(self, grads: Sequence[Tensor]) -> Tensor:
         formula = self._formula
+        if formula.squared and self._sums_all and (total := sum_of_squares(grads)) is not None:
+            samples = len(grads[0]) if self.reduction == "mean" else 1
+            return total * (self._weight * (formula.factor / samples))
         target = formula.target if self.target is None else self.target
-        with _full_precision(grads[0]):
-            size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
-            each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
-            penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
-            if isinstance(self.weight, Tensor):
-                return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-            factor = (10.0 if self.weight is None else self.weight) * formula.factor
-            return factor * penalty
+        size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
+        each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
+        penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(penalty.dtype) * (formula.factor * penalty)
+        return penalty * (self._weight * formula.factor)
+
+    @property
+    def _weight(self) -> float:
+        assert not isinstance(self.weight, Tensor)
+        return 10.0 if self.weight is None else self.weight
+
+    @property
+    def _sums_all(self) -> bool:
+        """Whether the norms are only added up, so that a sum over everything does."""
+        plain = self._over is None and self.reduction != "none" and not isinstance(self.weight, Tensor)
+        return plain and not self._formula.largest
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
         shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
         return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
+
+
+def penalty_of(kind: Kind, weight: Number | None, target: Number | None, dims: Dims | None, reduction: str) -> Penalty:
+    """A Penalty, whose arguments are checked once where they are common ones."""
+    if target is None and dims is None and type(weight) in _COMMON and type(kind) is str and type(reduction) is str:
+        return _common(kind, weight, reduction)
+    return Penalty(kind, weight, target, dims, reduction)
+
+
+_COMMON = (float, int, type(None))
+
+
+@lru_cache(64, typed=True)
+def _common(kind: str, weight: Number | None, reduction: str) -> Penalty:
+    return Penalty(kind, weight, reduction=reduction)
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
@@ -152,7 +193,3 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
     if not fits:
         raise ValueError(f"target must fit the norms, {tuple(norms.shape)}, got shape {tuple(target.shape)}")
     return target.to(norms.dtype)
-
-
-def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    return without_autocast(tensor.device.type)

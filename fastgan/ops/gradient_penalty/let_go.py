@@ -32,6 +32,18 @@ _CLEAR = frozenset(
         *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
 ) | {"LerpBackward0"}
+# Piecewise affine ones whose double backward sends zeros back into the forward.
+SENDS_ZEROS = frozenset(
+    f"{name}Backward{version}"
+    for version in (0, 1)
+    for name in (
+        *("Convolution", "LeakyRelu", "Relu", "Prelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Threshold"),
+        *("Softshrink", "Hardshrink", "Abs", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
+        *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
+        *("FractionalMaxPool2D", "FractionalMaxPool3D"),
+        *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
+    )
+)
 # Products: their backward by one factor reads the others. The positions of the factors among the node's inputs.
 _FACTORS = {
     **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0"), (0, 1)),

@@ -24,11 +24,12 @@ def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: boo
     Returns:
         (N, *R), where R are the dimensions that remain: none, unless ``dims`` leaves some.
     """
-    dtype = dtype_of(grads)
     take = _squared_norm if squared else _norm
+    if len(grads) == 1:
+        grad = _with_elements(grads[0])
+        return take(grad, resolve(dims, grad.ndim), _wide(grad.dtype))
+    dtype = dtype_of(grads)
     parts = [take(grad, resolve(dims, grad.ndim), dtype) for grad in map(_with_elements, grads)]
-    if len(parts) == 1:
-        return parts[0]
     if len({part.shape for part in parts}) > 1:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(
@@ -42,6 +43,10 @@ def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: boo
 def dtype_of(grads: Sequence[Tensor]) -> torch.dtype:
     """What the norms over these are computed in."""
     return reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def remaining(shape: Sequence[int], dims: tuple[int, ...] | None) -> list[int]:
@@ -76,9 +81,19 @@ def _norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if _is_small(grad):
-        return grad.to(dtype).square().sum(dims)
+        wide = grad if grad.dtype is dtype else grad.to(dtype)
+        return wide.square().sum(dims)
     squares: Tensor = _SquaredNorm.apply(grad, dims, dtype)  # type: ignore[no-untyped-call]
     return squares
+
+
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the squares of all norms, where that is the cheaper for being taken at once."""
+    if len(grads) > 1 or not _is_small(grads[0]):
+        return None
+    (grad,) = grads
+    dtype = _wide(grad.dtype)
+    return (grad if grad.dtype is dtype else grad.to(dtype)).square().sum()
 
 
 def _is_small(grad: Tensor) -> bool:

@@ -22,6 +22,8 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     Without ``select``, that is one tensor, or several that can only be logits of several scales or periods. The same
     holds of a list that an index or a key selects. What a function returns is taken as it is.
     """
+    if select is None and isinstance(returned, Tensor) and returned.ndim and len(returned) == samples:
+        return [returned]  # as nearly always
     if select is None:
         logits = _sole(returned, samples)
     elif callable(select):

@@ -14,7 +14,7 @@ from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same
 def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
     """The points, built as ``real`` is: one, or two for "r1+r2"."""
     check_inputs("real", real)
-    if kind == "r1" or (callable(kind) and fake is None):
+    if kind in ("r1", "r1-finite-difference") or (callable(kind) and fake is None):
         yield real
     elif kind == "dragan":
         yield _perturbed(real, generator)
@@ -44,6 +44,10 @@ def _beside(alpha: Tensor, x: Tensor) -> Tensor:
     return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
 
 
+def _fixed(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
     noises = iter([torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in floating(real)])
     alpha = _alpha(real, generator)
@@ -51,5 +55,7 @@ def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
 
 
 def _between(real: Inputs, fake: Inputs, alpha: Tensor) -> Inputs:
+    if isinstance(real, Tensor) and isinstance(fake, Tensor) and real.dtype == fake.dtype:
+        return torch.lerp(_fixed(fake), _fixed(real), _beside(alpha, real))
     fakes = iter(floating(fake))
     return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))

@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from fastgan import torch_private
 from fastgan.ops.gradient_penalty.shards import Sharded, Weights
 from fastgan.ops.library import checkpointed_region
 
@@ -148,7 +149,7 @@ def _call_gathered(module: Any, *args: Any, **kwargs: Any) -> Any:
 
     call = super(FSDPModule, module).__call__
     weights = _weights.get()
-    if weights is None or torch._C._are_functorch_transforms_active():
+    if weights is None or torch_private.in_transform():
         return call(*args, **kwargs)
     with _without_hooks(module), _NoCheckpoint(), ExitStack() as stack:
         for group in _groups(module):

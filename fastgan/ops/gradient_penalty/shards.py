@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastgan import torch_private
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # importing it takes a while, and not every torch has it
 
@@ -60,7 +62,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, sharded: Sharded) -> Tensor:
         ctx.sharded = sharded
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             return sharded.gathered(local)
 
     @staticmethod
@@ -72,7 +74,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, sharded: Sharded) -> Tensor:
         ctx.sharded, ctx.dtype = sharded, grad.dtype
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             return sharded.reduced(grad)
 
     @staticmethod
@@ -155,7 +157,7 @@ class Weights:
             _check_version(packed.tensor, packed.version, "a tensor that the backward reads")
             return packed.tensor
         _check_version(packed.sharded.parameter, packed.version, "a sharded weight")
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch_private.DisableTorchFunction():
             whole = packed.sharded.gathered(packed.local)
             self._remember(whole, packed.sharded, packed.local)
             return whole.as_strided(packed.size, packed.stride, packed.offset)

@@ -1,4 +1,4 @@
-"""Elementwise operations: hardtanh, clamp, abs, threshold, the shrinks, maximum and minimum with a constant, RReLU."""
+"""Elementwise operations: clamp and its like, abs, the shrinks, maximum and minimum with a constant, RReLU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def _scaled(x: Tensor, slopes: Tensor) -> Tensor:
     return x * slopes
 
 
+def _sixth(x: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, x / 6, 0)
+
+
 def _chosen(x: Tensor, chosen: Tensor, equal: Tensor) -> Tensor:
     """Pass half of x where both operands are equal, because PyTorch splits the gradient there."""
     return torch.where(equal, x / 2, torch.where(chosen, x, 0))
@@ -35,7 +39,9 @@ def _drawn(x: Tensor, noise: Tensor) -> Tensor:
     return noise * x  # this order gives the result the same strides as PyTorch's
 
 
-MASKED, SCALED, CHOSEN, DRAWN = (Linear(slopes, slopes) for slopes in (_masked, _scaled, _chosen, _drawn))
+MASKED, SCALED, SIXTH, CHOSEN, DRAWN = (
+    Linear(slopes, slopes) for slopes in (_masked, _scaled, _sixth, _chosen, _drawn)
+)
 
 
 def elementwise(
@@ -43,7 +49,7 @@ def elementwise(
 ) -> Callable[..., Any]:
     """Give one of PyTorch's functions (``reference``) the linear part that ``slopes`` finds for the same arguments."""
 
-    filled = slopes not in (_clamp, _clamp_max)
+    filled = slopes not in (_clamp, _clamp_max, _hardsigmoid)
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         over = inplace or _is_inplace(reference, args, kwargs)
@@ -64,7 +70,7 @@ def elementwise(
 
 def _is_inplace(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a call sets ``inplace``, which is the last argument of these functions."""
-    position = {F.hardtanh: 2, F.relu6: 0, F.threshold: 2}.get(reference)
+    position = {F.hardtanh: 2, F.relu6: 0, F.threshold: 2, F.hardsigmoid: 0}.get(reference)
     if position is None:
         return False
     return bool(args[position] if len(args) > position else kwargs.get("inplace", False))
@@ -96,6 +102,10 @@ def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: b
 
 def _relu6(x: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
     return _hardtanh(x, 0, 6)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
+    return (aten.hardsigmoid_backward(_ones(x), x).bool(),)
 
 
 def _threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> tuple[Tensor, ...]:
@@ -182,6 +192,7 @@ rrelu_ = partial(rrelu, over=True)
 _CALLS: list[Any] = [  # (linear, slopes, functions, in-place functions)
     (MASKED, _hardtanh, (F.hardtanh,), (F.hardtanh_,)),
     (MASKED, _relu6, (F.relu6,), ()),
+    (SIXTH, _hardsigmoid, (F.hardsigmoid,), ()),
     (MASKED, _threshold, (F.threshold, torch.threshold), (torch.threshold_,)),
     (MASKED, _softshrink, (F.softshrink,), ()),
     (MASKED, _hardshrink, (F.hardshrink, torch.hardshrink, Tensor.hardshrink), ()),

@@ -1,0 +1,112 @@
+"""The modules behind a callable discriminator: a module, a method of one, or a function around some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_DEPTH = 4  # functions within functions
+_MOST = 64  # elements of a list
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype)
+
+# The names that a function's code refers to. They are all that is remembered: what they stand for may change.
+_names: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
+
+
+class Unknown(Exception):
+    """Something that may hide any number of parameters."""
+
+
+def behind(discriminator: Any) -> list[nn.Module] | None:
+    """The modules that a call of the discriminator may run, or None if that is not known."""
+    if isinstance(discriminator, nn.Module):
+        return [discriminator]
+    found: dict[int, nn.Module] = {}
+    try:
+        _look(discriminator, found, _DEPTH)
+    except Unknown:
+        return None
+    return list(found.values()) or None
+
+
+def code_of(discriminator: Any) -> CodeType | None:
+    """What tells one function from another, where a new one is made for each call."""
+    if isinstance(discriminator, partial):
+        discriminator = discriminator.func
+    code = getattr(discriminator, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def sole_module(discriminator: Any) -> nn.Module | None:
+    """The module, where a function refers to that alone and nothing else but its code can change what it computes."""
+    if isinstance(discriminator, nn.Module):
+        return discriminator
+    if not isinstance(discriminator, FunctionType) or discriminator.__defaults__ or discriminator.__kwdefaults__:
+        return None
+    values = [cell.cell_contents for cell in discriminator.__closure__ or ()]
+    values += [discriminator.__globals__[name] for name in _global_names(discriminator)]
+    if len(values) == 1 and isinstance(values[0], nn.Module):
+        return values[0]
+    return None
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    names = _names.get(function.__code__)
+    if names is None:
+        names = _names[function.__code__] = tuple(_names_in(function.__code__))
+    return [name for name in names if name in function.__globals__]
+
+
+def _look(value: Any, found: dict[int, nn.Module], depth: int) -> None:
+    if isinstance(value, nn.Module):
+        found[id(value)] = value
+    elif isinstance(value, MethodType):
+        if not isinstance(value.__self__, nn.Module):
+            raise Unknown
+        _look(value.__self__, found, depth)
+    elif isinstance(value, partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            _look(part, found, depth)
+    elif isinstance(value, FunctionType):
+        _look_into(value, found, depth)
+    elif isinstance(value, tuple | list) and len(value) <= _MOST:
+        for part in value:
+            _look(part, found, depth)
+    elif isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:  # a parameter outside of any module
+            raise Unknown
+    elif not isinstance(value, _PLAIN):
+        raise Unknown
+
+
+def _look_into(function: FunctionType, found: dict[int, nn.Module], depth: int) -> None:
+    if function.__module__ is not None and function.__module__.partition(".")[0] == "torch":
+        return  # it has no parameters of its own
+    if depth == 0:
+        raise Unknown
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not yet assigned
+            raise Unknown from None
+        if content is not function:
+            _look(content, found, depth - 1)
+    for default in function.__defaults__ or ():
+        _look(default, found, depth - 1)
+    for name in _global_names(function):
+        value = function.__globals__[name]
+        if value is not function:
+            _look(value, found, depth - 1)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
