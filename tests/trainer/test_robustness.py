@@ -163,7 +163,7 @@ class FullDisk:
 def test_a_full_disk_loses_nothing_and_says_how_to_go_on(toy, monkeypatch, room):
     trainer = train(toy, steps=6)
     before = sorted((path.name, path.read_bytes()) for path in trainer.run.checkpoints.iterdir())
-    monkeypatch.setattr("builtins.open", lambda *arguments, open=open: FullDisk(open(*arguments), room))
+    monkeypatch.setattr("builtins.open", lambda *args, open=open, **options: FullDisk(open(*args, **options), room))
     with pytest.raises(CheckpointError, match=r"No space left on device\); step-00000006\.pt is intact.*--resume"):
         checkpoint.save(trainer.run.checkpoints, 7, {"gan": trainer.gan.state_dict()})
     monkeypatch.undo()
@@ -195,7 +195,7 @@ def resume_with_small_files(config: TrainConfig) -> None:
 def test_a_failed_rewrite_leaves_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     replace_text(path, "old")
-    monkeypatch.setattr("builtins.open", lambda *arguments, open=open: FullDisk(open(*arguments), 2))
+    monkeypatch.setattr("builtins.open", lambda *args, open=open, **options: FullDisk(open(*args, **options), 2))
     with pytest.raises(OSError, match="No space left"):
         replace_text(path, "newer")
     monkeypatch.undo()
