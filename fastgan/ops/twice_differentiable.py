@@ -244,7 +244,9 @@ def twice_differentiable() -> Iterator[None]:
     - avg_pool, max_pool, adaptive_avg_pool and adaptive_max_pool in 1, 2 and 3 dimensions, and fractional_max_pool2d/3d
     - pad with mode "reflect", "replicate" or "circular"
     - interpolate with mode "area"
-    - scaled_dot_product_attention and nn.MultiheadAttention, whose fused kernels in PyTorch have no second derivative
+    - functions whose second derivative PyTorch lacks: scaled_dot_product_attention and nn.MultiheadAttention, cdist,
+      pdist, pairwise_distance (at distance zero), hardsigmoid, embedding_bag with per-sample weights, segment_reduce,
+      and LSTM, GRU and RNN on CUDA, which run without cuDNN
 
     PyTorch's own implementation runs in all other cases: for tensor subclasses with their own ``__torch_function__`` or
     ``__torch_dispatch__`` (and for in-place calls on any subclass), while gradients are disabled, inside
