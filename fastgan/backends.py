@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import local
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch._guards import TracingContext
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
@@ -81,7 +84,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
     ``backend`` overrides ``use_backend``. Raises BackendUnavailable if a named backend cannot run it. Inside a
     transform of torch.func, which sees through PyTorch's own operations alone, it is the reference; where calls are
-    recorded it is the reference too, whatever is named, because a record runs elsewhere.
+    recorded it is the reference too, whatever is named, because a record runs elsewhere. So it is in a penalty that
+    torch.compile traces: its graph is differentiated twice, and compilers fuse PyTorch's operations.
     """
     if backend is not None:
         _check_name(backend)
@@ -90,7 +94,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         if wanted not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a transform of torch.func")
         return "reference"
-    if is_recorded():
+    if is_recorded() or is_lowered():
         return "reference"
     return _choose(op, device.type, dtype, wanted)
 
@@ -107,7 +111,9 @@ def is_recorded() -> bool:
     only watch (a counter of FLOPs, a profiler, a logger) record nothing. torch.compile doesn't either: what it makes
     runs here, and can call fastgan's operators.
     """
-    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing():
+    if is_lowered():
+        return False  # a penalty's region, whose record torch.compile runs here
+    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing() or _is_in_penalty():
         return True
     if not (_len_torch_dispatch_stack() or _len_torch_function_stack()):  # as nearly always
         return False
@@ -119,6 +125,37 @@ _RECORDERS = frozenset(
     ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
 )
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+
+
+class _Lowered(local):
+    depth = 0
+
+
+_lowered = _Lowered()
+_penalties: WeakSet[Any] = WeakSet()  # the traces by Dynamo that are inside of a penalty now
+
+
+def is_lowered() -> bool:
+    """Whether torch.compile turns a penalty's region into operators now (fastgan/ops/gradient_penalty/compiled.py)."""
+    return _lowered.depth > 0
+
+
+def set_lowered(step: int) -> None:
+    """Enter (1) or leave (-1) the lowering of a region, in this thread."""
+    _lowered.depth += step
+
+
+def enter_penalty() -> None:
+    """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
+    _penalties.add(TracingContext.get())
+
+
+def leave_penalty() -> None:
+    _penalties.discard(TracingContext.get())
+
+
+def _is_in_penalty() -> bool:
+    return bool(_penalties) and TracingContext.try_get() in _penalties
 
 
 def is_plain() -> bool:
@@ -141,7 +178,8 @@ def is_forced(backend: str | None = None) -> bool:
 
 # torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
 # torch.compiler.assume_constant_result does, which imports the compiler.
-_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain)
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain, is_lowered)
+_answers += (enter_penalty, leave_penalty)
 for _answer in _answers:
     _answer._dynamo_marked_constant = True
 

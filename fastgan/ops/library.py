@@ -26,7 +26,7 @@ def is_traced() -> bool:
     There a model must be in PyTorch's own form: fastgan's reroutes, fused weights and raw kernels stand back.
     A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
     """
-    return torch.compiler.is_compiling() or backends.is_recorded()
+    return not backends.is_lowered() and (torch.compiler.is_compiling() or backends.is_recorded())
 
 
 def symbolic(function: Callable[P, R]) -> Callable[P, R]:

@@ -23,7 +23,7 @@ def needed(ctx: Any) -> tuple[bool, ...]:
     """
     wanted: tuple[bool, ...] = ctx.needs_input_grad
     # Not the engine's: traced, or run by another node, as a function in place on a view is.
-    if torch.compiler.is_compiling() or torch._C._current_autograd_node() is not ctx:
+    if torch.compiler.is_dynamo_compiling() or torch._C._current_autograd_node() is not ctx:
         return wanted
     nodes = iter(node for node, _ in ctx.next_functions if node is not None)
     first, *others = [next(nodes) if want else None for want in wanted]

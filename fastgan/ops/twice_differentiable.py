@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from torch._subclasses.functional_tensor import FunctionalTensor
+
 from fastgan.ops import conv, norm, piecewise, pool
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_traced
@@ -99,10 +101,10 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, FunctionalTensor}  # the last while torch.compile makes a graph
 
 
-class _Reroute(TorchFunctionMode):
+class Reroute(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -119,7 +121,7 @@ class _Reroute(TorchFunctionMode):
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, Reroute) for mode in _get_current_function_mode_stack())
 
 
 class _Uncompiled:
@@ -171,5 +173,5 @@ def twice_differentiable() -> Iterator[None]:
     if is_traced():  # the compiler's stance cannot change inside of a function that it traces
         yield
         return
-    with uncompiled, _Reroute():
+    with uncompiled, Reroute():
         yield

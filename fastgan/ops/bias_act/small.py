@@ -21,6 +21,8 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 def is_small(x: Tensor) -> bool:
     """Whether this route is the better one, and nothing was said about another."""
+    if backends.is_lowered():
+        return True  # PyTorch's operators, which compilers fuse
     return x.numel() < _LEAST and x.is_cpu and backends.is_plain() and not backends.is_forced()
 
 

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan.ops.gradient_penalty import compiled
+from fastgan.ops.gradient_penalty.compiled import compilable
 from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.general import gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
-from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
-from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
-from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import refuse_sharded
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
@@ -27,7 +27,7 @@ from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
 
-@untraced
+@compilable
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Inputs,
@@ -110,6 +110,10 @@ def gradient_penalty(
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
+        if compiled.is_entered():
+            part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
+            total = part if total is None else total + part
+            continue
         given = differentiable(point)
         x = floating(given)
         small = _is_small(discriminator, x)
@@ -124,7 +128,7 @@ def gradient_penalty(
     return total
 
 
-@untraced
+@compilable
 def penalty_from_logits(
     logits: Any,
     inputs: Inputs,
@@ -167,6 +171,8 @@ def penalty_from_logits(
                 f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
             )
     x = floating(inputs)
+    if compiled.is_entered():
+        return penalty(compiled.gradients_of(logits, x, select))
     return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
 
@@ -179,24 +185,12 @@ def _penalty(
         ours: nobody else has these logits, so what their forward saved may be freed.
         plain: the forward was PyTorch's own.
     """
-    connected = [output for output in logits if output.requires_grad]
-    grads: Sequence[Tensor | None] = ()
-    path: set[Node] = set()
-    if connected:
-        keep = True
-        if not plain or may_be_sharded():
-            path = paths(connected, *inputs)
-            refuse_sharded_graph(path)
-            keep = not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
-        ones = [torch.ones_like(output) for output in connected]
-        grads = torch.autograd.grad(connected, inputs, ones, retain_graph=keep, create_graph=True, allow_unused=True)
+    grads, path = gradients(logits, inputs, ours=ours, plain=plain)
     found = [grad for grad in grads if grad is not None]
-    if not found:
-        raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     return leave_zeros(penalty(found), path, inputs)
 
 
-@untraced
+@compilable
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Inputs,
@@ -241,6 +235,10 @@ def logits_and_penalty(
     The source of the one pass is one_pass.py.
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
+    if compiled.is_entered():
+        _check_call(discriminator, inputs, select)
+        returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
+        return returned, penalty(grads)
     returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
     if tracer is not None and reason is None:
         return one_pass(returned, logits, x, tracer, penalty)
@@ -298,10 +296,7 @@ def _forward(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
 ) -> _Forward:
-    check_inputs("inputs", inputs)
-    check_select(select)
-    refuse_sharded(discriminator)
-    _require_grad_mode()
+    _check_call(discriminator, inputs, select)
     given = differentiable(inputs)
     x = floating(given)
     if _is_small(discriminator, x):
@@ -312,6 +307,13 @@ def _forward(
         returned = discriminator(given, *args, **(kwargs or {}))
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
+
+
+def _check_call(discriminator: Callable[..., Any], inputs: Inputs, select: Select | None) -> None:
+    check_inputs("inputs", inputs)
+    check_select(select)
+    refuse_sharded(discriminator)
+    _require_grad_mode()
 
 
 def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:

@@ -82,6 +82,8 @@ def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Te
 
 
 def _is_small(grad: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        return True  # compilers fuse PyTorch's operations
     return grad.is_cpu and grad.numel() < _LEAST
 
 

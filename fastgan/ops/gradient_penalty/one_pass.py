@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
+from fastgan import backends
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
@@ -149,8 +150,8 @@ class _Graph:
         first = parts[0][:, :1]
         certain = len(parts) == 1 and first.shape == parts[0].shape
         if not certain:
-            if first.is_cuda and torch.cuda.is_current_stream_capturing():
-                return None
+            if backends.is_lowered() or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return None  # nobody can look at values now
             if not all(torch.equal(part, first.expand_as(part)) for part in parts):
                 return None
         return first[:, 0]

@@ -20,6 +20,9 @@ def may_be_sharded() -> bool:
     return "torch.distributed.fsdp" in sys.modules and distributed.is_initialized()
 
 
+may_be_sharded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refuse_sharded(discriminator: Any) -> None:
     """Raise for one that FSDP shards.
 

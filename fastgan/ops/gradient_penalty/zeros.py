@@ -18,11 +18,14 @@ from torch.autograd.graph import Node, get_gradient_edge
 from fastgan.ops.filled import filled_inputs
 
 
-def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor]) -> Tensor:
+def leave_zeros(
+    penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor], made: Iterable[Tensor] | None = None
+) -> Tensor:
     """The penalty, whose backward gives zeros to those leaves that it does not depend on and PyTorch's reaches.
 
     Args:
         path: the nodes by which the logits depend on ``inputs``, which get no zeros.
+        made: if ``penalty`` is one of several gradients that a penalty will be made of, all of these.
     """
     below = reached_by_zeros(path)
     points = {get_gradient_edge(x).node for x in inputs}
@@ -31,7 +34,7 @@ def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor])
         return penalty
     # Not every node hands on what it gets: PyTorch's group norm gives its bias nothing for its statistics. Zeros that
     # are added to what is there cost nothing for a bias, and are left out for a weight.
-    depends = _reached([penalty.grad_fn])
+    depends = _reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
     leaves = [node.variable for node in candidates if node not in depends or node.variable.ndim < 2]
     if not leaves:
         return penalty
