@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import gradient_penalty
+from fastgan.ops.gradient_penalty.compiled import compilable
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
-from fastgan.ops.library import untraced
+
+
+class _Turn:
+    """A place in a ring of ``every`` calls.
+
+    torch.compile makes a graph for every value of a number that changes. Of this it sees what it reads: whether a
+    penalty is due, and which turn is next. That makes two graphs, one with a penalty and one without.
+    """
+
+    next: _Turn
+
+    def __init__(self, every: int, index: int) -> None:
+        self.every, self.index = every, index
+        self.is_due = index == 0
+
+    def __deepcopy__(self, memo: Any) -> _Turn:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _turn, (self.every, self.index)
+
+
+@cache
+def _ring(every: int) -> list[_Turn]:
+    turns = [_Turn(every, index) for index in range(every)]
+    for i, turn in enumerate(turns):
+        turn.next = turns[(i + 1) % every]
+    return turns
+
+
+def _turn(every: int, calls: int) -> _Turn:
+    return _ring(every)[calls % every]
 
 
 class GradientPenalty(nn.Module):
     """``fastgan.gradient_penalty`` at every ``every``-th call, and zero at the others (lazy regularization).
 
     The penalty is multiplied by ``every``, so that its mean over the calls is that of ``every=1``. The first call takes
-    it. The count is in the state_dict. The zero between can be added to a loss, or called ``backward`` on alone; no
+    it. The count of calls since is in the state_dict. The zero between can be added to a loss, or called ``backward`` on alone; no
     parameter gets a gradient from it.
 
         penalty = GradientPenalty("r1", weight=10, every=16)
@@ -56,9 +89,14 @@ class GradientPenalty(nn.Module):
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self.kind, self.weight, self.every = kind, weight, every
         self.select, self.target, self.dims, self.reduction = select, target, dims, reduction
-        self.calls = 0
+        self._turn = _turn(every, 0)
 
-    @untraced
+    @property
+    def calls(self) -> int:
+        """The calls since the last penalty was due, this one included; 0: the next call takes a penalty."""
+        return self._turn.index
+
+    @compilable
     def forward(
         self,
         discriminator: Callable[..., Any],
@@ -69,8 +107,8 @@ class GradientPenalty(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        due = self.calls % self.every == 0
-        self.calls += 1
+        due = self._turn.is_due
+        self._turn = self._turn.next
         if not due:
             check_inputs("real", real)
             penalty = Penalty(self.kind, self.weight, self.target, self.dims, self.reduction)
@@ -94,7 +132,7 @@ class GradientPenalty(nn.Module):
         return {"calls": self.calls}  # no buffer: reading one would wait for the device
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+        self._turn = _turn(self.every, state["calls"])
 
     def extra_repr(self) -> str:
         optional = {"select": self.select, "target": self.target, "dims": self.dims}

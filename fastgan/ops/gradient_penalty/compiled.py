@@ -27,10 +27,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgan import backends
+from fastgan.ops.gradient_penalty.call import tensors as tensors_in
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.general import INDEPENDENT, gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, floating, replaced
@@ -84,8 +86,10 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        leave_out = torch.compiler.is_compiling() and not is_entered()
-        return (apart if leave_out else function)(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            close_all()
+            return function(*args, **kwargs)
+        return (function if is_entered() else apart)(*args, **kwargs)
 
     return call
 
@@ -170,11 +174,34 @@ def _leave(
 # ---- what is in the graph ----
 
 
+class _Rerouted(Reroute):
+    """Also remembers the graph's inputs that require a gradient: while it is recorded, their nodes do not know them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: dict[Node, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tensors_in((args, kwargs)):
+            with torch._C.DisableTorchFunction():
+                node = tensor.grad_fn
+                if node is not None and type(node).__name__ == "Error":
+                    self.leaves[node] = tensor
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class _Region(NamedTuple):
     modes: list[TorchFunctionMode]
     tracer: Tracer | None
     is_lowered: bool  # recorded by AOTAutograd
     grad_mode: bool
+
+    @property
+    def leaves(self) -> dict[Node, Tensor]:
+        first = self.modes[0]
+        return first.leaves if isinstance(first, _Rerouted) else {}
 
 
 class _Open(local):
@@ -195,11 +222,11 @@ def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = tuple(x.detach().requires_grad_() for x in inputs)
     if _is_rehearsal(inputs):
         return given
-    while _open.regions:  # that a discriminator has left by raising
-        _close(_open.regions[-1])
+    close_all()
     tracer = Tracer(*given) if follow else None
-    modes: list[TorchFunctionMode] = [Reroute()] if tracer is None else [Reroute(), tracer]
     lowered = any(isinstance(x, FunctionalTensor) for x in inputs)
+    modes: list[TorchFunctionMode] = [_Rerouted() if lowered else Reroute()]
+    modes += [] if tracer is None else [tracer]
     _open.regions.append(_Region(modes, tracer, lowered, torch.is_grad_enabled()))
     backends.set_lowered(int(lowered))
     torch.set_grad_enabled(True)
@@ -223,7 +250,8 @@ def leave(
     inputs, logits = tensors[:n_inputs], list(tensors[n_inputs : n_inputs + n_logits])
     if _is_rehearsal(tensors):
         return _rehearsed(inputs, logits, follow)
-    tracer = _close(_open.regions[-1]).tracer if entered else None
+    region = _close(_open.regions[-1]) if entered else None
+    tracer = None if region is None else region.tracer
     lowered = any(isinstance(tensor, FunctionalTensor) for tensor in tensors)
     backends.set_lowered(int(lowered))
     try:
@@ -234,7 +262,8 @@ def leave(
                 if tracer.judge(logits, returned) is None:
                     results, grads = one_pass(logits, logits, inputs, tracer, _as_they_are)
                     return *results, *grads
-            grads = _gradients(logits, inputs, ours)
+            # A record frees nothing, and what the discriminator has left on itself leaves the graph with a derivative.
+            grads = _gradients(logits, inputs, ours and not lowered, {} if region is None else region.leaves)
     finally:
         backends.set_lowered(-int(lowered))
     if entered:
@@ -243,16 +272,19 @@ def leave(
     return (*logits, *grads) if follow else grads
 
 
-def _gradients(logits: list[Tensor], inputs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    logits: list[Tensor], inputs: tuple[Tensor, ...], ours: bool, leaves: Mapping[Node, Tensor]
+) -> tuple[Tensor, ...]:
     found, path = gradients(logits, inputs, ours=ours, plain=False)
     if any(type(node).__name__ in _OPAQUE for node in path):
         raise RuntimeError(
-            "the discriminator calls a custom autograd.Function, whose second derivative torch.compile loses: call "
-            "the penalty inside a function decorated with torch.compiler.disable"
+            "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of those "
+            "that it traces: call torch._dynamo.allow_in_graph(TheFunction) before, or take the penalty inside a "
+            "function decorated with torch.compiler.disable"
         )
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]
-    found[first] = leave_zeros(made[0], path, inputs, made)
+    found[first] = leave_zeros(made[0], path, inputs, made, leaves)
     return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(found, inputs, strict=True))
 
 
@@ -274,6 +306,12 @@ def _close(region: _Region) -> _Region:
         torch.set_grad_enabled(last.grad_mode)
         if last is region:
             return region
+
+
+def close_all() -> None:
+    """End the regions whose discriminator has raised an error."""
+    if _open.regions:
+        _close(_open.regions[0])
 
 
 def _is_rehearsal(tensors: Sequence[Tensor]) -> bool:

@@ -8,7 +8,7 @@ stand for such a function (``fastgan.ops.filled``) gets its zeros here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,23 +19,33 @@ from fastgan.ops.filled import filled_inputs
 
 
 def leave_zeros(
-    penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor], made: Iterable[Tensor] | None = None
+    penalty: Tensor,
+    path: Iterable[Node],
+    inputs: Iterable[Tensor],
+    made: Iterable[Tensor] | None = None,
+    more: Mapping[Node, Tensor] | None = None,
 ) -> Tensor:
     """The penalty, whose backward gives zeros to those leaves that it does not depend on and PyTorch's reaches.
 
     Args:
         path: the nodes by which the logits depend on ``inputs``, which get no zeros.
         made: if ``penalty`` is one of several gradients that a penalty will be made of, all of these.
+        more: further leaves by their nodes. While torch.compile makes a graph, parameters have nodes of their own.
     """
     below = reached_by_zeros(path)
     points = {get_gradient_edge(x).node for x in inputs}
-    candidates = [node for node in below if hasattr(node, "variable") and node not in points]
+    more = more or {}
+    candidates = {
+        node: more[node] if node in more else node.variable  # type: ignore[attr-defined]
+        for node in below
+        if node not in points and (node in more or hasattr(node, "variable"))
+    }
     if not candidates:
         return penalty
     # Not every node hands on what it gets: PyTorch's group norm gives its bias nothing for its statistics. Zeros that
     # are added to what is there cost nothing for a bias, and are left out for a weight.
     depends = _reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
-    leaves = [node.variable for node in candidates if node not in depends or node.variable.ndim < 2]
+    leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2]
     if not leaves:
         return penalty
     result: Tensor = _WithZeros.apply(penalty, *leaves)  # type: ignore[no-untyped-call]
