@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import local
 from types import ModuleType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
-from torch._guards import TracingContext
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import _get_current_function_mode_stack
@@ -132,7 +132,7 @@ class _Lowered(local):
 
 
 _lowered = _Lowered()
-_penalties: WeakSet[Any] = WeakSet()  # the traces by Dynamo that are inside of a penalty now
+_penalties: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # traces by Dynamo: how many penalties they are inside of
 
 
 def is_lowered() -> bool:
@@ -147,15 +147,17 @@ def set_lowered(step: int) -> None:
 
 def enter_penalty() -> None:
     """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
-    _penalties.add(TracingContext.get())
+    context = TracingContext.get()
+    _penalties[context] = _penalties.get(context, 0) + 1
 
 
 def leave_penalty() -> None:
-    _penalties.discard(TracingContext.get())
+    _penalties[TracingContext.get()] -= 1
 
 
 def _is_in_penalty() -> bool:
-    return bool(_penalties) and TracingContext.try_get() in _penalties
+    context = TracingContext.try_get() if _penalties else None
+    return context is not None and _penalties.get(context, 0) > 0
 
 
 def is_plain() -> bool:

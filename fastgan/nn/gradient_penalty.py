@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import gradient_penalty
-from fastgan.ops.gradient_penalty.compiled import compilable
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
+from fastgan.ops.regions import compilable
 
 
 class _Turn:
@@ -52,8 +52,8 @@ class GradientPenalty(nn.Module):
     """``fastgan.gradient_penalty`` at every ``every``-th call, and zero at the others (lazy regularization).
 
     The penalty is multiplied by ``every``, so that its mean over the calls is that of ``every=1``. The first call takes
-    it. The count of calls since is in the state_dict. The zero between can be added to a loss, or called ``backward`` on alone; no
-    parameter gets a gradient from it.
+    it. The count of calls since then is in the state_dict. The zero between can be added to a loss, or called
+    ``backward`` on alone outside of torch.compile; no parameter gets a gradient from it.
 
         penalty = GradientPenalty("r1", weight=10, every=16)
         loss = softplus(-discriminator(real)).mean() + penalty(discriminator, real)

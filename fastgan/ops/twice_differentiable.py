@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
 
-from torch._subclasses.functional_tensor import FunctionalTensor
-
-from fastgan.ops import conv, norm, piecewise, pool
+from fastgan import backends
+from fastgan.ops import conv, norm, piecewise, pool, regions
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_traced
 
@@ -105,9 +107,15 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, FunctionalTensor}  # the last while 
 
 
 class Reroute(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: dict[Node, torch.Tensor] = {}
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if backends.is_lowered():
+            self._keep_leaves((args, kwargs))
         route = _ROUTES.get(func)
         if (
             route is None
@@ -119,9 +127,37 @@ class Reroute(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return route(*args, **(kwargs or {}))
 
+    def _keep_leaves(self, given: Any) -> None:
+        """While a graph is recorded, the nodes of its inputs do not know them."""
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, torch.Tensor):
+                with torch._C.DisableTorchFunction():
+                    node = tensor.grad_fn
+                if node is not None and type(node).__name__ == "Error":
+                    self.leaves[node] = tensor
+
+
+def leaves_of(modes: Iterable[TorchFunctionMode]) -> dict[Node, torch.Tensor]:
+    """The graph's inputs that require a gradient, by their nodes, which a reroute has met while it was recorded."""
+    return {node: leaf for mode in modes if isinstance(mode, Reroute) for node, leaf in mode.leaves.items()}
+
 
 def is_rerouting() -> bool:
     return any(isinstance(mode, Reroute) for mode in _get_current_function_mode_stack())
+
+
+@regions.in_graph
+def _begin() -> torch.Tensor:
+    if not regions.is_rehearsal():
+        regions.begin([Reroute()])
+    return torch.empty(0)  # a node of Dynamo's graph has a result
+
+
+@regions.in_graph
+def _end() -> torch.Tensor:
+    if not regions.is_rehearsal():
+        regions.end()
+    return torch.empty(0)
 
 
 class _Uncompiled:
@@ -164,12 +200,21 @@ def twice_differentiable() -> Iterator[None]:
     replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
     Everything else is PyTorch's own: tensor subclasses, all calls while gradients are off, those that
     torch.utils.checkpoint will run again, and those that are recorded (torch.jit.trace, torch.export, make_fx,
-    torch.fx). What torch.compile made runs uncompiled; inside a function that it traces, this does nothing. Holds for
-    this thread; may be nested.
+    torch.fx). What torch.compile made runs uncompiled. A function that torch.compile traces with ``fullgraph=True`` is
+    rerouted too; in other functions that it traces, this does nothing. Holds for this thread; may be nested.
 
         with fastgan.twice_differentiable():
             logits = discriminator(images)
     """
+    if regions.is_entered(whole=True):
+        _begin()
+        backends.enter_penalty()
+        try:
+            yield
+        finally:
+            backends.leave_penalty()
+            _end()
+        return
     if is_traced():  # the compiler's stance cannot change inside of a function that it traces
         yield
         return

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty import compiled
-from fastgan.ops.gradient_penalty.compiled import compilable
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.general import gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
@@ -22,6 +21,7 @@ from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import leave_unread
+from fastgan.ops.regions import compilable, is_entered
 from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -110,7 +110,7 @@ def gradient_penalty(
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
-        if compiled.is_entered():
+        if is_entered():
             part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
             total = part if total is None else total + part
             continue
@@ -171,7 +171,7 @@ def penalty_from_logits(
                 f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
             )
     x = floating(inputs)
-    if compiled.is_entered():
+    if is_entered():
         return penalty(compiled.gradients_of(logits, x, select))
     return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
@@ -235,7 +235,7 @@ def logits_and_penalty(
     The source of the one pass is one_pass.py.
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
-    if compiled.is_entered():
+    if is_entered():
         _check_call(discriminator, inputs, select)
         returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
         return returned, penalty(grads)

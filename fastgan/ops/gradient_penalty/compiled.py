@@ -17,22 +17,15 @@ Dynamo runs both functions once on fake tensors, for the shapes of their results
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from pathlib import Path
-from threading import local
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgan import backends
-from fastgan.ops.gradient_penalty.call import tensors as tensors_in
+from fastgan.ops import regions
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.general import INDEPENDENT, gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, floating, replaced
@@ -40,59 +33,7 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, groups_of, logits_of, refuse_dependent
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.needed import leave_unread
-from fastgan.ops.twice_differentiable import Reroute
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_OLDEST = (2, 11)  # the oldest PyTorch that this is tested with; older ones break the graph
-_PACKAGE = str(Path(__file__).parents[2])
-_OURS = tuple(str(Path(_PACKAGE, room)) for room in ("ops", "nn"))
-
-
-# ---- who may enter ----
-
-
-def is_entered() -> bool:
-    """Whether a penalty that is called now becomes a part of the graph that Dynamo makes."""
-    return torch.compiler.is_dynamo_compiling() and _can_enter()
-
-
-def _can_enter() -> bool:
-    """Called while Dynamo traces: whether no graph can end between ``enter`` and ``leave``.
-
-    If Dynamo cannot trace the discriminator, it ends the graph before the call in the function that it was given, and
-    later tries what that call runs, by itself. There a graph could end inside of the discriminator.
-    """
-    from torch._dynamo import config
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST or torch.compiler.is_exporting():
-        return False
-    for function in (enter, leave):
-        torch._dynamo.allow_in_graph(function)
-    root: Any = InstructionTranslator.current_tx().output.root_tx
-    if root.one_graph:
-        return True
-    return not (root.f_code.co_filename.startswith(_OURS) or getattr(config, "nested_graph_breaks", False))
-
-
-_can_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which torch.compile traces where its penalty can be in a graph, and breaks its graph around."""
-    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
-            close_all()
-            return function(*args, **kwargs)
-        return (function if is_entered() else apart)(*args, **kwargs)
-
-    return call
-
+from fastgan.ops.twice_differentiable import Reroute, leaves_of
 
 # ---- what Dynamo traces ----
 
@@ -174,44 +115,7 @@ def _leave(
 # ---- what is in the graph ----
 
 
-class _Rerouted(Reroute):
-    """Also remembers the graph's inputs that require a gradient: while it is recorded, their nodes do not know them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.leaves: dict[Node, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for tensor in tensors_in((args, kwargs)):
-            with torch._C.DisableTorchFunction():
-                node = tensor.grad_fn
-                if node is not None and type(node).__name__ == "Error":
-                    self.leaves[node] = tensor
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class _Region(NamedTuple):
-    modes: list[TorchFunctionMode]
-    tracer: Tracer | None
-    is_lowered: bool  # recorded by AOTAutograd
-    grad_mode: bool
-
-    @property
-    def leaves(self) -> dict[Node, Tensor]:
-        first = self.modes[0]
-        return first.leaves if isinstance(first, _Rerouted) else {}
-
-
-class _Open(local):
-    def __init__(self) -> None:
-        self.regions: list[_Region] = []
-
-
-_open = _Open()
-
-
+@regions.in_graph
 def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The inputs as leaves that require a gradient; the calls that follow are rerouted.
 
@@ -220,21 +124,12 @@ def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
     """
     with torch.enable_grad():
         given = tuple(x.detach().requires_grad_() for x in inputs)
-    if _is_rehearsal(inputs):
-        return given
-    close_all()
-    tracer = Tracer(*given) if follow else None
-    lowered = any(isinstance(x, FunctionalTensor) for x in inputs)
-    modes: list[TorchFunctionMode] = [_Rerouted() if lowered else Reroute()]
-    modes += [] if tracer is None else [tracer]
-    _open.regions.append(_Region(modes, tracer, lowered, torch.is_grad_enabled()))
-    backends.set_lowered(int(lowered))
-    torch.set_grad_enabled(True)
-    for mode in modes:
-        mode.__enter__()
+    if not regions.is_rehearsal():
+        regions.begin([Reroute(), Tracer(*given)] if follow else [Reroute()])
     return given
 
 
+@regions.in_graph
 def leave(
     way: tuple[bool, bool, bool, bool], groups: tuple[int, ...], n_inputs: int, n_logits: int, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
@@ -248,24 +143,19 @@ def leave(
     """
     entered, follow, ours, opaque = way
     inputs, logits = tensors[:n_inputs], list(tensors[n_inputs : n_inputs + n_logits])
-    if _is_rehearsal(tensors):
+    if regions.is_rehearsal():
         return _rehearsed(inputs, logits, follow)
-    region = _close(_open.regions[-1]) if entered else None
-    tracer = None if region is None else region.tracer
-    lowered = any(isinstance(tensor, FunctionalTensor) for tensor in tensors)
-    backends.set_lowered(int(lowered))
-    try:
-        with torch.enable_grad():
-            refuse_dependent(logits, groups)
-            if tracer is not None:
-                returned: list[Any] = [*tensors[n_inputs + n_logits :], *([object()] if opaque else [])]
-                if tracer.judge(logits, returned) is None:
-                    results, grads = one_pass(logits, logits, inputs, tracer, _as_they_are)
-                    return *results, *grads
-            # A record frees nothing, and what the discriminator has left on itself leaves the graph with a derivative.
-            grads = _gradients(logits, inputs, ours and not lowered, {} if region is None else region.leaves)
-    finally:
-        backends.set_lowered(-int(lowered))
+    modes = regions.end() if entered else []
+    with regions.lowering() as lowered, torch.enable_grad():
+        refuse_dependent(logits, groups)
+        if follow:
+            returned: list[Any] = [*tensors[n_inputs + n_logits :], *([object()] if opaque else [])]
+            tracer: Any = modes[1]
+            if tracer.judge(logits, returned) is None:
+                results, grads = one_pass(logits, logits, inputs, tracer, _as_they_are)
+                return *results, *grads
+        # A record frees nothing, and what the discriminator has left on itself leaves the graph with a derivative.
+        grads = _gradients(logits, inputs, ours and not lowered, leaves_of(modes))
     if entered:
         for x in inputs:
             leave_unread(x)
@@ -278,9 +168,9 @@ def _gradients(
     found, path = gradients(logits, inputs, ours=ours, plain=False)
     if any(type(node).__name__ in _OPAQUE for node in path):
         raise RuntimeError(
-            "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of those "
-            "that it traces: call torch._dynamo.allow_in_graph(TheFunction) before, or take the penalty inside a "
-            "function decorated with torch.compiler.disable"
+            "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of "
+            "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) before, or take the penalty inside "
+            "a function decorated with torch.compiler.disable"
         )
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]
@@ -293,29 +183,6 @@ _OPAQUE = ("ApplyTemplateBackward",)  # the node of a Function that Dynamo has t
 
 def _as_they_are(grads: tuple[Tensor, ...]) -> Any:
     return grads
-
-
-def _close(region: _Region) -> _Region:
-    """End a region, and those that were entered after it and not left."""
-    while True:
-        last = _open.regions.pop()
-        for mode in reversed(last.modes):
-            if any(mode is other for other in _get_current_function_mode_stack()):
-                mode.__exit__(None, None, None)
-        backends.set_lowered(-int(last.is_lowered))
-        torch.set_grad_enabled(last.grad_mode)
-        if last is region:
-            return region
-
-
-def close_all() -> None:
-    """End the regions whose discriminator has raised an error."""
-    if _open.regions:
-        _close(_open.regions[0])
-
-
-def _is_rehearsal(tensors: Sequence[Tensor]) -> bool:
-    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def _rehearsed(inputs: Sequence[Tensor], logits: Sequence[Tensor], follow: bool) -> tuple[Tensor, ...]:

@@ -118,7 +118,7 @@ class Tracer(TorchFunctionMode):
         known = self._counts.get(id(index))
         if known is not None and known.tensor() is index and known.version == index._version:
             return True
-        if backends.is_lowered() or index.is_cuda and torch.cuda.is_current_stream_capturing():
+        if backends.is_lowered() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
         return torch.equal(index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device))
 

@@ -74,7 +74,9 @@ def _differentiate(
         outputs,
         [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
         [torch.ones_like(output) for output in outputs],
-        retain_graph=tracer.attached or not tracer.single or backends.is_lowered(),  # else what the forward kept is let go
+        retain_graph=tracer.attached
+        or not tracer.single
+        or backends.is_lowered(),  # else what the forward kept is let go
         create_graph=True,
         allow_unused=True,
     )

@@ -36,9 +36,9 @@ def leave_zeros(
     points = {get_gradient_edge(x).node for x in inputs}
     more = more or {}
     candidates = {
-        node: more[node] if node in more else node.variable  # type: ignore[attr-defined]
+        node: leaf
         for node in below
-        if node not in points and (node in more or hasattr(node, "variable"))
+        if node not in points and (leaf := more.get(node, getattr(node, "variable", None))) is not None
     }
     if not candidates:
         return penalty
