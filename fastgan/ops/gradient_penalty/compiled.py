@@ -152,8 +152,8 @@ def leave(
             returned: list[Any] = [*tensors[n_inputs + n_logits :], *([object()] if opaque else [])]
             tracer: Any = modes[1]
             if tracer.judge(logits, returned) is None:
-                results, grads = one_pass(logits, logits, inputs, tracer, _as_they_are)
-                return *results, *grads
+                results, of_inputs = one_pass(logits, logits, inputs, tracer, _as_they_are)
+                return *results, *of_inputs
         # A record frees nothing, and what the discriminator has left on itself leaves the graph with a derivative.
         grads = _gradients(logits, inputs, ours and not lowered, leaves_of(modes))
     if entered:

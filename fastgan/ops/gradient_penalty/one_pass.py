@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
@@ -152,7 +153,7 @@ class _Graph:
         first = parts[0][:, :1]
         certain = len(parts) == 1 and first.shape == parts[0].shape
         if not certain:
-            if backends.is_lowered() or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if isinstance(first, FunctionalTensor) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return None  # nobody can look at values now
             if not all(torch.equal(part, first.expand_as(part)) for part in parts):
                 return None
