@@ -487,7 +487,7 @@ def test_training_and_evaluation_are_different_graphs():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_another_batch_size_needs_no_further_graph_if_sizes_are_dynamic(step):
-    model, counter = Critic(), CompileCounter()
+    model, counter, graphs = Critic(), CompileCounter(), []
 
     def compiled_by(graph, inputs):
         counter.frame_count += 1
@@ -497,7 +497,8 @@ def test_another_batch_size_needs_no_further_graph_if_sizes_are_dynamic(step):
     for n in (4, 6, 5):
         expected = gradients(model, step(model, images(n)))
         assert_same(gradients(model, compiled(model, images(n))), expected, 1e-5)
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)  # Dynamo may start anew while it makes the first
+    assert graphs[0] == graphs[-1]
 
 
 @pytest.mark.parametrize("step", STEPS)
