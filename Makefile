@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 TORCH_INDEX ?=
 FASTGAN_KEEP_TORCH ?= 0
 
-# A CUDA build of torch brings the Triton that it needs; with any other we choose.
+# A CUDA build of torch depends on its own Triton. For other builds, this is the version to install.
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
 PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
@@ -21,39 +21,45 @@ else
 MODE := pinned
 endif
 
-# For a build that stays on this machine one architecture is enough: its GPU's.
+# A local build needs only one architecture: that of this machine's GPU.
 export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test examples lint bench gpu data build dist docs clean
+.PHONY: help demo test test-gpu-simulated examples lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
-	@echo "make test    install, run the tests"
-	@echo "make examples install accelerate and Lightning too, run the tests of every example"
+	@echo "make test    install, then run the tests"
+	@echo "make test-gpu-simulated   run tests on a simulated CUDA device; SIMULATED=all runs all of them"
+	@echo "make examples install accelerate and Lightning, then run the tests of every example"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
-	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network"
-	@echo "make data    fetch Fashion-MNIST (FASTGAN_DATA=DIR uses a copy that you have)"
+	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network;"
+	@echo "             SIMULATED=1 runs a rehearsal on a simulated GPU"
+	@echo "make data    download Fashion-MNIST (FASTGAN_DATA=DIR uses an existing copy)"
 	@echo "make build   install into $(VENV) and build the native modules"
-	@echo "make dist    an sdist and a manylinux wheel in dist/, the wheel tried in an empty environment"
+	@echo "make dist    build an sdist and a manylinux wheel in dist/, then test the wheel in an empty environment"
 	@echo "make docs    build the documentation site in build/docs/"
-	@echo "make clean   remove everything that make made, except runs/"
+	@echo "make clean   remove everything that make created, except runs/"
 	@echo
-	@echo "PYTHON=python3.12       the interpreter to build $(VENV) with, 3.11 or later"
-	@echo "FASTGAN_KEEP_TORCH=1    use the torch and triton of that interpreter instead of the pinned ones"
-	@echo "TORCH_INDEX=URL         a package index with the torch wheels you want (CPU-only ones are 3 GB smaller)"
+	@echo "PYTHON=python3.12       the interpreter for $(VENV), 3.11 or later"
+	@echo "FASTGAN_KEEP_TORCH=1    use that interpreter's torch and triton instead of the pinned versions"
+	@echo "TORCH_INDEX=URL         a package index with the torch wheels to install (CPU-only wheels are 3 GB smaller)"
 
 demo: build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
 	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
 
-# A file a worker, in the order of tests/conftest.py; threads that wait for work sleep, since the workers share the cores.
+# One file per worker, in the order of tests/conftest.py. Idle threads sleep, because the workers share the cores.
 test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
+
+# The CPU simulates the CUDA devices: see tests/simulated_gpu/README.md.
+test-gpu-simulated: build
+	. tools/toolchain.sh && $(PY) tests/simulated_gpu/run.py $(or $(SIMULATED),short)
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
@@ -69,7 +75,7 @@ lint: $(VENV)/.deps-$(MODE)
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-only
 
-gpu:
+gpu: $(if $(SIMULATED),build)
 	sh tools/gpu.sh
 
 dist: $(VENV)/.deps-$(MODE)
@@ -79,7 +85,7 @@ dist: $(VENV)/.deps-$(MODE)
 docs: build build/katex/package
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir build/docs
 
-# KaTeX draws the formulas of the site. Without npm the site shows their source.
+# KaTeX renders the site's formulas. Without npm, the site shows their source.
 build/katex/package:
 	mkdir -p build/katex
 	if command -v npm >/dev/null; then cd build/katex && npm pack --silent katex@$(KATEX) && tar xzf katex-$(KATEX).tgz; \

@@ -1,11 +1,11 @@
-"""The command `fastgan`, outside of the package: importing that takes PyTorch's seconds, and Ctrl-C may come then."""
+"""The command `fastgan`. It is outside the package so that Ctrl-C works during the seconds of importing PyTorch."""
 
 import sys
 import warnings
 
 
 def main() -> int:
-    # PyTorch says so where there is no NumPy, which of all commands only those with data need: they say it themselves.
+    # PyTorch warns if NumPy is missing. Only commands that read data need NumPy, and they report it themselves.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     try:
         from fastgan.cli import main as run

@@ -1,7 +1,7 @@
 """Builds the native modules with CMake and Ninja; everything else is in pyproject.toml.
 
-FASTGAN_BUILD and FASTGAN_CUDA say what becomes of `_native` and `_native_cuda`: auto (built if it can be),
-require (an error if it cannot), off.  Also read: CXX, CUDACXX, CUDAARCHS, CMAKE_ARGS, MAX_JOBS.
+FASTGAN_BUILD and FASTGAN_CUDA control `_native` and `_native_cuda`: auto (build if possible), require (fail if that is
+impossible), off.  CXX, CUDACXX, CUDAARCHS, CMAKE_ARGS and MAX_JOBS are also used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODULES = {"cuda": "_native_cuda", "native": "_native"}  # in the order in which
 
 
 class CannotBuild(Exception):
-    """Why a module was not built, for a person to read."""
+    """A module cannot be built. The message explains why."""
 
 
 def mode(variable: str) -> str:
@@ -38,7 +38,7 @@ def mode(variable: str) -> str:
 
 
 def tool(name: str, bin_dir: str) -> str:
-    """The path of cmake or ninja: the one in a wheel, else the one on PATH."""
+    """Return the path of cmake or ninja: from a wheel if installed, otherwise from PATH."""
     if importlib.util.find_spec(name):
         directory = getattr(__import__(name), bin_dir, None)
         found = directory and shutil.which(name, path=directory)
@@ -87,7 +87,7 @@ def jobs() -> int:
 
 
 def compile_module(name: str, directory: Path) -> dict[str, object]:
-    """Configures and builds one module in `directory`; returns what CMake says of it."""
+    """Configure and build one module in `directory`, and return CMake's description of it."""
     options = [f"-DFASTGAN_CPU={'ON' if name == 'native' else 'OFF'}"]
     if name == "cuda":
         options += ["-DFASTGAN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
@@ -112,14 +112,14 @@ def compile_module(name: str, directory: Path) -> dict[str, object]:
 
 
 def first_error(log: str, lines: int = 4) -> str:
-    """What the log says from the first error on, in one line."""
+    """Return the log from its first error on, in one line."""
     said = [line.strip() for line in log.splitlines() if line.strip()]
     first = next((i for i, line in enumerate(said) if "error" in line.lower()), max(0, len(said) - lines))
     return " ".join(said[first : first + lines])
 
 
 class BuildNative(Command):
-    """Builds what FASTGAN_BUILD and FASTGAN_CUDA ask for and writes fastgan/_build_info.json."""
+    """Builds the modules that FASTGAN_BUILD and FASTGAN_CUDA select, and writes fastgan/_build_info.json."""
 
     description = "build the C++ and CUDA modules with CMake"
     user_options: ClassVar = [("inplace", "i", "put the modules into the source tree")]
@@ -139,10 +139,10 @@ class BuildNative(Command):
         wanted = {"native": mode("FASTGAN_BUILD"), "cuda": mode("FASTGAN_CUDA")}
         if wanted["native"] == "off":
             if wanted["cuda"] == "require":
-                raise SetupError("FASTGAN_CUDA=require contradicts FASTGAN_BUILD=off, which builds nothing native")
+                raise SetupError("FASTGAN_CUDA=require contradicts FASTGAN_BUILD=off, which disables native modules")
             wanted["cuda"] = "off"
         if not self.in_source:
-            # A module that was deleted or renamed since the last build must not reach the wheel.
+            # The wheel must not include a module that was deleted or renamed since the last build.
             shutil.rmtree(self.build_lib, ignore_errors=True)
         self.target.mkdir(parents=True, exist_ok=True)
 
@@ -192,13 +192,13 @@ class BuildNative(Command):
 
 
 class Build(build):
-    # First: it empties build_lib.
+    # build_native must run first, because it empties build_lib.
     sub_commands: ClassVar = [("build_native", None), *build.sub_commands]
 
 
 class BdistWheel(bdist_wheel):
     def run(self) -> None:
-        # Only the build can tell whether the wheel is pure.
+        # Whether the wheel is pure is known only after the build.
         self.run_command("build_native")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()

@@ -1,9 +1,9 @@
-"""A GAN of few images with and without adaptive augmentation: does its discriminator learn them by heart?
+"""Trains a GAN on few images with and without adaptive augmentation: does its discriminator memorize them?
 
     python benchmarks/ada.py --seeds 3
 
-Trains on 500 of Noto's emoji at 32 px; 1000 others are held out and 1000 more give the floor of the KID. Results go to
-benchmarks/results/<device>/ada.json after every training, so that a run may be stopped.
+It trains on 500 of Noto's emoji at 32 px. Another 1000 are held out, and 1000 more give the floor of the KID. Results
+are written to benchmarks/results/<device>/ada.json after every training run, so that the script can be stopped.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from fastgan.bench.provenance import slug
-from fastgan.trainer.alarms import Watch
-from fastgan.trainer.augment import AugmentName
 from fastgan.trainer.config import ModelConfig, OptimConfig
-from fastgan.trainer.data import Images
+from fastgan.trainer.data.emoji import find_emoji, read_emoji
+from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.sources import Images
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.diagnostics import Diagnostics
-from fastgan.trainer.emoji import find_emoji, read_emoji
-from fastgan.trainer.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.game.augment import AugmentName
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.held_out import some_reals
-from fastgan.trainer.metrics import kid, neighbours
-from fastgan.trainer.mode_collapse import spread
-from fastgan.trainer.quality import latents
+from fastgan.trainer.measure.alarms import Watch
+from fastgan.trainer.measure.diagnostics import Diagnostics
+from fastgan.trainer.measure.extractors import Extractor, features_of, load_extractor
+from fastgan.trainer.measure.metrics import kid, neighbors
+from fastgan.trainer.measure.mode_collapse import spread
+from fastgan.trainer.measure.quality import latents
 
 IMAGES, JUDGED = 500, 1000
-OBSERVED, SCORED = 25, 4  # steps between diagnostics; scores of a training
-COURSE = ("step", "overfit", "d_real_sign", "d_real_accuracy", "diversity", "augment_p")  # what is kept of a record
+OBSERVED, SCORED = 25, 4  # steps between diagnostics; number of scores per training run
+COURSE = ("step", "overfit", "d_real_sign", "d_real_accuracy", "diversity", "augment_p")  # kept fields of each record
 MODEL = ModelConfig(architecture="dcgan", width=16, spectral_norm="none")
 OPTIM = OptimConfig(
     loss="non-saturating",
@@ -52,7 +52,7 @@ OPTIM = OptimConfig(
 
 
 class Emoji:
-    """The images of one seed: to train on, held out, and for the floor, no image in two of them."""
+    """The images of one seed in three disjoint sets: for training, held out, and for the floor."""
 
     def __init__(self, pictures: Tensor, seed: int, device: torch.device) -> None:
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
@@ -67,7 +67,7 @@ class Emoji:
 
 
 def play(emoji: Emoji, augment: AugmentName, steps: int, extractor: Extractor, real: Tensor) -> dict[str, Any]:
-    """One training: its alarms, its diagnostics, and its scores against the features `real` on the way."""
+    """Train once. Return the alarms, the diagnostics, and scores against the features `real` during training."""
     device = emoji.train.device
     optim = dataclasses.replace(OPTIM, augment=augment)
     gan = GAN(MODEL, optim, emoji.train.fork(4 * emoji.seed + 2), 4 * emoji.seed, device)
@@ -89,7 +89,7 @@ def play(emoji: Emoji, augment: AugmentName, steps: int, extractor: Extractor, r
         if step % (steps // SCORED) == 0:
             fake = torch.cat([gan.samples(z) for z in latents(gan, JUDGED, emoji.seed).split(optim.batch_size)])
             features = features_of(fake, extractor, device)
-            scores.append({"step": step, "KID": kid(real, features), **neighbours(real, features)._asdict()})
+            scores.append({"step": step, "KID": kid(real, features), **neighbors(real, features)._asdict()})
             print(emoji.seed, augment, {k: round(v, 4) for k, v in scores[-1].items()}, flush=True)
     course = {key: [round(record.get(key, 0.0), 4) for record in records] for key in COURSE}
     about = {"seed": emoji.seed, "augment": augment, "steps": steps, "seconds": round(training, 1)}
@@ -97,7 +97,7 @@ def play(emoji: Emoji, augment: AugmentName, steps: int, extractor: Extractor, r
 
 
 def table(outcomes: list[dict[str, Any]]) -> str:
-    """The last tenth of each training's diagnostics and its last scores, mean ± standard error over the seeds."""
+    """Format the last tenth of each run's diagnostics and its last scores, as mean ± standard error over the seeds."""
     lines = [
         "| augmentation | seeds | overfitting alarm at step | held-out gap | p | KID | best KID | coverage |",
         "|---|---|---|---|---|---|---|---|",
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--extractor", default="random-conv")
-    parser.add_argument("--data", type=Path, help="the font, or its folder")
+    parser.add_argument("--data", type=Path, help="the font file, or its folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -151,13 +151,14 @@ def main() -> None:
     for seed in range(options.seeds):
         emoji = Emoji(pictures, seed, device)
         real, other = (emoji.features(source, extractor) for source in (emoji.held_out, emoji.floor))
-        result["floor"].append({"seed": seed, "KID": kid(real, other), **neighbours(real, other)._asdict()})
+        result["floor"].append({"seed": seed, "KID": kid(real, other), **neighbors(real, other)._asdict()})
         for augment in options.augment:
             result["outcomes"].append(play(emoji, augment, options.steps, extractor, real))
             result["table"] = table(result["outcomes"]).splitlines()
             (folder / "ada.json").write_text(json.dumps(result) + "\n")
     floor = spread([floor["KID"] for floor in result["floor"]], ".4f")
-    print(f"\n{options.steps} steps of {OPTIM.batch_size}; KID of {JUDGED} by {options.extractor}, floor {floor}\n")
+    print(f"\n{options.steps} steps with batches of {OPTIM.batch_size}")
+    print(f"KID of {JUDGED} samples with {options.extractor}, floor {floor}\n")
     print(table(result["outcomes"]))
 
 

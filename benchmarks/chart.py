@@ -1,7 +1,7 @@
-"""Draw the chart of measured speed-ups from the committed records: python benchmarks/chart.py
+"""Draws the chart of measured speed-ups from the committed records: python benchmarks/chart.py
 
-Writes docs/speedups.svg and docs/speedups-dark.svg. A bar is PyTorch's median time divided by fastgan's, both measured
-in turns in one process.
+Writes docs/speedups.svg and docs/speedups-dark.svg. A bar is PyTorch's median time divided by fastgan's. Both were
+measured in turns in one process.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Modes that a GAN finds with and without statistics over its batch, beside PacGAN's published numbers.
+"""Counts the modes that a GAN finds with and without batch statistics, and compares with PacGAN's paper.
 
     python benchmarks/mode_collapse.py --steps 25000 --seeds 3
     python benchmarks/mode_collapse.py --protocol preset
 
-The paper trained for 400 epochs of 100,000 samples, 400,000 steps of 100; ``--steps`` shortens that, and the table says
-to what. The second command asks the same of the trainer's presets, for as many steps as they have. Results go to
-benchmarks/results/<device>/, after every training, so that a run may be stopped.
+The paper trained for 400 epochs of 100,000 samples, which is 400,000 steps of 100. ``--steps`` shortens that, and the
+table shows the number. The second command runs the trainer's presets, with their own numbers of steps. Results are
+written to benchmarks/results/<device>/ after every training run, so that the script can be stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from fastgan.bench.provenance import slug
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.mode_collapse import Protocol, Toy, Variant, experiment, table, to_json
+from fastgan.trainer.measure.mode_collapse import Protocol, Toy, Variant, experiment, table, to_json
 
 PAPER_STEPS = 400_000
 
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=get_args(Variant), default=get_args(Variant))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--protocol", choices=get_args(Protocol), default="pacgan")
-    parser.add_argument("--steps", type=int, help="default: 25,000 of PacGAN's, those of the preset")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; networks this small gain nothing by more")
+    parser.add_argument("--steps", type=int, help="default: 25,000 for pacgan, otherwise the preset's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more do not speed up such small networks")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
         (folder / f"mode-collapse-{options.protocol}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(outcome, flush=True)
     if options.protocol == "pacgan":
-        print(f"\n{steps:,} steps where the paper took {PAPER_STEPS:,}; mean ± standard error over the seeds\n")
+        print(f"\n{steps:,} steps (the paper used {PAPER_STEPS:,}); mean ± standard error over the seeds\n")
     print(table(outcomes))
 
 

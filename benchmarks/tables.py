@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/ from the records in benchmarks/results: python benchmarks/tables.py
 
-A page asks for one with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``: the cases whose names begin so; or, of
-an experiment with a script of its own, ``<!-- measured FOLDER/RECORD.json -->``. A row that begins with a label and
-``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and from RECORD-given-back.json; with ``kept`` in
-place of ``case``, from RECORD.json alone.
+A page requests a table with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``, for the cases whose names begin
+with PREFIX, or ``<!-- measured FOLDER/RECORD.json -->``, for an experiment with its own script. A row that begins with
+a label and ``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and RECORD-given-back.json. With ``kept``
+instead of ``case``, it is from RECORD.json only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CASE = re.compile(r"^(\| [^|]*<!-- (?P<kind>case|kept) (?P<record>\S+) (?P<name
 
 
 def with_tables(page: str) -> str:
-    """The text of a page, its tables made anew."""
+    """Return the text of a page with its tables generated again."""
     page = _TABLE.sub(lambda found: found[1] + _table(found["record"], found["prefix"]) + found[4], page)
     return _CASE.sub(lambda found: found[1] + _cells(**found.groupdict()), page)
 
@@ -33,7 +33,7 @@ def _table(record: str, prefix: str | None) -> str:
         return "\n".join([*measured["table"], "", where, ""])
     cases = [case for case in measured["cases"] if case["name"].startswith(prefix)]
     if not cases:
-        raise ValueError(f"{record} has no case that begins with {prefix}")
+        raise ValueError(f"{record} has no case whose name begins with {prefix}")
     origin = measured["provenance"]
     return "\n".join(
         [
@@ -91,7 +91,7 @@ def _row(case: dict[str, Any]) -> str:
 
 
 def _times(case: dict[str, Any]) -> list[str]:
-    """PyTorch's time, fastgan's, and the ratio."""
+    """Return PyTorch's time, fastgan's time and the ratio."""
     variants = case["variants"]
     others = [name for name in variants if name not in ("torch", "reference", "fastgan")]
     ratios = {name: _digits(variant["ratio"]["median"]) for name, variant in variants.items()}

@@ -1,4 +1,4 @@
-"""The cases of fastgan.bench through pytest-benchmark: `make bench`."""
+"""Runs the cases of fastgan.bench with pytest-benchmark: `make bench`."""
 
 from __future__ import annotations
 

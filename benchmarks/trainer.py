@@ -1,9 +1,9 @@
-"""Images a second of the whole training step, both players, by fastgan and by PyTorch alone, in turns in one process.
+"""Images per second of the whole training step, with fastgan and with plain PyTorch, in turns in one process.
 
     python benchmarks/trainer.py --turns 7
 
-PyTorch's game is the same game: spectral norm by its parametrization, penalties by its own double backward, minibatch
-statistics by the reference. Results go to benchmarks/results/<device>/trainer.json.
+The PyTorch variant computes the same: spectral norm with its parametrization, penalties with its double backward,
+minibatch statistics with the reference. Results are written to benchmarks/results/<device>/trainer.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from fastgan.bench.heap import keep_freed_memory
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import CRITIC, PRESETS, R3GAN, RESIDUAL, WGAN_GP, ModelConfig, OptimConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.gan import GAN
 
@@ -48,7 +48,7 @@ def build(name: str, kernels: str, device: torch.device) -> GAN:
 def compare(name: str, turns: int, device: torch.device) -> dict[str, Any]:
     games = {kernels: build(name, kernels, device) for kernels in ("fastgan", "torch")}
     times: dict[str, list[float]] = {kernels: [] for kernels in games}
-    for turn in range(-1, turns):  # the first warms up
+    for turn in range(-1, turns):  # the first turn is a warm-up
         for kernels, gan in games.items():
             started = time.perf_counter()
             gan.step()
@@ -72,7 +72,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    keep_freed_memory()  # as `fastgan train` does
+    keep_freed_memory()  # like `fastgan train`
     results = []
     for name in options.games:
         results.append(compare(name, options.turns, device))

@@ -1,9 +1,10 @@
-"""A sweep of `fastgan tune` with two workers, one of them killed on the way; its best settings against the preset's.
+"""Runs `fastgan tune` with two workers, kills one of them, and compares the best settings with the preset's.
 
     python benchmarks/tune.py --trials 12 --steps 3000 --fresh-seeds 8
 
-The sweep judges settings by two seeds, so its best is lucky by selection; here both are trained again with seeds that
-it never saw. Results go to benchmarks/results/<device>/tune-<preset>.json, the study to --study.
+The sweep uses two seeds per setting, so its best result is biased by selection. This script trains the best settings
+and the preset again with seeds that the sweep did not use. Results are written to
+benchmarks/results/<device>/tune-<preset>.json, the study to --study.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import torch
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.device import choose_device, environment
-from fastgan.trainer.mode_collapse import spread
-from fastgan.trainer.tune import FINISHED, Game, TuneConfig, open_study, tune
+from fastgan.trainer.measure.mode_collapse import spread
+from fastgan.trainer.tune.study import FINISHED, Game, TuneConfig, open_study, tune
 
 FIRST_FRESH_SEED = 1000
 
 
 def kill_one(config: TuneConfig, after: int, killed: list[int]) -> None:
-    """Kill one of the workers, as a full memory would, once `after` trials are finished."""
+    """Kill one worker after `after` trials have finished, as the kernel does when memory runs out."""
     study = open_study(config)
     while len(study.get_trials(deepcopy=False, states=FINISHED)) < after:
         time.sleep(1)
@@ -43,7 +44,7 @@ def kill_one(config: TuneConfig, after: int, killed: list[int]) -> None:
 
 
 def judge(config: TrainConfig, seeds: range) -> list[dict[str, Any]]:
-    """The scores of trainings with each seed."""
+    """Train with each seed, and return the scores."""
     found = []
     for seed in seeds:
         game = Game(config, seed, "random-conv")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--fresh-seeds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the trainings with fresh seeds")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads for the training runs with fresh seeds")
     parser.add_argument("--study", type=Path, default=Path("runs/tune-benchmark"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

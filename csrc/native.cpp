@@ -1,4 +1,4 @@
-// fastgan._native: the CPU kernels, as functions of addresses and sizes.  Knows nothing of torch: callers check
+// fastgan._native: the CPU kernels as functions of addresses and sizes.  It does not depend on torch: callers check
 // shapes, keep the memory alive and pass contiguous data.
 #include "bindings/bindings.h"
 
@@ -15,7 +15,7 @@ Isa isa_of(const std::string& name) {
 #ifdef FASTGAN_HAVE_AVX512
   if (name == "avx512" && best_isa() >= Isa::avx512) return Isa::avx512;
 #endif
-  throw std::invalid_argument("instruction set " + name + " is not in this build or not on this processor");
+  throw std::invalid_argument("instruction set " + name + " is not in this build or not supported by this processor");
 }
 
 }  // namespace fastgan

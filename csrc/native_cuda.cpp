@@ -1,4 +1,4 @@
-// fastgan._native_cuda: the CUDA kernels, as functions of addresses, sizes and streams.  Knows nothing of torch:
+// fastgan._native_cuda: the CUDA kernels as functions of addresses, sizes and streams.  It does not depend on torch:
 // callers check shapes, keep the memory alive and pass contiguous data on one device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,7 +33,7 @@ void spectral_norm_backward(const std::string& dtype, const std::vector<LayerRow
 
 using fastgan::cuda::Discrimination;
 
-// (samples, kernels, dims, first, rows); addresses from that of the segments on.
+// (samples, kernels, dims, first, rows); then the addresses, beginning with that of the segments.
 using DiscriminationSizes = std::array<std::int64_t, 5>;
 
 Discrimination discrimination_of(const DiscriminationSizes& s, std::int64_t segments, std::int64_t m) {

@@ -1,4 +1,4 @@
-"""Exact, fast kernels for what makes GAN training stable."""
+"""Exact, fast kernels for the methods that stabilize GAN training."""
 
 from fastgan import nn, ops
 from fastgan._version import __version__

@@ -1,4 +1,4 @@
-"""What can run here, why the rest cannot, and which implementation of an op a call gets."""
+"""Backends: which can run on this machine, why others cannot, and which one an op uses."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._guards import TracingContext
-from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastgan import torch_private
 from fastgan._version import __version__
 
-# Which implementations a device type tries, the best first. On NVIDIA, Triton leads until a CUDA kernel has been
-# measured to beat it (docs/decisions.md); an op whose CUDA kernel wins says so when it registers.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# The backends of each device type, best first. On NVIDIA GPUs, Triton comes first until a CUDA kernel is measured to be
+# faster (docs/decisions.md). An op whose CUDA kernel is faster registers with cuda_first.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "meta": ("reference",)}
 _ORDER_ELSEWHERE = ("triton", "reference")
+_KNOWN = frozenset(("cpu", "cuda", "xpu", "meta"))
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Triton's interpreter runs kernels on CPU tensors; the variable is Triton's own and is read once.
+# Triton's interpreter runs kernels on CPU tensors. Triton defines this variable and reads it once.
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _log = logging.getLogger("fastgan")
@@ -42,7 +39,7 @@ _forced: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot run this op here; the message says why."""
+    """A backend was requested by name and cannot run this op here. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +52,21 @@ _ops: dict[str, _Op] = {}
 
 
 def register(op: str, implementations: dict[str, frozenset[torch.dtype]], *, cuda_first: bool = False) -> None:
-    """Declare an op, the backends that implement it and the dtypes each takes. Called once, by the op's room."""
+    """Declare an op, the backends that implement it and the dtypes that each supports. Each op calls this once."""
     _ops[op] = _Op(implementations, cuda_first)
     _choose.cache_clear()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every fastgan op called inside, in this thread, onto one backend; backward follows its forward.
+    """Run every fastgan op called inside, in this thread, on one backend. A backward uses its forward's backend.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
-        ValueError: ``name`` is none of these.
-        BackendUnavailable: (from the op called) the backend cannot run that op on those tensors here.
+        ValueError: ``name`` is not a backend.
+        BackendUnavailable: (raised by the op) the backend cannot run the op on these tensors on this machine.
     """
     _check_name(name)
     token = _forced.set(name)
@@ -80,44 +77,54 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """Name the backend that runs ``op`` on tensors of this device and dtype.
+    """Return the name of the backend that runs ``op`` on tensors of this device and dtype.
 
-    ``backend`` overrides ``use_backend``. Raises BackendUnavailable if a named backend cannot run it. Inside a
-    transform of torch.func, which sees through PyTorch's own operations alone, it is the reference; where calls are
-    recorded it is the reference too, whatever is named, because a record runs elsewhere. So it is in a penalty that
-    torch.compile traces: its graph is differentiated twice, and compilers fuse PyTorch's operations.
+    ``backend`` overrides ``use_backend``. Inside a torch.func transform, which can only differentiate PyTorch's own
+    operations, it is the reference. If calls are being recorded it is also the reference, even if another backend is
+    named, because the recorded graph may run without fastgan. It is the reference in a penalty that torch.compile
+    traces, too: that graph is differentiated twice, and compilers fuse PyTorch's operations.
+
+    Raises:
+        BackendUnavailable: a named backend cannot run the op.
     """
     if backend is not None:
         _check_name(backend)
     wanted = backend or _forced.get()
     if in_transform():
         if wanted not in ("auto", "reference"):
-            raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a transform of torch.func")
+            raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a torch.func transform")
         return "reference"
     if is_recorded() or is_lowered():
         return "reference"
     return _choose(op, device.type, dtype, wanted)
 
 
+def is_known(device: torch.device) -> bool:
+    """Whether fastgan's formulas run on tensors of this device. Other devices use only PyTorch's operations."""
+    return device.type in _KNOWN
+
+
 def in_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is active."""
+    return torch_private.in_transform()
 
 
 def is_recorded() -> bool:
-    """Whether calls are recorded now: by torch.jit.trace, ONNX export, torch.export, make_fx or torch.fx.
+    """Whether calls are being recorded by torch.jit.trace, ONNX export, torch.export, make_fx or torch.fx.
 
-    A record must hold PyTorch's own operations alone: it is saved, transformed and run where fastgan is not. Modes that
-    only watch (a counter of FLOPs, a profiler, a logger) record nothing. torch.compile doesn't either: what it makes
-    runs here, and can call fastgan's operators.
+    A recorded graph may only contain PyTorch's own operations, because it can be saved, transformed and run without
+    fastgan. Modes that only observe (a FLOP counter, a profiler, a logger) do not record. Neither does torch.compile:
+    its graphs run in this process and can call fastgan's operators.
     """
     if is_lowered():
-        return False  # a penalty's region, whose record torch.compile runs here
-    if torch._C._get_tracing_state() is not None or _is_exporting() or is_fx_symbolic_tracing() or _is_in_penalty():
+        return False  # a region of a penalty, whose record torch.compile runs in this process
+    if _is_in_penalty():
         return True
-    if not (_len_torch_dispatch_stack() or _len_torch_function_stack()):  # as nearly always
+    if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
+        return True
+    if not (torch_private.count_dispatch_modes() or torch_private.count_function_modes()):  # the usual case
         return False
-    modes = (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack())
+    modes = (*torch_private.dispatch_modes(), *torch_private.function_modes())
     return any(type(mode).__name__ in _RECORDERS for mode in modes)
 
 
@@ -161,25 +168,25 @@ def _is_in_penalty() -> bool:
 
 
 def is_plain() -> bool:
-    """Whether calls made now are plain eager calls: neither seen through by torch.func nor recorded.
+    """Whether calls are plain eager calls, neither transformed by torch.func nor recorded.
 
-    Where they are not, fastgan's functions and converted models compute in PyTorch's own operations.
+    Otherwise fastgan's functions and converted models use PyTorch's own operations.
     """
     return not (in_transform() or is_recorded())
 
 
 def forced() -> str:
-    """The backend that ``use_backend`` names, or "auto"."""
+    """Return the backend that ``use_backend`` set, or "auto"."""
     return _forced.get()
 
 
 def is_forced(backend: str | None = None) -> bool:
-    """Whether a backend is asked for by name, as an argument or by ``use_backend``."""
+    """Whether a backend is requested by name, as an argument or with ``use_backend``."""
     return (backend or _forced.get()) != "auto"
 
 
-# torch.compile cannot read a ContextVar: what these say while it traces is a constant of its graph. This is all that
-# torch.compiler.assume_constant_result does, which imports the compiler.
+# torch.compile cannot read a ContextVar, so these functions' results while tracing are constants of its graph. This is
+# what torch.compiler.assume_constant_result does, but that would import the compiler.
 _answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain, is_lowered)
 _answers += (enter_penalty, leave_penalty)
 for _answer in _answers:
@@ -203,14 +210,14 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, wanted: str) -> str:
         order = ("cuda", "triton", "reference")
     reasons = {name: why_not(op, name, device_type, dtype) for name in order}
     chosen = next(name for name in order if reasons[name] is None)
-    if chosen == "reference" and len(_ops[op].implementations) > 1:
+    if chosen == "reference" and len(order) > 1 and len(_ops[op].implementations) > 1:
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
     return chosen
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why ``backend`` cannot run ``op`` here on such tensors, or None if it can."""
+    """Return the reason why ``backend`` cannot run ``op`` on such tensors here, or None if it can."""
     implementations = _ops[op].implementations
     if backend not in implementations:
         return f"{op} has no {backend} implementation"
@@ -225,17 +232,19 @@ def _no_reference(device_type: str) -> str | None:
 
 def _no_cpu(device_type: str) -> str | None:
     if device_type != "cpu":
-        return "it runs on CPU tensors"
+        return "it needs CPU tensors"
     return _import("fastgan._native")[1]
 
 
 def _no_cuda(device_type: str) -> str | None:
     if device_type != "cuda" or torch.version.cuda is None:
-        return "it runs on tensors on an NVIDIA GPU"
+        return "it needs tensors on an NVIDIA GPU"
     return _import("fastgan._native_cuda")[1]
 
 
 def _no_triton(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return "it needs tensors on an NVIDIA, AMD or Intel GPU"
     reason = _import("triton")[1]
     if reason is None and device_type == "cpu" and not TRITON_INTERPRETS:
         return "on CPU tensors it needs TRITON_INTERPRET=1, set before the process starts"
@@ -256,28 +265,28 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(name), None
     except ImportError as error:
         built = build_info().get({"fastgan._native": "native", "fastgan._native_cuda": "cuda"}.get(name, ""), {})
-        return None, f"{name} is not there: {built.get('reason') or error}"
+        return None, f"{name} is not available: {built.get('reason') or error}"
 
 
 def native() -> Any:
-    """The CPU kernels (``fastgan._native``). Call only where ``select`` returned "cpu"."""
+    """Return the CPU kernels (``fastgan._native``). Call this only if ``select`` returned "cpu"."""
     return _import("fastgan._native")[0]
 
 
 def native_cuda() -> Any:
-    """The CUDA kernels (``fastgan._native_cuda``). Call only where ``select`` returned "cuda"."""
+    """Return the CUDA kernels (``fastgan._native_cuda``). Call this only if ``select`` returned "cuda"."""
     return _import("fastgan._native_cuda")[0]
 
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What the build made and what it left out, as written by setup.py; empty when run from a bare source tree."""
+    """Return setup.py's record of which modules were built. It is empty in a source tree that was never built."""
     path = Path(__file__).with_name("_build_info.json")
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def info() -> str:
-    """Devices, versions, build and, for each op and backend, whether it can run here and why not: a table of text."""
+    """Return a text table of devices, versions, the build, and which backends of each op can run here or why not."""
     lines = [f"fastgan {__version__}   torch {torch.__version__}   triton {_version('triton')}"]
     lines.append(f"CPU      {torch.get_num_threads()} threads, {_native_summary()}")
     lines.append(f"GPU      {_gpu_summary()}")

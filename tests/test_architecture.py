@@ -43,6 +43,34 @@ def test_imports_run_one_way(path):
             assert FLOORS.index(other) <= FLOORS.index(room), f"{path} imports {name}"
 
 
+# Inside the trainer too; files that share a floor may import each other.
+TRAINER = [
+    {"errors", "device", "ranks"},
+    {"data"},
+    {"game"},
+    {"config", "checkpoint"},
+    {"models"},
+    {"gan"},
+    {"measure", "run"},
+    {"report", "tune", "verify", "export"},
+    {"loop"},
+]
+
+
+def trainer_floor(part: str) -> int:
+    (floor,) = [number for number, parts in enumerate(TRAINER) if part in parts]
+    return floor
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "trainer").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_inside_the_trainer_run_one_way(path):
+    room = path.relative_to(PACKAGE / "trainer").with_suffix("").parts[0]
+    for name in imported(path):
+        target = name.split(".")
+        if target[:2] == ["fastgan", "trainer"] and len(target) > 2 and room != "__init__":
+            assert trainer_floor(target[2]) <= trainer_floor(room), f"{path} imports {name}"
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_op_imports_the_kernels_of_another(path):
     room = path.relative_to(PACKAGE / "ops").parts[0]

@@ -78,7 +78,7 @@ def test_backward_follows_the_backend_of_its_forward(monkeypatch):
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine with no compiler."""
-    reason = "fastgan._native is not there: no C++ compiler"
+    reason = "fastgan._native is not available: no C++ compiler"
     original = backends._import
     missing = lambda name: (None, reason) if name == "fastgan._native" else original(name)  # noqa: E731
     monkeypatch.setattr(backends, "_import", missing)

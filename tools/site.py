@@ -1,7 +1,7 @@
-"""Pages and files of the documentation site that are made when it is built: a hook of mkdocs (see mkdocs.yml).
+"""Generates pages and files of the documentation site during its build. This is a hook of mkdocs (see mkdocs.yml).
 
-The page on the command line is printed by the commands' own parsers, the changelog is the repository's, and KaTeX comes
-from build/katex/, where ``make docs`` unpacks it.
+The command-line page is generated from the commands' parsers. The changelog is the repository's. KaTeX comes from
+build/katex/, where ``make docs`` unpacks it.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         name = path.relative_to(KATEX).as_posix()
         if name in ("katex.min.js", "katex.min.css", "contrib/auto-render.min.js") or name.endswith(".woff2"):
             files.append(File.generated(config, f"assets/katex/{name}", abs_src_path=str(path)))
-    if not KATEX.exists():  # the pages then show the formulas' source
+    if not KATEX.exists():  # pages then show the source of formulas
         config.extra_css = [name for name in config.extra_css if "katex" not in name]
         config.extra_javascript = [name for name in config.extra_javascript if "katex" not in str(name)]
     return files
 
 
 def command_line() -> str:
-    """The page on the command line, from each command's --help."""
+    """Return the command-line page, from each command's --help."""
     shown = helps([[], ["train"], *COMMANDS.values()])
     whole, presets, *texts = (f"```text\n{text.rstrip()}\n```" for text in shown)
     parts = ["# Command line", "", "Each section is the output of `fastgan COMMAND --help`.", "", whole]
@@ -66,7 +66,7 @@ def command_line() -> str:
 
 
 def helps(commands: list[list[str]]) -> list[str]:
-    """What `fastgan ... --help` prints for each command, all from one process, which imports torch once."""
+    """Return the output of `fastgan ... --help` for each command. One process prints all, to import torch only once."""
     environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     shown = subprocess.run(
         [sys.executable, "-c", PRINT_HELP, json.dumps(commands)],

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sourced: points the build at the compiler and the Python headers that venv.sh unpacked, where it had to.
+# Source this file: it makes the build use the compiler and Python headers that venv.sh unpacked, if any.
 toolchain=${XDG_CACHE_HOME:-$HOME/.cache}/fastgan/toolchain
 if [ -e "$toolchain/bin/c++" ] && [ -z "${CXX:-}" ]; then
     export CXX="$toolchain/bin/c++"

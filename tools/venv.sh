@@ -1,6 +1,6 @@
 #!/bin/sh
-# venv.sh PYTHON VENV pinned|keep: makes VENV, and first what that takes of Debian's packages.
-# Root installs them; anyone else unpacks them into a cache folder.
+# venv.sh PYTHON VENV pinned|keep: creates VENV, and first provides the Debian packages that it needs.
+# Root installs them; other users unpack them into a cache folder.
 set -eu
 python=$1
 venv=$2
@@ -10,7 +10,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/fastgan
 
 ask() { "$python" -c "$1" 2>/dev/null; }
 ask 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "venv.sh: $python is not a Python 3.11 or later; name one with make PYTHON=..." >&2
+    echo "venv.sh: $python is not Python 3.11 or later; choose one with make PYTHON=..." >&2
     exit 1
 }
 has_pip() { ask 'import ensurepip, venv'; }
@@ -27,9 +27,9 @@ if [ "$(ask 'import sys; print(sys.base_prefix)')" = /usr ] && command -v apt-ge
     elif [ "$(id -u)" = 0 ]; then
         echo "installing$missing"
         export DEBIAN_FRONTEND=noninteractive
-        # shellcheck disable=SC2086 # one word a package
+        # shellcheck disable=SC2086 # one word per package
         { apt-get -qq update && apt-get -qq -y --no-install-recommends install $missing; } >/dev/null ||
-            echo "venv.sh: apt-get could not install$missing: going on without" >&2
+            echo "venv.sh: apt-get could not install$missing: continuing without them" >&2
     elif ! has_compiler || ! has_headers; then
         echo "unpacking a C++ compiler and Python's headers into $cache/toolchain"
         if sh "$here/debian-package.sh" --with-dependencies "g++ libpython3-dev" "$cache/toolchain"; then
@@ -43,7 +43,7 @@ exec "\$root/usr/bin/g++" --sysroot="\$root" "\$@"
 END
             chmod +x "$cache/toolchain/bin/c++"
         else
-            echo "venv.sh: going on without: fastgan runs on PyTorch and Triton alone" >&2
+            echo "venv.sh: continuing without a compiler: fastgan will use only PyTorch and Triton" >&2
         fi
     fi
 fi
@@ -61,7 +61,7 @@ else
 fi
 
 if [ "$mode" = keep ]; then
-    # Where $python is itself of a virtual environment, --system-site-packages does not reach that one's packages.
+    # If $python belongs to a virtual environment, --system-site-packages does not include that environment's packages.
     ask 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept-packages.pth"
 fi

@@ -5,7 +5,7 @@
 namespace fastgan {
 namespace {
 
-// planes, then the pooled sizes and those of a window: depth, height, width of each.
+// planes, then depth, height and width of the pooled tensor, and of a window.
 using PoolSizes = std::array<std::int64_t, 7>;
 
 PoolShape shape_of(const PoolSizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}; }

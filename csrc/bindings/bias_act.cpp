@@ -5,7 +5,7 @@
 namespace fastgan {
 namespace {
 
-// Addresses in the order of the fields of the structs; (outer, channels, inner); the activation's name and numbers.
+// Addresses are in the order of the structs' fields.  Then (outer, channels, inner), the activation and its parameters.
 using BiasActSizes = std::array<std::int64_t, 3>;
 using BiasActNumbers = std::tuple<std::string, double, double, double>;
 

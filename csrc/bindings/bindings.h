@@ -1,4 +1,4 @@
-// What the files of this folder share: each puts the functions of one op into fastgan._native.
+// Declarations for the files of this folder.  Each file adds the functions of one op to fastgan._native.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@ namespace fastgan {
 
 namespace py = pybind11;
 
-// Throws std::invalid_argument for an instruction set that this build or this processor does not have.
+// Throws std::invalid_argument for an instruction set that this build or this processor does not support.
 Isa isa_of(const std::string& name);
 
 void bind_avg_pool(py::module_& m);

@@ -8,7 +8,7 @@
 namespace fastgan {
 namespace {
 
-// Sizes of x and y, the kernel, stride, padding and dilation: of rows, then of columns.
+// Sizes of x, y and the kernel, then stride, padding and dilation, for rows and for columns.
 using Dimensions = std::array<std::array<std::int64_t, 6>, 2>;
 
 ConvDimension dimension_of(const std::array<std::int64_t, 6>& d) { return {d[0], d[1], d[2], d[3], d[4], d[5]}; }

@@ -5,7 +5,7 @@
 namespace fastgan {
 namespace {
 
-// (samples, kernels, dims, first, rows, segments) and the addresses of order and ends.
+// (samples, kernels, dims, first, rows, segments), then the addresses of order and ends.
 using DiscriminationSizes = std::array<std::int64_t, 6>;
 
 DiscriminationShape shape_of(const DiscriminationSizes& s, std::int64_t order, std::int64_t ends) {

@@ -5,7 +5,7 @@
 namespace fastgan {
 namespace {
 
-// As the fields of MinibatchStddevShape; addresses in the order of the fields of the structs.
+// The fields of MinibatchStddevShape.  Addresses are in the order of the structs' fields.
 using StddevSizes = std::array<std::int64_t, 6>;
 
 MinibatchStddevShape shape_of(const StddevSizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }

@@ -5,7 +5,7 @@
 namespace fastgan {
 namespace {
 
-// The fields of NormShape in their order; addresses in the order of the fields of the structs.
+// The fields of NormShape in order.  Addresses are in the order of the structs' fields.
 using Sizes = std::array<std::int64_t, 6>;
 
 NormShape norm_shape_of(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5] != 0}; }

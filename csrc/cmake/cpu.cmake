@@ -2,7 +2,7 @@ include(CheckCXXCompilerFlag)
 
 add_library(cpu_flags INTERFACE)
 target_link_libraries(cpu_flags INTERFACE fastgan_flags)
-# Neither changes a result: errno and the exception flags are never read.
+# These flags change no results: errno and the exception flags are never read.
 set(math_flags -fno-math-errno -fno-trapping-math)
 target_compile_options(cpu_flags INTERFACE ${math_flags})
 
@@ -10,7 +10,7 @@ set(flags_avx2 -mavx2 -mfma -mf16c)
 set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
 
 set(isas baseline)
-set(FASTGAN_ISAS avx2 avx512 CACHE STRING "What is built beside the baseline, where the compiler knows it")
+set(FASTGAN_ISAS avx2 avx512 CACHE STRING "Instruction sets to build in addition to the baseline, if supported")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   foreach(isa ${FASTGAN_ISAS})
     list(JOIN flags_${isa} " " flags)
@@ -28,12 +28,12 @@ if(OpenMP_CXX_FOUND)
   target_link_libraries(cpu_flags INTERFACE OpenMP::OpenMP_CXX)
   set(openmp ON)
 else()
-  # The pragmas are meant to vanish.
+  # Without OpenMP the pragmas have no effect.
   target_compile_options(cpu_flags INTERFACE -Wno-unknown-pragmas)
   set(openmp OFF)
 endif()
 
-# For the kernels alone: the bindings are templates of others, and slow to compile so.
+# Only for the kernels: the bindings consist of other libraries' templates, and compile slowly with sanitizers.
 if(FASTGAN_SANITIZE)
   set(sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all)
   set(sanitized ${sanitizers} -fno-omit-frame-pointer -g1)
@@ -41,8 +41,8 @@ if(FASTGAN_SANITIZE)
 endif()
 
 file(GLOB ops CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cpu/*.cpp)
-# The linker keeps the first copy of an inline function that several objects hold, so the order here,
-# narrowest set first, is what keeps AVX code out of the functions that every machine runs.
+# If several objects contain the same inline function, the linker keeps the first copy. The narrowest instruction set
+# must therefore come first, to keep AVX code out of functions that run on every machine.
 foreach(isa ${isas})
   add_library(cpu_${isa} OBJECT ${ops})
   target_link_libraries(cpu_${isa} PRIVATE cpu_flags)
@@ -53,7 +53,7 @@ endforeach()
 
 file(GLOB bindings CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/bindings/*.cpp)
 pybind11_add_module(_native MODULE NO_EXTRAS native.cpp ${bindings} ${objects})
-# As one file: each alone takes almost as long, most of it in pybind11's headers.
+# One unity file: each file alone takes almost as long, mostly for pybind11's headers.
 set_target_properties(_native PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
 target_link_libraries(_native PRIVATE cpu_flags)
 if(NOT FASTGAN_SANITIZE AND NOT APPLE)

@@ -3,7 +3,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   check_language(CUDA)
 endif()
 
-# Before enable_language, which would otherwise settle on the compiler's own default.
+# Must come before enable_language, which would otherwise choose the compiler's default.
 if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE supported)
   foreach(arch 80 86 89 90 100 120)
@@ -22,7 +22,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
 file(GLOB kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cu)
 pybind11_add_module(_native_cuda MODULE NO_EXTRAS native_cuda.cpp ${kernels})
-# Static: the module imports where there is no driver and never meets torch's copy of the runtime.
+# Static, so that the module imports without a driver and never conflicts with torch's copy of the runtime.
 set_target_properties(_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(_native_cuda PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(_native_cuda PRIVATE fastgan_flags)
@@ -37,7 +37,7 @@ if(FASTGAN_PTXAS_REPORT)
     _native_cuda PROPERTIES CUDA_COMPILER_LAUNCHER
                             "sh;${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas-report.sh;${CMAKE_CURRENT_BINARY_DIR}/ptxas")
 else()
-  # Architectures side by side; not with a report, whose lines would interleave.
+  # Compile architectures in parallel, but not with a report, whose lines would interleave.
   target_compile_options(_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2>)
 endif()
 

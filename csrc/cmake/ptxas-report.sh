@@ -1,5 +1,5 @@
 #!/bin/sh
-# ptxas-report.sh DIR NVCC...  runs the compiler and keeps what it says in DIR/<source>.txt
+# ptxas-report.sh DIR NVCC...: runs the compiler and writes its messages to DIR/<source>.txt
 set -u
 dir=$1
 shift

@@ -1,4 +1,4 @@
-// How Python names what the kernels take.  For the two modules' own files: kernels do not include it.
+// Conversions from Python's arguments to the kernels' types.  Only the two modules' own files include this.
 #pragma once
 
 #include <array>

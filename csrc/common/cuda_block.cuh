@@ -1,11 +1,11 @@
-// What the threads of a block share: conversions, 16-byte vectors, sums in a fixed order, dynamic shared memory.
+// Block-level helpers: conversions, 16-byte vectors, sums in a fixed order, dynamic shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// A macro, so that an emulation on the CPU can give each block its own.
+// This is a macro, so that an emulation on the CPU can give each block its own memory.
 #ifndef FASTGAN_DYNAMIC_SHARED
 #define FASTGAN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
@@ -31,7 +31,7 @@ __device__ inline void store(double& x, double value) { x = value; }
 __device__ inline void store(__half& x, float value) { x = __float2half_rn(value); }
 __device__ inline void store(__nv_bfloat16& x, float value) { x = __float2bfloat16_rn(value); }
 
-// kWidth elements that are read and written at once.
+// kWidth elements that are read and written together.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T at[kWidth];
@@ -45,11 +45,11 @@ __device__ T warp_sum(T x) {
   return x;
 }
 
-// The sum over the block, to every thread.  `memory` holds one T a warp.
+// Returns the sum over the block in every thread.  `memory` holds one T per warp.
 template <class T, int kThreads>
 __device__ T block_sum(T x, T* memory) {
   x = warp_sum(x);
-  __syncthreads();  // whoever still reads the sum before
+  __syncthreads();  // some threads may still be reading the previous sum
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = x;
   __syncthreads();
   T sum = 0;

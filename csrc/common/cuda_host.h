@@ -1,4 +1,4 @@
-// CUDA's error codes as exceptions, the device as a scope, and scratch memory in the order of a stream.
+// CUDA errors as exceptions, a scope for the current device, and stream-ordered scratch memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,19 +14,19 @@ namespace fastgan {
 
 inline void check_cuda(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // an error of this call must not be reported again by the next
+  cudaGetLastError();  // clear the error, so that the next call does not report it again
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
 }
 #define FASTGAN_CUDA(call) ::fastgan::check_cuda(call, #call)
 
-// The device that holds `address` is the current one while this lives: a default stream belongs to no device.
+// Makes the device of `address` current for its lifetime, because a default stream belongs to no device.
 class DeviceOf {
  public:
   explicit DeviceOf(const void* address) {
     cudaPointerAttributes attributes;
     FASTGAN_CUDA(cudaPointerGetAttributes(&attributes, address));
     if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-      throw std::runtime_error("an address that is not on a CUDA device");
+      throw std::runtime_error("the address is not on a CUDA device");
     device_ = attributes.device;
     FASTGAN_CUDA(cudaGetDevice(&before_));
     if (device_ != before_) FASTGAN_CUDA(cudaSetDevice(device_));
@@ -48,8 +48,8 @@ class DeviceOf {
   int device_ = 0, before_ = 0;
 };
 
-// Uninitialised device memory, given back in the order of the stream.  The pool is our own and keeps what it has:
-// the default one would return memory to the driver at every synchronisation.
+// Uninitialized device memory, freed in stream order.  It has its own pool, which keeps freed memory: the default pool
+// would return memory to the driver at every synchronization.
 class Scratch {
  public:
   Scratch(const DeviceOf& device, std::size_t bytes, cudaStream_t stream) : stream_(stream) {

@@ -1,4 +1,4 @@
-// Storage types and the types that sums over them are kept in.
+// Storage types and the types for sums over them.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 namespace fastgan {
 namespace FASTGAN_ISA {
 
-// float16 and bfloat16 as bits: conversions written with integers, so that any instruction set vectorises them.
+// float16 and bfloat16 as bits.  Conversions use integer arithmetic, so that they vectorize on any instruction set.
 struct Half {
   std::uint16_t bits;
 };
@@ -58,8 +58,8 @@ inline void store(Half& x, float value) {
   const std::uint32_t bits = to_bits(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  // Normal halves: drop 13 bits of mantissa, to nearest, ties to even.  Subnormals: let a float addition round
-  // at the weight of the last half bit.
+  // Normal halves: drop 13 bits of the mantissa, to nearest, ties to even.  Subnormals: a float addition rounds at the
+  // weight of the last bit.
   const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const std::uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;

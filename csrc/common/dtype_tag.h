@@ -1,4 +1,4 @@
-// How a kernel is told the dtype of the tensors behind its addresses.
+// Tells a kernel the dtype of the tensors behind its addresses.
 #pragma once
 
 namespace fastgan {

@@ -1,7 +1,7 @@
-// One source file an op, compiled once an instruction set; the best one that this processor has is picked at run time.
+// Each op has one source file, compiled once per instruction set. The best set of this processor is chosen at run time.
 //
-// FASTGAN_ISA names the namespace of each compilation.  Everything that a kernel file instantiates must live in it:
-// a symbol shared between the compilations would let the linker put AVX-512 code under a baseline caller.
+// FASTGAN_ISA is the namespace of each compilation.  Everything that a kernel file instantiates must be in it:
+// with a symbol shared between compilations, the linker could put AVX-512 code under a baseline caller.
 #pragma once
 
 namespace fastgan {

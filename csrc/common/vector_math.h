@@ -1,8 +1,8 @@
-// exp, log1p and erfc without branches or tables: loops over them vectorise on any instruction set.
+// exp, log1p and erfc without branches or tables, so that loops over them vectorize on any instruction set.
 //
-// Relative errors over the domains given, found by comparing with double (float) and with 60 digits (double), in units
-// of the last place: exp_minus 2, expm1 of it 3, log1p 2; erfcx 4.  Polynomials: Chebyshev fits, truncation below half
-// a unit of the last place each.  NaN in, NaN out.
+// Maximum relative errors over the given domains, compared with double (for float) and with 60 digits (for double), in
+// units of the last place: exp_minus 2, expm1 of it 3, log1p 2, erfcx 4.  Polynomials are Chebyshev fits, each with a
+// truncation error below half a unit of the last place.  NaN in gives NaN out.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ inline std::uint64_t to_bits(double value) {
   return bits;
 }
 
-// c[0] + c[1] x + ..., without a loop, which would keep the one around it from being vectorised.
+// c[0] + c[1] x + ...  It has no loop, because an inner loop would prevent vectorization of the outer one.
 template <std::size_t kFirst = 0, class A, std::size_t kCount>
 inline A polynomial(const A (&c)[kCount], A x) {
   if constexpr (kFirst + 1 == kCount)
@@ -37,9 +37,9 @@ struct Constants;
 
 template <>
 struct Constants<float> {
-  static constexpr float kLowest = -87.3f;  // below, exp is no normal number: taken as 0
+  static constexpr float kLowest = -87.3f;  // below, exp is subnormal and is taken as 0
   static constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  // Added to n, leaves n + 127 in the last bits, which the shift puts where the exponent is.
+  // Adding this to n leaves n + 127 in the last bits; a shift then moves it to the exponent.
   static constexpr float kShift = 12582912.0f + 127.0f;
   static constexpr int kMantissa = 23;
   static constexpr float kExp[] = {0.5f, 0.166665734f, 0.0416665501f, 0.00836377387f, 0.00139269266f};
@@ -107,8 +107,8 @@ inline A log1p_unit(A w) {
   return s * (2 + z * polynomial(Constants<A>::kLog1p, z));
 }
 
-// exp(z^2) erfc(z) for z >= 0, a rational function of z by t = (z - k) / (z + k); beyond 40, its value at 40, which
-// exp(-z^2) makes zero.
+// exp(z^2) erfc(z) for z >= 0, a rational function of z through t = (z - k) / (z + k).  Beyond 40 it returns its value
+// at 40, which the factor exp(-z^2) turns into zero.
 template <class A>
 inline A erfcx(A z) {
   constexpr A k = Constants<A>::kErfcxPole;

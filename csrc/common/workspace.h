@@ -18,7 +18,7 @@
 namespace fastgan {
 namespace FASTGAN_ISA {
 
-// Uninitialised, aligned to a cache line.
+// Uninitialized memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
@@ -34,7 +34,7 @@ class Buffer {
   T* data_;
 };
 
-// A large output is memory that its allocator has just mapped: first touches in 4 KB pages cost as much as the kernel.
+// A large output is often newly mapped memory. Page faults on its 4 KB pages cost as much as the kernel.
 inline void ask_for_huge_pages(void* begin, std::int64_t bytes) {
 #ifdef __linux__
   constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
@@ -47,15 +47,15 @@ inline void ask_for_huge_pages(void* begin, std::int64_t bytes) {
 #endif
 }
 
-// No barrier waits for stores past the caches (cpu/stream.h).
+// A barrier does not wait for stores that bypass the caches (cpu/stream.h).
 inline void finish_streams() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// body(i) for i in [0, n).  The static schedule gives a thread the same indices in every loop over the same n, so
-// that what one phase left in its core's cache the next one finds there.
+// body(i) for i in [0, n).  The static schedule gives a thread the same indices in every loop over the same n, so that
+// data from one phase is still in its core's cache in the next.
 template <class Body>
 void parallel_for(std::int64_t n, int threads, const Body& body) {
 #ifdef _OPENMP
@@ -74,7 +74,7 @@ void parallel_for(std::int64_t n, int threads, const Body& body) {
   finish_streams();
 }
 
-// body(thread, threads) once in each of at most so many threads.
+// body(thread, threads) once in each thread, with at most the given number of threads.
 template <class Body>
 void each_thread(int threads, const Body& body) {
 #ifdef _OPENMP
@@ -92,7 +92,7 @@ void each_thread(int threads, const Body& body) {
   finish_streams();
 }
 
-// body(i, thread) for i in [0, n), thread in [0, threads): whichever thread is free takes the next.
+// body(i, thread) for i in [0, n), thread in [0, threads).  The next free thread takes the next index.
 template <class Body>
 void each_task(std::int64_t n, int threads, const Body& body) {
 #ifdef _OPENMP

@@ -1,4 +1,4 @@
-// Smooth activations at u: the value f, the first and the second derivative.  A loop pays for what it uses.
+// Smooth activations at u: the value f, and its first and second derivatives.  A loop computes only what it uses.
 #pragma once
 
 #include "common/vector_math.h"
@@ -12,7 +12,7 @@ struct At {
   A f, first, second;
 };
 
-// Everything from e = exp(-|u|) <= 1: nothing overflows, and no digits are lost in either tail.
+// Everything is computed from e = exp(-|u|) <= 1, so that nothing overflows and both tails keep full precision.
 template <class A>
 struct Logistic {
   A e, value, slope;
@@ -90,7 +90,7 @@ struct GeluTanh {
   }
 };
 
-// y = tanh(u) is kept and not u: the derivative by u, and that one's by y.
+// Stores y = tanh(u) instead of u.  Gives the derivative by u, and the derivative of that by y.
 struct TanhOfY {
   template <class A>
   static At<A> at(A y) {

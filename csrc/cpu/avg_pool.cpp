@@ -1,9 +1,9 @@
-// Average pooling by windows that tile the input, and its transpose: memory-bound, one read and one write.
+// Average pooling with windows that tile the input, and its transpose.  Memory-bound: one read and one write.
 //
-// Both work on rows of pooled elements and on the kd kh rows of the input under each, a line at a time.  The width of a
-// window is a constant where it is 2, which is nearly always: with another the compiler cannot take lines apart.
-// Elements are added one by one, and divided, in PyTorch's order: the same bits, hence the same signs in the next
-// layer.
+// Both process a row of pooled elements, together with the kd kh input rows under it, one line at a time.  The window
+// width is a compile-time constant if it is 2, the usual case: with a variable width the compiler cannot deinterleave
+// lines.  Elements are added one by one, then divided, in PyTorch's order.  The results are the same bits, so the next
+// layer sees the same signs.
 #include "cpu/avg_pool.h"
 
 #include <type_traits>
@@ -15,20 +15,20 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kLine = 1024;       // pooled elements: a line of sums stays in the nearest cache
-constexpr std::int64_t kSerial = 1 << 15;  // elements under which waking threads costs more than it brings
-constexpr std::int64_t kTasks = 256;       // that are enough for any machine
+constexpr std::int64_t kLine = 1024;       // pooled elements: a line of sums stays in the L1 cache
+constexpr std::int64_t kSerial = 1 << 15;  // fewer elements run serially: waking threads would cost more than it saves
+constexpr std::int64_t kTasks = 256;       // enough tasks for any machine
 
 template <class T>
 using Accumulator = typename Accumulate<T>::type;
 
-// body(pooled element, element of x under its first) at the beginning of each line of each row of x.
+// body(pooled element, first element of x under it) at the start of each line of each row of x.
 template <class Body>
 void each_line(const PoolShape& s, int threads, const Body& body) {
   const std::int64_t rows = s.pooled_rows(), tasks = rows < kTasks ? rows : kTasks;
   parallel_for(tasks, s.size() < kSerial ? 1 : threads, [&](std::int64_t task) {
     for (std::int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
-      const std::int64_t h = row % s.height, slice = row / s.height;  // of plane and depth
+      const std::int64_t h = row % s.height, slice = row / s.height;  // plane and depth
       const std::int64_t above = (slice * s.kd * s.height + h) * s.kh * s.width * s.kw;
       for (std::int64_t first = 0; first < s.width; first += kLine) {
         const std::int64_t size = s.width - first < kLine ? s.width - first : kLine;
@@ -38,7 +38,7 @@ void each_line(const PoolShape& s, int threads, const Body& body) {
   });
 }
 
-// body(element of x) for the kd kh rows under a pooled one.
+// body(element of x) for the kd kh rows under a pooled row.
 template <class Body>
 void each_row_under(const PoolShape& s, std::int64_t first, const Body& body) {
   const std::int64_t row = s.width * s.kw, slice = s.height * s.kh * row;
@@ -78,7 +78,7 @@ void transpose(const T* y, T* x, const PoolShape& s, double divisor, Width kw, i
   });
 }
 
-// body(a value of the type that dtype names, the width of a window)
+// body(a value of the type that dtype names, window width)
 template <class Body>
 void dispatch(Dtype dtype, std::int64_t kw, const Body& body) {
   const auto of_width = [&](auto type) {

@@ -6,7 +6,7 @@
 
 namespace fastgan {
 
-// Windows that tile a contiguous tensor: planes of (depth, height, width) pooled, each of (kd, kh, kw) elements.
+// Windows that tile a contiguous tensor: planes of (depth, height, width) pooled elements, (kd, kh, kw) inputs each.
 struct PoolShape {
   std::int64_t planes, depth, height, width, kd, kh, kw;
 
@@ -15,7 +15,7 @@ struct PoolShape {
   std::int64_t size() const { return pooled_rows() * width * window(); }
 };
 
-// avg_pool: y = the sum of each window of x over the divisor.  avg_pool_transpose: its transpose, from y to x.
+// avg_pool: y = sum of each window of x / divisor.  avg_pool_transpose: the transpose, from y to x.
 #define FASTGAN_DECLARE(isa)                                                                             \
   namespace isa {                                                                                        \
   void avg_pool(Dtype, const void* x, void* y, const PoolShape&, double divisor, int threads);           \

@@ -6,14 +6,14 @@
 
 namespace fastgan {
 
-// Elements as they lie in memory, (outer, channels, inner); a bias has one value a channel.
+// Elements in memory order, (outer, channels, inner).  A bias has one value per channel.
 struct BiasActShape {
   std::int64_t outer, channels, inner;
 
   std::int64_t size() const { return outer * channels * inner; }
 };
 
-// The last two take the result of their function as x: what the derivatives need is known from it.
+// The last two take their function's result as x: it determines the derivatives.
 enum class Activation {
   linear,
   relu,
@@ -28,20 +28,20 @@ enum class Activation {
   sigmoid_of_y
 };
 
-// y = gain act(x + bias), cut off at -clamp and clamp, which may be infinite.
+// y = gain act(x + bias), clamped to [-clamp, clamp], which may be infinite.
 struct BiasActOptions {
   Activation activation;
   double negative_slope, gain, clamp;
 };
 
-// Tensors are of one dtype, biases and their gradients of its accumulation type; null: absent, or not wanted.
-// signs, inside: a bit an element, of words of 32, the first element lowest: where x + bias > 0; where not cut off.
+// Tensors have one dtype; biases and their gradients have its accumulation type.  Null: absent, or not requested.
+// signs, inside: one bit per element in words of 32, first element lowest: x + bias > 0; not clamped.
 struct PiecewiseForward {
   const void *x, *bias;
   void* y;
   std::uint32_t *signs, *inside;
 };
-// out = (g + bias) times the slope of each element, sums = out summed for each channel.
+// out = (g + bias) times the slope of each element; sums = out summed per channel.
 struct PiecewiseApply {
   const void *g, *bias;
   const std::uint32_t *signs, *inside;

@@ -1,8 +1,8 @@
-// How an element-wise function with a bias goes over memory: in lines that stay in the nearest cache, where half
-// precision is converted and a channel's bias is spread, so that one loop serves every dtype and shape.
+// How an element-wise function with a bias traverses memory: in lines that stay in the L1 cache.  There, half precision
+// is converted and the bias of each channel is expanded, so that one loop serves every dtype and shape.
 //
-// Sums over a channel are of the accumulation type within a line and double beyond it.  Tasks are ranges of lines that
-// depend on the shape alone, and their sums are added in order: the same bits on any number of threads.
+// Sums over a channel use the accumulation type within a line and double beyond it.  Tasks are ranges of lines that
+// depend only on the shape, and their sums are added in order, so any number of threads gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,13 @@ namespace FASTGAN_ISA {
 namespace {
 
 constexpr std::int64_t kLine = 1024;    // elements; a multiple of a word's 32
-constexpr std::int64_t kTasks = 256;    // that are enough for any machine
-constexpr std::int64_t kTaskLines = 4;  // under which starting a task shows
+constexpr std::int64_t kTasks = 256;    // enough tasks for any machine
+constexpr std::int64_t kTaskLines = 4;  // with fewer lines, the cost of starting a task is visible
 
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
-// Called for every line: inlined, they would take long to compile and run no faster.
+// Called for every line.  Inlining would take long to compile and run no faster.
 #if defined(__GNUC__)
 #define FASTGAN_ONE_COPY __attribute__((noinline))
 #else
@@ -34,7 +34,7 @@ struct Line {
   std::int64_t begin, size;
 };
 
-// Stands for an operand that is absent.  Made at the first call: not before this instruction set was chosen.
+// Stands for an absent operand.  Created at the first call, so that no code runs before the instruction set is chosen.
 template <class A>
 const A* zeros() {
   static const A values[kLine] = {};
@@ -67,7 +67,7 @@ struct Operand {
     return static_cast<const A*>(tensor) + line.begin;
   }
 
-  // A bias, an element of the line each.
+  // The bias as one element per element of the line.
   FASTGAN_ONE_COPY const A* spread(const void* bias, const BiasActShape& shape, const Line& line) {
     if (bias == nullptr) return zeros<A>();
     const A* values = static_cast<const A*>(bias);
@@ -89,7 +89,7 @@ struct Operand {
     return buffer;
   }
 
-  // Where the values of a line are written, before they go through `write`.
+  // Buffer for the values of a line, before `write` stores them.
   A* target(void* tensor, Dtype dtype, const Line& line) {
     if (tensor == nullptr || dtype == Dtype::f16 || dtype == Dtype::bf16) return buffer;
     return static_cast<A*>(tensor) + line.begin;
@@ -130,7 +130,7 @@ FASTGAN_ONE_COPY void gather(const A* values, const BiasActShape& shape, const L
   }
 }
 
-// body(line, sums of this task or null) for every line; sums_of (channels), if wanted, gets what the bodies gather.
+// body(line, sums of this task or null) for every line.  sums_of (channels), if not null, receives the bodies' sums.
 template <class A, class Body>
 void over_lines(const BiasActShape& shape, void* sums_of, std::int64_t serial, int threads, const Body& body) {
   const std::int64_t size = shape.size(), lines = (size + kLine - 1) / kLine;

@@ -1,10 +1,10 @@
-// linear, relu and leaky_relu of x + bias, times gain, cut off at +-clamp: linear in pieces.
+// linear, relu and leaky_relu of x + bias, times gain, clamped to +-clamp: piecewise linear.
 //
-//     y = s(x + b) (x + b)    s(u) = gain where u > 0, gain * negative_slope elsewhere, 0 where |y| is cut off
+//     y = s(x + b) (x + b)    s(u) = gain if u > 0, otherwise gain * negative_slope; 0 if |y| is clamped
 //
-// All that a derivative needs is which piece an element is in: one bit, and a second where there is a clamp.  With S
-// the diagonal matrix of the slopes, dx = S dy and db = sum dx; for the gradients H and k of these, by dy = S (H + k).
-// So one operator, (g, k) -> (S (g + k), its sum over each channel), is every derivative, and its own transpose.
+// A derivative only needs to know the piece of each element: one bit, and a second one with a clamp.  With S the
+// diagonal matrix of slopes, dx = S dy and db = sum dx.  For gradients H and k of these, by dy = S (H + k).
+// So one operator, (g, k) -> (S (g + k), its sum over each channel), is every derivative and its own transpose.
 //
 // Bytes: forward one read, one write, 1/32 of each for the bits; a derivative the same, where autograd reads x or y.
 #include <cmath>
@@ -22,7 +22,7 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kSerial = 1 << 15;  // elements under which waking threads costs more than they bring
+constexpr std::int64_t kSerial = 1 << 15;  // fewer elements run serially: waking threads would cost more than it saves
 constexpr std::int64_t kWord = 32;
 
 struct Bits {
@@ -31,7 +31,7 @@ struct Bits {
     for (int i = 0; i < kWord; ++i) of[i] = std::uint32_t{1} << i;
   }
 };
-constexpr Bits kBit;  // a table: the smallest instruction set has no shift by lane
+constexpr Bits kBit;  // a table, because the baseline instruction set has no per-lane shift
 
 template <class A>
 struct Slopes {
@@ -43,7 +43,7 @@ struct Slopes {
         clamp(static_cast<A>(o.clamp)) {}
 };
 
-// word(first, count) for the words of a line, of which all but the last are whole: count is a constant there.
+// word(first, count) for the words of a line.  All but the last are complete, and there count is a constant.
 template <class Word>
 inline void each_word(std::int64_t size, const Word& word) {
   std::int64_t i = 0;
@@ -51,8 +51,8 @@ inline void each_word(std::int64_t size, const Word& word) {
   if (i < size) word(i, static_cast<int>(size - i));
 }
 
-// Bit i: not u[i] <= 0, so that NaN counts as above.  Compilers make of the loop a reduction that costs as much again
-// as the activation; processors have an instruction.
+// Bit i: not u[i] <= 0, so that NaN counts as above.  Compilers turn the loop into a reduction that doubles the cost of
+// the activation, but processors have an instruction for it.
 template <class A>
 inline std::uint32_t where_above(const A* u, int count) {
   std::uint32_t above = 0;
@@ -84,7 +84,7 @@ void put_signs(const A* u, std::int64_t size, std::uint32_t* signs) {
   each_word(size, [&](std::int64_t first, auto count) { signs[first / kWord] = where_above(u + first, count); });
 }
 
-// Cuts the values off, and notes where that changed nothing.
+// Clamps the values, and records which ones did not change.
 template <class A>
 void cut_off(A* y, std::int64_t size, A clamp, std::uint32_t* inside) {
   each_word(size, [&](std::int64_t first, auto count) {
@@ -100,10 +100,10 @@ void cut_off(A* y, std::int64_t size, A clamp, std::uint32_t* inside) {
   }
 }
 
-// kRelu: not a slope of 0, of which infinity makes NaN.  y may be x.
+// kRelu: zero directly instead of multiplying by a slope of 0, which turns infinity into NaN.  y may be x.
 //
-// One loop after the other over a line in the nearest cache: bits stored in between values take turns with them on
-// their way to the next cache, and cost half as much time again.
+// Two separate loops over a line in the L1 cache.  Storing bits between values would interleave both on their way to
+// the next cache, and take half as much time again.
 template <bool kRelu, class A>
 void forward_line(const A* x, const A* bias, A* y, std::int64_t size, Slopes<A> s, std::uint32_t* signs,
                   std::uint32_t* inside) {
@@ -138,7 +138,7 @@ template <class A>
 using ApplyLine = void (*)(const A* g, const A* bias, const std::uint32_t* signs, const std::uint32_t* inside, A* out,
                            std::int64_t size, Slopes<A>);
 
-// select(relu, clamp, bias) with the three as constants.
+// select(relu, clamp, bias) with all three as constants.
 template <class Select>
 auto with_constants(bool relu, bool clamp, bool bias, const Select& select) {
   const auto third = [&](auto r, auto c) {

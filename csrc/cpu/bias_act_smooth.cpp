@@ -1,14 +1,14 @@
-// silu, gelu, tanh, sigmoid and softplus of x + bias, times gain, cut off at +-clamp.  With u = x + b, p = gain f(u)
-// and m = gain where |p| <= clamp, 0 elsewhere:
+// silu, gelu, tanh, sigmoid and softplus of x + bias, times gain, clamped to +-clamp.  With u = x + b, p = gain f(u)
+// and m = gain if |p| <= clamp, otherwise 0:
 //
-//     y = p, cut off      dx = m f'(u) dy      db = sum dx
+//     y = p, clamped      dx = m f'(u) dy      db = sum dx
 //
 // and for gradients H and k of dx and db, with G = H + k:
 //
 //     by dy = m f'(u) G   by x = m f''(u) dy G   by b = sum by x
 //
 // Bytes: forward one read and one write; backward two reads and one write; double backward three reads and two writes.
-// Work: one exponential an element and about thirty multiplications and additions each.
+// Work: one exponential per element and about thirty multiplications and additions each.
 #include <stdexcept>
 
 #include "cpu/activations.h"
@@ -19,7 +19,7 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kSerial = 1 << 13;  // elements under which waking threads costs more than they bring
+constexpr std::int64_t kSerial = 1 << 13;  // fewer elements run serially: waking threads would cost more than it saves
 
 template <class A>
 struct Scale {
@@ -96,7 +96,7 @@ Lines<A> lines_of(Activation activation) {
     case Activation::sigmoid_of_y:
       return of(SigmoidOfY{});
     default:
-      throw std::invalid_argument("this activation is linear in pieces");
+      throw std::invalid_argument("this activation is piecewise linear");
   }
 }
 

@@ -1,17 +1,17 @@
-// The gradient of a convolution's input where that has few channels, as images have.
+// The gradient of a convolution's input if that has few channels, as images do.
 //
-// Vendor libraries keep a register's lanes full by channels, of which three leave most idle.  Here the lanes are the
-// columns of dy.  A row h of dx is made of the rows oh of dy under which a row k of the kernel met it:
+// Vendor libraries fill vector lanes with channels; three channels leave most lanes idle.  Here the lanes are columns
+// of dy.  A row h of dx depends on the rows oh of dy that meet it through a row k of the kernel:
 //
 //   product (ci, l)[ow] = sum over (k, oh), co of W[co, ci, k, l] dy[co, oh, ow]     a matrix product
 //   dx[ci, h, stride ow + dilation l - padding] += product (ci, l)[ow]               a few shifted sums
 //
-// Columns of dx that are equal modulo the stride are sums of the same products, each shifted by a number of columns of
-// its own; products lie between zeros, so that all are summed by whole vectors.
+// Columns of dx that are equal modulo the stride are sums of the same products, each shifted by its own number of
+// columns.  Products have zeros between them, so that all sums use whole vectors.
 //
-// The floor: dy read once, and 2 kh kw / stride^2 operations for each element of dx and channel of dy.  Rows of dy are
-// packed, so that the channels of one, which lie a plane apart in memory, do not fight for the same lines of the cache.
-// Sums are taken in the same order whatever the number of threads.
+// The floor: one read of dy, and 2 kh kw / stride^2 operations per element of dx and channel of dy.  Rows of dy are
+// packed: their channels are a plane apart in memory, and would compete for the same cache lines.  Sums are taken in
+// the same order for any number of threads.
 #include "cpu/conv_input_gradient.h"
 
 #include <algorithm>
@@ -25,12 +25,12 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kSerial = 1 << 20;  // operations under which waking threads costs more than it brings
-constexpr std::int64_t kTasks = 64;        // rows of dy that two tasks share are packed by both
+constexpr std::int64_t kSerial = 1 << 20;  // fewer operations run serially: waking threads costs more than it saves
+constexpr std::int64_t kTasks = 64;        // rows of dy that two tasks share are packed twice
 
 std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The rows of one product that are kept in registers, times kVectors vectors of columns.
+// The rows of one product that stay in registers, times kVectors vectors of columns.
 template <int kRows, int kVectors>
 class InputGradient {
  public:
@@ -41,7 +41,7 @@ class InputGradient {
         products_(s_.in_channels * s_.columns.kernel),
         groups_(over(products_, kRows)),
         blocks_(over(s_.columns.out, kColumns)),
-        // Rows of dy that meet one row of dx: consecutive but for a remainder, so that `oh % slots_` tells them apart.
+        // Rows of dy that meet one row of dx are consecutive except for a remainder, so `oh % slots_` is unique.
         slots_((s_.rows.kernel - 1) * s_.rows.dilation / s_.rows.stride + 1),
         phase_(over(over(s_.columns.size, s_.columns.stride), kLanes<float>) * kLanes<float>),
         weight_(s_.rows.kernel * groups_ * s_.out_channels * kRows) {
@@ -51,7 +51,7 @@ class InputGradient {
       taps_.push_back({of, (shift - of) / d.stride});
       gap_ = std::max({gap_, taps_.back().ahead, phase_ - taps_.back().ahead - blocks_ * kColumns});
     }
-    // (row of the kernel, group, out_channel, product of the group), zeros after the last product
+    // (row of the kernel, group, out_channel, product of the group), with zeros after the last product
     const std::int64_t taps = s_.columns.kernel;
     for (std::int64_t i = 0; i < s_.rows.kernel * groups_ * s_.out_channels * kRows; ++i) {
       const std::int64_t r = i % kRows, co = i / kRows % s_.out_channels;
@@ -61,13 +61,13 @@ class InputGradient {
     }
   }
 
-  // Rows of dx, of all samples.
+  // Rows of dx, over all samples.
   void run(std::int64_t begin, std::int64_t end) {
     Buffer<float> packed(slots_ * blocks_ * s_.out_channels * kColumns);
     const std::int64_t length = blocks_ * kColumns + gap_;
-    std::vector<float> products(static_cast<std::size_t>(gap_ + groups_ * kRows * length));  // zeros in the gaps
+    std::vector<float> products(static_cast<std::size_t>(gap_ + groups_ * kRows * length));  // the gaps hold zeros
     Buffer<float> phases(phase_ * s_.columns.stride);
-    std::vector<std::int64_t> held(static_cast<std::size_t>(slots_), -1);  // which row of dy a slot holds
+    std::vector<std::int64_t> held(static_cast<std::size_t>(slots_), -1);  // the row of dy in each slot
     std::vector<Meeting> meetings;
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t n = row / s_.rows.size, h = row % s_.rows.size;
@@ -97,15 +97,15 @@ class InputGradient {
     const float* weight;  // (group, out_channel, product)
   };
   struct Tap {
-    std::int64_t phase, ahead;  // its product's column ow is a term of column stride (ow + ahead) + phase of dx
+    std::int64_t phase, ahead;  // column ow of its product contributes to column stride (ow + ahead) + phase of dx
   };
 
-  // A row of dy as (block, out_channel, column), zeros after the last column.
+  // A row of dy as (block, out_channel, column), with zeros after the last column.
   void pack(std::int64_t n, std::int64_t oh, float* packed) const {
     const std::int64_t width = s_.columns.out, plane = s_.rows.out * width;
     for (std::int64_t co = 0; co < s_.out_channels; ++co) {
       const float* row = dy_ + (n * s_.out_channels + co) * plane + oh * width;
-      // The next row, which lies in another page than this channel's neighbours: no hardware sees that coming.
+      // Prefetch the next row.  It is in another page than its neighbors in this channel: hardware cannot predict it.
       for (std::int64_t ow = 0; ow < width; ow += 16) __builtin_prefetch(row + width + ow, 0, 2);
       for (std::int64_t first = 0; first < width; first += kColumns) {
         float* target = packed + first * s_.out_channels + co * kColumns;
@@ -141,7 +141,7 @@ class InputGradient {
       for (int v = 0; v < kVectors; ++v) store_vector(products + r * length + v * kLanes<float>, sums[r][v]);
   }
 
-  // A row of dx from the products of its channel.
+  // Computes a row of dx from the products of its channel.
   void sum_up(const float* products, std::int64_t length, float* phases, float* dx) const {
     const std::int64_t stride = s_.columns.stride;
     for (std::int64_t of = 0; of < stride; ++of)

@@ -5,7 +5,7 @@
 
 namespace fastgan {
 
-// dx, contiguous, from dy and the weight (out_channels, in_channels, rows, columns), contiguous.  For few in_channels.
+// Computes dx from dy and the weight (out_channels, in_channels, rows, columns), for few in_channels.  All contiguous.
 #define FASTGAN_DECLARE(isa)                                                                                      \
   namespace isa {                                                                                                 \
   void conv_input_gradient(const float* dy, const float* weight, float* dx, const ConvShape& shape, int threads); \

@@ -1,12 +1,12 @@
-// Convolutions whose kernel is one pixel: y from x, and dx from dy.  With q = (sample, pixel),
+// Convolutions with 1x1 kernels: y from x, and dx from dy.  With q = (sample, pixel),
 //
 //   y[m][q] = b[m] + sum_c w[m][c] x[c][q]     dx[c][q] = sum_m w[m][c] dy[m][q]
 //
-// The floor: two operations for each pixel, channel of x and channel of y; where channels are few, one read of the
-// source and one write of the target.
+// The floor: two operations per pixel, channel of x and channel of y; with few channels, one read of the source and one
+// write of the target.
 //
-// A tile of sums stays in registers: weights, as scalars from where they lie, times lanes of positions q, which are
-// packed, across the samples where these are small.  Each sum is taken in the same order whatever the number of
+// A tile of sums stays in registers.  It multiplies weights, read as scalars in place, with vectors of positions q.
+// Positions are packed, across samples if these are small.  Each sum is taken in the same order for any number of
 // threads.
 #include "cpu/conv_pointwise.h"
 
@@ -21,10 +21,10 @@ namespace FASTGAN_ISA {
 namespace {
 
 constexpr std::int64_t kPacked = 1 << 17;  // values that a task packs: they stay in a core's cache
-constexpr std::int64_t kMostPanels = 16;   // of kBlock positions, in a task
-constexpr std::int64_t kTasks = 4;         // a thread, where there is enough to do: whichever is late has less of it
+constexpr std::int64_t kMostPanels = 16;   // panels of kBlock positions per task
+constexpr std::int64_t kTasks = 4;         // tasks per thread, if there is enough work: a late thread then takes fewer
 
-// The weight of target channel m and source channel c lies at from[m target_stride + c source_stride].
+// The weight of target channel m and source channel c is at from[m target_stride + c source_stride].
 struct Weight {
   const float* from;
   std::int64_t target_stride, source_stride;
@@ -40,7 +40,7 @@ class Products {
     const std::int64_t panels = over(positions_, kBlock), tiles = over(targets_, kTile);
     const std::int64_t most = std::clamp<std::int64_t>(kPacked / (channels_ * kBlock), 1, kMostPanels);
     const std::int64_t groups = std::min(std::max(over(panels, most), kTasks * threads), panels);
-    const std::int64_t parts = std::min(over(threads, groups), tiles);  // of the target's channels
+    const std::int64_t parts = std::min(over(threads, groups), tiles);  // parts of the target's channels
     const std::int64_t size = over(panels, groups) * channels_ * kBlock;
     Buffer<float> packed(threads * size);
     each_task(groups * parts, threads, [&](std::int64_t task, int thread) {
@@ -62,7 +62,7 @@ class Products {
       const float* rows[kTile];
       Vec<float> biases[kTile];
       for (int i = 0; i < kTile; ++i) {
-        const std::int64_t row = m + std::min<std::int64_t>(i, count - 1);  // what is summed twice is not stored twice
+        const std::int64_t row = m + std::min<std::int64_t>(i, count - 1);  // duplicate rows are not stored
         rows[i] = weight.from + row * weight.target_stride;
         biases[i] = Vec<float>{} + (bias == nullptr ? 0.f : bias[row]);
       }
@@ -83,7 +83,7 @@ class Products {
     each_run(panel * kBlock, std::min((panel + 1) * kBlock, positions_), pixels_, body);
   }
 
-  // (channel, lane); what is summed in lanes beyond the last position is not stored.
+  // (channel, lane).  Sums in lanes beyond the last position are not stored.
   void pack(std::int64_t panel, const float* source, float* to) const {
     each_run_of(panel, [&](std::int64_t sample, std::int64_t pixel, std::int64_t lane, std::int64_t count) {
       const float* from = source + sample * channels_ * pixels_ + pixel;

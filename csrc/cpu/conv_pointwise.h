@@ -5,13 +5,13 @@
 
 namespace fastgan {
 
-// A convolution whose kernel is one pixel, of x (batch, in_channels, pixels) to y (batch, out_channels, pixels).
+// A convolution with a 1x1 kernel, from x (batch, in_channels, pixels) to y (batch, out_channels, pixels).
 struct PointwiseShape {
   std::int64_t batch, in_channels, out_channels, pixels;
 };
 
-// y from x, the weight (out_channels, in_channels) and the bias, or null; and dx from dy and the weight.  All
-// contiguous.
+// Computes y from x, the weight (out_channels, in_channels) and the bias, or null; and dx from dy and the weight.  All
+// tensors are contiguous.
 #define FASTGAN_DECLARE(isa)                                                                                       \
   namespace isa {                                                                                                  \
   void conv_pointwise_forward(const float* x, const float* weight, const float* bias, float* y,                    \

@@ -4,8 +4,8 @@
 
 namespace fastgan {
 
-// A convolution without groups of x (batch, in_channels, height, width) to y (batch, out_channels, ...): along each of
-// its two dimensions the sizes of x, y and the kernel, and the step, the zeros in front and the dilation of the kernel.
+// A convolution without groups from x (batch, in_channels, height, width) to y (batch, out_channels, ...).  For each of
+// its two dimensions: the sizes of x, y and the kernel, and the stride, padding and dilation.
 struct ConvDimension {
   std::int64_t size, out, kernel, stride, padding, dilation;
 };

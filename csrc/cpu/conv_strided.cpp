@@ -1,20 +1,20 @@
-// Convolutions with steps between many channels: y from x, and dx from dy.
+// Strided convolutions between many channels: y from x, and dx from dy.
 //
-// Both are sums of one form.  With a target (y, or dx) whose pixels are told apart by phases, and a source (x, or dy),
+// Both are sums of the same form.  With a target (y or dx) whose pixels are split into phases, and a source (x or dy),
 //
 //   target[phases i + p][m] = sum over taps k of phase p, and channels c, of W[k][c, m] source[step i + ahead(k)][c]
 //
-// along each dimension: for y there is one phase, step is the stride and ahead(k) = k dilation - padding; for dx there
-// are as many phases as the stride, step is 1, a tap is of the phase p for which
+// in each dimension.  For y there is one phase, step is the stride and ahead(k) = k dilation - padding.  For dx there
+// are as many phases as the stride, step is 1, and a tap belongs to the phase p for which
 //
 //   ahead(k) = (p + padding - k dilation) / stride
 //
-// is whole, and so no product is with the zeros that a stride puts between the values of dy.
+// is an integer.  So nothing is multiplied with the zeros that a stride inserts between the values of dy.
 //
-// The floor: 2 kh kw operations for each element of y and channel of x; nothing else grows with both numbers of
-// channels.  Sources are packed with their channels last and zeros around them, weights by blocks of lanes of m.  A
-// tile of positions times such a block stays in registers: each weight is a lane of a vector, and each value of the
-// source a scalar for all lanes.  Each sum is taken in the same order whatever the number of threads.
+// The floor: 2 kh kw operations per element of y and channel of x; nothing else grows with both numbers of channels.
+// Sources are packed with channels last and zeros around them, weights in blocks of lanes of m.  A tile of positions
+// times such a block stays in registers: each weight is a vector lane, and each source value a scalar for all lanes.
+// Each sum is taken in the same order for any number of threads.
 #include "cpu/conv_strided.h"
 
 #include <algorithm>
@@ -29,8 +29,8 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-// A tile is kTile positions of a target by kBlock of its channels.
-constexpr std::int64_t kPositions = 256;  // a task: enough for its weights to come from memory once
+// A tile has kTile positions of a target and kBlock of its channels.
+constexpr std::int64_t kPositions = 256;  // per task: enough to read its weights from memory only once
 
 struct Tap {
   std::int64_t kernel, ahead;
@@ -39,9 +39,9 @@ struct Tap {
 // One dimension of the sums above.
 struct Axis {
   std::int64_t source, target, kernel, step, phases;
-  std::vector<std::vector<Tap>> taps;  // of each phase
-  std::int64_t first = 0, last = 0;    // the least and the largest `ahead`, and 0
-  std::int64_t groups;                 // values of i
+  std::vector<std::vector<Tap>> taps;  // for each phase
+  std::int64_t first = 0, last = 0;    // the smallest and the largest `ahead`, and 0
+  std::int64_t groups;                 // number of values of i
 
   static Axis forward(const ConvDimension& d) {
     Axis axis{d.size, d.out, d.kernel, d.stride, 1};
@@ -59,7 +59,7 @@ struct Axis {
     return axis.measured();
   }
 
-  // Values of the source, the zeros around it included, that `count` consecutive values of i may read.
+  // Number of source values, including the zeros around it, that `count` consecutive values of i may read.
   std::int64_t span(std::int64_t count) const { return (count - 1) * step + 1 + last - first; }
 
  private:
@@ -82,7 +82,7 @@ struct Axis {
   }
 };
 
-// The sums over all channels, in tasks of a few groups of rows: the values of i along the first dimension.
+// The sums over all channels, in tasks of a few groups of rows (values of i along the first dimension).
 class Strided {
  public:
   Strided(std::int64_t batch, std::int64_t source_channels, std::int64_t target_channels, Axis rows, Axis columns)
@@ -94,7 +94,7 @@ class Strided {
         line_(std::max(columns_.span(columns_.groups), columns_.source - columns_.first) * source_channels),
         groups_(batch * rows_.groups) {}
 
-  // The weight of target channel m, source channel c and tap t lies at from[m target_stride + c source_stride + t].
+  // The weight of target channel m, source channel c and tap t is at from[m target_stride + c source_stride + t].
   void run(const float* source, const float* from, std::int64_t target_stride, std::int64_t source_stride,
            const float* bias, float* target, int threads) {
     const std::int64_t taps = rows_.kernel * columns_.kernel;
@@ -107,7 +107,7 @@ class Strided {
     });
     const std::int64_t per = std::max<std::int64_t>(kPositions / columns_.groups, 1), wanted = over(groups_, per);
     const std::int64_t tasks = std::min(over(wanted, threads) * threads, groups_), most = over(groups_, tasks);
-    const std::int64_t samples = over(most - 1, rows_.groups) + 1;  // that a task may have groups of
+    const std::int64_t samples = over(most - 1, rows_.groups) + 1;  // samples that a task may have groups of
     const std::int64_t packed = (most * rows_.step + samples * rows_.span(1)) * line_;
     const std::int64_t size = packed + columns_.phases * over(most * columns_.groups, kTile) * kTile * kBlock;
     Buffer<float> scratch(threads * size);
@@ -121,8 +121,8 @@ class Strided {
  private:
   std::int64_t left(std::int64_t block) const { return std::min<std::int64_t>(targets_ - block * kBlock, kBlock); }
 
-  // The taps of one source channel and `count` target channels, each at `stride` from the next: (tap, channel, lane).
-  // Vectors are read as far as `end`, beyond the taps.
+  // The taps of one source channel and `count` target channels, `stride` apart: (tap, channel, lane).  Vectors may read
+  // beyond the taps, up to `end`.
   void pack_weight(const float* from, const float* end, std::int64_t stride, std::int64_t count, float* to) const {
     const std::int64_t taps = rows_.kernel * columns_.kernel, tap_stride = channels_ * kBlock;
     for (std::int64_t m = 0; m < kBlock; m += kSide)
@@ -139,12 +139,12 @@ class Strided {
       }
   }
 
-  // The targets of groups [begin, end) of rows, of all samples.
+  // The targets of groups [begin, end) of rows, over all samples.
   void run_groups(std::int64_t begin, std::int64_t end, const float* source, const float* weight, const float* bias,
                   float* target, float* packed, float* sums) const {
     const std::int64_t width = columns_.groups, positions = (end - begin) * width, tiles = over(positions, kTile);
     std::vector<std::int64_t> at(static_cast<std::size_t>(tiles * kTile));  // where a position's first tap is packed
-    std::vector<std::int64_t> row(at.size());                               // of the source, to which `ahead` is added
+    std::vector<std::int64_t> row(at.size());                               // of the source, before `ahead` is added
     float* part = packed;
     std::int64_t i = 0;
     for (std::int64_t group = begin; group < end;) {
@@ -185,7 +185,7 @@ class Strided {
       }
   }
 
-  // Rows [first, first + count) of a sample as (row, column, channel), zeros around it.
+  // Rows [first, first + count) of a sample as (row, column, channel), with zeros around it.
   void pack(const float* source, std::int64_t sample, std::int64_t first, std::int64_t count, float* to) const {
     std::fill(to, to + count * line_, 0.f);
     const std::int64_t begin = std::max<std::int64_t>(first, 0), end = std::min(first + count, rows_.source);
@@ -215,14 +215,14 @@ class Strided {
       for (int v = 0; v < kVectors; ++v) store_vector(sums + i * kBlock + v * kSide, values[v]);
   }
 
-  // Whether any position of a tile has a row of the source, and not of the zeros around it, under this tap.
+  // Whether any position of a tile meets a row of the source under this tap, rather than the zeros around it.
   bool meets(const std::int64_t* row, std::int64_t ahead) const {
     for (int i = 0; i < kTile; ++i)
       if (row[i] + ahead >= 0 && row[i] + ahead < rows_.source) return true;
     return false;
   }
 
-  // A row of taps of one tile: each channel of the source times its line of weights.
+  // A row of taps of one tile: each source channel times its line of weights.
   void multiply(const float* source, const std::int64_t* at, const std::vector<Tap>& taps, const float* weight,
                 float* sums) const {
     Vec<float> total[kTile][kVectors];
@@ -243,7 +243,7 @@ class Strided {
       for (int v = 0; v < kVectors; ++v) store_vector(sums + i * kBlock + v * kSide, total[i][v]);
   }
 
-  // A row of `count` channels of the target, from the sums of its positions.
+  // Stores a row of `count` channels of the target, from the sums of its positions.
   void store(const float* sums, std::int64_t phase_size, std::int64_t count, float* to) const {
     const std::int64_t width = columns_.target, plane = rows_.target * width, phases = columns_.phases;
     const auto at = [&](std::int64_t w) { return sums + w % phases * phase_size + w / phases * kBlock; };
@@ -259,7 +259,7 @@ class Strided {
   const Axis rows_, columns_;
   const std::int64_t channels_, targets_, blocks_;
   const std::int64_t line_;    // of a packed row of the source, in elements
-  const std::int64_t groups_;  // of rows, of all samples
+  const std::int64_t groups_;  // groups of rows, over all samples
 };
 
 }  // namespace

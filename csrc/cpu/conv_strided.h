@@ -5,8 +5,8 @@
 
 namespace fastgan {
 
-// y from x, the weight (out_channels, in_channels, rows, columns) and the bias, or null; and dx from dy and the weight.
-// All contiguous.  For convolutions with steps, between many channels.
+// Computes y from x, the weight (out_channels, in_channels, rows, columns) and the bias, or null; and dx from dy and
+// the weight.  All tensors are contiguous.  For strided convolutions between many channels.
 #define FASTGAN_DECLARE(isa)                                                                                          \
   namespace isa {                                                                                                     \
   void conv_strided_forward(const float* x, const float* weight, const float* bias, float* y, const ConvShape& shape, \

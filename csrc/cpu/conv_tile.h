@@ -1,4 +1,4 @@
-// What the convolutions of many channels are made of: a tile of sums in registers, and squares turned on their side.
+// Building blocks of convolutions with many channels: a tile of sums in registers, and square transposes.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,12 @@ namespace FASTGAN_ISA {
 namespace {
 
 constexpr int kSide = kLanes<float>;
-constexpr int kVectors = 2, kBlock = kVectors * kSide;  // lanes of a row of a tile
-constexpr int kTile = kVectorBytes == 64 ? 8 : 6;       // rows: what the registers hold
+constexpr int kVectors = 2, kBlock = kVectors * kSide;  // lanes in a row of a tile
+constexpr int kTile = kVectorBytes == 64 ? 8 : 6;       // rows, limited by the registers
 
 inline std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Adds to row i of the tile, for k in [0, count), the scalar rows[i][k step] times line k, of kBlock values.
+// Adds to row i of the tile, for k in [0, count), the scalar rows[i][k step] times line k of kBlock values.
 inline void add_products(const float* const (&rows)[kTile], std::int64_t step, std::int64_t count, const float* lines,
                          Vec<float> (&tile)[kTile][kVectors]) {
   for (std::int64_t k = 0, at = 0; k < count; ++k, at += step) {
@@ -33,8 +33,8 @@ inline void add_products(const float* const (&rows)[kTile], std::int64_t step, s
   }
 }
 
-// Of two rows of which one has this bit set in its number and the other has not: swaps the lanes of the one that have
-// it not with those of the other that have it.
+// Takes two rows, one whose index has this bit set and one whose index has not.  Swaps the lanes of the former without
+// the bit with the lanes of the latter with it.
 template <int kBit, int... kLane>
 void swap_halves(Vec<float>& low, Vec<float>& high, std::integer_sequence<int, kLane...>) {
   const Vec<float> a = low, b = high;
@@ -58,7 +58,7 @@ void turn(Vec<float> (&rows)[kSide]) {
   }
 }
 
-// A square of kSide rows turned in registers: row r is read at from(r), column c, of the first `columns`, written to
+// Transposes a square of kSide rows in registers: reads row r at from(r), writes column c of the first `columns` to
 // to(c).
 template <class From, class To>
 void transpose_square(const From& from, const To& to, std::int64_t columns = kSide) {
@@ -77,7 +77,7 @@ inline void copy(const float* from, std::int64_t count, float* to) {
   for (; i < count; ++i) to[i] = from[i];
 }
 
-// Calls body(sample, pixel, offset, count) for the runs within one sample of positions [begin, end).
+// Calls body(sample, pixel, offset, count) for each run of positions in [begin, end) within one sample.
 template <class Body>
 void each_run(std::int64_t begin, std::int64_t end, std::int64_t pixels, const Body& body) {
   for (std::int64_t q = begin; q < end;) {

@@ -1,14 +1,14 @@
-// The gradient of a convolution's weight: with q = (sample, pixel of y) and l = (channel of x, tap of the kernel),
+// The gradient of a convolution's weight.  With q = (sample, pixel of y) and l = (channel of x, tap of the kernel),
 //
 //   dw[m][l] = sum over q of dy[m][q] patch[q][l],     patch[q][l] the value of x that meets tap l at q
 //
-// The floor: two operations for each q, m and l; and one write of dw, which is what takes the time where q are few.
+// The floor: two operations per q, m and l, and one write of dw, which dominates if there are few q.
 //
 // A tile of dw stays in registers: scalars of dy times lanes l.  Lines of lanes are packed, some positions at a time.
-// Where the kernel is one pixel, x has the positions last: squares are turned on their side, and dy is read where it
-// lies.  Else lines are copied, a row of the kernel at a time, from images with their zeros around them, and dy is
-// packed by tiles too, whose runs of pixels would be short.  Sums are of kLeastSummed positions or more by themselves,
-// then of those sums: always the same, whatever the number of threads.
+// With a 1x1 kernel, positions are the last dimension of x: squares are transposed, and dy is read in place.  Otherwise
+// lines are copied, one kernel row at a time, from images with zeros around them.  dy is also packed by tiles, because
+// its runs of pixels would be short.  Sums of at least kLeastSummed positions are added separately, then those sums are
+// added, in the same order for any number of threads.
 #include "cpu/conv_weight_gradient.h"
 
 #include <algorithm>
@@ -22,10 +22,10 @@ namespace FASTGAN_ISA {
 namespace {
 
 constexpr std::int64_t kPacked = 1 << 16;   // values that are packed together: they stay in a core's cache
-constexpr std::int64_t kLeastSummed = 256;  // positions; of fewer, the sums so far take as long to fetch
-constexpr std::int64_t kMostSummed = 2048;  // positions; of more, too many numbers are added up one by one
+constexpr std::int64_t kLeastSummed = 256;  // positions; with fewer, loading the sums so far takes as long
+constexpr std::int64_t kMostSummed = 2048;  // positions; more would add too many numbers one by one
 
-// dw as (rows, lanes), row m and lane l of it at [m row_stride + l lane_stride].
+// dw as (rows, lanes): row m, lane l is at [m row_stride + l lane_stride].
 struct Result {
   float* at;
   std::int64_t rows, lanes, row_stride, lane_stride;
@@ -33,14 +33,14 @@ struct Result {
   std::int64_t tiles() const { return over(rows, kTile); }
   std::int64_t blocks() const { return over(lanes, kBlock); }
 
-  // Stores the tile of these numbers, or adds it to what is there.
+  // Stores a tile of values, or adds it to the stored ones.
   void take(std::int64_t tile, std::int64_t block, bool first, const Vec<float> (&values)[kTile][kVectors]) const {
     float sums[kTile][kBlock];
     std::memcpy(sums, values, sizeof sums);
     const std::int64_t m = tile * kTile, l = block * kBlock, count = std::min<std::int64_t>(lanes - l, kBlock);
     for (std::int64_t i = 0; i < std::min<std::int64_t>(rows - m, kTile); ++i) {
       float* to = at + (m + i) * row_stride + l * lane_stride;
-      if (lane_stride == 1)  // said apart, for vectors
+      if (lane_stride == 1)  // a separate case, so that it vectorizes
         put(sums[i], count, first, to, 1);
       else
         put(sums[i], count, first, to, lane_stride);
@@ -56,8 +56,8 @@ struct Result {
   }
 };
 
-// pack(block, q, count, to) packs the lines of a block of lanes at count <= kSide positions from q on;
-// add(tile, begin, count, lines, values) adds the products of the scalars of a tile at count positions from begin on.
+// pack(block, q, count, to) packs the lines of a block of lanes at count <= kSide positions from q;
+// add(tile, begin, count, lines, values) adds the products of a tile's scalars at count positions from begin.
 template <class Pack, class Add>
 void sum_over_positions(std::int64_t positions, const Result& result, int threads, const Pack& pack, const Add& add) {
   const std::int64_t blocks = result.blocks(), tiles = result.tiles();
@@ -79,13 +79,13 @@ void sum_over_positions(std::int64_t positions, const Result& result, int thread
   }
 }
 
-// Of a kernel of one pixel: both operands are (sample, channel, pixel).
+// 1x1 kernels: both operands are (sample, channel, pixel).
 class OnePixel {
  public:
   OnePixel(const float* rows, const float* lanes, std::int64_t batch, std::int64_t pixels, const Result& result)
       : from_rows_(rows), from_lanes_(lanes), positions_(batch * pixels), pixels_(pixels), result_(result) {}
 
-  // Those of idle lanes and rows included.
+  // Includes those of idle lanes and rows.
   std::int64_t products() const { return result_.blocks() * kBlock * result_.tiles() * kTile; }
 
   void run(int threads) const {
@@ -126,7 +126,7 @@ class OnePixel {
   const Result result_;
 };
 
-// Of any kernel.
+// Kernels of any size.
 class Patches {
  public:
   Patches(const float* dy, const float* x, float* dw, const ConvShape& s)
@@ -160,9 +160,9 @@ class Patches {
   }
 
  private:
-  static constexpr std::int64_t kCopied = 4;  // values at once, of a row of the kernel
+  static constexpr std::int64_t kCopied = 4;  // values copied together, from one row of the kernel
 
-  // An image with its zeros around it.
+  // An image with zeros around it.
   void surround(std::int64_t image, float* to) const {
     std::fill(to, to + plane_, 0.f);
     const float* from = x_ + image * s_.rows.size * s_.columns.size;
@@ -186,7 +186,7 @@ class Patches {
       std::int64_t lane, from, length;
     } parts[kBlock];
     const std::int64_t begin = block * kBlock, lanes = std::min<std::int64_t>(result_.lanes - begin, kBlock);
-    const std::int64_t taps = s_.columns.dilation == 1 ? s_.columns.kernel : 1;  // that lie side by side
+    const std::int64_t taps = s_.columns.dilation == 1 ? s_.columns.kernel : 1;  // taps that are adjacent
     int size = 0;
     for (std::int64_t lane = 0; lane < lanes;) {
       const std::int64_t l = begin + lane, column = l % s_.columns.kernel, row = l / s_.columns.kernel % s_.rows.kernel;
@@ -203,7 +203,7 @@ class Patches {
         const Part& part = parts[i];
         const float* from = corner + part.from;
         float* at = to + part.lane;
-        if (part.lane + kCopied <= kBlock && part.length <= kCopied)  // what is too much the next part overwrites
+        if (part.lane + kCopied <= kBlock && part.length <= kCopied)  // the next part overwrites the surplus
           std::memcpy(at, from, sizeof(float) * kCopied);
         else
           copy(from, part.length, at);

@@ -5,8 +5,8 @@
 
 namespace fastgan {
 
-// dw (out_channels, in_channels, rows, columns) from dy and x.  All contiguous.  For kernels of one pixel, and outputs
-// of few.
+// Computes dw (out_channels, in_channels, rows, columns) from dy and x.  All tensors are contiguous.  For 1x1 kernels,
+// and outputs with few pixels.
 #define FASTGAN_DECLARE(isa)                                                                                  \
   namespace isa {                                                                                             \
   void conv_weight_gradient(const float* dy, const float* x, float* dw, const ConvShape& shape, int threads); \

@@ -1,23 +1,24 @@
-// Minibatch discrimination: o_ib = sum_j e_ijb, e_ijb = exp(-sum_c |m_ibc - m_jbc|), and the first and second
-// derivative.
+// Minibatch discrimination: o_ib = sum_j e_ijb, e_ijb = exp(-sum_c |m_ibc - m_jbc|), with first and second
+// derivatives.
 //
 // For one b, with s_ijc = sign(m_ic - m_jc) and h the gradient of o:
 //     dm_ic = -sum_j e_ij (h_i + h_j) s_ijc
-// as e_ij = e_ji is part of o_i and of o_j.  The double backward is of L = sum_ic w_ic dm_ic.  Exchanging i and j,
+// because e_ij = e_ji is part of o_i and of o_j.  The double backward differentiates L = sum_ic w_ic dm_ic.  Exchanging
+// i and j,
 //     L = -1/2 sum_ij e_ij (h_i + h_j) a_ij,      a_ij = sum_c s_ijc (w_ic - w_jc)
 // e and a are symmetric, s is constant almost everywhere and de_ij/dm_ic = -e_ij s_ijc, so that
 //     by h_i = -sum_j e_ij a_ij                   by m_ic = sum_j e_ij (h_i + h_j) a_ij s_ijc
-// s_ij = 0 and a_ij = 0 for j = i: only the forward asks whether a sample is compared with itself.
+// For j = i, s_ij = 0 and a_ij = 0, so only the forward must know whether a sample is compared with itself.
 //
-// A task has one b and one segment, whose samples it packs: no copy of a whole tensor is made, in any dtype or order.
-// It compares kRows samples with a register of others at a time, and what it finds of a pair it gives to both: each
-// pair is visited once.  Where b are too few to share out, or where only some rows are wanted, a task has some rows
-// and gives to these alone, which takes each pair twice.  Which, depends on the shape alone, and every sum has one
-// order: the same bits on any number of threads.
+// A task has one b and one segment, whose samples it packs.  No whole tensor is copied, in any dtype or order.  A task
+// compares kRows samples with a vector of others at a time, and adds the result to both, so it visits each pair once.
+// If there are too few b for all threads, or only some rows are requested, a task has some rows and adds only to these,
+// which computes each pair twice.  This choice depends only on the shape, and every sum has a fixed order, so any
+// number of threads gives the same bits.
 //
-// Work: of a pair and c, forward 3 operations (subtract, magnitude, add), backward 8, double backward 12; of a pair
-// about 20, most of them of exp, whose error is below 1 ulp (simd.h).  Memory: of a thread, 2 N C numbers, 3 N C in the
-// double backward.
+// Work: per pair and c, forward 3 operations (subtract, magnitude, add), backward 8, double backward 12; per pair about
+// 20, mostly in exp, whose error is below 1 ulp (simd.h).  Memory: per thread 2 N C numbers, 3 N C in the double
+// backward.
 #include "cpu/minibatch_discrimination.h"
 
 #include <type_traits>
@@ -31,22 +32,22 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr int kRows = 4;                                 // samples compared at once with a register of others
-constexpr std::int64_t kFewKernels = 8;                  // below which rows are shared out
-constexpr std::int64_t kTaskRows = 128;                  // then: a task's, so that packing all others is little
-constexpr std::int64_t kSerial = std::int64_t{1} << 17;  // pairs times dims below which waking threads costs more
+constexpr int kRows = 4;                 // samples compared at once with a vector of others
+constexpr std::int64_t kFewKernels = 8;  // with fewer kernels, tasks share rows
+constexpr std::int64_t kTaskRows = 128;  // rows per task then, so that packing all others is a small part
+constexpr std::int64_t kSerial = std::int64_t{1} << 17;  // fewer pairs times dims run serially
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
-// Samples on the diagonal of the pairs that are compared without giving to both.
+// Samples on the diagonal, whose pairs are compared without adding to both.
 template <class A>
 constexpr int kDiagonal = kLanes<A> > kRows ? kLanes<A> : kRows;
 
-// The samples of a segment, and of which of them, by their place in it, the results are wanted.
+// The samples of a segment, and the positions in it whose results are requested.
 struct Part {
-  const std::int64_t* order;  // null: place i is sample i
+  const std::int64_t* order;  // null: position i is sample i
   std::int64_t size, begin, end;
   bool whole;
 
@@ -71,7 +72,7 @@ std::vector<Part> parts_of(const DiscriminationShape& s) {
   return parts;
 }
 
-// A part of a tensor as registers of samples: `depth` of them a block, of kLanes samples.
+// A part of a tensor as vectors of samples: `depth` of them per block of kLanes samples.
 template <class A>
 class Packed {
  public:
@@ -112,7 +113,7 @@ class Packed {
   Buffer<V> values_;
 };
 
-// What one task computes, from packed operands to packed results.
+// The computation of one task, from packed operands to packed results.
 template <class A>
 class Worker {
  public:
@@ -163,7 +164,7 @@ class Worker {
     });
   }
 
-  // of_sample: by h; of_dim: by m, if it is wanted
+  // of_sample: by h; of_dim: by m, if requested
   void double_backward(const Part& part, bool by_m) {
     of_sample.clear(blocks_of(part.size));
     of_dim.clear(blocks_of(part.size));
@@ -189,7 +190,7 @@ class Worker {
   Packed<A> m, w, h, of_sample, of_dim;
 
  private:
-  // body(i, tiles) for kRows samples from i on, where tiles(f) calls f(block, whether both get what a pair gives).
+  // body(i, tiles) for kRows samples from i.  tiles(f) calls f(block, whether a pair adds to both samples).
   template <class Body>
   void each_tile(const Part& part, const Body& body) {
     constexpr std::int64_t kAcross = kDiagonal<A> / kWidth;
@@ -205,7 +206,7 @@ class Worker {
     }
   }
 
-  // The numbers of the samples from i on side by side, to be broadcast from.
+  // Copies the numbers of the samples from i next to each other, so that they can be broadcast.
   void own(Packed<A>& from, std::int64_t i, A* to) const {
     for (std::int64_t c = 0; c < dims_; ++c)
       for (int r = 0; r < kRows; ++r) to[c * kRows + r] = from.at(i + r, c);
@@ -241,7 +242,7 @@ class Worker {
     }
   }
 
-  // Sets to 0 what is beyond the samples and, if it is to be left out, oneself.
+  // Sets entries beyond the samples to 0 and, if oneself is set, a sample's entry for itself.
   static void leave_out(const Part& part, std::int64_t i, std::int64_t j, bool oneself, V* e) {
     const std::int64_t from = j * kWidth;
     const bool diagonal = oneself && from < i + kRows && i < from + kWidth;
@@ -251,7 +252,7 @@ class Worker {
         if (larger(i + r, from + lane) >= part.size || (oneself && i + r == from + lane)) e[r][lane] = 0;
   }
 
-  // Adds e_r to the sums of the samples and to that of the other.
+  // Adds e_r to the sums of the samples and to the sum of the other sample.
   template <bool kBoth>
   void give(std::int64_t j, const V* e, V* sums) {
     for (int r = 0; r < kRows; ++r) sums[r] += e[r];
@@ -261,7 +262,7 @@ class Worker {
     for (int r = 0; r < kRows; ++r) of_sample.add(i + r, 0, lane_sum<A>(sums[r]));
   }
 
-  // Adds q_r sign(m_i - m_j) to the dims of the samples, and takes it from those of the other.
+  // Adds q_r sign(m_i - m_j) to the dims of the samples, and subtracts it from those of the other sample.
   template <bool kBoth>
   void spread(std::int64_t j, const V* q) {
     const V* other = m.block(j);
@@ -289,7 +290,7 @@ class Worker {
   Buffer<V> own_sums_;
 };
 
-// body(worker, part, b) for every task, with a worker a thread.
+// body(worker, part, b) for every task, with one worker per thread.
 template <class A, class Body>
 void run(const DiscriminationShape& s, bool gradients, bool tangents, int threads, const Body& body) {
   const std::vector<Part> parts = parts_of(s);

@@ -6,15 +6,15 @@
 
 namespace fastgan {
 
-// m is contiguous, (samples, kernels, dims).  What is written is of `rows` samples from `first` on; what is read is of
-// all.  order: the samples of each segment one after another, in ascending order, ends: where in it each of `segments`
-// ends; both null: one segment of all samples.
+// m is contiguous, (samples, kernels, dims).  Results are for `rows` samples from `first`; operands cover all samples.
+// order: the samples of each segment in ascending order, one segment after another.  ends: the end of each of
+// `segments` segments in order.  Both null: one segment with all samples.
 struct DiscriminationShape {
   std::int64_t samples, kernels, dims, first, rows, segments;
   const std::int64_t *order, *ends;
 };
 
-// All of one dtype.  A result that is null is not wanted.
+// All have one dtype.  A null result is not requested.
 struct DiscriminationForward {
   const void* m;
   void* o;

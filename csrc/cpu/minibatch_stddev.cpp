@@ -1,22 +1,22 @@
-// Minibatch standard deviation: over the G members x_g of a group, at each of the P values of a block of channels,
+// Minibatch standard deviation.  For the G members x_g of a group, at each of the P values of a block of channels,
 //     z_g = x_g - <x>        s = sqrt(<z^2> + eps)        <.> is the mean over the group
-// and y = sum_P s / P, one number a group and block, written behind the values of every member.
+// and y = sum_P s / P, one number per group and block, appended to the values of every member.
 //
-// Backward.  As <z> = 0, ds/dx_g = z_g / (G s).  With r = 1 / s and the slope a = sum dy / (P G), over all that y was
-// written to,
+// Backward.  As <z> = 0, ds/dx_g = z_g / (G s).  With r = 1 / s and the slope a = sum dy / (P G), summed over all
+// places that y was written to,
 //     dx_g = dy_g + a r z_g
 //
-// Double backward, of L = sum H_g dx_g, with q = <H z>.  By dy it is H_g for the values, and for what y was written to
+// Double backward of L = sum H_g dx_g, with q = <H z>.  By dy it is H_g for the values, and for the places of y
 //     dL/da / (P G) = sum_P r G q / (P G) = sum_P r q / P
 // By x: <z> = 0, so that sum H_g z_g = sum (H_g - <H>) z_g, and dr/dx_g = -r^3 z_g / G, so that
 //     by x_g = a r (H_g - <H> - r^2 q z_g)
 //
 // Bytes: forward reads x and writes x and y; backward reads dy and x and writes dx; double backward reads H and x and
-// writes both its results.  The moments are computed anew each time, from values that are in the nearest cache anyway:
-// nothing but x and the slopes is kept between the orders.
+// writes both results.  The moments are recomputed each time, from values that are in the L1 cache anyway: only x and
+// the slopes are kept between the passes.
 //
-// A group is worked on in lines: up to kLine values of each of its members, few enough to stay in that cache.  Sums
-// are of the accumulation type within a line and double beyond it, and are added in the order of the lines.
+// A group is processed in lines: up to kLine values of each of its members, few enough to stay in that cache.  Sums use
+// the accumulation type within a line and double beyond it, and are added in the order of the lines.
 #include "cpu/minibatch_stddev.h"
 
 #include <cmath>
@@ -30,11 +30,11 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kLine = 1024;       // values a member
-constexpr std::int64_t kShortest = 64;     // of which there are fewer where a group has many members
-constexpr std::int64_t kLines = 1 << 13;   // values of all members: a nearest cache
-constexpr std::int64_t kTask = 1 << 15;    // values a task
-constexpr std::int64_t kSerial = 1 << 15;  // values under which waking threads costs more than it brings
+constexpr std::int64_t kLine = 1024;       // values per member
+constexpr std::int64_t kShortest = 64;     // fewer values per member in groups with many members
+constexpr std::int64_t kLines = 1 << 13;   // values of all members: the size of an L1 cache
+constexpr std::int64_t kTask = 1 << 15;    // values per task
+constexpr std::int64_t kSerial = 1 << 15;  // fewer values run serially: waking threads would cost more than it saves
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -42,12 +42,12 @@ std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 struct Line {
   std::int64_t group, feature;
-  std::int64_t narrow, wide;  // where its first member's values begin in x, dx, H; in y, dy, by_dy
+  std::int64_t narrow, wide;  // where its first member's values begin in x, dx, H, and in y, dy, by_dy
   std::int64_t size;
 };
 
 struct Geometry : MinibatchStddevShape {
-  std::int64_t samples, narrow, wide, narrow_row, wide_row;  // a sample, and a row of it, without and with statistics
+  std::int64_t samples, narrow, wide, narrow_row, wide_row;  // per sample and per row, without and with statistics
   std::int64_t line, per_run, lines, per_task, tasks;        // lines and tasks of one feature of one group
 
   explicit Geometry(const MinibatchStddevShape& s)
@@ -76,7 +76,7 @@ struct Geometry : MinibatchStddevShape {
   }
 };
 
-// The values of a line: those of its member g begin at data + g * stride.
+// The values of a line: those of member g begin at data + g * stride.
 template <class A>
 struct Members {
   const A* data;
@@ -96,7 +96,7 @@ struct Workspace {
 
   A* vector(int index) { return buffer.data() + index * line; }
 
-  // Of half precision, a copy in single: one of two.
+  // For half precision, returns a copy in single precision: one of two buffers.
   Members<A> read(int copy, const T* first, std::int64_t stride, std::int64_t size, std::int64_t n) {
     if constexpr (converts) {
       A* to = vector(5) + copy * members;
@@ -145,7 +145,7 @@ void moments_of(const Members<A>& x, std::int64_t size, std::int64_t n, A eps, A
   for (std::int64_t i = 0; i < n; ++i) variance[i] = variance[i] / count + eps;
 }
 
-// body(line, workspace) for every line; returns the sums, one a group and feature, of what it returned.
+// body(line, workspace) for every line.  Returns the sums of its results, one per group and feature.
 template <class T, class Body>
 void sum_over_lines(const Geometry& g, int threads, double* sums, const Body& body) {
   Buffer<double> partial(g.slots() * g.tasks);
@@ -162,7 +162,7 @@ void sum_over_lines(const Geometry& g, int threads, double* sums, const Body& bo
   }
 }
 
-// Writes factor * sums behind the values of every member.
+// Writes factor * sums after the values of every member.
 template <class T>
 void append(const Geometry& g, int threads, const double* sums, double factor, T* to) {
   using A = typename Accumulate<T>::type;
@@ -189,7 +189,7 @@ void forward(const MinibatchStddevForward& t, const Geometry& g, double eps, int
   using A = typename Accumulate<T>::type;
   const T* x = static_cast<const T*>(t.x);
   T* y = static_cast<T*>(t.y);
-  const std::int64_t step = g.groups * g.narrow, wide_step = g.groups * g.wide;  // from a member to the next
+  const std::int64_t step = g.groups * g.narrow, wide_step = g.groups * g.wide;  // from one member to the next
   ask_for_huge_pages(y, g.samples * g.wide * static_cast<std::int64_t>(sizeof(T)));
   Buffer<double> sums(g.slots());
   sum_over_lines<T>(g, threads, sums.data(), [&](const Line& line, Workspace<T>& workspace) {
@@ -205,7 +205,7 @@ void forward(const MinibatchStddevForward& t, const Geometry& g, double eps, int
   append(g, threads, sums.data(), 1 / g.values(), y);
 }
 
-// The sum of what was written to a statistic's places, times 1 / (P G).
+// The sum over the places of a statistic, times 1 / (P G).
 template <class T>
 void slopes_of(const T* dy, const Geometry& g, int threads, typename Accumulate<T>::type* slope) {
   using A = typename Accumulate<T>::type;

@@ -6,14 +6,14 @@
 
 namespace fastgan {
 
-// Sample g * groups + m is member g of group m (of size members).  In memory it is (outer, features, run); the result's
-// sample is (outer, features * run + features * tail): behind the values, each statistic tail times.
+// Sample g * groups + m is member g of group m (of size members).  In memory it is (outer, features, run).  The
+// result's sample is (outer, features * run + features * tail): each statistic is repeated tail times after the values.
 // Contiguous (N, C, *S): outer 1, run C / F * S, tail S.  channels_last: outer S, run C / F, tail 1.
 struct MinibatchStddevShape {
   std::int64_t groups, size, outer, features, run, tail;
 };
 
-// slope, (groups, features), is of the accumulation type.  A null address: a result that is not wanted.
+// slope, (groups, features), has the accumulation type.  A null result is not requested.
 struct MinibatchStddevForward {
   const void* x;
   void* y;

@@ -1,29 +1,29 @@
-// Normalisation: y = w xh + b with xh = (x - mean) r, r = 1 / sqrt(var + eps), and the first and the second derivative.
-// mean and var are those of a row of M elements (norm.h says which these are); <.> is the mean over the row.
+// Normalization: y = w xh + b with xh = (x - mean) r, r = 1 / sqrt(var + eps), with first and second derivatives.
+// mean and var are those of a row of M elements (see norm.h); <.> is the mean over the row.
 //
 // Backward, with g = w dy:
 //     dx = r (g - <g> - xh <g xh>)        dw = sum dy xh        db = sum dy
 //
-// Double backward, of L = sum H dx + sum hw dw + sum hb db.  v -> v - <v> - xh <v xh> is symmetric, so with
-// t = r (H - <H> - xh <H xh>), which is dx with H for g, sum H dx = sum t g, and
+// Double backward of L = sum H dx + sum hw dw + sum hb db.  v -> v - <v> - xh <v xh> is symmetric, so with
+// t = r (H - <H> - xh <H xh>), which is dx with H in place of g, sum H dx = sum t g, and
 //     by dy = w t + hw xh + hb            by w = sum dy t
 // For x, sum H dx = r M (<H g> - <H><g> - <H xh><g xh>) depends on x through xh and r.  By xh the derivative of L is
 //     e = hw dy - r (H <g xh> + g <H xh>)
-// and by r it is M c, c = <H g> - <H><g> - <H xh><g xh>.  As xh carries e to x like y = xh carries dy, and
-// dr/dx = -r^2 xh / M,
+// and by r it is M c, c = <H g> - <H><g> - <H xh><g xh>.  As xh carries e to x in the same way as y = xh carries dy,
+// and dr/dx = -r^2 xh / M,
 //     by x = r (e - <e> - xh <e xh>) - r^2 c xh
 //     <e> = <hw dy> - r (<H><g xh> + <g><H xh>)        <e xh> = <hw dy xh> - 2 r <H xh><g xh>
 //
-// Bytes: each of the three reads its operands once for the sums of a row and once, from the cache where a row fits
-// there, for the results: forward 1 read + 1 write, backward 2 + 1, double backward 3 + 2 of the size of x.
-// Large results are written past the caches (stream.h): a plain write is a read too.
+// Bytes: each pass reads its operands once for the sums of a row and once for the results, from the cache if a row
+// fits: forward 1 read + 1 write, backward 2 + 1, double backward 3 + 2 times the size of x. Large results bypass the
+// caches (stream.h), because a plain write also reads.
 //
-// This file: rows with a weight and a bias an element (LayerNorm, GroupNorm of vectors).  norm_channels.cpp: a weight
-// for many elements, which takes the sums apart by channel.
+// This file handles rows with one weight and bias per element (LayerNorm, GroupNorm of vectors).  norm_channels.cpp
+// handles weights shared by many elements, and computes sums per channel.
 //
-// A row is worked on in lines of at most kLine elements, which stay in the nearest cache: half precision is converted
-// there, so that one loop serves every dtype.  Sums are of the accumulation type within a line and double beyond it;
-// the variance of a line is taken about its own mean, and lines are merged by Chan's formula.
+// A row is processed in lines of at most kLine elements, which stay in the L1 cache.  Half precision is converted
+// there, so that one loop serves every dtype.  Sums use the accumulation type within a line and double beyond it.  The
+// variance of a line is relative to its own mean, and lines are merged by Chan's formula.
 #include "cpu/norm.h"
 
 #include "cpu/norm_lines.h"
@@ -33,7 +33,7 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-// What the three operators share: which elements a line of a row has, and its weights.
+// Common to the three operators: the elements of a line of a row, and its weights.
 template <class A>
 struct Operator : Lines<A> {
   using Accumulator = A;
@@ -96,7 +96,7 @@ struct Forward : Operator<A> {
     this->write(t.y, at, line.size, y);
   }
 
-  static constexpr int kSums = 1;  // of which none is wanted: an array has an element at least
+  static constexpr int kSums = 1;  // unused: an array needs at least one element
   void* gathered(int) const { return nullptr; }
 };
 
@@ -161,7 +161,7 @@ struct DoubleBackward : Operator<A> {
   using Sum = Sums<7>;
   struct Row {
     A mean, rstd, h, hx;          // means of H and H xh
-    A of_h, of_g, of_xh, of_one;  // by x as a combination of H, g, xh and 1
+    A of_h, of_g, of_xh, of_one;  // coefficients of by x for H, g, xh and 1
   };
 
   DoubleBackward(Dtype dtype, const NormShape& s, const NormDoubleBackward& tensors)

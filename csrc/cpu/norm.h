@@ -6,9 +6,9 @@
 
 namespace fastgan {
 
-// x is contiguous, (samples, segments, channels, inner), or (samples, inner, channels) where `channels_last`.  The
-// channels of a sample are in `groups`; a row, which has a mean and a variance, is a group over all segments and inner.
-//     LayerNorm     (N, 1, M, 1), one group: a weight an element of the row
+// x is contiguous, (samples, segments, channels, inner), or (samples, inner, channels) if `channels_last`.  The
+// channels of a sample form `groups`.  A row, which has a mean and a variance, is a group over all segments and inner.
+//     LayerNorm     (N, 1, M, 1), one group: one weight per element of the row
 //     GroupNorm     (N, 1, C, inner)
 //     InstanceNorm  (N, 1, C, inner), C groups
 //     BatchNorm     (1, N, C, inner), C groups
@@ -23,11 +23,11 @@ struct NormShape {
   std::int64_t size() const { return samples * channels * positions(); }
 };
 
-// x, y and their derivatives are of one dtype; statistics, weights, biases and their derivatives of its accumulation
-// type.  An address that is null: an operand that is absent, or a result that is not wanted.
+// x, y and their derivatives have one dtype; statistics, weights, biases and their derivatives have its accumulation
+// type.  A null address is an absent operand, or a result that is not requested.
 struct NormForward {
   const void *x, *weight, *bias;
-  void *y, *mean, *rstd, *variance;  // the variance with Bessel's correction, as running statistics keep it
+  void *y, *mean, *rstd, *variance;  // the variance with Bessel's correction, as in running statistics
 };
 struct NormBackward {
   const void *dy, *x, *mean, *rstd, *weight;
@@ -39,7 +39,7 @@ struct NormDoubleBackward {
   void *by_dy, *by_x, *by_weight;
 };
 
-// norm_*: any shape.  channel_norm_*: more than one value a channel and sample; norm_* call them there.
+// norm_*: any shape.  channel_norm_*: more than one value per channel and sample; norm_* call them for such shapes.
 #define FASTGAN_DECLARE(isa)                                                                          \
   namespace isa {                                                                                     \
   void norm_forward(Dtype, const NormForward&, const NormShape&, double eps, int threads);            \

@@ -1,19 +1,19 @@
-// Normalisation with a weight and a bias for many elements: GroupNorm, InstanceNorm, BatchNorm.  Notation and
+// Normalization with weights shared by many elements: GroupNorm, InstanceNorm, BatchNorm.  Notation and
 // derivation are in norm.cpp.
 //
-// As w is one number in a channel, every sum of the three operators is made of sums over the elements of a channel of a
+// As w is constant within a channel, every sum of the three operators consists of sums over one channel of one
 // sample, with d = x - mean in place of xh = r d:
 //     forward           its mean and squares, merged by Chan's formula
 //     backward          D = sum dy, DX = sum dy d
 //     double backward   H = sum h, HX = sum h d, HD = sum h dy, D, DX
-// <g> = sum_c w D / M, <g xh> = r sum_c w DX / M, <hw dy> = sum_c hw D / M and so on, and the derivatives by weight and
+// <g> = sum_c w D / M, <g xh> = r sum_c w DX / M, <hw dy> = sum_c hw D / M and so on.  The derivatives by weight and
 // bias need no pass of their own: dw = sum r DX, db = sum D, by w = sum r (HD - <H> D - <H xh> r DX) over the samples.
-// What is left to do for an element is linear, with numbers of its channel:
+// The remaining work per element is linear, with coefficients of its channel:
 //     y = scale d + b          dx = a dy + b d + c
 //     by dy = a h + b d + c    by x = e h + f dy + g d + k
 //
-// Channels apart: a tile is elements of one channel, whose numbers are scalars.  Channels last: a tile is positions of
-// up to kLine channels, whose sums and numbers are vectors beside the elements.
+// Channels first: a tile has elements of one channel, and the coefficients are scalars.  Channels last: a tile has
+// positions of up to kLine channels, and sums and coefficients are vectors next to the elements.
 #include "cpu/norm.h"
 
 #include <initializer_list>
@@ -25,7 +25,7 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-// A number of each channel: of all elements of a line alike, or one beside each.
+// A coefficient of each channel: one for all elements of a line, or one per element.
 template <class A, bool kBeside>
 struct Number {
   const A* values;
@@ -40,8 +40,8 @@ struct Number {
 template <class A>
 struct Operator : Lines<A> {
   using Accumulator = A;
-  const Walk walk, summed;     // the tiles that are mapped, and those of the sums
-  double* unsummed = nullptr;  // (results, samples, channels): what weight and bias get of a channel of each sample
+  const Walk walk, summed;     // the tiles to map, and the tiles to sum
+  double* unsummed = nullptr;  // (results, samples, channels): what each adds to weight and bias
 
   Operator(Dtype dtype, const NormShape& shape) : Operator(dtype, shape, shape) {}
   Operator(Dtype dtype, const NormShape& shape, const NormShape& of_sums)
@@ -80,7 +80,7 @@ struct Operator : Lines<A> {
     for (std::int64_t i = 0; i < sums * walk.channels; ++i) all.sums[i] += other.sums[i];
   }
 
-  // What the lines of a tile have added up in the accumulation type.
+  // The sums of a tile's lines in the accumulation type.
   template <int N, class Of>
   void add_lines(const Tile& tile, const Of& of, const A (*sums)[kLine]) const {
     for (int k = 0; k < N; ++k) {
@@ -102,7 +102,7 @@ struct Forward : Operator<A> {
   Forward(Dtype dtype, const NormShape& shape, const NormForward& tensors, double e)
       : Operator<A>(dtype, shape, rows_of(shape)), t(tensors), eps(e) {}
 
-  // Its moments are of a row: where that is contiguous, channels need not be told apart.
+  // Its moments are those of a row: if that is contiguous, channels need no separate sums.
   static NormShape rows_of(NormShape shape) {
     if (shape.channels_last || shape.segments > 1) return shape;
     return {shape.samples, 1, shape.groups, shape.inner * shape.of_row(), shape.groups, false};
@@ -282,7 +282,7 @@ struct Backward : Operator<A> {
 template <class A>
 struct DoubleBackward : Operator<A> {
   const NormDoubleBackward& t;
-  static constexpr int kSums = 5, kNumbers = 8;  // H, HX, HD, D, DX; mean, then of by_dy and by_x
+  static constexpr int kSums = 5, kNumbers = 8;  // H, HX, HD, D, DX; mean, then coefficients of by_dy and by_x
   static constexpr int kResults = 1;
 
   DoubleBackward(Dtype dtype, const NormShape& shape, const NormDoubleBackward& tensors)
@@ -397,7 +397,7 @@ struct DoubleBackward : Operator<A> {
   }
 };
 
-// Runs an operator that has results by weight or bias: (samples, channels) added up over the samples.
+// Runs an operator with results by weight or bias: adds (samples, channels) over the samples.
 template <class Op>
 void run_and_sum(Op op, int threads) {
   using A = typename Op::Accumulator;

@@ -1,5 +1,5 @@
-// What the normalisations share: how a line of a tensor comes into the nearest cache, in whatever dtype, and goes out,
-// and the mean and variance of lines put together.
+// Common to the normalizations: loads a line of a tensor of any dtype into the L1 cache, stores it, and merges the mean
+// and variance of lines.
 #pragma once
 
 #include <cmath>
@@ -15,15 +15,15 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-// Loops that are called from two places: inlined into each, they would take twice as long to compile.
+// Loops that are called from two places.  Inlining them into both would double the compile time.
 #if defined(__GNUC__)
 #define FASTGAN_ONE_COPY __attribute__((noinline))
 #else
 #define FASTGAN_ONE_COPY
 #endif
 
-constexpr std::int64_t kLine = 1024;       // elements: a dozen lines of float are what a nearest cache holds
-constexpr std::int64_t kSerial = 1 << 15;  // elements under which waking threads costs more than they bring
+constexpr std::int64_t kLine = 1024;       // elements: an L1 cache holds a dozen lines of float
+constexpr std::int64_t kSerial = 1 << 15;  // fewer elements run serially: waking threads would cost more than it saves
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -34,7 +34,7 @@ void fill(A* values, std::int64_t n, A value) {
   for (std::int64_t i = 0; i < n; ++i) values[i] = value;
 }
 
-// Stands for an operand that is absent.  Made at the first call: not before this instruction set was chosen.
+// Stands for an absent operand.  Created at the first call, so that no code runs before the instruction set is chosen.
 template <class A>
 const A* line_of(int value) {
   struct Lines {
@@ -61,7 +61,7 @@ FASTGAN_ONE_COPY void put(const float* from, std::int64_t n, T* to) {
   for (std::int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
-// Lines of at most kLine elements of tensors of `dtype`, as their accumulation type.
+// Lines of at most kLine elements of tensors of `dtype`, in their accumulation type.
 template <class A>
 struct Lines {
   Dtype dtype;
@@ -69,7 +69,7 @@ struct Lines {
 
   Lines(Dtype d, const NormShape& shape) : dtype(d), streamed(is_streamed(d, shape.size())) {}
 
-  // The n elements from `at`; in `buffer` if they have to be converted.
+  // The n elements from `at`, in `buffer` if they need conversion.
   const A* read(const void* tensor, std::int64_t at, std::int64_t n, A* buffer) const {
     if (tensor == nullptr) return line_of<A>(0);
     if constexpr (std::is_same_v<A, float>) {
@@ -79,7 +79,7 @@ struct Lines {
     return static_cast<const A*>(tensor) + at;
   }
 
-  // Where results are written before they go through `write`.
+  // Buffer for results, before `write` stores them.
   A* target(void* tensor, std::int64_t at, A* buffer) const {
     if (tensor == nullptr || streamed || dtype == Dtype::f16 || dtype == Dtype::bf16) return buffer;
     return static_cast<A*>(tensor) + at;
@@ -98,7 +98,7 @@ struct Lines {
 };
 
 struct Moments {
-  double count = 0, mean = 0, squares = 0;  // squares: of the distances from the mean
+  double count = 0, mean = 0, squares = 0;  // squares: of the differences from the mean
 
   void add(const Moments& other) {
     if (other.count == 0) return;
@@ -109,7 +109,7 @@ struct Moments {
   }
 };
 
-// Of a line: about its own mean, so that a large mean costs no digits.
+// Moments of a line, relative to its own mean, so that a large mean costs no precision.
 template <class A>
 Moments moments_of(const A* x, std::int64_t n) {
   A total = 0, rest = 0, squares = 0;
@@ -131,7 +131,7 @@ struct MeanAndRstd {
   A mean, rstd;
 };
 
-// What a row's moments say, also written where the caller keeps it.
+// The statistics of a row's moments, also written to the caller's memory.
 template <class A>
 MeanAndRstd<A> statistics(const NormForward& t, std::int64_t row, const Moments& of_row, double eps) {
   const double squares = of_row.squares < 0 ? 0 : of_row.squares;

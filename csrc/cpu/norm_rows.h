@@ -1,8 +1,8 @@
-// How the rows of a normalisation with a weight an element are shared out among threads.
+// Distributes the rows of a normalization with one weight per element over threads.
 //
-// Threads take ranges of rows, or, where rows are few and long, ranges of lines of one row after another.  Which, and
-// the ranges, depend on the shape alone, and partial sums are added in the order of the ranges: the same bits on any
-// number of threads.
+// Threads take ranges of rows.  If rows are few and long, they take ranges of lines of one row after another instead.
+// The choice and the ranges depend only on the shape, and partial sums are added in the order of the ranges, so any
+// number of threads gives the same bits.
 #pragma once
 
 #include "cpu/norm_lines.h"
@@ -11,10 +11,10 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kRanges = 256;     // tasks that are enough for any machine
-constexpr std::int64_t kFewRanges = 32;   // under which long rows are shared out instead
-constexpr std::int64_t kRangeRows = 16;   // rows a range: its partial dw costs 1 / kRangeRows of a pass
-constexpr std::int64_t kBatch = 1 << 17;  // elements between two barriers where rows are shared out: a private cache
+constexpr std::int64_t kRanges = 256;     // enough tasks for any machine
+constexpr std::int64_t kFewRanges = 32;   // with fewer ranges, long rows are split instead
+constexpr std::int64_t kRangeRows = 16;   // rows per range: its partial dw costs 1 / kRangeRows of a pass
+constexpr std::int64_t kBatch = 1 << 17;  // elements between two barriers if rows are split: a private cache
 
 struct Line {
   std::int64_t begin, size;  // in elements of the row
@@ -25,8 +25,8 @@ struct Scratch {
   alignas(64) A data[3][kLine], out[2][kLine], products[kLine];
 };
 
-// The sums over the rows of a group, an element each, of an operator, (ranges, kSums, elements of a sample), while they
-// are partial.  Of one range nothing is partial: they are summed where they are wanted.
+// An operator's sums over the rows of a group, one per element: partial sums (ranges, kSums, elements of a sample).
+// With one range nothing is partial, and sums go directly to their destination.
 template <class Op>
 class Slots {
  public:
@@ -98,8 +98,8 @@ void run_by_rows(const Op& op, std::int64_t ranges, std::int64_t lines, int thre
   slots.add_up(threads);
 }
 
-// A task has a range of lines, of one batch of rows after another: long rows are shared out, and the sums over rows,
-// as long as a row, need no copies.
+// A task has a range of lines, and processes one batch of rows after another.  Long rows are split, and the sums over
+// rows, which are as long as a row, need no copies.
 template <class Op>
 void run_by_lines(const Op& op, std::int64_t lines, int threads) {
   using A = typename Op::Accumulator;

@@ -1,10 +1,10 @@
-// How tensors that are normalised with a weight a channel are shared out among threads, for any operator that takes
-// sums of each channel of a sample and then maps its elements by numbers that belong to the channel.
+// Distributes a tensor that is normalized with one weight per channel over threads, for any operator that first sums
+// over each channel of a sample and then maps its elements with coefficients of the channel.
 //
-// A block holds whole rows: a group of channels of a sample, or, where channels are last and lie side by side, a
-// sample. Threads take ranges of blocks, each of which stays in its core's cache, or, where blocks are few, ranges of
-// their tiles.  Which, and the ranges, depend on the shape alone, and sums are added in one order: the same bits on any
-// number of threads.
+// A block has whole rows: a group of channels of a sample or, if channels are last and adjacent, a sample.  Threads
+// take ranges of blocks, each of which stays in its core's cache.  If there are few blocks, they take ranges of tiles
+// instead.  The choice and the ranges depend only on the shape, and sums are added in a fixed order, so any number of
+// threads gives the same bits.
 #pragma once
 
 #include "cpu/norm_lines.h"
@@ -13,23 +13,23 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kTasks = 256;         // that are enough for any machine
-constexpr std::int64_t kFewBlocks = 16;      // under which their tiles are shared out instead
-constexpr std::int64_t kRangesEach = 64;     // then, of all blocks together
-constexpr std::int64_t kTile = 1 << 14;      // elements of a tile whose channels are last: a core's cache
-constexpr std::int64_t kPositions = 1 << 9;  // of such a tile: what a sum in single precision adds up
+constexpr std::int64_t kTasks = 256;         // enough tasks for any machine
+constexpr std::int64_t kFewBlocks = 16;      // with fewer blocks, their tiles are distributed instead
+constexpr std::int64_t kRangesEach = 64;     // then: for all blocks together
+constexpr std::int64_t kTile = 1 << 14;      // elements of a tile with channels last: the size of a core's cache
+constexpr std::int64_t kPositions = 1 << 9;  // of such a tile: as many as a sum in single precision adds
 
-// Channels apart: elements of one channel that follow one another.  Channels last: `count` positions of up to kLine
-// channels each.
+// Channels first: consecutive elements of one channel.  Channels last: `count` positions of up to kLine channels
+// each.
 struct Tile {
-  std::int64_t begin, size, count;  // elements; of one position
-  std::int64_t channel;             // the first, of the block
+  std::int64_t begin, size, count;  // size: elements of one position
+  std::int64_t channel;             // the first one, within the block
 };
 
 struct Walk {
   const NormShape shape;
-  std::int64_t blocks, channels, tiles;  // channels and tiles of a block
-  std::int64_t pieces, length;           // tiles that elements in a row make, and the elements, or positions, of each
+  std::int64_t blocks, channels, tiles;  // channels and tiles per block
+  std::int64_t pieces, length;           // tiles per contiguous run, and elements or positions per tile
 
   explicit Walk(const NormShape& s) : shape(s) {
     if (s.channels_last) {
@@ -67,7 +67,7 @@ struct Scratch {
   alignas(64) A data[3][kLine], out[2][kLine], sums[5][kLine];
 };
 
-// Sums and numbers of the channels of a block, one channel beside the other.
+// Sums and coefficients of the channels of a block, next to each other.
 template <class Op>
 struct OfChannels {
   using A = typename Op::Accumulator;

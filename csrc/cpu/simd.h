@@ -1,6 +1,6 @@
-// A vector register of the instruction set that is compiled for, and what a sum of exp(-|x|) and its derivatives need.
+// A vector of the compiled instruction set, with the functions for a sum of exp(-|x|) and its derivatives.
 //
-// GCC's and Clang's vector types: loops over them keep the registers that one writes, on any architecture.
+// These are vector types of GCC and Clang: they keep values in registers as written, on any architecture.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ Vec<A> magnitude(Vec<A> x) {
   return reinterpret_cast<Vec<A>>(reinterpret_cast<typename Simd<A>::bits>(x) & ~Bits<A>::sign);
 }
 
-// x times the sign of s, which is 0 of 0.
+// x times the sign of s, where the sign of 0 is 0.
 template <class A>
 Vec<A> with_sign_of(Vec<A> s, Vec<A> x) {
   using B = typename Simd<A>::bits;
@@ -66,7 +66,7 @@ Vec<A> with_sign_of(Vec<A> s, Vec<A> x) {
   return s != A{0} ? reinterpret_cast<Vec<A>>(flipped) : Vec<A>{};
 }
 
-// By halves: the same order of additions whatever the instruction set does.
+// Adds halves repeatedly: the same order of additions on every instruction set.
 template <class A, int kBytes = kVectorBytes>
 A lane_sum(typename Simd<A, kBytes>::type x) {
   if constexpr (kBytes == 2 * sizeof(A)) {
@@ -79,7 +79,7 @@ A lane_sum(typename Simd<A, kBytes>::type x) {
   }
 }
 
-// exp(-x) for x >= 0, 0 where that is below the smallest normal number, NaN of NaN.
+// exp(-x) for x >= 0; 0 if that is below the smallest normal number; NaN for NaN.
 //
 // -x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is a polynomial 1 + r + r^2 q(r), minimax in the relative error: 3.1e-9 in
 // float, 3.6e-18 in double.

@@ -1,15 +1,15 @@
-// Spectral normalisation of many weights: W / sigma, sigma = u^T W v, after power iterations on u and v.
+// Spectral normalization of many weights: W / sigma, sigma = u^T W v, after power iterations on u and v.
 //
-// A u-first iteration is s = W v, u = s / |s|, t = W^T u, v = t / |t|, and then sigma = u^T W v = t.v.  Since u is s
-// up to a scalar, t accumulates row by row while the row is still in the nearest cache: one read of W a power
-// iteration, and one read and one write to scale, where the textbook order reads W four times.
+// A u-first iteration is s = W v, u = s / |s|, t = W^T u, v = t / |t|, and then sigma = u^T W v = t.v.  Since u is s up
+// to a scalar, t accumulates row by row while the row is still in the L1 cache.  This takes one read of W per power
+// iteration, and one read and one write to scale; the textbook order reads W four times.
 //
-// Backward, u and v constant: dW = G / sigma - (<G, W> / sigma^2) u v^T: one read of G and W for the inner product,
-// one read of G and one write of dW.
+// Backward, with u and v constant: dW = G / sigma - (<G, W> / sigma^2) u v^T: one read of G and W for the inner
+// product, one read of G and one write of dW.
 //
-// Bytes: forward 2 reads + 1 write of W, backward 3 reads + 1 write; layers are taken in batches that fit the
-// last private cache, where the second read comes from.  Sums have a fixed order whatever the number of threads:
-// a chunk of rows has its own partial sums, added in the order of the chunks.
+// Bytes: forward 2 reads + 1 write of W, backward 3 reads + 1 write.  Layers are processed in batches that fit the last
+// private cache, so that the second read comes from there.  Sums have a fixed order for any number of threads: a chunk
+// of rows has its own partial sums, added in the order of the chunks.
 #include "spectral_norm.h"
 
 #include <cmath>
@@ -23,10 +23,10 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-constexpr std::int64_t kChunk = 32768;         // elements a task: large against a barrier, small against a core's cache
-constexpr std::int64_t kLeastRows = 32;        // rows a chunk: its partial W^T u costs 1 / kLeastRows of a pass
-constexpr std::int64_t kBatchBytes = 2 << 20;  // layers taken together: what a core's private cache holds
-constexpr std::int64_t kSerial = 1 << 15;      // elements under which waking threads costs more than they bring
+constexpr std::int64_t kChunk = 32768;   // elements per task: large next to a barrier, small next to a core's cache
+constexpr std::int64_t kLeastRows = 32;  // rows per chunk: its partial W^T u costs 1 / kLeastRows of a pass
+constexpr std::int64_t kBatchBytes = 2 << 20;  // layers processed together: the size of a core's private cache
+constexpr std::int64_t kSerial = 1 << 15;      // fewer elements run serially: waking threads costs more than it saves
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -79,7 +79,7 @@ void axpy4(std::int64_t n, const A* s, const T* w, std::int64_t stride, A* t) {
             s3 * static_cast<A>(load(w3[i]));
 }
 
-// out[i] = value(i); past the caches where `streamed`, for storage that is what sums are kept in.
+// out[i] = value(i).  Bypasses the caches if `streamed`, for storage of the accumulation type.
 template <class T, class Value>
 void write(std::int64_t n, [[maybe_unused]] bool streamed, T* out, const Value& value) {
   using A = typename Accumulate<T>::type;
@@ -107,15 +107,15 @@ enum class Pass {
   both,     // s = W v and t = W^T s
 };
 
-// One layer while it is worked on.  outer == 1: a chunk is a range of rows, s comes out whole and t in one partial
-// a chunk.  outer > 1: a chunk is a range of outer, t comes out whole and s in partials.
+// One layer during the computation.  outer == 1: a chunk is a range of rows; s is complete, and each chunk has a
+// partial t.  outer > 1: a chunk is a range of outer; t is complete, and s is partial.
 template <class T>
 struct Layer {
   using A = typename Accumulate<T>::type;
   const SpectralNormLayer* at;
   std::int64_t chunk_length, chunks, line, first_chunk, first_element;
   A *s, *t, *partials;  // partials: (chunks, columns) or (chunks, rows)
-  bool streamed;        // the outputs of all layers are more than the caches keep
+  bool streamed;        // whether the outputs of all layers exceed the caches
 
   bool by_rows() const { return at->outer == 1; }
   std::int64_t partial_length() const { return by_rows() ? at->columns() : at->rows; }
@@ -192,29 +192,29 @@ struct Layer {
     for (std::int64_t c = 1; c < chunks; ++c) axpy(n, A{1}, partials + c * n, sum);
   }
 
-  static void normalise(std::int64_t n, const A* x, double norm, double eps, A* out) {
+  static void normalize(std::int64_t n, const A* x, double norm, double eps, A* out) {
     const A scale = static_cast<A>(1 / (norm > eps ? norm : eps));
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
   }
 
-  // After a pass: renew u, v or both from s and t, and sigma from whichever of them is the newest.
+  // After a pass: update u, v or both from s and t, and compute sigma from the newest of them.
   void finish(Pass kind, double eps, bool iterate) const {
     const std::int64_t rows = at->rows, columns = at->columns();
     if (kind == Pass::both) {
       const double norm = std::sqrt(sum_of_squares(rows, s));
-      normalise(rows, s, norm, eps, u());
+      normalize(rows, s, norm, eps, u());
       add_partials(t);
-      normalise(columns, t, norm, eps, t);
+      normalize(columns, t, norm, eps, t);
     } else if (kind == Pass::rows) {
       if (!by_rows()) add_partials(s);
-      if (iterate) normalise(rows, s, std::sqrt(sum_of_squares(rows, s)), eps, u());
+      if (iterate) normalize(rows, s, std::sqrt(sum_of_squares(rows, s)), eps, u());
       *sigma() = dot(rows, s, u());
       return;
     } else if (by_rows()) {
       add_partials(t);
     }
-    normalise(columns, t, std::sqrt(sum_of_squares(columns, t)), eps, v());
+    normalize(columns, t, std::sqrt(sum_of_squares(columns, t)), eps, v());
     *sigma() = dot(columns, t, v());
   }
 
@@ -269,12 +269,12 @@ struct Layer {
   }
 };
 
-// Layers whose chunks are worked on together, all phases in one parallel region.
+// Layers that are processed together, with all phases in one parallel region.
 template <class T>
 class Batch {
  public:
-  // What one thread does of each phase: layers and chunks next to each other, of about as many elements as another's
-  // and the same in every phase, so that what one left in its core's cache the next one finds there.
+  // The work of one thread in each phase: consecutive layers and chunks, about as many elements as every other thread.
+  // It is the same in every phase, so that data stays in the core's cache from one phase to the next.
   class Share {
    public:
     template <class Body>
@@ -283,7 +283,7 @@ class Batch {
         if (is_mine(batch_.layers_[l], 0)) body(batch_.layers_[l]);
       wait();
     }
-    // To and fro: what one pass read last is what the caches still have when the next begins.
+    // Alternate the direction: the caches still have what the previous pass read last.
     template <class Body>
     void each_chunk(const Body& body) {
       for (std::int64_t i = 0; i < batch_.count_; ++i) {
@@ -302,12 +302,12 @@ class Batch {
     Share(const Batch& batch, std::int64_t thread, std::int64_t threads)
         : batch_(batch), thread_(thread), threads_(threads) {}
 
-    // Whether the middle of the chunk lies in this thread's equal part of all elements.
+    // Whether the middle of the chunk is in this thread's equal part of all elements.
     bool is_mine(const Layer<T>& layer, std::int64_t chunk) const {
       const std::int64_t twice = 2 * layer.first_element + layer.begin_of(chunk) + layer.begin_of(chunk + 1);
       return twice * threads_ / (2 * batch_.size_) == thread_;
     }
-    // Until every thread has done its share of the phase.
+    // Waits until every thread has finished the phase.
     static void wait() {
 #ifdef _OPENMP
 #pragma omp barrier

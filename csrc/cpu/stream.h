@@ -1,5 +1,5 @@
-// Stores past the caches, for results that are larger than what the caches keep until somebody reads them: a plain
-// store first reads the line that it overwrites, and pushes out what the kernel is about to read.
+// Stores that bypass the caches, for results too large to stay in them until they are read.  A plain store first reads
+// the line that it overwrites, and evicts data that the kernel is about to read.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace fastgan {
 namespace FASTGAN_ISA {
 namespace {
 
-// Where a core has 2 MB of its own, two threads copy 8 MB as fast either way, and 16 MB faster past the caches, the
-// reads of the next copy included.
+// On cores with a 2 MB private cache, two threads copy 8 MB equally fast either way, and copy 16 MB faster when they
+// bypass the caches, including the reads of the next copy.
 constexpr std::int64_t kStreamed = std::int64_t{16} << 20;  // bytes
 
 #if defined(__AVX512F__)
@@ -46,12 +46,12 @@ inline bool is_streamed([[maybe_unused]] std::int64_t bytes) {
   return false;
 #endif
 }
-// Results of half precision are converted as they are stored: they go through the caches.
+// Half-precision results are converted as they are stored, through the caches.
 inline bool is_streamed(Dtype dtype, std::int64_t elements) {
   return (dtype == Dtype::f32 && is_streamed(elements * 4)) || (dtype == Dtype::f64 && is_streamed(elements * 8));
 }
 
-// The n values of a line in the nearest cache.  `parallel_for` and `each_thread` make them visible to other threads.
+// The n values of a line in the L1 cache.  `parallel_for` and `each_thread` make them visible to other threads.
 template <class A>
 void stream(const A* values, std::int64_t n, A* to) {
   const char* from = reinterpret_cast<const char*>(values);

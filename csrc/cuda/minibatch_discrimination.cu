@@ -1,18 +1,19 @@
-// Minibatch discrimination: o_ib = sum_j exp(-sum_c |m_ibc - m_jbc|), and the first and second derivative, whose
-// formulas and derivation are in cpu/minibatch_discrimination.cpp.
+// Minibatch discrimination: o_ib = sum_j exp(-sum_c |m_ibc - m_jbc|), with first and second derivatives.  Formulas and
+// derivation are in cpu/minibatch_discrimination.cpp.
 //
-// m (B, C, N), so that a tile of samples is contiguous.  A block has one b and kOwn samples i; all others pass through
-// shared memory, kOther at a time and kDepth dims at a time.  A thread has 4 x 8 pairs in registers, half as many of
-// double or with tangents: a dim costs it 3 reads of 16 bytes from shared memory and, going forward, 64 operations.
-// Each pair is visited from either side: giving to both would need atomics or partial sums of N^2 B C / kOwn.  What a
-// dim of a gradient sums to is added over the 8 threads of a row by 4 shuffles and kept in shared memory.  Of more than
-// kDims dims, blocks share out what is written, and each measures all distances.  Every sum has one order.
+// m is (B, C, N), so that a tile of samples is contiguous.  A block has one b and kOwn samples i.  All other samples
+// pass through shared memory, kOther samples and kDepth dims at a time.  A thread has 4 x 8 pairs in registers, or half
+// as many for double or with tangents.  Per dim it needs 3 reads of 16 bytes from shared memory and, in the forward, 64
+// operations.  Each pair is computed from both sides: updating both samples at once would need atomics or partial sums
+// of N^2 B C / kOwn.  The sum of a gradient's dim is reduced over the 8 threads of a row by 4 shuffles and kept in
+// shared memory.  With more than kDims dims, several blocks share the output, and each computes all distances.  Every
+// sum has a fixed order.
 //
-// Operations of N^2 B pairs: forward 2 C (subtract; add the magnitude) and an exp, about 10; backward 2 C + 4 C;
-// double backward 6 C + 4 C.  Bytes: of each operand N / kOwn reads, all but the first from L2.
-// Expected on an H200 (33 T lane-operations/s), N = 4096, B = 100, C = 16: floor of the forward
-// N^2 B (2 C + 1) / 33 T = 1.7 ms; with 10 operations an exp and 11 % of instructions for reads, 2.4 ms.  N = 64 gives
-// 100 blocks to 132 multiprocessors: there Triton's smaller tiles should be the faster ones.
+// Operations for N^2 B pairs: forward 2 C (subtract; add the magnitude) and an exp, about 10; backward 2 C + 4 C;
+// double backward 6 C + 4 C.  Bytes: each operand is read N / kOwn times, all but the first time from L2.
+// Expected on an H200 (33 T lane-operations/s), N = 4096, B = 100, C = 16: the floor of the forward is
+// N^2 B (2 C + 1) / 33 T = 1.7 ms; with 10 operations per exp and 11 % of instructions for reads, 2.4 ms.  N = 64 gives
+// 100 blocks for 132 multiprocessors; Triton's smaller tiles should be faster there.
 #include "cuda/minibatch_discrimination.h"
 
 #include <cuda_runtime.h>
@@ -35,12 +36,12 @@ using device::store;
 using device::Vector;
 
 constexpr int kThreads = 128;
-constexpr int kLanes = 8;    // threads that share samples i
-constexpr int kOwnEach = 4;  // samples i of a thread
+constexpr int kLanes = 8;    // threads that share the same samples i
+constexpr int kOwnEach = 4;  // samples i per thread
 constexpr int kOwn = kThreads / kLanes * kOwnEach;
 constexpr int kDepth = 16;
 constexpr int kDims = 32;
-// Samples j of a thread, and of a tile: what registers hold; with tangents a pair has two numbers.
+// Samples j per thread and per tile, limited by registers; with tangents a pair needs two numbers.
 template <class A, bool kSecond>
 constexpr int kOtherEach = (kSecond ? 16 : 32) / static_cast<int>(sizeof(A));
 template <class A, bool kSecond>
@@ -61,9 +62,9 @@ struct Shared {
   A own_h[kOwn], other_h[kOther<A, kSecond>];
   A sums[kDims][kOwn];
 };
-static_assert(sizeof(Shared<double, true>) <= 48 << 10, "what a block may have without asking");
+static_assert(sizeof(Shared<double, true>) <= 48 << 10, "a block has this much without opting in to more");
 
-// 16 bytes at a time; `from` is aligned to them.
+// Copies 16 bytes at a time; `from` must be aligned to that.
 template <int kCount, class A>
 __device__ void read(const A* from, A* to) {
   constexpr int kWidth = device::kWide<A>;
@@ -106,7 +107,7 @@ class Block {
     write_sample(t_.o, sum_of_lanes(sums));
   }
 
-  // Without w: dm to by_m.
+  // Without w, writes dm to by_m.
   __device__ void gradients() {
     for (int at = threadIdx.x; at < kDims * kOwn; at += kThreads) (&shared_.sums[0][0])[at] = 0;
     A sums[kOwnEach] = {};
@@ -137,7 +138,7 @@ class Block {
   int lane_, group_;
   std::int64_t row_, b_, c_begin_, c_end_;
 
-  // Places in the tiles of the samples of this thread: neighbours read neighbouring banks.
+  // Positions of this thread's samples in the tiles.  Neighboring threads read neighboring banks.
   __device__ int own_at() const { return group_ * kOwnEach; }
   __device__ int other_at(int k) const { return k / kRun * (kLanes * kRun) + lane_ * kRun + k % kRun; }
 
@@ -156,7 +157,7 @@ class Block {
     return t_.segments == nullptr || shared_.own_segment[own_at() + r] == shared_.other_segment[other_at(k)];
   }
 
-  // body(place in the tile, sample) for the samples of a tile that there are, and none(place) for the rest.
+  // body(position in the tile, sample) for existing samples of a tile, and none(position) for the rest.
   template <class Body, class None>
   __device__ static void each_sample(int size, std::int64_t begin, std::int64_t end, const Body& body,
                                      const None& none) {
@@ -198,7 +199,7 @@ class Block {
     }
   }
 
-  // kDepth dims of both tiles.
+  // Loads kDepth dims of both tiles.
   __device__ void fetch_dims(std::int64_t c0, std::int64_t j0) {
     const std::int64_t i0 = t_.first + row_, i_end = t_.first + t_.rows;
     __syncthreads();
@@ -216,7 +217,7 @@ class Block {
     for (int k = 0; k < kEach; k += kRun) read<kRun>(from + other_at(k), to + k);
   }
 
-  // d: distances of this thread's pairs; a: of their tangents.
+  // d: distances of this thread's pairs; a: those of their tangents.
   __device__ void compare(std::int64_t j0, A (*d)[kEach], A (*a)[kEach]) {
 #pragma unroll
     for (int r = 0; r < kOwnEach; ++r)
@@ -248,7 +249,7 @@ class Block {
   // Adds q sign(m_i - m_j), summed over the tile, to the sums of this block's dims.
   __device__ void spread(std::int64_t j0, A (*q)[kEach]) {
     for (std::int64_t c0 = c_begin_; c0 < c_end_; c0 += kDepth) {
-      if (t_.dims > kDepth) fetch_dims(c0, j0);  // else they are there
+      if (t_.dims > kDepth) fetch_dims(c0, j0);  // otherwise they are already loaded
       const int depth = static_cast<int>(c_end_ - c0 < kDepth ? c_end_ - c0 : kDepth);
       for (int c = 0; c < depth; ++c) {
         A own[kOwnEach], other[kEach], given[kOwnEach] = {};
@@ -267,7 +268,7 @@ class Block {
     }
   }
 
-  // The sums over the kLanes threads of a group of four numbers, number lane / 2 to each.
+  // Sums four numbers over the kLanes threads of a group; each thread gets number lane / 2.
   __device__ A sum_of_lanes(const A* x) const {
     static_assert(kOwnEach == 4 && kLanes == 8);
     const bool high = lane_ & 4, odd = lane_ & 2;
@@ -323,7 +324,7 @@ void launch(Order order, const Discrimination& t, cudaStream_t stream) {
   const std::int64_t tiles = (t.rows + kOwn - 1) / kOwn;
   const std::int64_t parts = t.by_m == nullptr ? 1 : (t.dims + kDims - 1) / kDims;
   const std::int64_t blocks = tiles * t.kernels * parts;
-  if (blocks > INT32_MAX) throw std::invalid_argument("more blocks than a launch takes");
+  if (blocks > INT32_MAX) throw std::invalid_argument("the problem needs more blocks than one launch supports");
   const auto kernel = order == Order::forward    ? similarities_kernel<T>
                       : order == Order::backward ? gradients_kernel<T>
                                                  : second_gradients_kernel<T>;

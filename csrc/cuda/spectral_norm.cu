@@ -1,24 +1,24 @@
-// Spectral normalisation of many weights in one cooperative launch: W / sigma, sigma = u^T W v, after power iterations.
+// Spectral normalization of many weights in one cooperative launch: W / sigma, sigma = u^T W v, after power iterations.
 //
-// A u-first iteration is s = W v, t = W^T s; then u = s / |s|, v = t / |t|, sigma = t.v with t scaled by 1 / |s|.
-// v-first swaps the two products.  W is cut into tiles (spectral_norm_plan.h); a block brings its tiles to shared
-// memory, and they stay there through the phases, which a barrier of the whole grid ends:
-//   1. each tile's part of s          2. s of the tile's rows, summed from the parts; the tile's part of t
-//   3. s and t summed from the parts, their squares a chunk      4. W / sigma, u, v, sigma
-// Backward, u and v constant: the tile's part of <G, W> | dW = G / sigma - (<G, W> / sigma^2) u v^T.
-// What has no slot in shared memory is read again, from L2: a wave of weights, which goes through all phases before
-// the next, is no larger than slots and a third of L2.  No atomics, every sum in one order.
+// A u-first iteration computes s = W v, t = W^T s, then u = s / |s|, v = t / |t|, and sigma = t.v with t scaled by
+// 1 / |s|.  v-first swaps the two products.  W is cut into tiles (spectral_norm_plan.h).  A block loads its tiles into
+// shared memory, where they stay through all phases.  A grid-wide barrier ends each phase:
+//   1. partial s of each tile         2. s of the tile's rows, summed from the partials; partial t of the tile
+//   3. sum s and t from the partials, and their squares per chunk      4. W / sigma, u, v, sigma
+// Backward, with u and v constant: partial <G, W> of each tile | dW = G / sigma - (<G, W> / sigma^2) u v^T.
+// Tiles without a slot in shared memory are read again, from L2.  A wave of weights goes through all phases before the
+// next wave, and is no larger than the slots plus a third of L2.  There are no atomics; every sum has a fixed order.
 //
-// Bytes, N elements of b bytes: forward N b read and N b written, backward 2 N b and N b; vectors and parts add
-// 1/16 of N b (float32), which stay in L2.
-// Expected on an H200 (4.3 TB/s copy measured, 132 multiprocessors, 227 KB of shared memory a block, 60 MB of L2;
-// assumed: 5.5 TB/s from L2, 2.5 us a barrier with the phase's filling and draining):
+// Bytes, for N elements of b bytes: forward reads N b and writes N b, backward reads 2 N b and writes N b.  Vectors and
+// partials add 1/16 of N b (float32), which stays in L2.
+// Expected on an H200 (4.3 TB/s copy measured, 132 multiprocessors, 227 KB of shared memory per block, 60 MB of L2;
+// assumed: 5.5 TB/s from L2, 2.5 us per barrier including the fill and drain of the phase):
 //   SNGAN-128, 75 MB in 2 waves:  forward floor 150 MB / 4.3 TB/s = 35 us; + 6 barriers, 15 us; + 44 MB without a
 //     slot, read twice more from L2, 16 us: 66 us.  Backward floor 226 MB, 53 us; + 2 barriers, 5 us; + 44 MB of G
 //     once more from L2, 8 us: 66 us.
 //   116 MB in 3 waves:  forward floor 54 us; + 9 barriers, 23 us; + 68 MB twice, 25 us: 102 us, 53 % of the copy's
 //     bandwidth.  Backward floor 81 us; + 3 barriers, 8 us; + 68 MB once, 12 us: 101 us.
-// So barriers and slots are what a measurement should look at first: a slot more a block is 4 MB less to read again.
+// Therefore a measurement should look at barriers and slots first: one more slot per block saves 4 MB of rereads.
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
@@ -43,7 +43,7 @@ using device::store;
 using device::Vector;
 using device::warp_sum;
 
-// Shared memory of a block: small arrays, then the slots.
+// Shared memory of a block: small arrays, followed by the slots.
 template <class T>
 struct Shared {
   using A = typename Accumulate<T>::type;
@@ -57,7 +57,7 @@ constexpr std::int64_t kSmallBytes = (sizeof(Shared<T>) + 15) / 16 * 16;
 
 static_assert(kSmallBytes<double> + 2 * kBlock.tile_bytes <= 99 << 10 &&
                   kSmallBytes<__half> + 2 * kBlock.tile_bytes <= 99 << 10,
-              "two slots fit the 99 KB that a block has on sm_86, sm_89 and sm_120");
+              "two slots must fit the 99 KB that a block has on sm_86, sm_89 and sm_120");
 
 template <class T>
 class Worker {
@@ -79,7 +79,7 @@ class Worker {
   Shared<T>& shared_;
   unsigned char* slots_;
   A* scratch_;
-  int begin_ = 0, end_ = 0;  // layers of the wave
+  int begin_ = 0, end_ = 0;  // layers of this wave
 
   __device__ const Layer& layer(int l) const { return arguments_.layers[l]; }
   __device__ T* slot(int i) const { return reinterpret_cast<T*>(slots_ + std::int64_t{i} * arguments_.slot_bytes); }
@@ -100,8 +100,8 @@ class Worker {
       store(to[i / pad * tile.stride + tile.columns() + i % pad], 0);
   }
 
-  // body(tile, its elements in shared memory) for each tile of the wave that is this block's.  The first slots keep
-  // their tiles from phase to phase; where there are more tiles, the last two take turns.
+  // body(tile, its elements in shared memory) for each of this block's tiles of the wave.  Tiles in the first slots
+  // stay there from phase to phase; if there are more tiles than slots, the rest alternate between the last two slots.
   template <class Body>
   __device__ void each_tile(const void* Layer::* source, bool first_phase, const Body& body) {
     const int first = layer(begin_).first_tile + blockIdx.x;
@@ -128,7 +128,7 @@ class Worker {
     __pipeline_wait_prior(0);
   }
 
-  // body(layer, chunk, its first element, whether of t) for each chunk of the wave's vectors that is this block's.
+  // body(layer, chunk, its first element, whether it is of t) for each of this block's chunks of the wave's vectors.
   template <class Body>
   __device__ void each_chunk(const Body& body) {
     const int base = layer(begin_).first_chunk;
@@ -143,7 +143,7 @@ class Worker {
   }
 
   // ---- products with a tile ----
-  // s = tile . by_column: a warp a row.
+  // s = tile . by_column: one warp per row.
   __device__ void multiply_rows(const Tile& tile, const T* w, A* parts) {
     for (int row = threadIdx.x / 32; row < tile.rows; row += kThreads / 32) {
       A sum = 0;
@@ -156,7 +156,7 @@ class Worker {
     }
   }
 
-  // t = by_row . tile: a thread a group of columns, as many threads a column as there are to spare.
+  // t = by_row . tile: one thread per group of columns; spare threads share a group's rows.
   __device__ void multiply_columns(const Tile& tile, const T* w, A* parts) {
     const int groups = tile.stride / kWidth, threads = smaller(kThreads / groups, 32);
     const int group = threadIdx.x % groups, thread = threadIdx.x / groups;
@@ -194,7 +194,7 @@ class Worker {
     return block_sum<double, kThreads>(sum, shared_.warps);
   }
 
-  // Of a layer whose s and t are summed.  The second product was taken with the first vector unscaled.
+  // Scales of a layer after s and t are summed.  The second product used the unscaled first vector.
   __device__ Scales scales_of(const Layer& layer) {
     const double* sums = arguments_.sums + layer.first_chunk;
     const double of_s = sum_over(sums, layer.s_chunks());
@@ -210,7 +210,7 @@ class Worker {
   }
 
   // ---- phases ----
-  // Fills by_column (or by_row, for t) with value(i) of the tile's columns (rows), and with zeros up to the stride.
+  // Fills by_column (for t: by_row) with value(i) of the tile's columns (rows), and with zeros up to the stride.
   template <class Value>
   __device__ void fill(A* to, int count, int padded, const Value& value) {
     for (int i = threadIdx.x; i < padded; i += kThreads) to[i] = i < count ? value(i) : A{0};
@@ -219,7 +219,7 @@ class Worker {
 
   enum class Input { stored, summed, parts };
 
-  // Each tile's part of s = W v, or of t = W^T u.
+  // Partial s = W v, or t = W^T u, of each tile.
   __device__ void multiply(bool of_t, Input input, bool first_phase) {
     int scaled = -1;
     A scale = 1;
@@ -248,7 +248,7 @@ class Worker {
     });
   }
 
-  // s and t from their parts, and what their norms need of each chunk (without iterations: u.s).
+  // Sums s and t from their partials, and each chunk's contribution to their norms (without iterations: to u.s).
   __device__ void sum_up(bool iterate) {
     each_chunk([&](const Layer& its, int chunk, std::int64_t first, bool of_t) {
       if (!iterate && of_t) return;
@@ -397,7 +397,7 @@ void launch(const SpectralNormLayer* layers, std::int64_t count, const SpectralN
   const Machine machine{device.attribute(cudaDevAttrMultiProcessorCount),
                         device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSmallBytes<T>,
                         device.attribute(cudaDevAttrL2CacheSize)};
-  // The most, whatever this launch takes: another thread may be between this and its own.
+  // Set the maximum, not what this launch needs: another thread may set and launch in between.
   FASTGAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
   for (std::int64_t first = 0; first < count; first += kMaxLayers) {

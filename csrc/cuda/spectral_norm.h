@@ -7,7 +7,7 @@
 namespace fastgan {
 namespace cuda {
 
-// `stream` is a cudaStream_t.  Options' threads are not looked at.
+// `stream` is a cudaStream_t.  The threads field of the options is ignored.
 void spectral_norm_forward(Dtype, const SpectralNormLayer*, std::int64_t count, const SpectralNormOptions&,
                            void* stream);
 void spectral_norm_backward(Dtype, const SpectralNormLayer*, std::int64_t count, void* stream);

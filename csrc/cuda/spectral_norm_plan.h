@@ -1,8 +1,8 @@
-// How the weights of a call are cut into tiles, and the tiles into waves.
+// Cuts the weights of a call into tiles, and groups the tiles into waves.
 //
-// A tile is a range of rows by a range of columns of one weight, at most a slot of shared memory; the columns are
-// consecutive, and in memory (outer, rows, inner) they are a piece of one line or several whole ones.  A wave is a
-// run of weights that the slots of all blocks hold, with as much again as surely stays in L2 between its phases.
+// A tile is a range of rows by a range of columns of one weight, and fits in a slot of shared memory.  Its columns are
+// consecutive.  In memory (outer, rows, inner) they are part of one line or several whole lines.  A wave is a run of
+// weights that fits in the slots of all blocks plus the part of L2 that reliably survives between its phases.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 #include "cuda/spectral_norm.h"
 
-// The emulation in tests/cuda runs smaller blocks over smaller tiles.
+// The emulation in tests/cuda uses smaller blocks and smaller tiles.
 #ifndef FASTGAN_SPECTRAL_NORM_BLOCK
 #define FASTGAN_SPECTRAL_NORM_BLOCK 512, 32768, 512
 #endif
@@ -30,10 +30,10 @@ constexpr int kThreads = kBlock.threads;
 constexpr int kTileColumns = kBlock.tile_columns;
 constexpr int kTileRows = 256;
 constexpr int kLeastTileBytes = kBlock.tile_bytes / 8;
-constexpr int kChunk = kThreads / 4;  // elements of s or t that a block adds up at a time
-static_assert(kTileColumns * 8 <= kLeastTileBytes, "a tile holds a row");
+constexpr int kChunk = kThreads / 4;  // elements of s or t that a block sums at a time
+static_assert(kTileColumns * 8 <= kLeastTileBytes, "a tile must hold a row");
 
-// Kernel parameters may take 32,764 bytes since CUDA 12.1 and 4,096 before.
+// Kernel parameters are limited to 32,764 bytes since CUDA 12.1, and to 4,096 before.
 #if CUDART_VERSION >= 12010
 constexpr int kMaxLayers = 128;
 #else
@@ -48,11 +48,11 @@ struct Layer {
   void* saved;
   const void* grad;
   std::int64_t outer, rows, inner;
-  std::int64_t scratch;  // elements before its own: parts of s (column_tiles, rows) and t (row_tiles, columns), s, t
+  std::int64_t scratch;  // offset of its elements: partials of s (column_tiles, rows) and t (row_tiles, columns), s, t
   int tile_rows, tile_outer, tile_inner;
   int row_tiles, column_tiles, first_tile, first_chunk;
-  int wave_end;  // of a wave's first layer: the layer after its last
-  bool vector;   // 16-byte accesses are aligned
+  int wave_end;  // for the first layer of a wave: one past its last layer
+  bool vector;   // whether 16-byte accesses are aligned
 
   __host__ __device__ std::int64_t columns() const { return outer * inner; }
   __host__ __device__ int tiles() const { return row_tiles * column_tiles; }
@@ -70,15 +70,15 @@ struct Arguments {
   std::int64_t power_iterations;
   double eps;
   bool v_first;
-  double* sums;   // of squares, one a chunk; backward: of G W, one a tile
-  void* scratch;  // of the accumulation type
+  double* sums;   // sums of squares, one per chunk; backward: of G W, one per tile
+  void* scratch;  // in the accumulation type
 };
-static_assert(sizeof(Arguments) <= (kMaxLayers > 30 ? 32764 : 4096), "arguments fit a launch");
-static_assert(std::is_trivially_copyable<Arguments>::value, "arguments are copied as bytes");
+static_assert(sizeof(Arguments) <= (kMaxLayers > 30 ? 32764 : 4096), "arguments must fit a launch");
+static_assert(std::is_trivially_copyable<Arguments>::value, "arguments must be copyable as bytes");
 
 struct Machine {
   int multiprocessors;
-  std::int64_t shared_bytes, l2_bytes;  // shared_bytes: of slots, in a block
+  std::int64_t shared_bytes, l2_bytes;  // shared_bytes: for the slots of one block
 };
 
 struct Plan {
@@ -109,12 +109,12 @@ inline void cut(Layer& to, int element_bytes, int tile_bytes) {
   to.column_tiles = static_cast<int>(column_tiles);
 }
 
-// A plan for layers [0, count), count <= kMaxLayers.
+// A plan for layers [0, count), with count <= kMaxLayers.
 inline Plan make_plan(const SpectralNormLayer* layers, int count, int element_bytes, const Machine& machine,
                       bool backward) {
   std::int64_t bytes = 0;
   for (int l = 0; l < count; ++l) bytes += layers[l].size() * element_bytes;
-  // Smaller tiles where larger ones would leave multiprocessors idle.
+  // Use smaller tiles if larger ones would leave multiprocessors idle.
   int tile_bytes = kBlock.tile_bytes;
   while (tile_bytes > kLeastTileBytes && bytes < std::int64_t{tile_bytes} * machine.multiprocessors) tile_bytes /= 2;
   const std::int64_t slots = machine.shared_bytes / tile_bytes;

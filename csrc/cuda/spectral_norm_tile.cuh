@@ -1,4 +1,4 @@
-// A tile of a weight: where it lies, and how a block goes over its elements.
+// A tile of a weight: its position, and how a block visits its elements.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ namespace {
 using device::kWide;
 
 struct Tile {
-  int layer, index;  // index: of the tiles of its layer
+  int layer, index;  // index: among the tiles of its layer
   int column_tile, row_tile;
-  std::int64_t row, column;  // the first of each
+  std::int64_t row, column;  // first row and first column
   std::int64_t outer_index, inner_index;
   int rows, outer, inner;
-  int stride;  // of a row in shared memory: its columns, up to a multiple of 16 bytes
+  int stride;  // of a row in shared memory: number of columns, rounded up to a multiple of 16 bytes
   __device__ int columns() const { return outer * inner; }
 };
 
@@ -52,7 +52,7 @@ __device__ Tile tile_at(const Arguments& arguments, int number, int wide) {
   return tile;
 }
 
-// visit(offset in the weight, row and column in the tile) of every kWidth elements, the whole block over.
+// The whole block calls visit(offset in the weight, row and column in the tile) for every kWidth elements.
 template <int kWidth, class Visit>
 __device__ void each_group(const Layer& layer, const Tile& tile, const Visit& visit) {
   const int line = tile.inner / kWidth, slab = line * tile.rows;
@@ -63,7 +63,7 @@ __device__ void each_group(const Layer& layer, const Tile& tile, const Visit& vi
   }
 }
 
-// The same with a width for each case: visit takes it as its last argument's type.
+// The same with a width for each case. The type of visit's last argument gives the width.
 template <int kWidth>
 struct Width {
   static constexpr int value = kWidth;

@@ -27,7 +27,7 @@ def mlp(inputs: int, outputs: int) -> nn.Module:
 
 
 def train(steps: int, batch: int = 64, seed: int = 0) -> list[float]:
-    """The critic's losses."""
+    """Train, and return the critic's losses."""
     torch.manual_seed(seed)
     accelerator = Accelerator()
     generator, critic = mlp(LATENT, 2), mlp(2, 1)

@@ -1,4 +1,4 @@
-"""WGAN-GP on a ring of eight Gaussians under Hugging Face accelerate, the penalty in plain PyTorch."""
+"""WGAN-GP on a ring of eight Gaussians under Hugging Face accelerate, with the penalty in plain PyTorch."""
 
 import math
 
@@ -32,7 +32,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def train(steps: int, batch: int = 64, seed: int = 0) -> list[float]:
-    """The critic's losses."""
+    """Train, and return the critic's losses."""
     torch.manual_seed(seed)
     accelerator = Accelerator()
     generator, critic = mlp(LATENT, 2), mlp(2, 1)

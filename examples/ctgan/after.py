@@ -1,4 +1,4 @@
-"""A tabular GAN with a packed critic, as CTGAN's (Xu et al., 2019; packing: Lin et al., 2018), with fastgan."""
+"""A tabular GAN with a packed critic like CTGAN's (Xu et al., 2019; packing: Lin et al., 2018), with fastgan."""
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def make_generator() -> nn.Module:
 
 
 def make_critic() -> nn.Module:
-    """Judges PACK rows together."""
+    """Return a critic that judges PACK rows together."""
     return nn.Sequential(
         nn.Linear(COLUMNS * PACK, 256),
         nn.LeakyReLU(0.2),
@@ -46,7 +46,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def train(steps: int, batch: int = 200, seed: int = 0) -> list[float]:
-    """The critic's losses."""
+    """Train, and return the critic's losses."""
     torch.manual_seed(seed)
     generator, critic = make_generator(), make_critic()
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.9))

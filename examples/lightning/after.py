@@ -37,7 +37,7 @@ def make_discriminator() -> nn.Module:
 class GAN(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization = False  # two players
+        self.automatic_optimization = False  # two optimizers
         self.generator, self.discriminator = make_generator(), fuse_spectral_norm(make_discriminator())
         self.losses: list[float] = []
 
@@ -60,7 +60,7 @@ class GAN(lightning.LightningModule):
 
 
 def train(steps: int, batch: int = 64, seed: int = 0) -> list[float]:
-    """The discriminator's losses."""
+    """Train, and return the discriminator's losses."""
     torch.manual_seed(seed)
     gan = GAN()
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)

@@ -41,7 +41,7 @@ def r1(discriminator: nn.Module, real: Tensor) -> tuple[Tensor, Tensor]:
 class GAN(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization = False  # two players
+        self.automatic_optimization = False  # two optimizers
         self.generator, self.discriminator = make_generator(), make_discriminator()
         self.losses: list[float] = []
 
@@ -64,7 +64,7 @@ class GAN(lightning.LightningModule):
 
 
 def train(steps: int, batch: int = 64, seed: int = 0) -> list[float]:
-    """The discriminator's losses."""
+    """Train, and return the discriminator's losses."""
     torch.manual_seed(seed)
     gan = GAN()
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)

@@ -1,4 +1,4 @@
-"""SNGAN (Miyato et al., 2018) on drawn discs: spectral norm on every layer of D, hinge loss, with fastgan."""
+"""SNGAN (Miyato et al., 2018) on synthetic discs: spectral norm on every layer of D, hinge loss, with fastgan."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ LATENT = 64
 
 
 def discs(count: int) -> Tensor:
-    """Soft bright discs of random place and size, (count, 1, 32, 32) in [-1, 1]."""
+    """Soft bright discs of random position and size, (count, 1, 32, 32) in [-1, 1]."""
     x, y, radius = torch.rand(3, count, 1, 1)
     axis = torch.arange(32.0)
     distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))
@@ -49,7 +49,7 @@ def make_discriminator() -> nn.Module:
 
 
 def train(steps: int, batch: int = 32, seed: int = 0) -> list[float]:
-    """The discriminator's losses."""
+    """Train, and return the discriminator's losses."""
     torch.manual_seed(seed)
     generator, discriminator = make_generator(), fuse_spectral_norm(make_discriminator())
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.0, 0.9))

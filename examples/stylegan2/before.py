@@ -1,4 +1,4 @@
-"""A StyleGAN2-like loop (Karras et al., 2020) on drawn discs: residual D, minibatch stddev, lazy R1; plain PyTorch."""
+"""A StyleGAN2-like loop (Karras et al., 2020) on discs: residual D, minibatch stddev, lazy R1; plain PyTorch."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ LATENT, R1_WEIGHT, R1_EVERY = 64, 1.0, 4
 
 
 def discs(count: int) -> Tensor:
-    """Soft bright discs of random place and size, (count, 1, 32, 32) in [-1, 1]."""
+    """Soft bright discs of random position and size, (count, 1, 32, 32) in [-1, 1]."""
     x, y, radius = torch.rand(3, count, 1, 1)
     axis = torch.arange(32.0)
     distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))
@@ -16,7 +16,7 @@ def discs(count: int) -> Tensor:
 
 
 class StyleBlock(nn.Module):
-    """Doubles the resolution; the style scales the channels of the convolution's input."""
+    """Doubles the resolution. The style scales the channels of the convolution's input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Generator(nn.Module):
 
 
 class MinibatchStdDev(nn.Module):
-    """The standard deviation within groups of samples, as one more channel."""
+    """Append one channel with the standard deviation within groups of samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
@@ -89,7 +89,7 @@ def r1(discriminator: nn.Module, real: Tensor) -> Tensor:
 
 
 def train(steps: int, batch: int = 16, seed: int = 0) -> list[float]:
-    """The discriminator's losses."""
+    """Train, and return the discriminator's losses."""
     torch.manual_seed(seed)
     generator, discriminator = Generator(), make_discriminator()
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=2e-3, betas=(0.0, 0.99))

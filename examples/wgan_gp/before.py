@@ -1,4 +1,4 @@
-"""WGAN-GP (Gulrajani et al., 2017) on drawn discs, in plain PyTorch."""
+"""WGAN-GP (Gulrajani et al., 2017) on synthetic discs, in plain PyTorch."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ LATENT = 64
 
 
 def discs(count: int) -> Tensor:
-    """Soft bright discs of random place and size, (count, 1, 32, 32) in [-1, 1]."""
+    """Soft bright discs of random position and size, (count, 1, 32, 32) in [-1, 1]."""
     x, y, radius = torch.rand(3, count, 1, 1)
     axis = torch.arange(32.0)
     distance = torch.hypot(axis - (8 + 16 * x), axis[:, None] - (8 + 16 * y))
@@ -52,7 +52,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def train(steps: int, batch: int = 32, critic_steps: int = 2, seed: int = 0) -> list[float]:
-    """The critic's losses."""
+    """Train, and return the critic's losses."""
     torch.manual_seed(seed)
     generator, critic = make_generator(), make_critic()
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=1e-4, betas=(0.0, 0.9))

@@ -1,1 +1,1 @@
-"""What is timed, how, and how the result is told."""
+"""Benchmarks: what is timed, how it is timed, and how results are reported."""

@@ -1,4 +1,4 @@
-"""One computation to be timed, in several variants that must agree."""
+"""A computation to time, in several variants that must agree."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Run = Callable[[], Sequence[Tensor]]
 Make = Callable[[], Run]
 
 BASELINE = "torch"
-OPTIONAL = ("torch.compile",)  # takes minutes to compile, and may fail: timed when asked for
+OPTIONAL = ("torch.compile",)  # timed only on request: it takes minutes to compile, and may fail
 COUNTS = ("flops", "peak", "saved")
-BY_NAME = ("triton", "cuda")  # backends that compete on a GPU, where each is a variant
+BY_NAME = ("triton", "cuda")  # backends that compete on a GPU; each is a variant there
 
 
 class TooLarge(Exception):
-    """A variant that this device has no memory for."""
+    """The device has too little memory for a variant."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A point of a line along which one size grows, with the exponents that theory gives the variants' cost.
+    """One point of a series in which one size grows, with the theoretical exponents of each variant's cost.
 
-    Cost is proportional to ``size ** exponent``; ``peak`` is of the memory, ``time`` of the seconds. A variant that is
-    not named has OTHERS' exponent.
+    Cost is proportional to ``size ** exponent``. ``time`` has the exponents of the run time, ``peak`` those of the
+    memory. A variant that is not listed uses the exponent of OTHERS.
     """
 
     line: str
-    size: str  # its name, a key of the case's sizes
+    size: str  # name of the growing size, a key of the case's sizes
     time: Mapping[str, float]
     peak: Mapping[str, float]
 
@@ -44,27 +44,27 @@ OTHERS = "others"
 
 @dataclass(frozen=True)
 class Case:
-    """One computation in several variants, on equal inputs and from equal states.
+    """One computation in several variants, with equal inputs and equal initial states.
 
-    ``bytes`` and ``operations`` are the floor: what any implementation has to move through memory (each input read
-    once, each result written once) and to compute. ``setup`` makes the variants, BASELINE first; each keeps its own
-    state, so that after the same number of calls all give the same.
+    ``bytes`` and ``operations`` are lower bounds: what any implementation must move through memory (it reads each input
+    once and writes each result once) and compute. ``setup`` builds the variants, BASELINE first. Each variant keeps its
+    own state, so that after the same number of calls all return the same result.
     """
 
     name: str
-    op: str | None  # as registered with backends; None for a computation of several ops
+    op: str | None  # name registered with backends; None if the computation uses several ops
     dtype: torch.dtype
     device_types: tuple[str, ...]
     bytes: int | None
     operations: int | None
-    tolerance: float  # of a variant's error relative to BASELINE's result: twice what the tests allow either
+    tolerance: float  # of a variant's error relative to BASELINE's result: twice the tests' tolerance for each
     setup: Callable[[torch.device, torch.dtype], dict[str, Make]]
     suite: str = "ops"
-    counted: tuple[str, ...] = ()  # of COUNTS: what one call computes, holds, and keeps for backward
-    family: str = ""  # cases of one family differ in their sizes alone
+    counted: tuple[str, ...] = ()  # counts to take (of COUNTS): operations, peak memory, memory saved for backward
+    family: str = ""  # cases of one family differ only in their sizes
     sizes: Mapping[str, int] = field(default_factory=dict)
     growth: Growth | None = None
-    negligible: float = 1e-6  # a norm beside the largest tensor's: what is smaller is rounding
+    negligible: float = 1e-6  # norms smaller than this, relative to the largest tensor's norm, count as rounding
 
 
 def on_backend(backend: str, run: Run) -> Run:
@@ -78,12 +78,14 @@ def on_backend(backend: str, run: Run) -> Run:
 def prepare(
     case: Case, device: torch.device, *, optional: bool = False, failed: dict[str, str] | None = None
 ) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """The variants of a case, their errors relative to BASELINE, and why others are left out.
+    """Return the variants of a case, their errors relative to BASELINE, and the reasons why others are left out.
 
-    ``failed``: takes the reasons of variants that raise or are wrong, which are left out; else that is an error.
+    If ``failed`` is given, variants that raise or are wrong are left out and it receives the reasons. Otherwise that is
+    an error.
 
     Raises:
-        ArithmeticError: a variant's result is not BASELINE's, or that is not finite. Nothing wrong is timed.
+        ArithmeticError: a variant's result differs from BASELINE's, or BASELINE's is not finite. Wrong results are
+            never timed.
     """
     variants: dict[str, Run] = {}
     against = BASELINE
@@ -98,7 +100,7 @@ def prepare(
             try:
                 run = make()
                 run()
-                result = run()  # the second depends on the state that the first left behind
+                result = run()  # compare the second call, which depends on the state that the first left
             except (TooLarge, torch.OutOfMemoryError) as error:
                 left_out[name] = str(error).partition("\n")[0]
                 continue
@@ -113,8 +115,8 @@ def prepare(
                 expected, against = result, name
             variants[name], errors[name] = run, _error(result, expected, case.negligible)
             if name == against and math.isnan(errors[name]):
-                raise FloatingPointError(f"{case.name}: {name} gives numbers that are not finite")
-            if not errors[name] <= case.tolerance:  # NaN is wrong too
+                raise FloatingPointError(f"{case.name}: {name} returns values that are not finite")
+            if not errors[name] <= case.tolerance:  # also true for NaN
                 wrong = (
                     f"{case.name}: {name} differs from {against} by {errors[name]:.1e}, tolerance {case.tolerance:.0e}"
                 )
@@ -130,7 +132,7 @@ def prepare(
 
 @torch.no_grad()
 def _error(result: Sequence[Tensor], expected: Sequence[Tensor], negligible: float) -> float:
-    """The largest error of a tensor, relative to its norm unless that is negligible; NaN if there is one."""
+    """Return the largest error of any tensor, relative to its norm unless that is negligible. NaN propagates."""
     norms = torch.stack([vector_norm(wanted, dtype=torch.float64) for wanted in expected])
     errors = [
         vector_norm(actual - wanted, dtype=torch.float64) for actual, wanted in zip(result, expected, strict=True)

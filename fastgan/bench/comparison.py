@@ -1,8 +1,8 @@
-"""Two results of the same cases on the same device: what became faster or slower, beyond the noise of both.
+"""Compares two results of the same cases on the same device: which variants became faster or slower beyond noise.
 
-What is compared is how many times as fast as the baseline of its own run a variant is, so that a machine that drifts
-moves neither. A difference counts where the bands from 20 to 80 % of the two runs do not touch, or where memory at its
-peak changes by more than a hundredth. What was measured then and cannot be measured now is the worst regression.
+The compared number is the speed relative to the baseline of the same run, so that a drifting machine affects neither
+run. A difference counts if the bands from 20 to 80 % of the two runs do not overlap, or if peak memory changes by more
+than a hundredth. A variant that was measured before and cannot be measured now is a regression.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastgan.bench.record import Results, listed, names
 
 REGRESSION, IMPROVEMENT = "REGRESSION", "improvement"
 SPEED_UP, GRAPH = "speed-up", "speed-up, CUDA graph"
-UNKNOWN = "not measured"  # by a version that no longer has it, for one
+UNKNOWN = "not measured"  # for example by a version that no longer has the variant
 MEMORY_NOISE = 0.01
 
 Quantiles = dict[str, float]
@@ -25,15 +25,15 @@ Quantiles = dict[str, float]
 
 @dataclass(frozen=True)
 class Change:
-    """One variant of one case, in two runs; ``reason`` says why the second has none of it."""
+    """One variant of one case in two runs. ``reason`` says why the second run did not measure it."""
 
     case: str
     variant: str
-    what: str  # speed-up, its CUDA graph's, or peak MB
+    what: str  # speed-up, speed-up of its CUDA graph, or peak MB
     old: Quantiles
     new: Quantiles | None
     more_is_better: bool = True
-    seconds: float | None = None  # new over old
+    seconds: float | None = None  # new time divided by old time
     reason: str = ""
 
     @property
@@ -48,29 +48,29 @@ class Change:
 
 
 def refuse_others(old: Results, path: object, new: Results, only: Sequence[str] | None = None) -> None:
-    """Refuse to compare what cannot be.
+    """Raise if two results cannot be compared.
 
     Args:
-        old: of the schema that is read (``record.load``), from ``path``.
-        new: what it is compared with; its cases need not have run yet.
-        only: of the old cases those that are asked for; None: all.
+        old: the older result, loaded from ``path`` with ``record.load``.
+        new: the result to compare with it; its cases may still be unmeasured.
+        only: names of the old cases to compare; None compares all.
 
     Raises:
-        ValueError: another device or number of threads; freed memory kept in one alone; or other cases.
+        ValueError: the results have different devices, numbers of threads, treatments of freed memory, or cases.
     """
     then, now = old["provenance"], new["provenance"]
     for what in ("device", "threads") if now["device_type"] == "cpu" else ("device",):
         if then[what] != now[what]:
-            raise ValueError(f"{path} is of {what} {then[what]}, this is of {now[what]}: they cannot be compared")
-    was, is_now = (about.get("freed_memory", GIVEN_BACK) for about in (then, now))  # older files do not say
+            raise ValueError(f"{path} has {what} {then[what]}, this run has {now[what]}: they cannot be compared")
+    was, is_now = (about.get("freed_memory", GIVEN_BACK) for about in (then, now))  # older files lack the key
     if now["device_type"] == "cpu" and was != is_now:
-        raise ValueError(f"in {path} freed memory was {was}, here it is {is_now}: they cannot be compared")
+        raise ValueError(f"{path} has freed memory {was}, this run has it {is_now}: they cannot be compared")
     before = [name for name in names(old) if only is None or name in only]
     measured = [case["name"] for case in old["cases"]]
     missing = [name for name in names(new) if name not in measured]
     gone = [name for name in before if name not in names(new)]
     if missing or gone:
-        parts = [f"it has not {listed(missing)}"] * bool(missing) + [f"here is not {listed(gone)}"] * bool(gone)
+        parts = [f"it lacks {listed(missing)}"] * bool(missing) + [f"this run lacks {listed(gone)}"] * bool(gone)
         raise ValueError(f"{path} has other cases: {'; '.join(parts)}")
 
 
@@ -82,7 +82,7 @@ def changes(old: Results, new: Results) -> list[Change]:
             result, reason = case["variants"].get(variant), case["left_out"].get(variant)
             if result is not None:
                 found += _of_variant(case["name"], variant, earlier, result)
-            elif reason is not None or variant not in OPTIONAL:  # else nobody asked for it
+            elif reason is not None or variant not in OPTIONAL:  # otherwise it was not requested
                 found.append(_gone(case["name"], variant, SPEED_UP, earlier, reason))
     return found
 
@@ -104,7 +104,7 @@ def _of_variant(case: str, variant: str, old: dict[str, Any], new: dict[str, Any
 
 
 def _gone(case: str, variant: str, what: str, old: dict[str, Any], reason: str | None) -> Change:
-    if "ratio" not in old:  # a run without its baseline
+    if "ratio" not in old:  # the old run has no baseline
         return Change(case, variant, what.replace(SPEED_UP, "seconds"), old["seconds"], None, reason=reason or UNKNOWN)
     return Change(case, variant, what, old["ratio"], None, reason=reason or UNKNOWN)
 
@@ -115,7 +115,7 @@ def _band(value: float) -> Quantiles:
 
 
 def table(found: Sequence[Change]) -> str:
-    """As Markdown; changes beyond noise first."""
+    """Format as Markdown, with changes beyond noise first."""
     order = {REGRESSION: 0, IMPROVEMENT: 1, "": 2}
     lines = [
         "| case | variant | of | then | now | now / then | seconds, now / then | |",

@@ -1,6 +1,6 @@
-"""Discriminators whose training steps are timed: the layers of the papers' networks, wide and large as asked.
+"""Discriminators for timed training steps: the layers of published networks, with adjustable width and resolution.
 
-All are PyTorch's; ``fastgan.convert`` has to find what it can replace.
+They use PyTorch's layers only; ``fastgan.convert`` must find what it can replace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def critic(channels: tuple[int, ...] = (3, 32, 64, 128, 128), pixels: int = 64) 
 
 
 def layer_norm_critic(width: int, pixels: int = 64) -> nn.Module:
-    """Gulrajani et al. (2017): as `critic`, with LayerNorm before each activation but the first."""
+    """Gulrajani et al. (2017): like `critic`, with LayerNorm before each activation except the first."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     for level in range(1, 4):
         inputs, outputs, side = width << (level - 1), width << level, pixels >> (level + 1)
@@ -31,7 +31,7 @@ def layer_norm_critic(width: int, pixels: int = 64) -> nn.Module:
 
 
 def mlp(width: int = 512, depth: int = 3) -> nn.Module:
-    """The critic of toy distributions in the plane."""
+    """A critic for toy distributions in the plane."""
     sizes = [2, *[width] * depth]
     return nn.Sequential(
         *(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.LeakyReLU(0.2))), nn.Linear(width, 1)
@@ -53,7 +53,7 @@ class _SpectralBlock(nn.Module):
 
 
 class SNGANResNet(nn.Module):
-    """Miyato et al. (2018), without the class: five blocks that halve the image, one that does not."""
+    """Miyato et al. (2018), without class labels: five blocks that halve the image and one that does not."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class SNGANResNet(nn.Module):
 
 
 class MinibatchStdDev(nn.Module):
-    """Karras et al. (2018): one channel that says how much the samples of a group differ, of groups of four."""
+    """Karras et al. (2018): append one channel with the standard deviation within groups of four samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         samples, channels, height, width = x.shape
@@ -88,7 +88,7 @@ class _StyleBlock(nn.Module):
 
 
 class StyleGAN2(nn.Module):
-    """Karras et al. (2020): residual blocks down to 4 x 4, minibatch standard deviation (or not), two layers."""
+    """Karras et al. (2020): residual blocks down to 4 x 4, optional minibatch standard deviation, two dense layers."""
 
     def __init__(self, pixels: int, width: int, widest: int = 512, *, stddev: bool = True) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _R3Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, 2 * width, 1)
-        self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=width // 8)  # of 16 channels each
+        self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=width // 8)  # 16 channels per group
         self.conv3 = nn.Conv2d(2 * width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class _R3Block(nn.Module):
 
 
 class R3GAN(nn.Module):
-    """Huang et al. (2024): inverted bottlenecks of grouped convolutions, no normalisation, down to 4 x 4."""
+    """Huang et al. (2024): inverted bottlenecks with grouped convolutions, no normalization, down to 4 x 4."""
 
     def __init__(self, pixels: int, width: int, widest: int = 768) -> None:
         super().__init__()

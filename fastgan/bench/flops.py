@@ -1,4 +1,4 @@
-"""The floating-point operations of the convolutions and matrix products of a computation, counted while it runs."""
+"""Counts the floating-point operations of convolutions and matrix products while a computation runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """A multiplication and an addition are two; of a backward, those of the gradients that it forms."""
+    """Count a multiplication and an addition as two. Backward passes count only the gradients that they compute."""
     counter = _Counter()
     with counter:
         run()
@@ -45,5 +45,5 @@ class _Counter(TorchDispatchMode):
 
 
 def _of_convolution(weight: Tensor, outputs: Tensor) -> int:
-    """The registry's formula knows of no groups in a backward."""
+    """The registry's formula ignores groups in the backward pass."""
     return 2 * outputs.numel() * weight[0].numel()

@@ -1,4 +1,4 @@
-"""Generators whose training steps are timed, of PyTorch's layers."""
+"""Generators for timed training steps, built from PyTorch's layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _UpBlock(nn.Module):
 
 
 def resnet(widths: tuple[int, ...] = (512, 256, 128, 64, 32), pixels: int = 64) -> nn.Module:
-    """Miyato et al. (2018), without the class: residual blocks that double the image."""
+    """Miyato et al. (2018), without class labels: residual blocks that double the image."""
     side = pixels >> (len(widths) - 1)
     blocks = [_UpBlock(a, b) for a, b in pairwise(widths)]
     return nn.Sequential(

@@ -1,4 +1,4 @@
-"""The exponents of cost: straight lines through what was measured, both axes logarithmic, beside those of theory."""
+"""Fits exponents of cost: straight lines through measurements on logarithmic axes, to compare with theory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Line:
-    """One variant's cost along one line: seconds (medians) or bytes at the peak."""
+    """One variant's cost in one series: median seconds, or peak bytes."""
 
     name: str
     size: str
@@ -41,7 +41,7 @@ class Line:
 
 
 def fit(points: Sequence[Point]) -> Fit | None:
-    """Least squares of log cost over log size. None: fewer than three points, which have no standard error."""
+    """Fit log cost over log size by least squares. Fewer than three points have no standard error: return None."""
     if len(points) < 3:
         return None
     xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
@@ -54,7 +54,7 @@ def fit(points: Sequence[Point]) -> Fit | None:
 
 
 def lines(results: Results) -> list[Line]:
-    """In the order of the cases; of each line first the time of every variant, then the peak."""
+    """Return the lines in the order of the cases. Within a series, the time of every variant comes before the peak."""
     found: dict[tuple[str, str, str], Line] = {}
     names: dict[str, None] = {}
     for case in results["cases"]:

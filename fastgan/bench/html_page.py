@@ -1,4 +1,4 @@
-"""One HTML file: pictures inside, no network, no scripts, light or dark as the reader's system is."""
+"""Builds a single HTML file with embedded pictures, no network access, no scripts, and a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-_COLOURS = 6  # s0 to s5, of lines and their keys
+_COLORS = 6  # s0 to s5, for lines and their keys
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf8; --ink: #22252b; --faint: #6d727c; --line: #dcdad4;
@@ -42,12 +42,12 @@ td.n { font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.4rem; }
 """ + "".join(
     f".s{i} {{ color: var(--s{i}); }} polyline.s{i} {{ stroke: currentColor; }} circle.s{i} {{ fill: currentColor; }}\n"
-    for i in range(_COLOURS)
+    for i in range(_COLORS)
 )
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """The file's text, of sections that are HTML; empty ones are left out."""
+    """Return the file's text from sections of HTML. Empty sections are left out."""
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -57,7 +57,7 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 
 def picture(path: Path, caption: str, kind: str = "") -> str:
-    """A PNG within the page; nothing where there is none. ``kind`` is a class of the style, such as pixels."""
+    """Embed a PNG, or return "" if the file does not exist. ``kind`` is a class of the style, such as pixels."""
     if not path.exists():
         return ""
     data, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
@@ -66,14 +66,14 @@ def picture(path: Path, caption: str, kind: str = "") -> str:
 
 
 def properties(rows: Sequence[Sequence[str]]) -> str:
-    """A table of names and what they are."""
+    """Format names and values as a table."""
     return (
         f"<table>{''.join(f'<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)}</table>"
     )
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A table whose columns after the first ``words`` are numbers; it scrolls where it is too wide."""
+    """Format a table. Columns after the first ``words`` are numbers. A table that is too wide scrolls."""
     body = [
         "".join(f"<td{'' if column < words else ' class=n'}>{escape(cell)}</td>" for column, cell in enumerate(row))
         for row in rows

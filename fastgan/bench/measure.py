@@ -1,4 +1,4 @@
-"""Measures cases one after another; what there is of a result is on disk before the next case begins."""
+"""Measures cases one after another. Every finished case is on disk before the next one begins."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from fastgan.bench.provenance import provenance
 from fastgan.bench.record import SCHEMA, Results, save
 
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
-UNTIMED = "memory"  # the suite of which the memory counts: a call a variant is timed
-LONGEST = 60.0  # seconds that a case may take where what fails is passed over; compiling, ten times that
-STOPPED = 75  # the exit status of a process that cannot go on; --resume can
+UNTIMED = "memory"  # suite that measures memory; it times only one call per variant
+LONGEST = 60.0  # time limit of a case in seconds with --keep-going; ten times that with --compile
+STOPPED = 75  # exit status of a process that cannot continue; --resume continues the run
 
 
 class DeviceLost(RuntimeError):
-    """The process can no longer use its device, after an error in a kernel or in a graph's capture."""
+    """The process can no longer use its device, after an error in a kernel or in a graph capture."""
 
 
 def begin(
     suite: str, names: Sequence[str], device: torch.device, rounds: int, *, command: str, optional: bool = False
 ) -> Results:
-    """A result that has no case yet."""
+    """Create a result without cases."""
     timer = _timer(device)
     results: Results = {
         "schema": SCHEMA,
@@ -51,7 +51,7 @@ def begin(
     }
     load = results["provenance"]["load_average"][0]
     if load > (os.cpu_count() or 1) / 2:
-        print(f"fastgan bench: this machine is busy (load {load}): expect noise", file=sys.stderr)
+        print(f"fastgan bench: this machine is busy (load {load}): expect noisy results", file=sys.stderr)
     return results
 
 
@@ -64,24 +64,24 @@ def go_on(
     minutes: float | None = None,
     keep_going: bool = False,
 ) -> None:
-    """Measure what is not yet run, in place.
+    """Measure the cases that have not run yet, in place.
 
     Args:
-        minutes: no case begins later than that.
-        keep_going: what fails is written down and passed over. A case that does not end ends the process.
+        minutes: start no case after this time.
+        keep_going: record failures and skip them. A case that does not end terminates the process.
 
     Raises:
-        DeviceLost: another process can go on with the rest.
+        DeviceLost: another process can continue with the remaining cases.
     """
     tried = False
     if keep_going and "begun" in results:
-        _fail(results, results.pop("begun"), "the process ended in it")
+        _fail(results, results.pop("begun"), "the process ended during this case")
     end = None if minutes is None else time.monotonic() + 60 * minutes
     if path is not None:
         save(results, path)
     for name in announced(results["not_yet_run"], done=len(results["cases"])):
         if end is not None and time.monotonic() > end:
-            print(f"fastgan bench: {len(results['not_yet_run'])} cases not run, time is up", file=sys.stderr)
+            print(f"fastgan bench: time is up, {len(results['not_yet_run'])} cases did not run", file=sys.stderr)
             break
         if not keep_going:
             results["cases"].append(measure(cases[name], device, results))
@@ -112,8 +112,8 @@ def _try(case: Case, device: torch.device, results: Results, path: Path | None) 
         end.cancel()
         del results["begun"]
         if path is not None:
-            save(results, path)  # an interruption too
-    gc.collect()  # what the error's frames held
+            save(results, path)  # also after an interruption
+    gc.collect()  # free what the error's frames hold
 
 
 def _fail(results: Results, name: str, reason: str) -> None:
@@ -123,17 +123,17 @@ def _fail(results: Results, name: str, reason: str) -> None:
 
 
 def _end(name: str) -> None:
-    print(f"{name} does not end", file=sys.stderr, flush=True)
+    print(f"{name} exceeded its time limit", file=sys.stderr, flush=True)
     os._exit(STOPPED)
 
 
 def _refuse_lost(device: torch.device, tried: bool) -> None:
-    """A failed capture leaves the generator and the allocator as they were in it, a failed kernel nothing at all."""
+    """Raise if an earlier failure broke the device: a failed capture leaves its state behind, a failed kernel more."""
     if device.type != "cuda":
         return
     try:
         torch.rand(1, device=device).sum().item()
-        torch.cuda.empty_cache()  # what is free is asked of the driver
+        torch.cuda.empty_cache()  # so that free memory is requested from the driver
     except RuntimeError as error:
         if not tried:
             raise
@@ -141,7 +141,7 @@ def _refuse_lost(device: torch.device, tried: bool) -> None:
 
 
 def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
-    """The names, behind a bar where somebody watches, else each on a line."""
+    """Yield the names, with a progress bar in a terminal, otherwise with one line each."""
     total = done + len(names)
     if sys.stderr.isatty():
         try:
@@ -161,13 +161,13 @@ def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
 
 
 def measure(case: Case, device: torch.device, results: Results, keep_going: bool = False) -> dict[str, Any]:
-    """Check that the variants agree, then time them as ``results`` says; on CUDA also as graphs, where they can be."""
+    """Check that the variants agree, then time them as ``results`` says; on CUDA also as graphs, if possible."""
     with _stream(device):
         return _measure(case, device, results, keep_going)
 
 
 def _stream(device: torch.device) -> AbstractContextManager[Any]:
-    """One that can be captured: a backward runs on the stream of its forward, which may have been long before."""
+    """Use a stream that can be captured: a backward runs on the stream of its forward, which may have run earlier."""
     return torch.cuda.stream(_capturable(device)) if device.type == "cuda" else nullcontext()
 
 
@@ -220,7 +220,10 @@ def _timer(device: torch.device) -> timing.Timer:
 
 
 def _counts(counted: Sequence[str], name: str, run_variant: Run, device: torch.device) -> dict[str, int]:
-    """What one call computes, holds and saves. Compiled graphs save by themselves, and on a CPU allocate unseen."""
+    """Count what one call computes, holds and saves.
+
+    A compiled graph has no count of operations and saved tensors, and no visible allocations on a CPU.
+    """
     counts = {}
     compiled = name == "torch.compile"
     if "flops" in counted and not compiled:
@@ -233,7 +236,7 @@ def _counts(counted: Sequence[str], name: str, run_variant: Run, device: torch.d
 
 
 def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """The device's own time: replays of CUDA graphs, from memory rather than from L2."""
+    """Time replays of CUDA graphs, which show the device's own time, with data in memory instead of in L2."""
     tried = {name: _capture(run_variant) for name, run_variant in variants.items()}
     replays = {name: replay for name, replay in tried.items() if not isinstance(replay, str)}
     samples = timing.in_turns(replays, timing.ColdCache(device), rounds, seconds) if replays else {}
@@ -242,7 +245,7 @@ def _graphs(variants: dict[str, Run], device: torch.device, rounds: int, seconds
 
 
 def _capture(run_variant: Run) -> timing.Call | str:
-    """A graph's replay, or why there is none."""
+    """Return the replay of a graph, or the reason why capture fails."""
     try:
         return timing.captured(run_variant)
     except RuntimeError as error:

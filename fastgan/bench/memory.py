@@ -1,4 +1,4 @@
-"""The most memory that a computation has at a time: all of it, and what is saved for backward."""
+"""Measures the peak memory of a computation: all memory, and memory saved for backward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes at the worst moment of ``run()``, less those at its start.
+    """Return the peak memory of ``run()`` in bytes, minus the memory at its start.
 
-    On CUDA of PyTorch's allocator. Elsewhere of the tensors that operators returned, by whomever they are held, until
-    their memory is freed; what an operator allocates and frees within itself is not seen.
+    On CUDA this is the memory of PyTorch's allocator. Elsewhere it is the memory of tensors that operators return,
+    until that memory is freed. Memory that an operator allocates and frees internally is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -35,9 +35,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
-    """Bytes that graphs hold at the worst moment of ``run()`` for their backward, each memory counted once.
+    """Return the peak number of bytes that graphs save for backward during ``run()``. Shared memory counts once.
 
-    ``apart``: tensors that are there anyway, such as the parameters, and are not counted.
+    ``apart``: tensors that are not counted, such as parameters, because they exist anyway.
     """
     counted = _Total()
     holders: Counter[int] = Counter()
@@ -62,9 +62,9 @@ def saved_bytes(run: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Its address, and its bytes."""
+    """Return the address and the size in bytes."""
     if tensor._is_zerotensor():
-        return 0, 0  # autograd's zeros, which are not stored
+        return 0, 0  # autograd's symbolic zeros have no storage
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
@@ -79,7 +79,7 @@ class _Total:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Follows the memory of what operators return until it is freed."""
+    """Tracks the memory of tensors that operators return until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ class _LiveStorages(TorchDispatchMode):
     def _follow(self, tensor: Tensor, given: set[int]) -> None:
         key, size = _memory(tensor)
         if key in given or key in self._seen or not size:
-            return  # a view of what was there
+            return  # a view of existing memory
 
         def freed(_: Any) -> None:
             del self._seen[key]

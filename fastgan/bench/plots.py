@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Plots of results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.bench import growth
 from fastgan.bench.case import BASELINE
 from fastgan.bench.record import Results
 
-COLOURS = {
+COLORS = {
     BASELINE: "tab:gray",
     "fastgan": "tab:blue",
     "torch.compile": "tab:orange",
@@ -22,7 +22,7 @@ COLOURS = {
     "triton": "tab:purple",
     "cuda": "tab:red",
 }
-_COLUMNS = 4  # of small panels
+_COLUMNS = 4  # small panels per row
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Plot:
 
 
 def figures(results: Results) -> dict[str, Plot]:
-    """By name, those for which there is something to show."""
+    """Return the plots by name. Plots without data are left out."""
     drawn: dict[str, Callable[[Results], Plot | None]] = {
         "speed-up": speed_up,
         "resolution": by_resolution,
@@ -46,7 +46,7 @@ def figures(results: Results) -> dict[str, Plot]:
 
 
 def speed_up(results: Results) -> Plot | None:
-    """A bar a case: fastgan's speed, and torch.compile's where it was timed; whiskers from 20 to 80 %."""
+    """Draw one bar per case: fastgan's speed-up, and torch.compile's if timed. Whiskers are from 20 to 80 %."""
     bars = [
         (case["name"], name, result["ratio"])
         for case in _timed(results)
@@ -57,7 +57,7 @@ def speed_up(results: Results) -> Plot | None:
         return None
     figure, axes = _bars(len(bars))
     for position, (_, name, ratio) in enumerate(bars):
-        axes.barh(position, ratio["median"], xerr=_whiskers(ratio), color=COLOURS[name])
+        axes.barh(position, ratio["median"], xerr=_whiskers(ratio), color=COLORS[name])
         text = f"{ratio['median']:.2f}" if ratio["median"] < 2 else f"{ratio['median']:.1f}"
         axes.annotate(text, (max(ratio["high"], 1), position), (5, 0), textcoords="offset points", va="center")
     axes.axvline(1, color="black", linewidth=1)
@@ -66,8 +66,8 @@ def speed_up(results: Results) -> Plot | None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12)
-    axes.set(xlabel=f"times the speed of {BASELINE}, in the same run", title=_where(results))
-    return Plot(figure, "How many times as fast as PyTorch's each case is; whiskers from 20 to 80 % of the rounds.")
+    axes.set(xlabel=f"speed relative to {BASELINE} in the same run", title=_where(results))
+    return Plot(figure, "Speed of each case relative to PyTorch. Whiskers are from 20 to 80 % of the rounds.")
 
 
 def by_resolution(results: Results) -> Plot | None:
@@ -80,7 +80,7 @@ def by_resolution(results: Results) -> Plot | None:
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="pixels of a side", ylabel=f"times the speed of {BASELINE}", title=_where(results))
+    axes.set(xlabel="pixels per side", ylabel=f"speed relative to {BASELINE}", title=_where(results))
     axes.legend(fontsize=8)
     return Plot(figure, "Speed-up by resolution.")
 
@@ -95,13 +95,13 @@ def by_batch(results: Results) -> Plot | None:
     for axes, family in zip(panels, families, strict=False):
         for name, found in lines.items():
             if family in found:
-                _line(axes, found[family], name, color=COLOURS[name], scale=1e3)
-        _logarithmic(axes, family, "samples in a batch", "ms")
-    return Plot(figure, "Time against batch.")
+                _line(axes, found[family], name, color=COLORS[name], scale=1e3)
+        _logarithmic(axes, family, "batch size", "ms")
+    return Plot(figure, "Time by batch size.")
 
 
 def roofline(results: Results) -> Plot | None:
-    """What was reached, under the roof of the copy bandwidth and of large matrix products in the same run."""
+    """Plot the measured rates under a roof given by copy bandwidth and large matrix products of the same run."""
     cases = [case for case in results["cases"] if case["bytes"] and case["operations"]]
     if not cases:
         return None
@@ -125,22 +125,22 @@ def roofline(results: Results) -> Plot | None:
     axes.plot([], [], "x", color="black", label=BASELINE)
     axes.plot([], [], "o", color="black", label="fastgan")
     axes.set(xscale="log", yscale="log", title=_where(results))
-    axes.set(xlabel="operations a byte that has to be moved", ylabel="G operations a second")
+    axes.set(xlabel="operations per byte that must be moved", ylabel="G operations per second")
     axes.legend(fontsize=8)
     return Plot(
         figure,
-        f"Roofline: left of the ridge the bandwidth of a large copy ({bandwidth / 1e9:.1f} GB/s), right of it the "
-        f"rate of large matrix products ({rate / 1e9:.0f} GFLOP/s), both of the same run. "
-        "What stays in a cache can be above.",
+        f"Roofline. Left of the ridge: the bandwidth of a large copy ({bandwidth / 1e9:.1f} GB/s). Right of it: the "
+        f"rate of large matrix products ({rate / 1e9:.0f} GFLOP/s). Both are from the same run. "
+        "Data in a cache can exceed the roof.",
     )
 
 
 def memory(results: Results) -> Plot | None:
-    """Bars of the bytes at the peak, a pair a case."""
+    """Draw bars of peak memory, one per variant of each case."""
     cases = [case for case in _timed(results) if any("peak_bytes" in result for result in case["variants"].values())]
     if not cases:
         return None
-    names = [name for name in COLOURS if any("peak_bytes" in case["variants"].get(name, {}) for case in cases)]
+    names = [name for name in COLORS if any("peak_bytes" in case["variants"].get(name, {}) for case in cases)]
     figure, axes = _bars(len(cases) * len(names) // 2 + 1)
     height = 0.8 / len(names)
     for number, name in enumerate(names):
@@ -150,15 +150,15 @@ def memory(results: Results) -> Plot | None:
             if "peak_bytes" in case["variants"].get(name, {})
         ]
         positions, megabytes = zip(*points, strict=True)
-        axes.barh(positions, megabytes, height, color=COLOURS[name], label=name)
+        axes.barh(positions, megabytes, height, color=COLORS[name], label=name)
     axes.set_yticks([position + 0.4 - height / 2 for position in range(len(cases))], [case["name"] for case in cases])
-    axes.set(xscale="log", xlabel="MB at the peak, more than before the call", title=_where(results))
+    axes.set(xscale="log", xlabel="peak MB, minus the memory before the call", title=_where(results))
     axes.legend()
-    return Plot(figure, "Memory at the peak of one call, each allocation that PyTorch sees counted once.")
+    return Plot(figure, "Peak memory of one call. Each allocation that PyTorch sees counts once.")
 
 
 def growing(results: Results) -> Plot | None:
-    """A panel a line and measure: what was measured, and the straight line through it."""
+    """Draw one panel per series and measure, with the measurements and the line fitted to them."""
     lines = [line for line in growth.lines(results) if line.points]
     panels = list(dict.fromkeys((line.name, line.of) for line in lines))
     if not panels:
@@ -170,14 +170,14 @@ def growing(results: Results) -> Plot | None:
             if (line.name, line.of) != (name, of):
                 continue
             xs, ys = zip(*line.points, strict=True)
-            colour, found = COLOURS.get(line.variant, "tab:olive"), line.fit
+            color, found = COLORS.get(line.variant, "tab:olive"), line.fit
             label = line.variant if found is None else f"{line.variant}: {found} (theory {line.expected:g})"
-            axes.plot(xs, [y * scale for y in ys], "o", color=colour, markersize=4, label=label)
+            axes.plot(xs, [y * scale for y in ys], "o", color=color, markersize=4, label=label)
             if found is not None:
                 ends = min(xs), max(xs)
-                axes.plot(ends, [found.factor * x**found.exponent * scale for x in ends], color=colour, linewidth=1)
+                axes.plot(ends, [found.factor * x**found.exponent * scale for x in ends], color=color, linewidth=1)
         _logarithmic(axes, f"{name}, {of}", name.rpartition(" ")[2], "ms" if of == "time" else "MB")
-    return Plot(figure, "Cost as one size grows, with the fitted exponents and those of theory.")
+    return Plot(figure, "Cost as one size grows, with fitted and theoretical exponents.")
 
 
 def _timed(results: Results) -> list[dict[str, Any]]:
@@ -190,7 +190,7 @@ Points = list[tuple[int, dict[str, float]]]  # (size, quantiles)
 def _families(
     results: Results, size: str, of: Callable[[dict[str, Any]], dict[str, float] | None], variant: str = "fastgan"
 ) -> dict[str, Points]:
-    """Cases that differ in one size, at least two of a family."""
+    """Group cases that differ only in ``size``. Each family has at least two sizes."""
     found: dict[str, Points] = {}
     for case in _timed(results):
         quantiles = of(case["variants"][variant]) if variant in case["variants"] else None

@@ -1,4 +1,4 @@
-"""Where and from what a result came, so that it can be judged and repeated."""
+"""Describes where and how a result was measured, so that it can be judged and repeated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VARIABLES = re.compile(
     r"(FASTGAN|OMP|KMP|GOMP|MKL|MALLOC|TRITON|TORCHINDUCTOR|PYTORCH|CUDA|NVIDIA_TF32)_\w+"
     r"|TORCH_ALLOW_TF32\w*|GLIBC_TUNABLES|LD_PRELOAD"
 )
-_FOLDERS = re.compile(r"[^\s:=]*/")  # where a file lies says nothing of its speed
+_FOLDERS = re.compile(r"[^\s:=]*/")  # the folder of a file does not affect its speed
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
@@ -81,13 +81,13 @@ def driver() -> str | None:
 
 
 def slug(device: torch.device) -> str:
-    """The device as a folder's name; of a CPU with the number of threads, which matters as much."""
+    """Return the device as a folder name. A CPU's name includes the number of threads, which matters as much."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
 
 
 def commit_of(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit of a checkout, and whether what is timed differs from it; None for what is installed."""
+    """Return the checkout's commit, and whether the timed code differs from it. None, None for an installed package."""
     git = ["git", "-C", str(folder)]
     if _output([*git, "ls-files", "--error-unmatch", "fastgan/backends.py"]) is None:
         return None, None

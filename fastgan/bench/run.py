@@ -1,4 +1,4 @@
-"""fastgan bench: times the cases on this machine, prints a table and writes what was measured as JSON."""
+"""fastgan bench: times the cases on this machine, prints a table and writes the measurements as JSON."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ INTERRUPTED = 130
 
 EPILOG = """\
 suites:
-  ops      each operation alone, to the derivative that training takes
-  steps    whole discriminator and generator steps, and their penalties, by pixels and batch
-  memory   peak and saved bytes of those steps and of minibatch discrimination; one call of each is timed
-  growth   time and memory as one size doubles, with the fitted exponent beside the theoretical one
+  ops      each operation alone, up to the derivative that training needs
+  steps    whole discriminator and generator steps, and their penalties, by resolution and batch size
+  memory   peak and saved bytes of those steps and of minibatch discrimination; times one call of each
+  growth   time and memory as one size doubles, with fitted and theoretical exponents
 
 examples:
   fastgan bench --case 'spectral_norm/small/*' --device cpu
-  fastgan bench --suite steps --report                    # CSV, Markdown, pictures and one HTML page beside the JSON
+  fastgan bench --suite steps --report                    # also writes CSV, Markdown, pictures and one HTML page
   fastgan bench --suite ops --compare old.json            # exit status 1 if something became slower beyond noise
   fastgan bench --resume benchmarks/results/DEVICE/ops-COMMIT.json
   fastgan bench --model my_module:build --input 3,64,64 --batch 16
@@ -39,16 +39,16 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the result is the exit status: 1 if ``--compare`` found a regression or something failed.
+    """Run the command line and return the exit status, which is 1 if ``--compare`` finds a regression or a case failed.
 
     Raises:
-        ValueError: an unknown suite, case or device; a file that does not fit; a model that cannot be benched.
-        ArithmeticError: a variant computes something else than its baseline.
+        ValueError: an unknown suite, case or device; a file that does not match; a model that cannot be benchmarked.
+        ArithmeticError: a variant's result differs from its baseline's.
     """
     options = _parser().parse_args(arguments)
     _refuse_contradictions(options)
     if options.report is not None:
-        import_module("matplotlib")  # not found now rather than after the measurements
+        import_module("matplotlib")  # if it is missing, fail now and not after the measurements
     if options.threads:
         torch.set_num_threads(options.threads)
     results, cases, device, path = (_resumed if options.resume else _begun)(options)
@@ -60,17 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         measure.go_on(results, cases, device, path, minutes=options.minutes, keep_going=options.keep_going)
     except measure.DeviceLost as error:
-        print(f"fastgan bench: {error}; --resume goes on", file=sys.stderr)
+        print(f"fastgan bench: {error}; continue with --resume", file=sys.stderr)
         return measure.STOPPED
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: {shlex.join(['fastgan', 'bench', '--resume', str(path)])}", file=sys.stderr)
+        print(f"\nstopped; continue with: {shlex.join(['fastgan', 'bench', '--resume', str(path)])}", file=sys.stderr)
         return INTERRUPTED
     except ArithmeticError as error:
         if not options.model:
             raise
-        drawn = (
-            "" if isinstance(error, FloatingPointError) else "; a model that draws random numbers cannot be compared"
-        )
+        drawn = "" if isinstance(error, FloatingPointError) else "; a model that uses random numbers cannot be compared"
         raise ValueError(f"{error}{drawn}") from None
     print(report.table(results))
     print(f"\n{path}")
@@ -85,50 +83,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed or comparison.regressed(found))
 
 
-_BESIDE = Path()  # --report without a folder: beside the JSON
+_BESIDE = Path()  # --report without a folder writes next to the JSON
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastgan bench",
-        description="Time fastgan's operations and whole training steps against PyTorch's, in turns, in one process.",
+        description="Time fastgan's operations and whole training steps against PyTorch's, in turns in one process.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    rounds = ", ".join(f"{count} of {suite}" for suite, count in ROUNDS.items())
+    rounds = ", ".join(f"{count} for {suite}" for suite, count in ROUNDS.items())
     add = parser.add_argument
     add("--suite", help=f"group of cases: {', '.join(SUITES)} (default: ops)")
-    add("--case", metavar="PATTERN", help="cases whose name matches, as in a shell (default: all)")
-    add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one (default: %(default)s)")
+    add("--case", metavar="PATTERN", help="cases whose names match a shell pattern (default: all)")
+    add("--device", default="auto", help="cpu, cuda, or auto: cuda if available (default: %(default)s)")
     add(
         "--output",
         type=Path,
         metavar="DIR|FILE.json",
-        help="where the measurements go (default: benchmarks/results in a checkout, else ./fastgan-bench)",
+        help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
     )
-    add("--rounds", type=_positive, help=f"samples of each variant (default: {rounds})")
+    add("--rounds", type=_positive, help=f"samples per variant (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add(
         "--give-memory-back",
         action="store_true",
-        help="leave freed memory to glibc: a time then hangs on what the process did before (default: keep it)",
+        help="let glibc return freed memory to the system; timings then depend on earlier work (default: keep it)",
     )
-    add("--compile", action="store_true", help="time torch.compile of the baseline too; it takes minutes")
-    add("--minutes", type=_minutes, metavar="M", help="begin no case later than that; --resume runs the others")
-    add("--keep-going", action="store_true", help="pass over what fails; the exit status is then 1, or 75 to resume")
+    add("--compile", action="store_true", help="also time torch.compile of the baseline; it takes minutes")
+    add("--minutes", type=_minutes, metavar="M", help="start no case after this time; --resume runs the others")
+    add("--keep-going", action="store_true", help="skip failures; the exit status is then 1, or 75 to resume")
     add(
         "--report",
         type=Path,
         nargs="?",
         const=_BESIDE,
         metavar="DIR",
-        help="write CSV, Markdown, pictures and an HTML page too, to DIR or beside the JSON (needs matplotlib)",
+        help="also write CSV, Markdown, pictures and an HTML page, to DIR or next to the JSON (needs matplotlib)",
     )
-    add("--compare", type=Path, metavar="OLD.json", help="say what changed since; a regression makes the exit status 1")
-    add("--resume", type=Path, metavar="FILE.json", help="run what an interrupted run has not; same commit and machine")
-    add("--model", metavar="MODULE:FUNCTION", help="bench the discriminator that the function returns")
-    add("--input", type=_shape, metavar="SIZES", help="one sample's shape for --model, such as 3,64,64")
-    add("--batch", type=_positive, help=f"samples for --model (default: {user_model.BATCH})")
+    add("--compare", type=Path, metavar="OLD.json", help="report changes since OLD; exit with 1 on a regression")
+    add("--resume", type=Path, metavar="FILE.json", help="continue an interrupted run, on the same commit and machine")
+    add("--model", metavar="MODULE:FUNCTION", help="benchmark the discriminator that the function returns")
+    add("--input", type=_shape, metavar="SIZES", help="shape of one sample for --model, such as 3,64,64")
+    add("--batch", type=_positive, help=f"batch size for --model (default: {user_model.BATCH})")
     return parser
 
 
@@ -149,7 +147,7 @@ def _minutes(text: str) -> float:
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.split(",")
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"wants positive sizes, such as 3,64,64, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be positive sizes, such as 3,64,64, got {text!r}")
     return tuple(map(int, sizes))
 
 
@@ -160,13 +158,13 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         if getattr(options, name)
     ]
     if options.resume and given:
-        raise ValueError(f"--resume goes on as the file says: leave out --{', --'.join(given).replace('_', '-')}")
+        raise ValueError(f"--resume uses the settings of the file: leave out --{', --'.join(given).replace('_', '-')}")
     if options.model and (options.suite or options.case):
-        raise ValueError("--model is a suite of its own: leave out --suite and --case")
+        raise ValueError("--model defines its own cases: leave out --suite and --case")
     if not options.model and (options.input or options.batch):
-        raise ValueError("--input and --batch are the discriminator's: they want --model MODULE:FUNCTION")
+        raise ValueError("--input and --batch describe the model of --model MODULE:FUNCTION, which is missing")
     if options.suite == measure.UNTIMED and options.rounds:
-        raise ValueError(f"--suite {measure.UNTIMED} times one call: leave out --rounds")
+        raise ValueError(f"--suite {measure.UNTIMED} times only one call: leave out --rounds")
 
 
 def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
@@ -193,8 +191,8 @@ def _resumed(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], 
     path: Path = options.resume
     results = record.load(path)
     if results["suite"] not in SUITES:
-        raise ValueError(f"{path} is of suite {results['suite']}, which cannot be resumed: measure it again")
-    results.setdefault("pattern", "*")  # older files have none
+        raise ValueError(f"{path} has suite {results['suite']}, which cannot be resumed: measure it again")
+    results.setdefault("pattern", "*")  # older files lack it
     about = results["provenance"]
     device = choose_device(about["device_type"] if options.device == "auto" else options.device)
     if about.get("freed_memory", GIVEN_BACK) == KEPT:
@@ -206,7 +204,7 @@ def _resumed(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], 
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command line that measures the same again; where its result went is left out."""
+    """Return the command line that repeats this measurement, without the output path."""
     words = ["fastgan bench"]
     words += [f"--model {options.model}"] if options.model else [f"--suite {options.suite or 'ops'}"]
     words += [f"--device {options.device}"]
@@ -224,7 +222,7 @@ def choose_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device")
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device: use auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -236,7 +234,7 @@ def choose_cases(suite: str, pattern: str, device: torch.device) -> list[Case]:
     here = [name for name in SUITES[suite] if device.type in CASES[name].device_types]
     chosen = [CASES[name] for name in here if fnmatch(name, pattern)]
     if not chosen:
-        raise ValueError(f"no case of {suite} for {device.type} matches {pattern!r}: choose from {', '.join(here)}")
+        raise ValueError(f"no {suite} case for {device.type} matches {pattern!r}: choose from {', '.join(here)}")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Training steps that are timed: as anybody writes them in PyTorch, and as fastgan's documentation says to."""
+"""Timed training steps, in plain PyTorch and as fastgan's documentation recommends."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.bench.case import BASELINE, Make, Run
 
-# And the tolerance of each. A last bit at a kink turns one slope into another: a deep network's gradients differ by
-# thousandths in float32 where in float64, which the tests compare in, they are equal to 1e-13.
+# Tolerances of each precision. At a kink, a difference in the last bit selects another slope. In float32 a deep
+# network's gradients then differ by thousandths. In float64, which the tests use, they agree to 1e-13.
 PRECISIONS = {"float32": 2e-2, "tf32": 2e-2, "bf16": 2e-1}
-# The parts of reals and fakes in a bias's gradient can cancel: what is left is rounding of the parts.
+# The contributions of reals and fakes to a bias's gradient can cancel. What remains is their rounding error.
 NEGLIGIBLE = 1e-4
 RELATIVISTIC = "relativistic+r1+r2"
 WEIGHT = 10.0
 SEED = 3
 
 Logits = Callable[[Tensor], Tensor]
-Gradient = Callable[[Logits, Tensor], tuple[Tensor, Tensor]]  # (D, x) -> D(x), the gradient of its sum
+Gradient = Callable[[Logits, Tensor], tuple[Tensor, Tensor]]  # (D, x) -> D(x), gradient of the sum of D(x)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the parameters' gradients are taken of, twice; both call D on the same batches in the same order.
+    """The scalar to differentiate with respect to the parameters, in two forms that call D in the same order.
 
-    ``plain(D, real, fake, alpha, gradient)`` has a way to get at D's gradient, ``fast(D, real, fake)`` has fastgan's.
-    A ``whole`` step has all of D's losses, and an optimizer moves the parameters: by nothing, so that every call
+    ``plain(D, real, fake, alpha, gradient)`` receives a function for D's gradient. ``fast(D, real, fake)`` uses
+    fastgan's. A ``whole`` step has all losses of D and an optimizer step with learning rate 0, so that every call
     computes the same.
     """
 
     plain: Callable[[Logits, Tensor, Tensor, Tensor, Gradient], Tensor]
     fast: Callable[[nn.Module, Tensor, Tensor], Tensor]
     whole: bool = False
-    draws: bool = False  # alpha, by a generator of its own, which no CUDA graph takes
+    draws: bool = False  # draws alpha with its own generator, which CUDA graphs do not support
 
 
 def _squares(g: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ def _by_func(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Of what is differentiated."""
+    """Return the autocast context of the forward pass."""
     return (lambda: torch.autocast(device.type, torch.bfloat16)) if name == "bf16" else nullcontext
 
 
 def _rounding(make: Make, precision: str) -> Run:
-    """The convolutions of forward and backward with their operands rounded to TF32, or exact."""
+    """Round the operands of forward and backward convolutions to TF32, or keep them exact."""
     run = make()
 
     def rounding() -> Sequence[Tensor]:
@@ -146,7 +146,7 @@ def _rounding(make: Make, precision: str) -> Run:
 
 
 def seeded(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """Makes the module with the same weights each time."""
+    """Return a function that builds the module with the same weights every time."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -164,7 +164,7 @@ def batches(
     dtype: torch.dtype,
     precision: str = "float32",
 ) -> dict[str, Make]:
-    """The variants of ``d_step`` for the discriminator that ``make`` makes, on random batches of ``shape``."""
+    """Return the variants of ``d_step`` for the discriminator that ``make`` builds, on random batches of ``shape``."""
     real, fake = (torch.randn(*shape, dtype=dtype, device=device) for _ in range(2))
     return d_step(seeded(make, device, dtype), real, fake, OBJECTIVES[objective], precision)
 
@@ -172,9 +172,9 @@ def batches(
 def d_step(
     model: Callable[[], nn.Module], real: Tensor, fake: Tensor, objective: Objective, precision: str = "float32"
 ) -> dict[str, Make]:
-    """A discriminator's step: the model as it is with PyTorch's penalty, and converted with fastgan's.
+    """Return the variants of a discriminator step: the plain model with PyTorch's penalty, and fastgan's.
 
-    ``model`` makes equal modules, each on the device of the batches.
+    ``model`` builds equal modules on the device of the batches. fastgan's variant is converted.
     """
     device, dtype = real.device, real.dtype
     size = len(real), *[1] * (real.ndim - 1)
@@ -224,7 +224,7 @@ def d_step(
 def g_step(
     generator: Callable[[], nn.Module], discriminator: Callable[[], nn.Module], z: Tensor, precision: str = "float32"
 ) -> dict[str, Make]:
-    """A generator's step through a discriminator that stands still: both as they are, and both converted."""
+    """Return the variants of a generator step through a fixed discriminator: both networks plain, or both converted."""
     context = _precision(precision, z.device)
 
     def variant(finish: Callable[[nn.Module], object]) -> Run:
@@ -250,9 +250,9 @@ def g_step(
 def training(
     net: nn.Module, total: Callable[[], Tensor], context: Callable[[], AbstractContextManager[Any]], whole: bool
 ) -> Run:
-    """Gradients of ``total()`` by the parameters and, of a whole step, the optimizer's work."""
+    """Return a run that computes the gradients of ``total()`` and, if ``whole``, takes an optimizer step."""
     parameters = list(_trained(net).values())
-    nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in parameters]  # takes no memory
+    nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in parameters]  # needs no memory
     move = _optimizer(parameters) if whole else None
 
     def run() -> Sequence[Tensor]:
@@ -272,7 +272,7 @@ def training(
 
 
 def _trained(net: nn.Module) -> dict[str, nn.Parameter]:
-    """In the order of their names, which a conversion keeps."""
+    """Return the trained parameters in the order of their names, which conversion keeps."""
     return {name: p for name, p in sorted(net.named_parameters()) if p.requires_grad}
 
 

@@ -1,7 +1,7 @@
-"""Times of the variants of one computation, taken in turns in one process.
+"""Times the variants of one computation in turns, in one process.
 
-A machine's clock and load drift. What disturbs one variant of a round disturbs its neighbours too, so the ratio of
-each round is sound where times of separate runs are not.
+A machine's clock and load drift. A disturbance of one variant also affects the others of the same round, so the ratio
+within each round is reliable, while times of separate runs are not.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
-Timer = Callable[[Call, int], float]  # (what, how often) -> seconds a call
+Timer = Callable[[Call, int], float]  # (call, repeats) -> seconds per call
 
 MOST_REPEATS = 10_000
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
-    """20, 50 and 80 % of the samples lie below these."""
+    """Return the 20, 50 and 80 % quantiles of the samples."""
     fifths = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 4
     return {"low": fifths[0], "median": statistics.median(samples), "high": fifths[3]}
 
 
 def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, of each variant in each round; a sample is the mean of as many calls as take ``seconds``."""
+    """Return seconds per call of each variant in each round. A sample averages as many calls as fit in ``seconds``."""
     repeats = {}
     for name, run in variants.items():
         undisturbed = timer(run, 1)
-        if undisturbed < 4 * seconds:  # else one call fills a sample, whatever disturbed it
+        if undisturbed < 4 * seconds:  # otherwise one call fills a sample, even if something disturbed it
             undisturbed = min(timer(run, 2) for _ in range(3))
         repeats[name] = max(1, min(MOST_REPEATS, round(seconds / max(undisturbed, 1e-9))))
     names = list(variants)
@@ -40,8 +40,8 @@ def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: f
     gc.collect()
     gc.disable()
     try:
-        for turn in range(-1, rounds):  # the first warms up
-            first = turn % len(names)  # so that none always follows the same neighbour's caches
+        for turn in range(-1, rounds):  # the first round is a warm-up
+            first = turn % len(names)  # rotate, so that no variant always runs after the same one
             for name in names[first:] + names[:first]:
                 sample = timer(variants[name], repeats[name])
                 if turn >= 0:
@@ -53,14 +53,14 @@ def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: f
 
 
 def once(variants: Mapping[str, Call], timer: Timer) -> dict[str, list[float]]:
-    """Seconds of one call of each variant: what it takes, where that is not what is asked."""
+    """Return the seconds of one call of each variant, for suites that do not measure time."""
     return {name: [timer(run, 1)] for name, run in variants.items()}
 
 
 def compare(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
-    """Of each variant: quantiles of its seconds and, if the baseline was timed, how many times as fast it is.
+    """Return quantiles of each variant's seconds and, if the baseline was timed, of its relative speed.
 
-    ``ratio`` has the quantiles of the ratios of each round, ``ratio_of_medians`` is what it says.
+    ``ratio`` has the quantiles of the ratios within each round. ``ratio_of_medians`` is the ratio of the medians.
     """
     result: dict[str, dict[str, Any]] = {name: {"seconds": quantiles(own)} for name, own in samples.items()}
     base = samples.get(baseline)
@@ -79,7 +79,7 @@ def wall_clock(run: Call, repeats: int, clock: Callable[[], float] = time.perf_c
 
 
 def cuda_events(run: Call, repeats: int) -> float:
-    """Calls one after another, as a training loop makes them: where the host is the slower, its time shows."""
+    """Time consecutive calls, as in a training loop. If the host is slower than the device, this is the host's time."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -91,9 +91,9 @@ def cuda_events(run: Call, repeats: int) -> float:
 
 
 class ColdCache:
-    """Times each call with the L2 cache full of something else, as the layers between two steps leave it.
+    """Times each call with other data in the L2 cache, as the layers between two steps leave it.
 
-    Only for what the device runs by itself (a CUDA graph): emptying the cache would hide a host's time.
+    Use it only for work that the device runs alone (a CUDA graph): filling the cache would hide the host's time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,7 +103,7 @@ class ColdCache:
     def __call__(self, run: Call, repeats: int) -> float:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in pairs:
-            self.other.sum()  # reads: lines that were written would be written back at the expense of what is timed
+            self.other.sum()  # read only: written lines would have to be written back during the timed call
             start.record()
             run()
             end.record()
@@ -112,9 +112,9 @@ class ColdCache:
 
 
 def captured(run: Call) -> Call:
-    """A CUDA graph's replay of ``run``. Raises RuntimeError if it cannot be captured.
+    """Return the replay of a CUDA graph of ``run``. Raises RuntimeError if it cannot be captured.
 
-    A stream of one's own that is the current one is captured: a backward goes to the stream that its forward was on.
+    If the current stream is not the default one, that stream is captured: a backward runs on its forward's stream.
     """
     before = torch.cuda.current_stream()
     stream = torch.cuda.Stream() if before == torch.cuda.default_stream() else before
@@ -128,7 +128,7 @@ def captured(run: Call) -> Call:
         with torch.cuda.graph(graph, stream=stream):
             run()
     except RuntimeError:
-        torch.cuda.set_stream(before)  # which it leaves undone where the capture was broken off
+        torch.cuda.set_stream(before)  # an aborted capture does not restore the stream
         raise
     graph.replay()
     torch.cuda.synchronize()
@@ -136,7 +136,7 @@ def captured(run: Call) -> Call:
 
 
 def copy_bandwidth(device: torch.device, timer: Timer, size: int = 2**29) -> float:
-    """Bytes read and written a second by a copy of ``size`` bytes, too many for any cache; median of nine."""
+    """Return bytes read and written per second by a copy of ``size`` bytes, too many for any cache; median of nine."""
     source = torch.ones(size, dtype=torch.uint8, device=device).view(torch.float32)
     target = torch.empty_like(source)
     repeats = 20 if device.type == "cuda" else 1
@@ -145,7 +145,7 @@ def copy_bandwidth(device: torch.device, timer: Timer, size: int = 2**29) -> flo
 
 
 def matmul_rate(device: torch.device, timer: Timer, side: int | None = None) -> float:
-    """Floating-point operations a second of a large float32 matrix product, in the precision that PyTorch chooses."""
+    """Return float32 operations per second of a large matrix product, in the precision that PyTorch chooses."""
     side, repeats = (side or 8192, 5) if device.type == "cuda" else (side or 2048, 1)
     a, b = (torch.ones(side, side, device=device) for _ in range(2))
     out = torch.empty_like(a)

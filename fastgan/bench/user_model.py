@@ -1,4 +1,4 @@
-"""A discriminator of one's own: its steps by PyTorch against the same module converted, with fastgan's penalties."""
+"""Benchmarks a user's discriminator: its steps in PyTorch, and after conversion with fastgan's penalties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = {  # name -> objective
 
 
 class _Conditioned(nn.Module):
-    """A discriminator whose inputs after the first are always the same."""
+    """A discriminator with fixed inputs after the first."""
 
     def __init__(self, model: nn.Module, rest: Sequence[Any]) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class _Conditioned(nn.Module):
 
 
 def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """The discriminator of "module:function", called with one tensor, and a batch of that; dropout is off.
+    """Load the discriminator of "module:function", called with one tensor, and a batch for it. Dropout is off.
 
     Raises:
-        ValueError: no such module or function; it returns something else than a module, or a module and its inputs;
-            no input was given, or two; the model cannot take it, or returns no tensor that depends on it.
+        ValueError: the module or function does not exist; it returns neither a module nor a module and its inputs; the
+            input is missing or given twice; the model rejects the input, or returns no tensor that depends on it.
     """
     built = _function(spec)()
     model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
@@ -51,22 +51,24 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
         raise ValueError(f"{spec} must return a torch.nn.Module or (module, example_input), got {type(model).__name__}")
     inputs = tuple(example) if isinstance(example, tuple | list) else (example,) if example is not None else ()
     if not inputs and shape is None:
-        raise ValueError(f"{spec} returns no example input: give one sample's shape, such as --input 3,64,64")
+        raise ValueError(f"{spec} returns no example input: pass the shape of one sample, such as --input 3,64,64")
     if inputs and (shape is not None or batch is not None):
-        raise ValueError(f"{spec} returns an example input: --input and --batch are for a model without")
+        raise ValueError(f"{spec} returns an example input: leave out --input and --batch")
     if inputs and not isinstance(inputs[0], Tensor):
-        raise ValueError(f"the example input of {spec} must begin with a tensor, got {type(inputs[0]).__name__}")
+        raise ValueError(f"the example input of {spec} must start with a tensor, got {type(inputs[0]).__name__}")
     model = model.to(device).train()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
-            module.eval()  # two runs that draw differently cannot be compared
+            module.eval()  # runs with different random numbers cannot be compared
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is None:
-        raise ValueError(f"{spec} returns a model without parameters: there is nothing to train")
+        raise ValueError(f"{spec} returns a model without floating-point parameters: there is nothing to train")
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"{spec} returns a model whose parameters are all frozen: there is nothing to train")
+        raise ValueError(f"{spec} returns a model with only frozen parameters: there is nothing to train")
     if shape is not None:
-        inputs = (torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype),)
+        inputs = (
+            torch.randn(batch or BATCH, *shape, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype),
+        )
     first, *rest = (value.to(device) if isinstance(value, Tensor) else value for value in inputs)
     if rest:
         model = _Conditioned(model, rest)
@@ -77,15 +79,15 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
 def _function(spec: str) -> Any:
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"--model wants MODULE:FUNCTION, such as my_module:build, got {spec!r}")
+        raise ValueError(f"--model must be MODULE:FUNCTION, such as my_module:build, got {spec!r}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # an installed command does not look where it is started
+        sys.path.insert(0, os.getcwd())  # an installed command does not search the current folder
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"--model {spec}: there is no module {error.name!r} here or on PYTHONPATH") from None
+        raise ValueError(f"--model {spec}: no module {error.name!r} in this folder or on PYTHONPATH") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--model {spec}: {module_name} has no function {name!r}")
@@ -95,12 +97,12 @@ def _function(spec: str) -> Any:
 def _try(spec: str, model: nn.Module, x: Tensor) -> None:
     shape = tuple(x.shape)
     lazy = any(is_lazy(p) for p in model.parameters())
-    model, x = model if lazy else copy.deepcopy(model), x.detach()  # a first forward makes a lazy one's parameters
+    model, x = model if lazy else copy.deepcopy(model), x.detach()  # the first forward creates lazy parameters
     try:
         logits = model(x.requires_grad_())
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"the model of {spec} cannot take an input of shape {shape}: {reason}") from None
+        raise ValueError(f"the model of {spec} does not accept an input of shape {shape}: {reason}") from None
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model of {spec} must return a tensor of logits, got {type(logits).__name__}")
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -108,12 +110,12 @@ def _try(spec: str, model: nn.Module, x: Tensor) -> None:
     if gradients[0] is None:
         raise ValueError(f"the output of the model of {spec} does not depend on its input")
     if all(g is None for g in gradients[1:]):
-        raise ValueError(f"the output of the model of {spec} depends on no parameter that is trained")
+        raise ValueError(f"the output of the model of {spec} depends on no trainable parameter")
 
 
 def cases(model: nn.Module, real: Tensor) -> list[Case]:
-    """A discriminator's step without a penalty, with R1 and with WGAN-GP, on ``real`` and on noise of its spread."""
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1)).to(real)
+    """Return discriminator steps without a penalty, with R1 and with WGAN-GP, on ``real`` and on noise like it."""
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(real)
     fake = noise * real.std() + real.mean()
     shape = "x".join(map(str, real.shape))
 
@@ -141,11 +143,11 @@ def cases(model: nn.Module, real: Tensor) -> list[Case]:
 
 
 def explain(model: nn.Module, real: Tensor) -> str:
-    """What ``fastgan.convert`` does to the model, how far it then differs, and whether a penalty takes one pass."""
+    """Report what ``fastgan.convert`` does to the model, the resulting error, and whether a penalty takes one pass."""
     converted = copy.deepcopy(model)
     report = fastgan.convert(converted)
     dropped = sum(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules())
     lines = [str(report), "", str(report.verify(real)), "", f"R1: {fastgan.explain_penalty(converted, real)}"]
     if dropped:
-        lines.append(f"{dropped} layers of dropout are off: two runs that draw differently cannot be compared")
+        lines.append(f"{dropped} dropout layers are off: runs with different random numbers cannot be compared")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Existing models, made to use fastgan's ops where these compute the same."""
+"""Convert existing models to fastgan's ops where these compute the same."""
 
 from __future__ import annotations
 
@@ -23,46 +23,58 @@ _REROUTED = (
 
 
 def convert(model: nn.Module, *, mend: bool = False) -> Report:
-    """Replace, in place, what fastgan computes faster and equally; the report says what was, and why the rest was not.
+    """Replace layers in place by faster fastgan layers that compute the same, and report the outcome for each module.
 
-    ==================================== ==========================================================================
-    found                                as
-    ==================================== ==========================================================================
-    spectral norm                        PyTorch's parametrization and its older hook; modules with u0, sv0 or
-                                         sn_u, sn_sigma and a method for the weight; wrappers with weight_bar, if
-                                         ``mend``
-    minibatch standard deviation         a layer of such a name
-    minibatch discrimination             a layer with a parameter T (in, B, C)
-    the forward of a model of convolutions inside ``twice_differentiable()``, on a CPU where it is large enough
-    ==================================== ==========================================================================
+    | Layer | Recognized forms |
+    |---|---|
+    | spectral norm | PyTorch's parametrization and older hook; modules with u0 and sv0, or sn_u and sn_sigma |
+    | spectral norm, with ``mend=True`` | wrappers with weight_bar |
+    | minibatch standard deviation | a layer with a matching class name |
+    | minibatch discrimination | a layer with a parameter T (in_features, B, C) |
+    | a large convolutional model | its forward runs inside ``twice_differentiable()`` on a CPU |
 
-    What is not PyTorch's own is replaced only if a copy of it and ours give the same values and derivatives up to the
-    second on random inputs; the report then says how far they differ. Called otherwise than it was compared (further
-    arguments, other dimensions, settings changed since), such a layer computes as it did. Convolutions, activations and
-    norms stay modules of PyTorch: ``gradient_penalty`` and ``twice_differentiable`` take over their calls, and on a CPU
-    the forward of the converted model by itself does, which saves a penalty that is written by hand its dense zeros
-    too. It does so while gradients are on, no backend is named and nothing is traced, for batches of images from some
-    2^36 multiplications on, where a training step was measured to gain.
+    A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
+    values and in derivatives up to the second. The report states how much they differ. If such a layer is called in a
+    way that was not compared (other arguments, dimensions or settings), its original code runs.
 
-    A conversion never changes a training run beyond rounding. What would, because the layer's own gradients are wrong,
-    is left as it is, and the report says what is wrong with it. So it is with a wrapper with weight_bar: it overwrites
-    u and v in each forward, so that after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the
-    second. ``mend=True`` replaces such layers too, by ones with the right gradients.
+    Convolutions, activations and norms stay PyTorch modules. ``gradient_penalty`` and ``twice_differentiable`` reroute
+    their calls. On a CPU, the forward of a converted model reroutes them too if it has about 2^36 multiplications or
+    more, gradients are enabled, no backend is requested by name, and no tracer records the call. A hand-written penalty
+    then creates no dense zeros either.
 
-    ``forward`` keeps its signature and its source. Where a call is recorded (torch.jit.trace and script, torch.export,
-    make_fx, torch.fx) or compiled, the model is as it was written.
+    A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is not replaced,
+    and the report states what is wrong. A wrapper with weight_bar is such a layer. It overwrites u and v in each
+    forward, so after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
+    ``mend=True`` replaces these layers by layers with correct gradients.
 
-    Parameters and buffers stay the same tensors under the same keys: optimizers go on, checkpoints of the unconverted
-    model load, and hooks, ``copy.deepcopy``, ``pickle`` and wrapping in DistributedDataParallel afterwards work.
-    Converting again converts what has been added. ``revert`` undoes it.
+    ``forward`` keeps its signature and source. A tracer (torch.jit, torch.export, make_fx, torch.fx) or torch.compile
+    sees the original model. Parameters and buffers stay the same tensors under the same keys, so optimizers,
+    checkpoints of the unconverted model, hooks, ``copy.deepcopy``, ``pickle`` and DistributedDataParallel keep working.
+    A second conversion converts only layers added since. ``revert`` undoes a conversion.
 
-        report = fastgan.convert(discriminator)
-        print(report)
-        print(report.verify(images))
+    Order of derivative: that of the fused layers; spectral norm has two.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 8, 3)),
+        torch.nn.LeakyReLU(0.2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 14 * 14, 1),
+    )
+    report = fastgan.convert(discriminator)
+    print(report)
+    print(report.verify(torch.randn(4, 3, 16, 16)))
+    ```
 
     Args:
-        model: changed in place.
-        mend: replace also what has wrong gradients, by what has the right ones.
+        model: the module to convert. It is changed in place.
+        mend: also replace layers whose gradients are wrong by layers with correct gradients.
+
+    Returns:
+        A report with one row per module. Print it, and call its ``verify``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -76,7 +88,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
             continue
         name = _name_of(module)
         if is_converted(module):
-            outcome: tuple[str | None, str] | None = None, "converted already"
+            outcome: tuple[str | None, str] | None = None, "already converted"
         elif isinstance(module, torch.jit.ScriptModule):
             outcome = None, "compiled by TorchScript"
         else:
@@ -85,7 +97,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
     if reroute.convert(model):
-        rows.insert(0, Row("", _name_of(model), None, "its forward's calls are rerouted on a CPU, for large batches"))
+        rows.insert(0, Row("", _name_of(model), None, "calls in its forward are rerouted on a CPU, for large batches"))
     return Report(model, rows)
 
 
@@ -95,11 +107,11 @@ def _name_of(module: nn.Module) -> str:
 
 def _left_alone(module: nn.Module) -> tuple[None, str] | None:
     if isinstance(module, _REROUTED):
-        return None, "PyTorch's; inside penalties its calls are rerouted"
+        return None, "PyTorch layer; its calls are rerouted inside penalties"
     if type(module).__module__.startswith("torch.nn."):
-        return None if _is_container(module) else (None, "PyTorch's")
+        return None if _is_container(module) else (None, "PyTorch layer")
     if not _is_container(module) or module._parameters or module._buffers:
-        return None, "of no form that fastgan knows"
+        return None, "not a form that fastgan recognizes"
     return None
 
 

@@ -1,7 +1,7 @@
-"""Layers of minibatch statistics, as codebases write them themselves.
+"""Convert minibatch statistics layers from other codebases.
 
-Found by name, replaced only if the values and the derivatives up to the second are ours, on batches of several sizes:
-other groups, another variance or another eps are another layer, and stay.
+A layer is found by its name. It is replaced only if its values and its derivatives up to the second equal those of
+fastgan's layer on batches of several sizes. A layer with other groups, another variance or another eps is not replaced.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _NUM_CHANNELS = ("num_channels", "num_new_features", "stddev_feat", "mbstd_num_c
 _EPS = (1e-8, 1e-6, 1e-10, 1e-7, 1e-5, 1e-12, 1e-4)
 
 
-class _OfOneTensor(Replacement):
+class _SingleInput(Replacement):
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
         if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != self._fastgan["ndim"]:
             return False
         return super().is_as_compared(*args, **kwargs)
 
 
-class _Stddev(_OfOneTensor):
+class _Stddev(_SingleInput):
     def replacement(self: Any, x: Tensor) -> Tensor:
         return ops.minibatch_stddev(x, **self._fastgan["settings"])
 
 
-class _Discrimination(_OfOneTensor):
+class _Discrimination(_SingleInput):
     def replacement(self: Any, x: Tensor) -> Tensor:
         _, kernels, dim = self.T.shape
         activations = (x @ self.T.flatten(1)).view(-1, kernels, dim)  # (N, B, C)
@@ -52,15 +52,15 @@ class _Discrimination(_OfOneTensor):
 
 
 def convert(module: nn.Module) -> Outcome | None:
-    """Replace a layer of minibatch statistics. None: it is none."""
+    """Replace a minibatch statistics layer. Return None if the module is not such a layer."""
     if isinstance(module, MinibatchStdDev | MinibatchDiscrimination):
-        return None, "fastgan's already"
+        return None, "already a fastgan layer"
     T = module._parameters.get("T")
     by_name = bool(_STDDEV.search(type(module).__name__))
     if not by_name and (T is None or is_lazy(T) or T.ndim != 3):
         return None
     if not can_become(module, "forward"):
-        return None, "its forward is set on the module itself"
+        return None, "its forward is overridden on the instance"
     if by_name:
         return _convert_stddev(module)
     assert T is not None
@@ -69,17 +69,17 @@ def convert(module: nn.Module) -> Outcome | None:
 
 def _convert_stddev(module: nn.Module) -> Outcome:
     if any(True for _ in (*module.parameters(), *module.buffers())):
-        return None, "a layer of minibatch statistics with tensors of its own"
+        return None, "a minibatch statistics layer with its own parameters or buffers"
     group_sizes = [n for n in _declared(module, _GROUP_SIZE) if n is None or n > 0] or [4, None]
     channels = [n for n in _declared(module, _NUM_CHANNELS) if n] or [1]
-    reason = "no settings that are known"
+    reason = "has no known settings"
     for group_size, num_channels in product(group_sizes, channels):
         eps, failure = outcome(partial(_eps_of, module, group_size, num_channels))
         if failure:
             reason = f"could not be tried: {failure}"
             continue
         if not eps > 0:
-            reason = "no eps under its root: equal samples have no derivative"
+            reason = "has no eps inside the square root, so equal samples have no derivative"
             continue
         for remainder in ("error", "largest-divisor"):
             settings = dict(group_size=group_size, num_channels=num_channels, eps=eps, remainder=remainder)
@@ -88,9 +88,9 @@ def _convert_stddev(module: nn.Module) -> Outcome:
                 reason = f"could not be compared: {failure}"
             elif error <= TOLERANCE:
                 become(module, _Stddev, "forward", ndim=4, settings=settings)
-                return "minibatch_stddev", f"equal to {error:.0e}, to the second order: {settings}"
+                return "minibatch_stddev", f"agrees to {error:.0e} up to the second order: {settings}"
             else:
-                reason = "another statistic (groups, variance, eps or remainder)"
+                reason = "computes another statistic (different groups, variance, eps or remainder)"
     return None, reason
 
 
@@ -100,26 +100,26 @@ def _declared(module: nn.Module, names: tuple[str, ...]) -> list[int | None]:
 
 
 def _eps_of(module: nn.Module, group_size: int | None, num_channels: int) -> float:
-    """The square of what equal samples give."""
+    """Return the eps: the square of the statistic for equal samples."""
     channels = 3 * num_channels
     x = torch.ones(2 * (group_size or 4), channels, 4, 4, dtype=torch.float64, device="cpu")
     y = double(module).train().forward(x)
     if not torch.equal(y[:, :channels], x):
-        raise ValueError("its statistics do not follow its input")
+        raise ValueError("it does not append its statistics to its input")
     squared = float(y[:, channels:].square().max())
     return next((eps for eps in _EPS if abs(squared - eps) < 1e-4 * eps), squared)
 
 
 def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
-    theirs, ours = double(module), double(module)
-    become(ours, _Stddev, "forward", ndim=4, settings=settings)
+    reference, fused = double(module), double(module)
+    become(fused, _Stddev, "forward", ndim=4, settings=settings)
     size = settings["group_size"] or 4
     channels = 3 * settings["num_channels"]
     batches = [(2 * size, (4, 4)), (2 * size, (3, 5)), (3 * size, (4, 4)), (1, (4, 4))]
     batches += [(n, (4, 4)) for n in (size - 1, size + 1) if n > 1]
     errors = []
     for samples, positions in batches:
-        # As large as usual, and as small as eps.
+        # Values of usual size, and values so small that eps matters.
         for scale in (1.0, settings["eps"] ** 0.5):
             x = (scale * randn(samples, channels, *positions)).requires_grad_()
 
@@ -131,23 +131,23 @@ def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
                     found += derivatives(lambda x: layer.forward(x)[:, channels:], x)
                 return found
 
-            expected, failure = outcome(partial(results, theirs))
+            expected, failure = outcome(partial(results, reference))
             if failure is None:
-                errors.append(difference(results(ours), expected))
+                errors.append(difference(results(fused), expected))
             elif samples == 2 * size and positions == (4, 4):
                 raise RuntimeError(failure)
-    # What becomes of a remainder shows at some numbers of samples, and at others not.
+    # The treatment of a remainder shows only for some batch sizes, so try them all.
     for samples in range(1, 4 * size + 1):
         x = randn(samples, channels, 4, 4)
-        expected, failure = outcome(partial(theirs.forward, x))
+        expected, failure = outcome(partial(reference.forward, x))
         if failure is None:
-            errors.append(difference([ours.forward(x)], [expected]))
+            errors.append(difference([fused.forward(x)], [expected]))
     return max(errors)
 
 
 def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
     if len(list(module.parameters())) > 1 or any(True for _ in module.buffers()):
-        return None, "minibatch discrimination with other tensors than T"
+        return None, "minibatch discrimination with tensors other than T"
     features, _, dim = T.shape
     x, values = randn(7, features), randn(*T.shape, seed=1) / (features**0.5 * dim)
 
@@ -165,12 +165,12 @@ def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
         return None, f"could not be tried: {failure}"
     least = math.inf
     for exclude_self, mean in product((True, False), (False, True)):
-        ours = double(module)
-        become(ours, _Discrimination, "forward", ndim=2, exclude_self=exclude_self, mean=mean)
-        error = difference(results(ours), expected)
+        fused = double(module)
+        become(fused, _Discrimination, "forward", ndim=2, exclude_self=exclude_self, mean=mean)
+        error = difference(results(fused), expected)
         if error <= TOLERANCE:
             become(module, _Discrimination, "forward", ndim=2, exclude_self=exclude_self, mean=mean)
             settings = f"exclude_self={exclude_self}" + (", divided by N - 1" if mean else "")
-            return "minibatch_discrimination", f"equal to {error:.0e}, to the second order: {settings}"
+            return "minibatch_discrimination", f"agrees to {error:.0e} up to the second order: {settings}"
         least = min(least, error)
-    return None, f"another function of T: differs from minibatch_discrimination by {least:.1e}"
+    return None, f"computes another function of T; differs from minibatch_discrimination by {least:.1e}"

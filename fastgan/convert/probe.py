@@ -1,4 +1,4 @@
-"""Whether two modules compute the same on random inputs, to the second order: in float64, on copies of them."""
+"""Compare two modules on random inputs up to the second derivative, in float64, on copies."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of a relative difference: above float64's rounding, and float32's for a module that computes in that whatever it is
-# given; far below what another definition makes.
+# Tolerance of a relative difference. It is above the rounding of float64, and of float32 for a module that always
+# computes in float32. It is far below the difference to another definition.
 TOLERANCE = 1e-5
 
 
 def double(module: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, whose state may change."""
+    """Return a float64 copy on the CPU, whose state may be changed."""
     return copy.deepcopy(module).cpu().double()
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Drawn aside from the random numbers of the process."""
+    """Draw random numbers without the generator of the process."""
     return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
-    """The result, its gradients, and those of a penalty on them."""
+    """Return the result, its gradients, and the gradients of a penalty on these gradients."""
     with torch.enable_grad():
         result = function(*operands)
         scale = randn(*result.shape).to(result)
@@ -39,7 +39,7 @@ def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tens
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of a tensor, relative to its norm; infinite where shapes differ or something is not finite."""
+    """Return the largest error of a tensor relative to its norm, or infinity for other shapes or non-finite values."""
     if [a.shape for a in actual] != [e.shape for e in expected]:
         return math.inf
     errors = [_relative(a, e) for a, e in zip(actual, expected, strict=True)]
@@ -56,7 +56,7 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def outcome(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """The result, or why there is none: whatever a stranger's module may raise on an input that it does not expect."""
+    """Return the result and None, or None and the error message. A user's module may raise any error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A module changes its class in place, and back: its tensors, keys, hooks and place in the model stay as they are."""
+"""Change the class of a module in place, and back. Its tensors, keys, hooks and place in the model do not change."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 from fastgan.ops.library import is_traced
 
 _SETTINGS = "_fastgan"
-_EVERY_MODULES = frozenset(vars(nn.Module())) | frozenset(vars(nn.Module))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(vars(nn.Module))
 
 
 class Replacement:
-    """What a converted module's class is made of: this, before the class that the module had.
+    """Base of a converted module's class. It precedes the module's original class in the bases.
 
-    ``replacement`` takes the place of one method or property of that class. It finds what it needs to know in
-    ``self._fastgan``, a dictionary. It was compared with one kind of call, on the layer's attributes as they were then:
-    any other call is for the class's own code, and so is every call that is recorded or compiled.
+    ``replacement`` replaces one method or property of the original class. It reads its settings from the dictionary
+    ``self._fastgan``. It was compared with the original for one kind of call and for the attributes at that time. The
+    original code handles all other calls, and all calls under a tracer or compiler.
 
-    ``around``, if there is one, is called in place of ``forward`` and is given the class's own.
+    ``around``, if it is set, replaces ``forward`` and receives the original forward as its first argument.
     """
 
     replacement: Any
@@ -36,25 +36,25 @@ class Replacement:
 
 
 def become(module: nn.Module, mixin: type[Replacement], attribute: str, **settings: Any) -> None:
-    """Let ``mixin.replacement`` be the module's ``attribute``."""
+    """Make ``mixin.replacement`` the module's ``attribute``."""
     module.__dict__[_SETTINGS] = {"attributes": _plain_attributes(module), **settings}
     module.__class__ = _class(type(module), mixin, attribute)
 
 
 def can_become(module: nn.Module, attribute: str) -> bool:
-    """Whether the class decides what the module's ``attribute`` is, and not the module itself."""
+    """Return whether the module's ``attribute`` comes from its class, not from the instance."""
     return attribute not in vars(module)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers and the like, the layer's and its classes', which whoever has it may change between two calls."""
+    """Return the simple attributes of the layer and its classes, which a user may change between two calls."""
     classes = [cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
     found = {name: value for owner in (*reversed(classes), module) for name, value in vars(owner).items()}
     return {
         name: value
         for name, value in found.items()
         if isinstance(value, bool | int | float | str | None)
-        and name not in _EVERY_MODULES
+        and name not in _MODULE_ATTRIBUTES
         and not name.startswith("__")
     }
 
@@ -70,7 +70,8 @@ def restore(module: nn.Module) -> None:
     if "_fastgan_made_from" in vars(cls):
         module.__class__ = base
         return
-    # A class made from the converted one since then, as torch.nn.utils.parametrize makes one: the same, of the base.
+    # A class was derived from the converted class since then, for example by torch.nn.utils.parametrize. Derive the
+    # same class from the base.
     bases = tuple(base if "_fastgan_made_from" in vars(b) else b for b in cls.__bases__)
     contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     metaclass: Any = type(cls)
@@ -88,8 +89,8 @@ def _class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> t
 
 
 def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> type[nn.Module]:
-    there = getattr(base, attribute)
-    own: Any = there.fget if isinstance(there, property) else there
+    original = getattr(base, attribute)
+    own: Any = original.fget if isinstance(original, property) else original
 
     def around(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_traced():
@@ -103,32 +104,32 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
         return mixin.replacement(self, *given, **named)
 
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = base  # a new module, as a slice of a Sequential is one, has not been converted
+        self.__class__ = base  # a new module, such as a slice of a Sequential, is not converted
         base.__init__(self, *args, **kwargs)
 
-    in_place = _in_the_form_of(own, chosen)
+    in_place = _with_signature_of(own, chosen)
     contents = {
-        # Under the name of its base: whoever looks for a layer by name finds it still.
+        # The class has the name of its base, so that code can still find the layer by name.
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__init__": update_wrapper(initialize, base.__init__),
         "__reduce_ex__": _reduce,
         "_fastgan_made_from": (base, mixin, attribute),
-        attribute: property(in_place, doc=there.__doc__) if isinstance(there, property) else in_place,
+        attribute: property(in_place, doc=original.__doc__) if isinstance(original, property) else in_place,
     }
     if mixin.around is not None:
-        contents["forward"] = _in_the_form_of(base.forward, around)
+        contents["forward"] = _with_signature_of(base.forward, around)
     metaclass: Any = type(base)
     made: type[nn.Module] = metaclass(base.__name__, (mixin, base), contents)
     return made
 
 
-def _in_the_form_of(own: Any, chosen: Callable[..., Any]) -> Any:
-    """``chosen`` as a function with the parameters, the defaults, the names and the scope of ``own``.
+def _with_signature_of(own: Any, chosen: Callable[..., Any]) -> Any:
+    """Make a function that calls ``chosen`` and has the parameters, defaults, names and scope of ``own``.
 
-    Whoever inspects it finds what ``own`` has: `inspect`, torch.fx and torch.jit.script, which compiles the source of
-    ``own`` and looks names up in the scope of the function that it was given.
+    `inspect`, torch.fx and torch.jit.script then see ``own``. torch.jit.script compiles the source of ``own`` and looks
+    up names in the scope of the function that it receives.
     """
     if not isinstance(own, FunctionType):
         return update_wrapper(chosen, own)
@@ -148,7 +149,7 @@ def _in_the_form_of(own: Any, chosen: Callable[..., Any]) -> Any:
     source = (
         f"def make({', '.join(scope)}):\n"
         f"    def call({', '.join([*declared, *after, *more])}):\n"
-        f"        if False: {', '.join(scope)}\n"  # so that it has the scope of its own function
+        f"        if False: {', '.join(scope)}\n"  # captures the closure variables of `own`
         f"        return _chosen({', '.join(passed)})\n"
         f"    return call\n"
     )
@@ -166,7 +167,7 @@ def _in_the_form_of(own: Any, chosen: Callable[..., Any]) -> Any:
 def _without_defaults(
     own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments but for those at the end, and by name, that are the function's defaults."""
+    """Remove trailing positional arguments and keyword arguments that equal the function's defaults."""
     if not isinstance(own, FunctionType):
         return args, kwargs
     defaults = own.__defaults__ or ()
@@ -191,7 +192,7 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = object.__reduce_ex__(module, 2)
         _, arguments, *state = reduced
         return _rebuild, (base, mixin, attribute, *arguments[1:]), *state
-    # A class with a way of its own of being pickled, as those that carry their source code with them.
+    # The class has its own way of pickling, for example one that includes its source code.
     plain = base.__new__(base)
     plain.__dict__ = {name: value for name, value in module.__dict__.items() if name != _SETTINGS}
     return _convert_again, (plain, mixin, attribute, module.__dict__[_SETTINGS])

@@ -1,4 +1,4 @@
-"""What a conversion did, module by module."""
+"""The report of a conversion, module by module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Difference", "Report", "Row", "Verification"]
 
 @dataclass(frozen=True)
 class Row:
-    """One module: what it was replaced by, or None and why not."""
+    """The outcome for one module: its replacement or None, and the reason."""
 
     path: str
     module: str
@@ -26,7 +26,7 @@ class Row:
 
 @dataclass
 class Report:
-    """The modules of a converted model. Prints as a table; ``verify`` compares with the model as it was."""
+    """The modules of a converted model. It prints as a table, and ``verify`` compares the model with its original."""
 
     model: nn.Module = field(repr=False)
     rows: list[Row]
@@ -47,20 +47,24 @@ class Report:
     def verify(
         self, sample_inputs: Tensor | Sequence[Any] | Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
     ) -> Verification:
-        """Run the model and what it was, forward, backward and through a penalty on the first input's gradient.
+        """Compare the converted model with its original in forward, backward and a penalty on the first input.
 
-        Works on copies: parameters, buffers and random numbers of the model and the process stay as they are. Both
-        forms get the same inputs and random numbers. A result that the unconverted model doesn't have, a second
-        derivative perhaps, is not compared; the verification says which and why. Two results count as equal if they
-        differ by no more than an op is held to, or than the unconverted model's own sensitivity to rounding.
+        Both forms run as copies, with the same inputs and random numbers. The model's parameters and buffers and the
+        random number generators of the process do not change. If the unconverted model has no result of some kind, for
+        example no second derivative, that kind is not compared, and the verification states the reason. Two results are
+        equal if they differ by no more than the tolerance for single ops, or by no more than the unconverted model's
+        own sensitivity to rounding.
 
         Args:
-            sample_inputs: the input of the model, or a list or tuple of its positional inputs. The first is a tensor
-                or a container of tensors.
-            kwargs: the model's inputs by name.
+            sample_inputs: the input of the model, or a list or tuple of its positional inputs. The first one must be a
+                tensor or a container of tensors.
+            kwargs: keyword inputs of the model.
+
+        Returns:
+            A verification. Print it, or read its ``equal``.
 
         Raises:
-            TypeError: the first input has no tensor. Nothing that the model does is raised.
+            TypeError: the first input contains no tensor. Errors inside the model do not propagate.
         """
         single = isinstance(sample_inputs, Tensor | Mapping)
         args = (sample_inputs,) if single else tuple(sample_inputs)

@@ -1,4 +1,4 @@
-"""A converted model's own forward, with its convolutions, activations, poolings and norms on fastgan's ops."""
+"""Reroute the convolutions, activations, pooling and norms in a converted model's forward to fastgan's ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgan.convert.replace import Replacement, become, can_become, is_converte
 from fastgan.ops.gradient_penalty.small import takes_less
 from fastgan.ops.twice_differentiable import is_rerouting, twice_differentiable
 
-_LEAST = 2**36  # multiplications in a forward, as `takes_less` bounds them, from which a step gains on a CPU
+_LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; above it, a step on a CPU gets faster
 
 
 class Rerouted(Replacement):
@@ -36,12 +36,12 @@ def _images(values: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def convert(model: nn.Module) -> bool:
-    """Whether the model is one that a forward of its own is rerouted in from now on."""
+    """Reroute the model's own forward if it has one. Return whether it is rerouted from now on."""
     own = type(model).__module__
     if is_converted(model) or parametrize.is_parametrized(model):
         return False
     if own.startswith("torch.") and own != nn.Sequential.__module__:
-        return False  # a wrapper, or a layer
+        return False  # a wrapper or a layer
     if not model._modules or not can_become(model, "forward"):
         return False
     if not any(is_lazy(parameter) or parameter.ndim > 2 for parameter in model.parameters()):

@@ -1,4 +1,4 @@
-"""Undoing a conversion."""
+"""Undo a conversion."""
 
 from __future__ import annotations
 
@@ -12,10 +12,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def revert(model: M) -> M:
-    """Give every module that ``fastgan.convert`` changed its own class back, in place.
+    """Restore the original class of every module that ``fastgan.convert`` changed, in place.
 
-    Parameters and buffers stay the same tensors, with the values that training has given them. What was fastgan's
-    before the conversion stays so.
+    Parameters and buffers stay the same tensors and keep their trained values. Layers that were fastgan's before the
+    conversion do not change.
+
+    ```python
+    import torch
+    import fastgan
+
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 1)))
+    fastgan.convert(model)
+    fastgan.revert(model)
+    ```
+
+    Args:
+        model: a converted model. It is changed in place.
+
+    Returns:
+        The model itself.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -1,13 +1,15 @@
-"""Spectral normalisation as codebases write it themselves: a method that returns the weight, or a wrapper around it.
+"""Convert spectral normalization from other codebases: a method that returns the weight, or a wrapper module.
 
-    a method     weight, a buffer (1, out) for u and one (1) for sigma: u0 and sv0 with W_() in BigGAN's style, sn_u and
-                 sn_sigma in others. v first, then u; in evaluation an iteration too, which is not stored.
-    a wrapper    around a module whose weight_bar, weight_u and weight_v are parameters; iterates at each forward. It
-                 overwrites u and v, so that a backward after two forwards reads the wrong ones.
+    method     The module has a weight, a buffer (1, out) for u and a buffer (1) for sigma: u0 and sv0 with W_() in the
+               style of BigGAN, or sn_u and sn_sigma. It updates v first, then u. In evaluation it also iterates, but
+               does not store the result.
+    wrapper    It wraps a module whose weight_bar, weight_u and weight_v are parameters, and iterates at each forward.
+    It
+               overwrites u and v, so a backward after two forwards reads the wrong ones.
 
-Names only say where to look: a module is replaced if its weight, its buffers and the derivatives up to the second are
-ours on random values, in training and in evaluation. If only the gradients after two forwards differ, ours change a
-training run: then it is replaced only when that is asked for.
+Names only find candidates. A module is replaced if its weight, its buffers and the derivatives up to the second equal
+fastgan's on random values, in training and in evaluation. If only the gradients after two forwards differ, a
+replacement changes the training run, so it is made only on request (``mend``).
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ _METHODS = re.compile(r"W_|W_bar|sn_weights?|\w*normali[sz]ed?_?weights?|weights
 _ITERATIONS = ("num_itrs", "num_iters", "n_power_iterations", "power_iterations", "n_iter", "Ip")
 _EPS = ("eps", "epsilon")
 _COMMON_EPS = (1e-12, 1e-6, 1e-8)
-_MENDED = "mends its gradients, which were wrong after two forwards before one backward"
+_MENDED = "corrects its gradients, which were wrong after two forwards before one backward"
 _WRONG = (
-    "left as it is, but its gradients are wrong after two forwards before one backward, as of D(real) and D(fake): "
-    "the second overwrites the u and v that the backward of the first reads; convert(model, mend=True) replaces it"
+    "not replaced, but its gradients are wrong after two forwards before one backward, such as D(real) and D(fake): "
+    "the second forward overwrites the u and v that the backward of the first reads; "
+    "convert(model, mend=True) replaces it"
 )
 
 
 class _Method(Replacement):
-    """The weight of a module that keeps u and sigma, v never."""
+    """The weight method of a module that stores u and sigma, but not v."""
 
     def replacement(self: Any) -> Tensor:
         settings, weight = self._fastgan, self.weight
@@ -50,8 +53,8 @@ class _Method(Replacement):
         if not self.training:
             u = u.clone()
         u = u.view(-1)
-        v = u.new_empty(weight.numel() // len(u))  # renewed before it is read
-        (normalised,) = ops.spectral_norm(
+        v = u.new_empty(weight.numel() // len(u))  # written before it is read
+        (normalized,) = ops.spectral_norm(
             [weight],
             [u],
             [v],
@@ -62,20 +65,20 @@ class _Method(Replacement):
         )
         if self.training:
             with torch.no_grad():
-                # W v = sigma u: one row tells, that of the largest element.
+                # W v = sigma u. One row gives sigma; take the row with the largest element of u.
                 row = u.abs().argmax().view(1)
                 product = weight.flatten(1).index_select(0, row) @ v
                 getattr(self, settings["sigma"]).copy_(product / u.index_select(0, row))
-        return normalised
+        return normalized
 
 
 class _Wrapper(Replacement):
-    """A module around another one, whose weight it sets at each forward."""
+    """A wrapper that sets the weight of its inner module at each forward."""
 
     def replacement(self: Any) -> None:
         settings, name = self._fastgan, self.name
         weight, u, v = (getattr(self.module, name + suffix) for suffix in ("_bar", "_u", "_v"))
-        (normalised,) = ops.spectral_norm(
+        (normalized,) = ops.spectral_norm(
             [weight],
             [u],
             [v],
@@ -84,24 +87,24 @@ class _Wrapper(Replacement):
             eps=settings["eps"],
             v_first=True,
         )
-        setattr(self.module, name, normalised)
+        setattr(self.module, name, normalized)
 
     def around(self: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return forward(self, *args, **kwargs)
         finally:
-            # A weight with a graph could be neither copied nor pickled. A forward that failed may have left none.
+            # A weight with a graph cannot be copied or pickled. After a failed forward there may be no weight.
             weight = getattr(self.module, self.name, None)
             if isinstance(weight, Tensor):
                 setattr(self.module, self.name, weight.detach())
 
 
 def convert(module: nn.Module, mend: bool) -> Outcome | None:
-    """Replace a module of either form. None: it is of neither.
+    """Replace a module of either form. Return None if it has neither form.
 
     Args:
-        module: any.
-        mend: replace it too if ours differ in gradients that its own code gets wrong.
+        module: any module.
+        mend: also replace the module if its own gradients after two forwards are wrong.
     """
     buffers = next((pair for pair in _BUFFERS if all(name in module._buffers for name in pair)), None)
     if buffers is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -113,16 +116,16 @@ def convert(module: nn.Module, mend: bool) -> Outcome | None:
 
 def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
     if "u1" in module._buffers and u == "u0":
-        return None, "several singular values"
+        return None, "estimates several singular values"
     weight, vector = module.weight, getattr(module, u)
     if weight.ndim < 2 or vector.shape != (1, weight.shape[0]):
         return None, f"{u} has shape {tuple(vector.shape)}, not (1, {weight.shape[0]})"
     attribute = _weight_method(type(module))
     if attribute is None:
-        return None, f"has {u} and {sigma}, but no method that is known to return the weight"
+        return None, f"has {u} and {sigma}, but no known method that returns the weight"
 
     def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
-        def normalised(weight: Tensor) -> Tensor:
+        def normalized(weight: Tensor) -> Tensor:
             found = getattr(copied, attribute)
             return cast(Tensor, found() if callable(found) else found)
 
@@ -131,15 +134,15 @@ def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
         found: list[Tensor] = []
         for training in (True, True, False):
             copied.train(training)
-            found += derivatives(normalised, copied.weight)
+            found += derivatives(normalized, copied.weight)
             found += [getattr(copied, name).clone() for name in (u, sigma)]
-        return found, _after_two_forwards(normalised, copied, copied.weight)
+        return found, _after_two_forwards(normalized, copied, copied.weight)
 
     return _replace_if_equal(module, _Method, attribute, results, mend, u=u, sigma=sigma)
 
 
 def _weight_method(cls: type) -> str | None:
-    """The method without arguments, or the property, that returns the normalised weight."""
+    """Return the name of the property, or of the method without arguments, that returns the normalized weight."""
     for name in dir(cls):
         if _METHODS.fullmatch(name) and name not in dir(nn.Module):
             found = inspect.getattr_static(cls, name)
@@ -165,16 +168,16 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
         return None, f"wraps a module with {module.name}_bar, but has no {attribute}()"
     weight = getattr(module.module, module.name + "_bar")
     if weight.ndim < 2:
-        return None, "of a vector"
+        return None, "normalizes a vector"
     current = getattr(module.module, module.name, None)
-    if isinstance(current, Tensor):  # left by a forward; it is set anew before it is used
+    if isinstance(current, Tensor):  # left by a forward; each forward sets it again before use
         setattr(module.module, module.name, current.detach())
 
     def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
         child = copied.module
         weight, u, v = (getattr(child, copied.name + suffix) for suffix in ("_bar", "_u", "_v"))
 
-        def normalised(weight: Tensor) -> Tensor:
+        def normalized(weight: Tensor) -> Tensor:
             getattr(copied, attribute)()
             return cast(Tensor, getattr(child, copied.name))
 
@@ -185,16 +188,16 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
         found: list[Tensor] = []
         for training in (True, True, False):
             copied.train(training)
-            found += derivatives(normalised, weight)
+            found += derivatives(normalized, weight)
             found += [u.detach().clone(), v.detach().clone()]
-        return found, _after_two_forwards(normalised, copied, weight)
+        return found, _after_two_forwards(normalized, copied, weight)
 
-    # Of one row or column there is one pair of singular vectors: overwriting it is wrong, but doesn't show.
+    # A weight with one row or column has one pair of singular vectors, so the comparison cannot show the overwriting.
     return _replace_if_equal(module, _Wrapper, attribute, results, mend, hidden=1 in weight.flatten(1).shape)
 
 
 def _after_two_forwards(normalized: Callable[[Tensor], Tensor], copied: nn.Module, weight: Tensor) -> list[Tensor]:
-    """Derivatives whose backward comes after two forwards in training; none where the module itself refuses that."""
+    """Return derivatives for a backward after two training forwards, or an empty list if the module raises."""
     copied.train()
     found, _ = outcome(partial(derivatives, lambda w: torch.stack([normalized(w), normalized(w)]), weight))
     return found or []
@@ -210,11 +213,11 @@ def _replace_if_equal(
     **settings: Any,
 ) -> Outcome:
     if not can_become(module, attribute):
-        return None, f"its {attribute} is set on the module itself"
+        return None, f"its {attribute} is overridden on the instance"
     iterations = next((getattr(module, name) for name in _ITERATIONS if hasattr(module, name)), 1)
     declared = [getattr(module, name) for name in _EPS if hasattr(module, name)]
     if not isinstance(iterations, int) or iterations < 1:
-        return None, f"iterates {iterations!r} times"
+        return None, f"has an unsupported number of power iterations, {iterations!r}"
     found, failure = outcome(lambda: results(double(module)))
     if failure:
         return None, f"could not be tried: {failure}"
@@ -234,6 +237,6 @@ def _replace_if_equal(
             if (differs or hidden) and not mend:
                 return None, _WRONG
             become(module, mixin, attribute, **settings)
-            equal = f"{attribute} equal to {error:.0e}, to the second order"
+            equal = f"{attribute} agrees to {error:.0e} up to the second order"
             return "fused spectral norm", f"{equal}; {_MENDED}" if differs or hidden else equal
-    return None, f"its {attribute} is not ours: differs by {error:.1e}"
+    return None, f"its {attribute} differs from fastgan's spectral norm by {error:.1e}"

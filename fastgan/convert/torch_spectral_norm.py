@@ -1,4 +1,4 @@
-"""PyTorch's own two forms of spectral normalisation: the parametrization, and the older hook."""
+"""Convert PyTorch's own two forms of spectral normalization: the parametrization and the older hook."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from fastgan.nn.utils.fuse_spectral_norm import (
 )
 from fastgan.nn.utils.spectral_norm import SpectralNorm
 
-# Marks in the dictionaries of what was changed: revert changes no more than that, and copies carry them along.
+# Marks in the __dict__ of changed objects. revert changes only marked objects, and copies keep the marks.
 _CONVERTED, _FUSED = "_fastgan_converted", "_fastgan_fused"
 
-Outcome = tuple[str | None, str]  # replaced by, and why or what to know
+Outcome = tuple[str | None, str]  # the replacement or None, and the reason or a note
 
 
 def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
-    """What became of each module that has a weight normalised by PyTorch."""
+    """Convert all weights that PyTorch normalizes. Return the outcome for each module that has one."""
     fused_before = any(_is_fused(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
-    ours_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_ours(norm)}
+    fastgans_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_fastgans(norm)}
     outcomes: dict[nn.Module, Outcome] = {}
     members = 0
     for module in model.modules():
         found = [m.norm if isinstance(m, _Parametrized) else m for m in (*_parametrizations(module), *_hooks(module))]
         members += len(found)
         for norm in _norms(module):
-            if id(norm) in ours_before:
-                outcomes[module] = None, "fastgan's already"
+            if id(norm) in fastgans_before:
+                outcomes[module] = None, "already fastgan's spectral norm"
             elif any(norm is converted for converted in found):
                 norm.__dict__[_CONVERTED] = True
-                outcomes[module] = "fused spectral norm", "one call a weight"
+                outcomes[module] = "fused spectral norm", "one call per weight"
             else:
-                outcomes[module] = None, "of a vector, or one of several parametrizations: PyTorch's stays"
+                outcomes[module] = None, "normalizes a vector, or is one of several parametrizations; not replaced"
     if members and not fused_before:
         fuse_spectral_norm(model)
         model.__dict__[_FUSED] = True
-        note = f"one call a forward for {members} weights"
+        note = f"one call per forward for {members} weights"
         outcomes = {module: (by, note if by else why) for module, (by, why) in outcomes.items()}
     return outcomes
 
@@ -66,7 +66,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _norms(module: nn.Module) -> list[Any]:
-    """The parametrizations and hooks that normalise a weight of this module, PyTorch's or ours."""
+    """Return the parametrizations and hooks that normalize a weight of this module, PyTorch's and fastgan's."""
     found: list[Any] = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
     if parametrize.is_parametrized(module):
         for tensors in cast(nn.ModuleDict, module.parametrizations).values():
@@ -74,7 +74,7 @@ def _norms(module: nn.Module) -> list[Any]:
     return found
 
 
-def _is_ours(norm: object) -> bool:
+def _is_fastgans(norm: object) -> bool:
     return isinstance(norm, SpectralNorm | _Hook)
 
 

@@ -1,7 +1,7 @@
-"""A converted model compared with what it was: values, first and second derivatives, buffers.
+"""Compare a converted model with its original: values, first and second derivatives, and buffers.
 
-Nothing that a model does makes a comparison raise. What it has no result for, a second derivative perhaps, is left out,
-and the reason is given.
+An error inside a model never makes the comparison raise. If the original model has no result of some kind, for example
+no second derivative, that kind is skipped and the reason is reported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastgan.convert.probe import outcome
 from fastgan.convert.restore import revert
 from fastgan.ops.twice_differentiable import twice_differentiable
 
-# Largest relative differences of a float32 model, by order of derivative; what an op is held to.
+# Largest allowed relative differences of a float32 model. They equal the tolerances for single ops.
 _TOLERANCES = {"output": 1e-5, "gradient": 1e-4, "penalty": 1e-3, "state": 1e-5}
-# Where these are not enough, the unconverted model's own sensitivity: sums that cancel, as the gradient of a bias
-# before batch norm, and slopes that turn have no more digits in any implementation.
-_MOVED, _TIMES = 3, 8
+# If a difference exceeds these, it is compared with the original model's own sensitivity to rounding. Sums that cancel,
+# such as the gradient of a bias before batch norm, and slopes that flip are inexact in every implementation.
+_PERTURBATIONS, _FACTOR = 3, 8
 _LEGEND = (
-    f"sensitivity: {_TIMES} times what the unconverted model changes by when it is run again with inputs and "
-    "parameters that are one rounding away"
+    f"sensitivity: {_FACTOR} times the change of the unconverted model's results when its inputs and parameters are "
+    "perturbed by one rounding"
 )
 
 Tensors = dict[str, Tensor]
@@ -40,7 +40,8 @@ Tensors = dict[str, Tensor]
 class Difference:
     """The largest relative difference of one kind: output, gradient, penalty (its gradient) or state (buffers).
 
-    ``basis`` says what ``allowed`` is: "tolerance", what an op is held to, or "sensitivity", the model's own.
+    ``basis`` tells where ``allowed`` comes from: "tolerance" is the tolerance for single ops, and "sensitivity" is the
+    unconverted model's own sensitivity to rounding.
     """
 
     kind: str
@@ -52,9 +53,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """The converted model against what it was, on the same inputs and from the same state.
+    """The comparison of a converted model with the original, on the same inputs and from the same state.
 
-    ``missing`` has the kinds that the unconverted model itself has no result for, each with the reason.
+    ``missing`` lists the kinds for which the unconverted model itself has no result, each with the reason.
     """
 
     differences: list[Difference]
@@ -62,23 +63,23 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing that was compared differs by more than is allowed."""
+        """Whether all compared results differ by no more than allowed."""
         return all(d.error <= d.allowed for d in self.differences)
 
     def __str__(self) -> str:
         compared = [d for d in self.differences if d.kind not in self.missing]
-        lines = [("of", "difference", "allowed", "by", "largest at")]
+        lines = [("kind", "difference", "allowed", "basis", "largest at")]
         lines += [(d.kind, f"{d.error:.1e}", f"{d.allowed:.0e}", d.basis, d.where) for d in compared]
-        told = [table(lines)] if compared else []
+        parts = [table(lines)] if compared else []
         if any(d.basis == "sensitivity" for d in compared):
-            told.append(_LEGEND)
-        told += [f"not compared: {kind}, {reason}" for kind, reason in self.missing.items()]
+            parts.append(_LEGEND)
+        parts += [f"not compared: {kind}, {reason}" for kind, reason in self.missing.items()]
         verdict = "equal up to rounding" if self.equal else "NOT EQUAL"
-        return "\n".join([*told, verdict if compared else "nothing could be compared"])
+        return "\n".join([*parts, verdict if compared else "nothing could be compared"])
 
 
 class _Results:
-    """What one form of the model gave: tensors by kind and name, and why a kind has none."""
+    """The results of one form of the model: tensors by kind and name, and the reason if a kind has none."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensors] = {kind: {} for kind in _TOLERANCES}
@@ -86,7 +87,7 @@ class _Results:
         self.failed: set[str] = set()  # kinds that are missing because something raised
 
     def add(self, kind: str, stage: Callable[[], Tensors | str]) -> None:
-        """The tensors of a stage; a text says why there are none."""
+        """Add the tensors that ``stage`` returns. If it returns a string, that is the reason why there are none."""
         found, failure = outcome(stage)
         if failure is not None:
             self.failed.add(kind)
@@ -97,12 +98,12 @@ class _Results:
 
 
 def verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
-    """Compare copies of the converted model and of what it was."""
+    """Compare copies of the converted model and of the original."""
     if any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))):
-        return _nothing(dict.fromkeys(_TOLERANCES, "the model or its inputs are on the meta device"))
+        return _not_compared(dict.fromkeys(_TOLERANCES, "the model or its inputs are on the meta device"))
     copies, failure = outcome(lambda: [_copied(model) for _ in range(3)])
     if failure is not None:
-        return _nothing(dict.fromkeys(_TOLERANCES, f"the model cannot be copied: {failure}"))
+        return _not_compared(dict.fromkeys(_TOLERANCES, f"the model cannot be copied: {failure}"))
     converted, original, untouched = copies
     for unconverted in (original, untouched):
         revert(unconverted)
@@ -111,28 +112,30 @@ def verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V
     verification = _compared(actual, expected, [])
     if verification.equal:
         return verification
-    again = [_results(*_moved(untouched, args, kwargs, seed), rerouted=False) for seed in range(_MOVED + 1)]
-    return _compared(actual, expected, again)
+    perturbed = [
+        _results(*_perturbed(untouched, args, kwargs, seed), rerouted=False) for seed in range(_PERTURBATIONS + 1)
+    ]
+    return _compared(actual, expected, perturbed)
 
 
-def _nothing(missing: dict[str, str]) -> Verification:
+def _not_compared(missing: dict[str, str]) -> Verification:
     return Verification([Difference(kind, 0.0, "-", allowed) for kind, allowed in _TOLERANCES.items()], missing)
 
 
-def _compared(actual: _Results, expected: _Results, again: list[_Results]) -> Verification:
+def _compared(actual: _Results, expected: _Results, perturbed: list[_Results]) -> Verification:
     differences = []
     for kind in _TOLERANCES:
         if kind in actual.failed and kind not in expected.missing:
             raised = f"the converted model raised {actual.missing[kind]}"
             differences.append(Difference(kind, math.inf, raised, _TOLERANCES[kind]))
         else:
-            others = [other.tensors[kind] for other in again]
+            others = [other.tensors[kind] for other in perturbed]
             differences.append(_largest(kind, actual.tensors[kind], expected.tensors[kind], others))
     return Verification(differences, expected.missing)
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy, whose tensors that have a graph are detached and whose attributes that refuse are shared."""
+    """Make a deep copy. Tensors with a graph are detached, and attributes that cannot be copied are shared."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in tensors_in(vars(module), graphs=True):
@@ -186,13 +189,13 @@ def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
             results.add("penalty", penalty)
             results.add("state", lambda: {n: b.detach().clone() for n, b in model.named_buffers()})
         else:
-            results.missing |= dict.fromkeys(("gradient", "penalty", "state"), "there is no output")
+            results.missing |= dict.fromkeys(("gradient", "penalty", "state"), "the model has no output")
     return results
 
 
 @contextmanager
 def _reproducible(model: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
-    """The random numbers of the process are given back afterwards."""
+    """Restore the random number generators of the process afterwards."""
     devices = {t.device for t in (*model.parameters(), *tensors_in(args)) if t.is_cuda}
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -206,7 +209,7 @@ def _reproducible(model: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The model's output, on the same random numbers each time."""
+    """Return the model's output, with the same random numbers at each call."""
     torch.manual_seed(0)
     random.seed(0)
     if "numpy" in sys.modules:
@@ -215,7 +218,7 @@ def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _fresh(values: Any) -> Any:
-    """Copies of the tensors: a model may write into its input."""
+    """Copy the tensors, because a model may write into its input."""
     return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, values)
 
 
@@ -223,13 +226,13 @@ def _differentiable(value: Any) -> Any:
     return value.requires_grad_() if isinstance(value, Tensor) and _is_float(value) else value
 
 
-def _moved(
+def _perturbed(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A copy of the model, and the inputs, up to one rounding away; with seed 0 as they are."""
+    """Return a copy of the model and the inputs, perturbed by up to one rounding. With seed 0 they are unchanged."""
     generators: dict[torch.device, torch.Generator] = {}
 
-    def move(t: Any) -> Any:
+    def perturb(t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.is_floating_point() or seed == 0:
             return t
         generator = generators.setdefault(t.device, torch.Generator(t.device).manual_seed(seed))
@@ -240,17 +243,17 @@ def _moved(
     with torch.no_grad():
         for parameter in copied.parameters():
             if parameter.requires_grad:
-                parameter.copy_(move(parameter))
-        return copied, pytree.tree_map(move, _fresh(args)), pytree.tree_map(move, _fresh(kwargs))
+                parameter.copy_(perturb(parameter))
+        return copied, pytree.tree_map(perturb, _fresh(args)), pytree.tree_map(perturb, _fresh(kwargs))
 
 
 def _gradients(loss: Tensor, parameters: Tensors) -> Tensors | str:
     if not parameters:
         return "no parameter requires a gradient"
     if not loss.requires_grad:
-        return "it depends on nothing that requires a gradient"
+        return "the result depends on nothing that requires a gradient"
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    # As an optimizer sees it, no gradient is a gradient of zero.
+    # A missing gradient counts as zero, because an optimizer treats them alike.
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
 
 
@@ -260,7 +263,7 @@ def _sum(outputs: Sequence[Tensor]) -> Tensor | None:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Of a precision whose squares can be summed."""
+    """View the tensor as real, in a precision in which its squares can be summed."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real if real.dtype == torch.float64 else real.float()
 
@@ -278,7 +281,7 @@ def _named(tensors: Sequence[Tensor]) -> Tensors:
 
 
 def tensors_in(values: Any, *, graphs: bool = False) -> Iterator[Tensor]:
-    """Every tensor in nested containers and data classes. ``graphs``: those that a graph has made alone."""
+    """Yield every tensor in nested containers and data classes. With ``graphs``, only tensors with a graph."""
     if isinstance(values, Tensor):
         if not graphs or values.grad_fn is not None:
             yield values
@@ -293,16 +296,16 @@ def tensors_in(values: Any, *, graphs: bool = False) -> Iterator[Tensor]:
             yield from tensors_in(getattr(values, item.name, None), graphs=graphs)
 
 
-def _largest(kind: str, actual: Tensors, expected: Tensors, again: list[Tensors]) -> Difference:
+def _largest(kind: str, actual: Tensors, expected: Tensors, perturbed: list[Tensors]) -> Difference:
     norms = {name: _norm(t) for name, t in expected.items()}
-    least = 1e-6 * max(norms.values(), default=0.0)  # beside the largest, such a tensor is rounding
+    least = 1e-6 * max(norms.values(), default=0.0)  # compared with the largest tensor, a smaller one is rounding noise
     rounding = max((torch.finfo(t.dtype).eps for t in expected.values() if _is_float(t)), default=0.0)
     tolerance = max(_TOLERANCES[kind], 4 * rounding)
     worst = Difference(kind, 0.0, "-", tolerance)
     for name, wanted in expected.items():
         scale = max(norms[name], least) or 1.0
-        error, *moves = (_distance(other.get(name), wanted) / scale for other in (actual, *again))
-        sensitivity = max((_TIMES * move for move in moves if math.isfinite(move)), default=0.0)
+        error, *moves = (_distance(other.get(name), wanted) / scale for other in (actual, *perturbed))
+        sensitivity = max((_FACTOR * move for move in moves if math.isfinite(move)), default=0.0)
         basis = "sensitivity" if sensitivity > tolerance else "tolerance"
         allowed = max(tolerance, sensitivity)
         if error * worst.allowed > worst.error * allowed:
@@ -318,7 +321,7 @@ def _norm(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def _distance(actual: Tensor | None, wanted: Tensor) -> float:
-    """The norm of the difference; infinite unless the shapes and all that is not finite agree."""
+    """Return the norm of the difference. It is infinite if the shapes or the non-finite elements differ."""
     if actual is None or actual.shape != wanted.shape:
         return math.inf
     a, w = _exact(actual), _exact(wanted)

@@ -1,4 +1,4 @@
-"""A gradient penalty as a module: a kind, a weight, and how often it is taken."""
+"""The gradient penalty as a module, with lazy regularization."""
 
 from __future__ import annotations
 
@@ -49,26 +49,42 @@ def _turn(every: int, calls: int) -> _Turn:
 
 
 class GradientPenalty(nn.Module):
-    """``fastgan.gradient_penalty`` at every ``every``-th call, and zero at the others (lazy regularization).
+    """Compute ``fastgan.gradient_penalty`` at every ``every``-th call and zero at all others (lazy regularization).
 
-    The penalty is multiplied by ``every``, so that its mean over the calls is that of ``every=1``. The first call takes
-    it. The count of calls since then is in the state_dict. The zero between can be added to a loss, or called
-    ``backward`` on alone outside of torch.compile; no parameter gets a gradient from it.
+    The first call computes the penalty. The result is multiplied by ``every``, so that the mean over calls equals that
+    of ``every=1``. The number of calls since the last penalty is
+    part of the state_dict. The zero of the other calls can be added to a loss,
+    and ``backward`` can be called on it alone outside torch.compile; it gives no parameter a gradient.
 
-        penalty = GradientPenalty("r1", weight=10, every=16)
-        loss = softplus(-discriminator(real)).mean() + penalty(discriminator, real)
+    Order of derivative: one, in the discriminator's parameters.
+
+    Source of lazy regularization: Karras et al., StyleGAN2 (2020).
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    discriminator.append(torch.nn.LazyLinear(1))
+    real = torch.randn(4, 3, 16, 16)
+    penalty = fastgan.nn.GradientPenalty("r1", weight=10, every=16)
+    loss = torch.nn.functional.softplus(-discriminator(real)).mean() + penalty(discriminator, real)
+    loss.backward()
+    ```
 
     Args:
-        kind, weight, select, target, dims, reduction: see ``fastgan.gradient_penalty``. An ``nn.Parameter`` as weight
-            or target is a parameter of this module.
-        every: calls from one penalty to the next, at least 1.
+        kind: see ``fastgan.gradient_penalty``.
+        weight: see ``fastgan.gradient_penalty``. An ``nn.Parameter`` becomes a parameter of this module.
+        every: number of calls from one penalty to the next, at least 1.
+        select: see ``fastgan.gradient_penalty``.
+        target: see ``fastgan.gradient_penalty``. An ``nn.Parameter`` becomes a parameter of this module.
+        dims: see ``fastgan.gradient_penalty``.
+        reduction: see ``fastgan.gradient_penalty``.
 
     Raises:
-        ValueError: unknown kind or reduction, a target for a kind without one, dims with the samples in it, or
-            ``every`` is no integer of at least 1.
-        TypeError: an argument has a wrong type.
-
-    Differentiable once in the discriminator's parameters. Lazy form: Karras et al., StyleGAN2 (2020).
+        ValueError: the kind or reduction is unknown, the kind has no target but one is given, ``dims`` contains the
+            dimension of the samples, or ``every`` is not an integer of at least 1.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -129,7 +145,7 @@ class GradientPenalty(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"calls": self.calls}  # no buffer: reading one would wait for the device
+        return {"calls": self.calls}  # not a buffer, because reading one would synchronize with the device
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._turn = _turn(self.every, state["calls"])

@@ -1,4 +1,4 @@
-"""Minibatch discrimination as a layer: a projection, the op, and its result beside the input."""
+"""Minibatch discrimination as a layer: projection, op, and concatenation with the input."""
 
 from __future__ import annotations
 
@@ -10,30 +10,40 @@ from fastgan.ops.minibatch_discrimination.ranks import Group
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Appends to each sample how close it is to the others: ``cat([x, o + bias], 1)``, o of the activations ``x T``.
+    """Append to each sample its closeness to the others: ``cat([x, o + bias], 1)``, with o computed from ``x T``.
 
-        discriminator = nn.Sequential(features, fnn.MinibatchDiscrimination(512, 100, 5), nn.Linear(512 + 100, 1))
+    The input is (N, F), and the output is (N, F + B) with the dtype of the input. ``forward`` also takes ``segments``
+    (N,), integers; only samples of the same segment are compared.
 
-    Its parameter ``T`` (in_features, num_kernels, kernel_dim) is that of the layers that are usual in PyTorch, whose
-    state_dict it loads. ``weight_scale=True, bias=True`` is the layer of the paper. The columns of T start with a norm
-    of about 1, where the paper's have it exactly.
+    The parameter ``T`` (in_features, num_kernels, kernel_dim) has the name and shape of the common PyTorch
+    implementations, so their state_dict can be loaded. ``weight_scale=True, bias=True`` gives the layer of the paper,
+    except that the columns of T start with a norm of about 1, not exactly 1.
+
+    Order of derivative: any. See ``fastgan.ops.minibatch_discrimination``.
+
+    Source: Salimans et al., Improved Techniques for Training GANs (2016).
+
+    ```python
+    import torch
+    import fastgan
+
+    layer = fastgan.nn.MinibatchDiscrimination(512, 100, 5)
+    y = layer(torch.randn(16, 512))  # (16, 612)
+    ```
 
     Args:
-        in_features: F.
-        num_kernels: B.
-        kernel_dim: C.
-        exclude_self: a sample is not compared with itself.
-        bias: add ``bias`` (B,), which starts at -1 as in the paper.
-        weight_scale: ``T exp(log_weight_scale) / norm(T)`` in place of T, with the norm over F of each column and
-            ``log_weight_scale`` (B, C), which starts at 0.
-        process_group: compare with the samples of all its ranks, see ``fastgan.ops.minibatch_discrimination``.
-
-    Shape: (N, F) to (N, F + B). ``forward`` also takes ``segments`` (N,): samples are compared within theirs.
+        in_features: F, the number of features of the input.
+        num_kernels: B, the number of appended features.
+        kernel_dim: C, the dimension in which samples are compared.
+        exclude_self: do not compare a sample with itself.
+        bias: add a parameter ``bias`` (B,), which starts at -1 as in the paper.
+        weight_scale: replace T by ``T exp(log_weight_scale) / norm(T)``, where the norm of each column is taken over F
+            and the parameter ``log_weight_scale`` (B, C) starts at 0.
+        process_group: compare with the samples of all ranks of this group, see
+        ``fastgan.ops.minibatch_discrimination``.
 
     Raises:
-        ValueError: a size below 1, or an input that is not (N, F).
-
-    Differentiable twice. Source: Salimans et al., Improved Techniques for Training GANs (2016).
+        ValueError: a size is below 1, or an input is not (N, F).
     """
 
     def __init__(

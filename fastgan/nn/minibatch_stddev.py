@@ -14,12 +14,32 @@ if TYPE_CHECKING:
 
 
 class MinibatchStdDev(nn.Module):
-    """Appends ``num_channels`` channels: how much the samples of a group differ. See ``fastgan.ops.minibatch_stddev``.
+    """Append ``num_channels`` channels that show how much the samples of a group differ.
 
-    Input (N, C, *S), output (N, C + num_channels, *S). Without parameters and buffers.
+    The input is (N, C, *S), and the output is (N, C + num_channels, *S) with the dtype of the input. The layer has no
+    parameters and no buffers. See ``fastgan.ops.minibatch_stddev`` for the definition.
+
+    Order of derivative: any.
+
+    Source: Karras et al., Progressive Growing of GANs (2018). The groups are from Karras et al., StyleGAN (2019).
+
+    ```python
+    import torch
+    import fastgan
+
+    layer = fastgan.nn.MinibatchStdDev(group_size=4)
+    y = layer(torch.randn(8, 32, 4, 4))  # (8, 33, 4, 4)
+    ```
+
+    Args:
+        group_size: number of samples in a group. None: the whole batch.
+        num_channels: number of appended channels.
+        eps: added to the variance, greater than 0.
+        remainder: ``"error"`` or ``"largest-divisor"``, see ``fastgan.ops.minibatch_stddev``.
+        process_group: form groups over the batches of all ranks of this group.
 
     Raises:
-        ValueError: a setting is not as ``fastgan.ops.minibatch_stddev`` wants it.
+        ValueError: a setting is invalid.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
-"""Functions on tensors: the fused kernels behind fastgan.nn."""
+"""Functional interface: the fused operations behind fastgan.nn."""
 
+from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.bias_act import bias_act, leaky_relu, relu
 from fastgan.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from fastgan.ops.linear import linear
@@ -29,5 +30,6 @@ __all__ = [
     "minibatch_discrimination",
     "minibatch_stddev",
     "relu",
+    "scaled_dot_product_attention",
     "spectral_norm",
 ]

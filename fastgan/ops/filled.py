@@ -1,7 +1,8 @@
-"""Where the double backward of one of PyTorch's functions fills zeros for its input, and fastgan's sends nothing.
+"""Record the inputs for which PyTorch's double backward returns zeros and fastgan's returns None.
 
-A Function that stands for such a function says so by ``fills_zeros``, a tuple of indices of its inputs, of its class or
-of a call. In place on a view, its node is hidden in one that PyTorch makes for the view's base.
+A Function that replaces such a PyTorch function lists these inputs in ``fills_zeros``, a tuple of input indices. It is
+an attribute of the class or of the ctx of one call. If the function works in place on a view, PyTorch hides its node
+inside a node of the view's base.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _FILLED = "fastgan: PyTorch fills zeros for the input"
 
 
 def mark_base(written: Tensor) -> None:
-    """To be called after such a Function has written over its input."""
+    """Mark the base of a view. Call it after such a Function has overwritten its input."""
     base: Any = written._base
     if base is not None and base.grad_fn is not None:
         base.grad_fn.metadata[_FILLED] = True
 
 
 def filled_inputs(node: Node) -> tuple[int, ...]:
-    """The indices of a node's inputs that PyTorch would fill zeros for."""
+    """Return the indices of a node's inputs for which PyTorch would return zeros."""
     function: Any = getattr(node, "_forward_cls", None)
     if function is None:
         metadata: Any = node.metadata if type(node).__name__ == "CopySlices" else ()

@@ -1,7 +1,8 @@
-"""Derivatives beyond the second: kernels compute the first two, and PyTorch's own operations all that follow.
+"""Derivatives of third and higher order.
 
-A double backward whose graph is kept (``create_graph``) is asked for a third derivative. It then forms its results
-anew from the op's specification in PyTorch, with a graph that has every order.
+Kernels compute the first two orders, and PyTorch operations compute all others. If a double backward runs with
+``create_graph=True``, a third derivative may follow. The double backward then recomputes its results from the op's
+reference implementation in PyTorch, whose graph can be differentiated to any order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Operands = Sequence[Tensor | None]
 
 
 def gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor | None]]:
-    """The backward of ``function``: of its result's gradient and its operands, the gradients of these."""
+    """Return the backward of ``function``. It takes the gradient of the result and the operands of ``function``."""
 
     def backward(grad: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
         return differentiate([function(*operands)], [grad], operands)
@@ -26,20 +27,23 @@ def gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor | No
 def double_backward(
     backward: Callable[..., Sequence[Tensor | None]], operands: Operands, grads: Operands
 ) -> list[Tensor | None]:
-    """The gradients of a backward's operands from those of its results, differentiable to any order.
+    """Differentiate a backward with respect to its operands; the result is differentiable to any order.
 
     Args:
-        backward: in operations of PyTorch.
-        operands: what it is called with; those that require no gradient get none.
-        grads: one for each of its results; None where there is no gradient.
+        backward: a backward written in PyTorch operations.
+        operands: the arguments of ``backward``. Operands that require no gradient get None.
+        grads: the gradients of its results, None for a result without one.
+
+    Returns:
+        One gradient per operand.
     """
-    # One operand may be made from another, and each must get its own share alone.
+    # One operand may have been computed from another. Views keep their gradients apart.
     apart = [t.view_as(t) if t is not None and t.requires_grad else t for t in operands]
     return differentiate(backward(*apart), grads, apart)
 
 
 def differentiate(outputs: Operands, grads: Operands, inputs: Operands) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that keeps its graph, with None for what there is no gradient of."""
+    """Call ``torch.autograd.grad`` with ``create_graph=True`` and return None for inputs without a gradient."""
     pairs = [
         (output, grad)
         for output, grad in zip(outputs, grads, strict=True)

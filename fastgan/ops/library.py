@@ -1,36 +1,38 @@
-"""What every op is defined with: the operator library, when its dispatcher may be passed by, where derivatives end."""
+"""Shared infrastructure of the ops: operator registration, checks for the eager shortcut, the end of derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastgan import backends
+from fastgan import backends, torch_private
+from fastgan.torch_private import is_batched as is_batched
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+# The function of each operator. They are stored in torch.ops.fastgan, because the operators survive a failed import.
+_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded or compiled now: by torch.compile, or by what `backends.is_recorded` knows.
+    """Return whether calls are being compiled by torch.compile or recorded by a tracer (see `backends.is_recorded`).
 
-    There a model must be in PyTorch's own form: fastgan's reroutes, fused weights and raw kernels stand back.
-    A mode that only watches (a counter of FLOPs, a profiler) is no recorder.
+    A traced model must consist of PyTorch's own operations, so fastgan's rerouting, fused weights and raw kernels are
+    off. A mode that only observes (a FLOP counter, a profiler) does not count as a tracer.
     """
     return not backends.is_lowered() and (torch.compiler.is_compiling() or backends.is_recorded())
 
 
 def symbolic(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which a stand-in for a tensor (torch.fx's Proxy) takes over when it is the first argument."""
+    """Wrap a function so that a first argument which stands in for a tensor (torch.fx's Proxy) can intercept it."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,37 +45,62 @@ def symbolic(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether this is a plain tensor that nobody traces or intercepts, not even a mode that only watches.
+    """Return whether this is a plain tensor and no tracer or mode intercepts calls, not even one that only observes.
 
-    Then an implementation may be called directly: going through the dispatcher with lists of tensors costs more than
-    the kernel on a small model (docs/decisions.md).
+    If so, an implementation may be called directly. On a small model, dispatching a call with lists of tensors costs
+    more than the kernel itself (docs/decisions.md).
     """
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and _get_current_dispatch_mode() is None
+        and not torch_private.is_jit_tracing()
+        and torch_private.dispatch_mode() is None
     )
 
 
+@cache
+def is_plain_class(cls: type) -> bool:
+    """Return whether PyTorch's functions treat tensors of this class like plain tensors.
+
+    A class with its own ``__torch_function__`` or ``__torch_dispatch__`` can intercept every call.
+    """
+    own: Any = cls
+    functions = (Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
+    defaults = {getattr(function, "__func__", function) for function in functions}
+    has_default_function = getattr(own.__torch_function__, "__func__", own.__torch_function__) in defaults
+    return has_default_function and own.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_autocast(device_type: str) -> bool:
+    """Return whether autocast is on for this device type.
+
+    PyTorch raises for a device type without autocast, such as meta. This function returns False for it.
+    """
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over elements of this dtype are kept in."""
+    """Return the dtype in which sums over elements of ``dtype`` are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """As the native modules call a tensor's dtype."""
+    """Return the name that the native modules use for a tensor's dtype."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """The tensor with its values in memory, where kernels read them.
+    """Return the tensor with its values in memory, where kernels can read them.
 
-    Autograd has zeros that lie nowhere (the double backward of ``abs`` makes some), and PyTorch views whose signs are
-    flipped when they are read.
+    Autograd has zero tensors without storage (the double backward of ``abs`` creates some), and PyTorch has views whose
+    values are negated on each read.
     """
     if torch.compiler.is_compiling():
-        return tensor  # whatever runs the graph stores them
+        return tensor  # the code that runs the compiled graph stores the values
     if is_batched(tensor):
         raise RuntimeError(
             "kernels take no batched gradients (is_grads_batched=True, vectorize=True): "
@@ -82,15 +109,23 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for several gradients that autograd sends through a graph at once."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
+def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as an operator with this schema.
 
+    The operator writes into its arguments and returns nothing, so its fake implementation does nothing. If an import
+    failed halfway and is repeated, the operator stays registered and runs the newest function.
+    """
+    name = schema.partition("(")[0]
 
-def returns_nothing(*operators: str) -> None:
-    """Tell a trace that these operators write into what they are given: there is nothing for it to make."""
-    for operator in operators:
-        torch.library.register_fake(f"fastgan::{operator}", _nothing, lib=LIBRARY)
+    def define(function: Callable[..., None]) -> Callable[..., None]:
+        _implementations[name] = function
+        if not hasattr(torch.ops.fastgan, name):
+            LIBRARY.define(schema)
+            LIBRARY.impl(name, lambda *arguments: _implementations[name](*arguments), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastgan::{name}", _nothing, lib=LIBRARY)
+        return function
+
+    return define
 
 
 def _nothing(*arguments: Any) -> None:
@@ -98,27 +133,24 @@ def _nothing(*arguments: Any) -> None:
 
 
 def copy_back(target: Tensor | None, output: Tensor | None) -> None:
-    """Bring into an output what was written into its stand-in, where it has one."""
+    """Copy ``target`` into ``output``, unless they are the same tensor or one of them is None."""
     if target is not None and output is not None and target is not output:
         output.copy_(target)
 
 
 def checkpointed_region() -> object | None:
-    """Which call of torch.utils.checkpoint this is inside of, by an object of its own; None: of none.
+    """Return an object that identifies the enclosing call of torch.utils.checkpoint, or None outside of one.
 
-    What it runs again, outside of any mode, must save what was saved at first.
+    The checkpoint reruns its function outside of any mode, and the rerun must save the same tensors as the first run.
     """
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
-        return None
-    return hooks[0]
+    return torch_private.checkpoint_hook()
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, around which torch.compile breaks its graph: what it does cannot be traced."""
-    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
+    """Wrap a function that cannot be traced: torch.compile breaks its graph around the call."""
+    apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -128,10 +160,10 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def last_order(message: str, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The outputs, of which a further derivative raises.
+    """Return the outputs with a graph whose backward raises ``message``.
 
-    ``once_differentiable`` is not enough: its error hangs on nodes of their own, which
-    ``torch.autograd.grad(y, x)`` never visits where another path leads to x, and a part of the gradient is lost.
+    ``once_differentiable`` is not enough. It raises in separate nodes, and ``torch.autograd.grad(y, x)`` never visits
+    them if another path leads to x. A part of the gradient would then be lost without an error.
     """
     made = [t for t in outputs if t is not None]
     ends = iter(_Refuse.apply(message, len(made), *made, *inputs))  # type: ignore[no-untyped-call]

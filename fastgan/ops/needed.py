@@ -1,7 +1,8 @@
-"""Which gradients a backward must form: those that this very run of it hands on.
+"""Find out which gradients the current run of a backward must compute.
 
-``ctx.needs_input_grad`` says what requires a gradient, not what is asked for: it is all true even in
-``autograd.grad(y, x)``, the first pass of every penalty, which wants no parameter's. The engine knows.
+``ctx.needs_input_grad`` tells which inputs require a gradient, not which gradients are requested. All its entries can
+be true in ``autograd.grad(y, x)``, the first pass of every penalty, although that call requests no gradient of a
+parameter. Only the autograd engine knows what is requested.
 """
 
 from __future__ import annotations
@@ -12,41 +13,44 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-_UNREAD = "fastgan: nobody reads this gradient"
+from fastgan import torch_private
+
+_UNUSED = "fastgan: this gradient is not used"
 
 
 def needed(ctx: Any) -> tuple[bool, ...]:
-    """In the backward of a Function: ``ctx.needs_input_grad``, less what is not asked for now.
+    """Return ``ctx.needs_input_grad`` without the gradients that this run of the backward does not need.
 
-    Looked at is what pays: the parameters' gradients in a pass that will be differentiated, the first input's in one
-    that will not.
+    Call it in the backward of a Function. It only makes the checks that save work: the parameters' gradients in a pass
+    that will be differentiated again, and the first input's gradient in a pass that will not.
     """
     wanted: tuple[bool, ...] = ctx.needs_input_grad
-    # Not the engine's: traced, or run by another node, as a function in place on a view is.
-    if torch.compiler.is_dynamo_compiling() or torch._C._current_autograd_node() is not ctx:
+    # The engine does not run this node directly: it is traced, or another node runs it, as for an in-place function on
+    # a view.
+    if torch.compiler.is_dynamo_compiling() or torch_private.current_node() is not ctx:
         return wanted
     nodes = iter(node for node, _ in ctx.next_functions if node is not None)
     first, *others = [next(nodes) if want else None for want in wanted]
     if torch.is_grad_enabled():
-        return wanted if any(map(_is_asked_for, others)) else (wanted[0], *[False] * len(others))
-    return wanted if _is_asked_for(first) else (False, *wanted[1:])
+        return wanted if any(map(_is_requested, others)) else (wanted[0], *[False] * len(others))
+    return wanted if _is_requested(first) else (False, *wanted[1:])
 
 
-def leave_unread(leaf: Tensor) -> None:
-    """Say of a leaf that requires a gradient, and that nobody else knows: no later backward needs to reach it.
+def mark_unused(leaf: Tensor) -> None:
+    """Mark a private leaf that requires a gradient: no later backward needs its gradient.
 
-    Not of one that somebody has left a hook on, who then knows it.
+    A leaf with a hook is not private, so it is not marked.
     """
     if leaf._backward_hooks:
         return
     metadata: Any = get_gradient_edge(leaf).node.metadata
-    metadata[_UNREAD] = True
+    metadata[_UNUSED] = True
 
 
-def _is_asked_for(node: Node | None) -> bool:
-    if node is None or _UNREAD in cast(Any, node.metadata):
+def _is_requested(node: Node | None) -> bool:
+    if node is None or _UNUSED in cast(Any, node.metadata):
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return torch_private.will_execute(node)
     except RuntimeError:
-        return True  # not executed, but one of the leaves that autograd.grad() was given
+        return True  # the node is one of the leaves passed to autograd.grad(), which are not executed

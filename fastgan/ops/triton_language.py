@@ -1,4 +1,4 @@
-"""What every room's Triton kernels are written and launched with."""
+"""Helpers that all Triton kernels use: dtypes, rounding and launching."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {
 
 @triton.jit
 def typed(pointer, DTYPE: tl.constexpr):
-    # Ahead of time every address is declared with the accumulation dtype; in a launch this does nothing.
+    # Ahead-of-time compilation declares every pointer with the accumulation dtype. In a launch, this cast does nothing.
     return pointer.to(tl.pointer_type(DTYPE))
 
 
@@ -39,10 +39,10 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 def addresses(*names: str) -> dict[str, str]:
-    """Of a kernel's entry in AOT: arguments that point to the accumulation dtype."""
+    """Return the entries of a kernel in AOT for arguments that point to the accumulation dtype."""
     return {f"{name}_ptr": "*A" for name in names}
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors' is."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,56 +1,58 @@
-"""PyTorch's own functions, called by unchanged code, rerouted to the ops that differentiate twice without waste."""
+"""Reroute PyTorch functions, called by unchanged code, to ops with an efficient second derivative."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fastgan import backends
-from fastgan.ops import conv, norm, piecewise, pool, regions
+from fastgan import backends, torch_private
+from fastgan.ops import attention, conv, lacking, norm, piecewise, pool, regions
+from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
-from fastgan.ops.library import checkpointed_region, is_traced
+from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 
 
-def _of_numbers(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's own for what is not floating point, which it refuses in its own words."""
+def _if_floating(fused: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Call PyTorch's function for input that is not floating-point, so that its own error is raised."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (ours if input.is_floating_point() else theirs)(input, *args, **kwargs)
+        return (fused if input.is_floating_point() else reference)(input, *args, **kwargs)
 
     return route
 
 
-def _unless_autocast(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast has a precision of its own for these, which PyTorch's own functions know."""
+def _unless_autocast(fused: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Call PyTorch's function under autocast, which prescribes a precision for it."""
 
     def route(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
-        return (theirs if plain else ours)(input, *args, **kwargs)
+        plain = is_autocast(input.device.type) or not input.is_floating_point()
+        return (reference if plain else fused)(input, *args, **kwargs)
 
     return route
 
 
-def _unless_out(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_out(fused: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def route(input: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
-        return ours(input) if out is None else theirs(input, out=out)
+        return fused(input) if out is None else reference(input, out=out)
 
     return route
 
 
-def _contiguous(ours: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's layer and instance norm leave a result: `view` is often next."""
-    return lambda *args, **kwargs: ours(*args, **kwargs).contiguous()
+def _contiguous(fused: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the result contiguous, as PyTorch's layer and instance norm do: `view` often follows."""
+    return lambda *args, **kwargs: fused(*args, **kwargs).contiguous()
 
 
 def _batch_norm(
@@ -64,14 +66,22 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> torch.Tensor:
-    """The order of ``torch.batch_norm``."""
+    """Take the arguments in the order of ``torch.batch_norm``."""
     result: torch.Tensor = _ROUTES[F.batch_norm](
         input, running_mean, running_var, weight, bias, training, momentum, eps
     )
     return result
 
 
+# Functions that PyTorch differentiates at most once.
+_LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+    F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
+    **lacking.ROUTES,
+}
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_LACKING,
     **piecewise.ROUTES,
     **{
         function: getattr(conv, f"conv{kind}{n}d")
@@ -84,10 +94,10 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
         for n, functions in ((1, {F.avg_pool1d, torch.avg_pool1d}), (2, {F.avg_pool2d}), (3, {F.avg_pool3d}))
         for function in functions
     },
-    F.layer_norm: _of_numbers(_contiguous(norm.layer_norm), F.layer_norm),
-    F.group_norm: _of_numbers(norm.group_norm, F.group_norm),
-    F.instance_norm: _of_numbers(_contiguous(norm.instance_norm), F.instance_norm),
-    F.batch_norm: _of_numbers(norm.batch_norm, F.batch_norm),
+    F.layer_norm: _if_floating(_contiguous(norm.layer_norm), F.layer_norm),
+    F.group_norm: _if_floating(norm.group_norm, F.group_norm),
+    F.instance_norm: _if_floating(_contiguous(norm.instance_norm), F.instance_norm),
+    F.batch_norm: _if_floating(norm.batch_norm, F.batch_norm),
     torch.batch_norm: _batch_norm,
     F.leaky_relu: activations.leaky_relu,
     F.leaky_relu_: partial(activations.leaky_relu, inplace=True),
@@ -103,12 +113,17 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_IN_PLACE = {function for function in _ROUTES if function.__name__.rstrip("_") + "_" == function.__name__}
+_WITH_INPLACE_FLAG = {function for function in _ROUTES if "inplace" in getattr(function, "__annotations__", ())}
 _PLAIN = {torch.Tensor, torch.nn.Parameter, FunctionalTensor}  # the last while torch.compile makes a graph
 
 
 class Reroute(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES) -> None:
         super().__init__()
+        self._routes = routes
+        self.is_whole = routes is _ROUTES
+        self.taken = False  # whether any call was rerouted
         self.leaves: dict[Node, torch.Tensor] = {}
 
     def __torch_function__(
@@ -116,16 +131,20 @@ class Reroute(TorchFunctionMode):
     ) -> Any:
         if backends.is_lowered():
             self._keep_leaves((args, kwargs))
-        route = _ROUTES.get(func)
-        if (
-            route is None
-            or not torch.is_grad_enabled()
-            or not _PLAIN.issuperset(types)
-            or checkpointed_region() is not None
-            or is_traced()
-        ):
-            return func(*args, **(kwargs or {}))
-        return route(*args, **(kwargs or {}))
+        route = self._routes.get(func)
+        kwargs = kwargs or {}
+        if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
+            return func(*args, **kwargs)
+        self.taken = True
+        if _PLAIN.issuperset(types):
+            return route(*args, **kwargs)
+        own = [cls for cls in types if cls not in _PLAIN]
+        if len(own) > 1 or not is_plain_class(own[0]) or _is_in_place(func, args, kwargs):
+            return func(*args, **kwargs)
+        # The class may override methods that PyTorch's functions never call, so pass plain tensors. Its
+        # __torch_function__ then gives the result the same type as PyTorch does.
+        args, kwargs = tuple(map(_as_plain, args)), {name: _as_plain(value) for name, value in kwargs.items()}
+        return own[0].__torch_function__(route, types, args, kwargs)
 
     def _keep_leaves(self, given: Any) -> None:
         """While a graph is recorded, the nodes of its inputs do not know them."""
@@ -137,13 +156,23 @@ class Reroute(TorchFunctionMode):
                     self.leaves[node] = tensor
 
 
+def _as_plain(value: Any) -> Any:
+    return torch.Tensor.as_subclass(value, torch.Tensor) if isinstance(value, torch.Tensor) else value
+
+
+def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func in _WITH_INPLACE_FLAG:
+        return kwargs.get("inplace", False) or any(value is True for value in args[1:])
+    return func in _IN_PLACE
+
+
 def leaves_of(modes: Iterable[TorchFunctionMode]) -> dict[Node, torch.Tensor]:
     """The graph's inputs that require a gradient, by their nodes, which a reroute has met while it was recorded."""
     return {node: leaf for mode in modes if isinstance(mode, Reroute) for node, leaf in mode.leaves.items()}
 
 
 def is_rerouting() -> bool:
-    return any(isinstance(mode, Reroute) for mode in _get_current_function_mode_stack())
+    return any(isinstance(mode, Reroute) and mode.is_whole for mode in torch_private.function_modes())
 
 
 @regions.in_graph
@@ -161,9 +190,10 @@ def _end() -> torch.Tensor:
 
 
 class _Uncompiled:
-    """While anybody is inside, on whatever thread, what torch.compile made runs as it was written.
+    """Run compiled functions uncompiled while at least one thread is inside this context.
 
-    A compiled graph cannot be differentiated twice. The stance is the process's: the last to leave gives it back.
+    A compiled graph cannot be differentiated twice. The compiler's stance is global to the process, so the last thread
+    to leave restores it.
     """
 
     def __init__(self) -> None:
@@ -173,7 +203,7 @@ class _Uncompiled:
 
     def __enter__(self) -> None:
         with self._lock:
-            # Without the compiler nothing was compiled, and importing it takes a second.
+            # If the compiler was never imported, nothing is compiled. Importing it would take a second.
             if self._stance is None and "torch._dynamo" in sys.modules:
                 self._stance = torch.compiler.set_stance("force_eager")
             self._inside += 1
@@ -191,20 +221,40 @@ uncompiled = _Uncompiled()
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, PyTorch functions use fastgan's ops wherever these differentiate twice with less work.
+    """Context manager: PyTorch functions use fastgan's ops wherever these make the second derivative cheaper.
 
-    Covers conv1d/2d/3d, conv_transpose1d/2d/3d, layer_norm, group_norm, instance_norm, batch_norm (in training);
-    relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus; hardtanh, relu6, clamp, threshold,
-    softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a constant; avg_pool, max_pool,
-    adaptive_avg_pool and adaptive_max_pool of 1, 2 and 3 dimensions, fractional_max_pool2d/3d; pad by reflection,
-    replication and around a circle; interpolate by area: called as functions, as methods or by modules, in place too.
-    Everything else is PyTorch's own: tensor subclasses, all calls while gradients are off, those that
-    torch.utils.checkpoint will run again, and those that are recorded (torch.jit.trace, torch.export, make_fx,
-    torch.fx). What torch.compile made runs uncompiled. A function that torch.compile traces with ``fullgraph=True`` is
-    rerouted too; in other functions that it traces, this does nothing. Holds for this thread; may be nested.
+    Wrap the forward of a hand-written penalty in it. Values and derivatives stay equal to PyTorch's up to rounding.
 
-        with fastgan.twice_differentiable():
-            logits = discriminator(images)
+    These functions are rerouted, whether code calls them as functions, as methods or through modules, also in place:
+
+    - conv1d/2d/3d and conv_transpose1d/2d/3d
+    - layer_norm, group_norm, instance_norm and batch_norm
+    - relu, leaky_relu, silu, gelu, tanh, sigmoid and (outside autocast) softplus
+    - hardtanh, relu6, clamp, threshold, softshrink, hardshrink, abs, prelu, rrelu, and maximum and minimum with a
+      constant
+    - avg_pool, max_pool, adaptive_avg_pool and adaptive_max_pool in 1, 2 and 3 dimensions, and fractional_max_pool2d/3d
+    - pad with mode "reflect", "replicate" or "circular"
+    - interpolate with mode "area"
+    - scaled_dot_product_attention and nn.MultiheadAttention, whose fused kernels in PyTorch have no second derivative
+
+    PyTorch's own implementation runs in all other cases: for tensor subclasses with their own ``__torch_function__`` or
+    ``__torch_dispatch__`` (and for in-place calls on any subclass), while gradients are disabled, inside
+    torch.utils.checkpoint, and while a tracer records the call (torch.jit.trace, torch.export, make_fx, torch.fx).
+
+    Functions compiled by torch.compile run uncompiled inside this context. Inside a function that torch.compile traces,
+    the context does nothing. It applies to the current thread and may be nested.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    images = torch.randn(4, 3, 16, 16, requires_grad=True)
+    with fastgan.twice_differentiable():
+        logits = discriminator(images)
+    (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    grad.square().sum().backward()
+    ```
     """
     if regions.is_entered(whole=True):
         _begin()
@@ -215,8 +265,44 @@ def twice_differentiable() -> Iterator[None]:
             backends.leave_penalty()
             _end()
         return
-    if is_traced():  # the compiler's stance cannot change inside of a function that it traces
+    if is_traced():  # the compiler's stance cannot change inside a function that it traces
         yield
         return
-    with uncompiled, Reroute():
+    with uncompiled, nullcontext() if is_rerouting() else Reroute():
         yield
+
+
+# For each module, the kinds of calls (mode and input shapes) that used no route of _LACKING.
+_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+@contextmanager
+def barely_rerouted(module: Any, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """For one call of the module, reroute only the functions that PyTorch cannot differentiate twice.
+
+    Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions,
+    the next call of the same kind is not intercepted.
+    """
+    if is_complete(module, inputs):
+        with uncompiled:
+            yield
+        return
+    with uncompiled, Reroute(_LACKING) as mode:
+        yield
+    if not mode.taken:
+        _complete.setdefault(module, set()).add(_kind(module, inputs))
+
+
+def is_complete(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether PyTorch has all derivatives of such a call of the module, as one before has shown."""
+    return _kind(module, inputs) in _complete.get(module, ())
+
+
+def forget(module: Any) -> None:
+    """Look at the next call of the module as at its first."""
+    if isinstance(module, torch.nn.Module):
+        _complete.pop(module, None)
+
+
+def _kind(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return module.training, tuple(x.shape[1:] for x in inputs)

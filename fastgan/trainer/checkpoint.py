@@ -1,4 +1,4 @@
-"""Checkpoints: a file is either whole or absent, and loading one runs no code."""
+"""Checkpoints. A checkpoint file is either complete or absent, and loading one runs no code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from fastgan.trainer.errors import CheckpointError
 
-KEEP = 2  # the newest, and the one before it should the newest be damaged
+KEEP = 2  # the newest one, and the one before it in case the newest is damaged
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step`; an interrupted or failed write leaves the older ones as they were.
+    """Write `state` as the checkpoint of `step`. An interrupted or failed write leaves older checkpoints unchanged.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
@@ -31,11 +31,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # a full disk reaches us as PyTorch's RuntimeError too
-        # What was written helps nobody, and its place may be needed.
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        # The partial file is useless, and it may occupy space that the user needs.
         _remove(partial)
         kept = [found.name for found in _checkpoints(folder)]
-        advice = f"{kept[-1]} is whole: make room, and go on from it with --resume" if kept else "it was the first"
+        advice = f"{kept[-1]} is intact: free some space, then continue with --resume" if kept else "it was the first"
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); {advice}"
         ) from error
@@ -45,10 +45,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, and set PyTorch's global generators as they were when it was written.
+    """Read a checkpoint and restore the state of PyTorch's global random generators.
 
     Raises:
-        CheckpointError: it is damaged or cannot be read.
+        CheckpointError: the file is damaged or cannot be read.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,10 +63,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, and a line about each newer one that is not.
+    """Return the newest intact checkpoint, and one message for each newer damaged one.
 
     Raises:
-        CheckpointError: there is none, or all are damaged.
+        CheckpointError: there is no checkpoint, or all are damaged.
     """
     damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
@@ -91,7 +91,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # the error that led here is the one to report
+        return  # report the original error instead
 
 
 def _reason(error: OSError | RuntimeError) -> str:
@@ -104,7 +104,8 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # A CPU run must not initialize CUDA, which takes memory and makes forking impossible.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -115,7 +116,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename reaches the disk with its folder, not with its file. Windows cannot open folders.
+    # A rename becomes durable when its folder is synced, not its file. Windows cannot open folders.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

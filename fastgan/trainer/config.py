@@ -1,4 +1,4 @@
-"""What a training run is made of. `fastgan train PRESET` starts from a preset; every field is a flag."""
+"""The configuration of a training run. `fastgan train PRESET` starts from a preset; every field is a flag."""
 
 from __future__ import annotations
 
@@ -6,45 +6,52 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastgan.trainer.augment import AugmentName
+import tyro
+
+from fastgan.trainer.data.sources import DatasetName
 from fastgan.trainer.errors import RunFolderError
-from fastgan.trainer.losses import LossName
-from fastgan.trainer.optimisers import OptimiserName
-from fastgan.trainer.regulariser import Kernels, PenaltyName
+from fastgan.trainer.game.augment import AugmentName
+from fastgan.trainer.game.losses import LossName
+from fastgan.trainer.game.optimizers import OptimizerName
+from fastgan.trainer.game.regularizer import Kernels, PenaltyName
 
-DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 
-# What a resumed run may change: when it stops, where it runs and how often it writes, never what it computes.
+# Settings that a resumed run may change: when it stops, where it runs, how often it writes. None changes its results.
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
 }
 
 
+_NEW_NAMES = {"optimiser": "optimizer"}  # old names of settings, as older runs wrote them
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     architecture: Architecture = "auto"  # auto: dcgan for images, mlp for points
-    width: int = 32  # channels at 16x16, doubled at each halving (images), or hidden units (points)
+    width: int = 32  # images: channels at 16x16, doubled at each halving; points: hidden units
     latent_dim: int = 64  # length of the generator's input
-    spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch is torch.nn.utils.parametrizations
-    n_power_iterations: int = 1  # of spectral norm, at each forward
-    minibatch: MinibatchStatistic = "none"  # over the batch, given to the discriminator
+    spectral_norm: SpectralNorm = "fused"  # on the discriminator; torch uses torch.nn.utils.parametrizations
+    n_power_iterations: int = 1  # power iterations of spectral norm in each forward pass
+    minibatch: MinibatchStatistic = "none"  # minibatch statistic that the discriminator computes
     pack: int = 1  # samples that the discriminator judges together (PacGAN)
-    channels_last: bool = False  # the memory format of images and their networks
-    conditional: bool = False  # both players are told the labels, where the data has them
+    channels_last: bool = False  # use the channels_last memory format for images and networks
+    conditional: bool = False  # give the labels to both networks; the data must have labels
 
     def __post_init__(self) -> None:
         _require_positive(self, "width", "latent_dim", "n_power_iterations", "pack")
         if self.conditional and self.pack > 1:
-            raise ValueError("conditional and pack exclude each other: a pack has no one label")
+            raise ValueError("conditional and pack exclude each other: a pack has no single label")
         if self.architecture == "residual" and self.spectral_norm != "none":
-            raise ValueError("architecture residual starts layers at zero, whose spectral norm is zero: use none")
+            raise ValueError(
+                "architecture residual starts layers at zero, so their spectral norm is zero: set spectral_norm none"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,20 @@ class OptimConfig:
     loss: LossName = "hinge"
     penalty: PenaltyName = "none"  # on the discriminator's gradient
     penalty_weight: float = 10.0
-    penalty_every: int = 1  # discriminator steps from one penalty to the next, which counts as often
-    augment: AugmentName = "none"  # of images, before the discriminator sees them
-    ada_images: int = 500_000  # images in which ADA's p may go from 0 to 1: fewer for short runs on few images
-    ada_target: float = 0.6  # of E[sign D(real)]: ADA augments more above it, less below
-    kernels: Kernels = "fastgan"  # torch takes penalties and statistics by PyTorch alone
-    batch_size: int = 64  # of all ranks together
-    accumulate: int = 1  # parts that a rank's batch is computed in, for less memory; statistics are a part's
-    precision: Precision = "float32"  # autocast, with scaled gradients for float16
-    optimiser: OptimiserName = "adam"
+    penalty_every: int = 1  # discriminator steps between penalties; each penalty is scaled by this number
+    augment: AugmentName = "none"  # augmentation of images before the discriminator
+    ada_images: int = 500_000  # images over which ADA's p can rise from 0 to 1; use fewer for short runs on few images
+    ada_target: float = 0.6  # target of E[sign D(real)]: ADA augments more above it and less below it
+    kernels: Kernels = "fastgan"  # torch computes penalties and statistics with plain PyTorch
+    batch_size: int = 64  # total over all ranks
+    accumulate: int = 1  # split each rank's batch into this many parts to save memory; statistics are per part
+    precision: Precision = "float32"  # bfloat16 and float16 use autocast; float16 also scales gradients
+    optimizer: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimiser"])] = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
-    betas: tuple[float, float] = (0.5, 0.999)  # of Adam in all its forms
+    betas: tuple[float, float] = (0.5, 0.999)  # for every variant of Adam
     d_steps: int = 1  # discriminator steps for each generator step
-    ema_decay: float = 0.995  # of the averaged generator, which draws the samples
+    ema_decay: float = 0.995  # decay of the averaged generator, which makes the samples
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
@@ -73,33 +80,33 @@ class OptimConfig:
         for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
-        if self.optimiser == "extra-adam" and self.precision == "float16":
-            raise ValueError("extra-adam looks ahead with unscaled gradients: choose precision bfloat16 or float32")
-        if self.optimiser == "extra-adam" and self.d_steps != 1:
-            raise ValueError(f"extra-adam moves both players at once: d_steps must be 1, got {self.d_steps}")
+        if self.optimizer == "extra-adam" and self.precision == "float16":
+            raise ValueError("extra-adam extrapolates with unscaled gradients: choose precision bfloat16 or float32")
+        if self.optimizer == "extra-adam" and self.d_steps != 1:
+            raise ValueError(f"extra-adam updates both networks at once: d_steps must be 1, got {self.d_steps}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    dataset: DatasetName = "fashion-mnist"  # what to learn
-    name: str = "fashion-mnist"  # the run's folder below --runs
+    dataset: DatasetName = "fashion-mnist"  # training data
+    name: str = "fashion-mnist"  # name of the run's folder in --runs
     runs: Path = Path("runs")
-    data: Path | None = None  # folder of the files; unset: $FASTGAN_DATA (IDX), the cache, then Debian's folder
-    image_size: int = 32  # pixels a side of images that have no size of their own (folder, emoji)
-    steps: int = 20_000  # generator steps to stop at
-    minutes: float | None = None  # training time to stop at, over all resumptions, if that comes first
+    data: Path | None = None  # folder with the data; default: $FASTGAN_DATA (IDX), then the cache, then Debian's folder
+    image_size: int = 32  # width and height in pixels for data without a fixed size (folder, emoji)
+    steps: int = 20_000  # stop after this many generator steps
+    minutes: float | None = None  # stop after this much training time, including earlier sessions, if that is sooner
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None  # CPU threads; unset: PyTorch's choice
+    threads: int | None = None  # CPU threads; default: PyTorch's choice
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
-    extractor: str = "random-conv"  # features of the final scores: also efficientnet-lite0, or module:callable
-    scored: int = 1000  # images of each kind that these scores are taken over
-    tensorboard: bool = False  # write the records and samples for TensorBoard too
-    resume: bool = False  # go on from the newest checkpoint; unset flags keep the run's values
-    overwrite: bool = False  # replace an existing run of this name
+    extractor: str = "random-conv"  # features for the final scores; also efficientnet-lite0 or module:callable
+    scored: int = 1000  # number of real and of generated images for the final scores
+    tensorboard: bool = False  # also write metrics and samples for TensorBoard
+    resume: bool = False  # continue from the newest checkpoint; flags that are not given keep the run's values
+    overwrite: bool = False  # replace an existing run with this name
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -134,7 +141,7 @@ class TrainConfig:
         values["runs"] = Path(values["runs"])
         values["data"] = None if values["data"] is None else Path(values["data"])
         values["model"] = ModelConfig(**values["model"])
-        optim = dict(values["optim"])
+        optim = {_NEW_NAMES.get(key, key): value for key, value in values["optim"].items()}
         optim["betas"] = tuple(optim["betas"])
         values["optim"] = OptimConfig(**optim)
         return cls(**values)
@@ -144,20 +151,20 @@ class TrainConfig:
         try:
             return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise RunFolderError(f"{path.parent} holds no run") from None
+            raise RunFolderError(f"{path.parent} does not contain a run") from None
         except KeyError as error:
-            raise RunFolderError(f"{path} is not a configuration: it has no {error}") from error
+            raise RunFolderError(f"{path} is not a valid configuration: {error} is missing") from error
         except (ValueError, TypeError) as error:
-            raise RunFolderError(f"{path} is not a configuration: {error}") from error
+            raise RunFolderError(f"{path} is not a valid configuration: {error}") from error
 
 
 def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Raise RunFolderError where `asked` would compute something else than the run it resumes."""
+    """Raise RunFolderError if `asked` would change what the resumed run computes."""
     before, after = _flat(saved.to_json()), _flat(asked.to_json())
     changed = [key for key in before if key not in RESUME_MAY_CHANGE and before[key] != after[key]]
     if changed:
         what = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in changed)
-        raise RunFolderError(f"cannot resume {asked.folder} with other settings ({what})")
+        raise RunFolderError(f"cannot resume {asked.folder} with different settings ({what})")
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +193,15 @@ WGAN_GP = OptimConfig(loss="wasserstein", penalty="wgan-gp", d_lr=2e-4, g_lr=2e-
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "fashion-mnist": ("28x28 photographs of clothes, padded to 32x32; DCGAN.", TrainConfig()),
     "discs": (
-        "32x32 soft discs drawn on the fly, for a machine with no data; DCGAN.",
+        "32x32 soft discs drawn on the fly; needs no data; DCGAN.",
         TrainConfig(dataset="discs", name="discs", steps=2000),
     ),
     "folder": (
-        "Images of any size from a folder (--data PATH), cut square; residual networks with R1 + R2.",
+        "Images of any size from a folder (--data PATH), cropped to squares; residual networks with R1 + R2.",
         TrainConfig(dataset="folder", name="folder", model=RESIDUAL, optim=R3GAN),
     ),
     "emoji": (
-        "Noto's colour emoji at --image-size 32, 64 or 128; residual networks with R1 + R2.",
+        "Noto color emoji at --image-size 32, 64 or 128; residual networks with R1 + R2.",
         TrainConfig(dataset="emoji", name="emoji", model=RESIDUAL, optim=R3GAN),
     ),
     "stacked": (

@@ -1,4 +1,4 @@
-"""Where a run computes, and what to write down about that place so that its numbers mean something."""
+"""The device that a run computes on, and the environment that its records describe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastgan.bench.provenance import ROOT, commit_of, device_name
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """Return the device called `name`; `auto` is CUDA if available."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device")
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device: use auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -1,8 +1,8 @@
-"""Errors that a user can act on; the command line prints them in one line, without a traceback."""
+"""Errors that the user can fix. The command line prints them in one line, without a traceback."""
 
 
 class TrainerError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
+    """The run cannot start or continue; the message says why and what to do."""
 
 
 class DataError(TrainerError):
@@ -10,11 +10,11 @@ class DataError(TrainerError):
 
 
 class RunFolderError(TrainerError):
-    """The run folder exists already, or holds nothing to resume."""
+    """The run folder already exists, or contains nothing to resume."""
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint cannot be read."""
+    """A checkpoint cannot be read or written."""
 
 
 class NonFiniteLossError(TrainerError):

@@ -1,4 +1,4 @@
-"""The trained generator as a file that other programs read, and from there as a module again."""
+"""Export the trained generator to a file that other programs can read, and load it again as a module."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastgan.trainer.models import build_models
 @dataclass(frozen=True)
 class ExportConfig:
     run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo
-    out: Path | None = None  # unset: generator.safetensors in that folder
+    out: Path | None = None  # default: generator.safetensors in the run's folder
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the averaged generator's weights as safetensors; the settings, the step and the data's shape are metadata.
+    """Write the averaged generator's weights as safetensors, with the settings, step and data shape as metadata.
 
     Raises:
-        RunFolderError: the folder holds no run.
-        CheckpointError: it holds no whole checkpoint, or one of before it said what the data are like.
+        RunFolderError: the folder does not contain a run.
+        CheckpointError: it has no intact checkpoint, or an old version wrote the checkpoint without the data's shape.
         OSError: the file cannot be written.
     """
     from safetensors.torch import save
@@ -34,23 +34,23 @@ def export(config: ExportConfig) -> Path:
     settings = TrainConfig.load(config.run / "config.json").to_json()
     state, _ = checkpoint.load_newest(config.run / "checkpoints")
     if "data" not in state:
-        raise CheckpointError(f"{config.run} is of an earlier version: fastgan train --resume writes it anew")
+        raise CheckpointError(f"an earlier version wrote {config.run}: rewrite it with fastgan train --resume")
     weights = {name: tensor.contiguous().clone() for name, tensor in state["gan"]["ema"]["module"].items()}
     path = config.out or config.run / "generator.safetensors"
     partial = path.with_name(path.name + ".partial")
     about = {"step": state["step"], "config": settings, "data": state["data"]}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in about.items()}
-    partial.write_bytes(save(weights, metadata))  # save_file has errors of its own kind
+    partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
     partial.replace(path)
     return path
 
 
 def load_generator(path: str | Path) -> nn.Module:
-    """The generator of such a file: of latents (N, latent_dim), and labels (N,) where it knows classes.
+    """Load an exported generator. It takes latents (N, latent_dim), and labels (N,) if it is conditional.
 
     Raises:
-        OSError: there is no such file.
-        KeyError: `export` did not write it.
+        OSError: the file does not exist.
+        KeyError: the file was not written by `export`.
     """
     from safetensors import safe_open
 
@@ -64,7 +64,7 @@ def load_generator(path: str | Path) -> nn.Module:
 
 
 def how_to_load(path: Path) -> str:
-    """A line of Python that makes samples by an exported file."""
+    """Return a line of Python that generates samples with an exported file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""A generator, a discriminator, and the two steps of the game that they play."""
+"""A generator, a discriminator, and the training steps of both."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from torch import Tensor, nn
 
 import fastgan.nn as fnn
 from fastgan import backends
-from fastgan.trainer.augment import NUMBERS, Augment
 from fastgan.trainer.config import ModelConfig, OptimConfig
-from fastgan.trainer.data import Source
-from fastgan.trainer.ema import EMA
-from fastgan.trainer.losses import LOSSES
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.game.augment import NUMBERS, Augment
+from fastgan.trainer.game.ema import EMA
+from fastgan.trainer.game.losses import LOSSES
+from fastgan.trainer.game.optimizers import ExtraAdam, make_optimizer
+from fastgan.trainer.game.regularizer import Regularizer
 from fastgan.trainer.models import build_models
-from fastgan.trainer.optimisers import ExtraAdam, make_optimiser
 from fastgan.trainer.ranks import Ranks
-from fastgan.trainer.regulariser import Regulariser
 
 STATEFUL = (
     *("generator", "discriminator", "ema", "g_adam", "d_adam", "g_scaler", "d_scaler"),
-    *("source", "regulariser", "augment"),
+    *("source", "regularizer", "augment"),
 )
 
 
 class Batch(NamedTuple):
-    """What a half-step needs. Tensors of N rows, or of N / pack."""
+    """The inputs of one half-step. Each tensor has N or N / pack rows."""
 
     real: Tensor | None  # (N, *S)
     z: Tensor  # (N, latent_dim)
     labels: Tensor | None  # (N,)
-    alpha: Tensor | None = None  # (N / pack,) in [0, 1), where a penalty is taken between reals and fakes
+    alpha: Tensor | None = None  # (N / pack,) in [0, 1), for penalties at points between reals and fakes
     noise: Tensor | None = None  # (N, *S) in [0, 1), for DRAGAN
-    u_real: Tensor | None = None  # (N, 6, 3) in [0, 1), where reals are augmented
-    u_fake: Tensor | None = None  # likewise, for fakes
+    u_real: Tensor | None = None  # (N, 6, 3) in [0, 1), for augmenting reals
+    u_fake: Tensor | None = None  # (N, 6, 3) in [0, 1), for augmenting fakes
 
     def to(self, dtype: torch.dtype) -> Batch:
         cast = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in self]
         return Batch(*cast)  # type: ignore[arg-type]
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal parts, one after another."""
+        """Split into equal parts, in order."""
         chunks = [[None] * parts if t is None else t.chunk(parts) for t in self]
         return [Batch(*part) for part in zip(*chunks, strict=True)]
 
 
 class GAN:
-    """Everything that a training step reads or writes, and nothing else.
+    """The complete state of a training step.
 
-    `seed` fixes the weights (through PyTorch's global generator) and the latents (drawn on the CPU, so that every
-    device and every rank sees the same ones).
+    `seed` sets the weights (through PyTorch's global generator) and the latents. Latents are drawn on the CPU, so that
+    every device and every rank sees the same ones.
     """
 
     def __init__(
@@ -83,35 +83,35 @@ class GAN:
         self.ema = EMA(self.generator, optim.ema_decay)
         self.ranks.join(self.generator)
         self.ranks.join(self.discriminator)
-        self.g_adam = make_optimiser(optim.optimiser, self.generator.parameters(), optim.g_lr, optim.betas)
-        self.d_adam = make_optimiser(optim.optimiser, self.discriminator.parameters(), optim.d_lr, optim.betas)
+        self.g_adam = make_optimizer(optim.optimizer, self.generator.parameters(), optim.g_lr, optim.betas)
+        self.d_adam = make_optimizer(optim.optimizer, self.discriminator.parameters(), optim.d_lr, optim.betas)
         scaled = optim.precision == "float16"
         self.g_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.d_scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.noise = torch.Generator().manual_seed(seed + 1)
         if optim.augment != "none" and len(source.shape) != 3:
-            raise ValueError(f"augment {optim.augment} changes images (C, H, W), the samples are {source.shape}")
+            raise ValueError(f"augment {optim.augment} needs images (C, H, W), but samples have shape {source.shape}")
         self.augment = Augment(optim.augment, device, optim.ada_images, optim.ada_target)
         together = not mixes_its_batch(discriminator)
-        self.regulariser = Regulariser(
+        self.regularizer = Regularizer(
             optim.penalty, optim.penalty_weight, optim.penalty_every, optim.kernels, together
         )
 
     def latents(self) -> Tensor:
-        """This rank's rows of the next latents."""
-        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise)
+        """Return this rank's rows of the next latents."""
+        z = torch.randn(self.optim.batch_size, self.latent_dim, generator=self.noise, device="cpu")
         return z[self.ranks.rows(len(z))].to(self.device)
 
     def real(self) -> Tensor:
         return self.batch().real  # type: ignore[return-value]
 
     def batch(self) -> Batch:
-        """This rank's rows of the next batch; where there are classes, reals and fakes share the labels."""
+        """Return this rank's rows of the next batch. With classes, reals and fakes share the labels."""
         rows = self.ranks.rows(self.optim.batch_size)
-        real, labels = self.source.next_labelled(self.optim.batch_size, rows)
+        real, labels = self.source.next_labeled(self.optim.batch_size, rows)
         alpha = noise = None
-        if self.regulariser.between:
-            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise)
+        if self.regularizer.between:
+            alpha = torch.rand(self.optim.batch_size // self.pack, generator=self.noise, device="cpu")
             alpha = alpha[self.ranks.rows(len(alpha))].to(self.device)
         if self.optim.penalty == "dragan":
             noise = self._uniform(*self.source.shape)
@@ -119,26 +119,26 @@ class GAN:
         return Batch(self._as_images(real), z, labels, alpha, noise, self._changes(), self._changes())
 
     def _uniform(self, *shape: int) -> Tensor:
-        """This rank's rows of uniform numbers for the whole batch."""
-        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise)
+        """Draw uniform numbers for the whole batch and return this rank's rows."""
+        drawn = torch.rand(self.optim.batch_size, *shape, generator=self.noise, device="cpu")
         return drawn[self.ranks.rows(len(drawn))].to(self.device)
 
     def _changes(self) -> Tensor | None:
         return None if self.optim.augment == "none" else self._uniform(*NUMBERS)
 
     def generator_batch(self) -> Batch:
-        """As `batch`; reals are drawn only where the generator's loss or its labels need them."""
+        """Like `batch`, but reals are drawn only if the generator's loss or the labels need them."""
         if self.loss.relativistic or self.classes:
             return self.batch()
         return Batch(None, self.latents(), None, u_fake=self._changes())
 
     def step(self) -> Tensor:
-        """One turn of the game; the losses (2,) of the discriminator's last step and of the generator's."""
+        """Train one step and return the losses (2,) of the last discriminator step and the generator step."""
         if isinstance(self.d_adam, ExtraAdam) and isinstance(self.g_adam, ExtraAdam):
             self._gradients()
             self.d_adam.extrapolate()
             self.g_adam.extrapolate()
-            d_loss, g_loss = self._gradients()  # both players look ahead before either moves
+            d_loss, g_loss = self._gradients()  # both networks extrapolate before either is updated
             self.d_adam.step()
             self.g_adam.step()
         else:
@@ -161,7 +161,7 @@ class GAN:
         return loss
 
     def discriminator_gradient(self, batch: Batch) -> Tensor:
-        """Leave the gradient of loss + penalty with the discriminator's parameters, and return that sum."""
+        """Compute the gradient of loss + penalty for the discriminator's parameters, and return that sum."""
         parts = batch.split(self.optim.accumulate)
         total = torch.zeros((), device=self.device)
         self.d_adam.zero_grad()
@@ -173,7 +173,7 @@ class GAN:
                     real = self.augment(part.real, part.u_real)
                 real, fake = packed(real, self.pack), packed(fake, self.pack)
                 noise = None if part.noise is None else packed(part.noise, self.pack)
-                judged = self.regulariser(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
+                judged = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
             loss = self.loss.discriminator(at_least_float(judged.real), at_least_float(judged.fake))
             if judged.penalty is not None:
                 loss = loss + judged.penalty
@@ -187,10 +187,10 @@ class GAN:
         return self.ranks.mean(total)
 
     def generator_gradient(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the loss with the generator's parameters, and return the loss."""
+        """Compute the gradient of the loss for the generator's parameters, and return the loss."""
         parts = batch.split(self.optim.accumulate)
         total = torch.zeros((), device=self.device)
-        self.discriminator.requires_grad_(False)  # its weights' gradients would be thrown away
+        self.discriminator.requires_grad_(False)  # the gradients of its weights would be discarded
         self.g_adam.zero_grad()
         for part in parts:
             real_logits = None
@@ -207,13 +207,13 @@ class GAN:
         return self.ranks.mean(total)
 
     def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
-        """Samples (N, *S) of the generator; a game without classes is blind to the labels."""
+        """Return the generator's samples (N, *S). An unconditional generator ignores the labels."""
         with self._kernels():
             samples: Tensor = self.generator(z) if self.classes is None else self.generator(z, labels)
         return self._as_images(at_least_float(samples))
 
     def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """The discriminator's logits (N / pack, 1) of samples (N, *S)."""
+        """Return the discriminator's logits (N / pack, 1) of samples (N, *S)."""
         x = packed(x, self.pack)
         with self._kernels():
             logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
@@ -221,7 +221,7 @@ class GAN:
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
-        """Inside, networks compute in the precision and with the kernels that were asked for."""
+        """Make networks use the configured precision and kernels."""
         precision = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.optim.precision]
         with ExitStack() as stack:
             if self.optim.kernels == "torch":
@@ -238,7 +238,7 @@ class GAN:
 
     @torch.no_grad()
     def samples(self, z: Tensor) -> Tensor:
-        """What the averaged generator makes of `z` (N, latent_dim), class after class where there are classes."""
+        """Return the averaged generator's samples of `z` (N, latent_dim), cycling through the classes if any."""
         labels = (torch.arange(len(z), device=self.device) % self.classes,) if self.classes else ()
         samples: Tensor = self.ema.module(z.to(self.device), *labels)
         return samples.cpu()
@@ -247,18 +247,20 @@ class GAN:
         return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"noise": self.noise.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "regulariser" in state:  # a checkpoint of an older run
+            state = state | {"regularizer": state["regulariser"]}
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         self.noise.set_state(state["noise"])
 
 
 def packed(x: Tensor, pack: int) -> Tensor:
-    """(N, C, *S) -> (N / pack, pack * C, *S), samples that a discriminator judges together (Lin et al. 2018)."""
+    """Reshape (N, C, *S) to (N / pack, pack * C, *S): samples that are judged together (Lin et al. 2018)."""
     return x if pack == 1 else x.reshape(len(x) // pack, -1, *x.shape[2:])
 
 
 def mixes_its_batch(discriminator: nn.Module) -> bool:
-    """Whether a sample's logit depends on its neighbours, so that reals and fakes may not share a call."""
+    """Whether a sample's logit depends on other samples of its batch, so that reals and fakes need separate calls."""
     kinds = (nn.modules.batchnorm._BatchNorm, fnn.MinibatchStdDev, fnn.MinibatchDiscrimination)
     return any(isinstance(layer, kinds) for layer in discriminator.modules())
 
@@ -267,12 +269,12 @@ def classes_of(source: Source, model: ModelConfig) -> int | None:
     if not model.conditional:
         return None
     if source.classes is None:
-        raise ValueError("conditional needs labelled data, and this data set has no labels")
+        raise ValueError("conditional needs labeled data, but this data set has no labels")
     return source.classes
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """Half precision as float32, for losses and pixels."""
+    """Convert half precision to float32, for losses and pixels."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -16,42 +15,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.trainer import alarms, checkpoint, gallery, pictures, report
+from fastgan import strict_json
+from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.diagnostics import Diagnostics
-from fastgan.trainer.equilibrium import duality_gap
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.held_out import hold_out
-from fastgan.trainer.quality import check_scoring, score
+from fastgan.trainer.measure import alarms
+from fastgan.trainer.measure.diagnostics import Diagnostics
+from fastgan.trainer.measure.equilibrium import duality_gap
+from fastgan.trainer.measure.quality import check_scoring, score
 from fastgan.trainer.ranks import Ranks
+from fastgan.trainer.report import gallery, pictures
+from fastgan.trainer.report import page as report
 from fastgan.trainer.run import RunFolder
 
 GRID_SAMPLES = 64
 POINT_SAMPLES = 2000
-MEASURING = 1 << 32  # added to a seed: streams that no run's training draws from
+MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
 LOSS_NAMES = ("discriminator", "generator")
 
 
 class Trainer:
-    """One run: the game, its clock and its folder."""
+    """One run: its networks, its clock and its folder."""
 
     def __init__(self, config: TrainConfig) -> None:
         if config.tensorboard:
-            from fastgan.trainer.board import Board  # before anything is written: its package may be missing
+            from fastgan.trainer.report.tensorboard import (
+                Board,  # import it before anything is written: its package may be missing
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
         self.run = RunFolder(config)
         self.ranks = Ranks.here(choose_device(config.device))
         self.device = self.ranks.device
-        self.writes = self.ranks.rank == 0  # every rank computes and measures, one keeps the folder
-        # Streams of randomness a run: seed * 4 + (weights, latents, data, pictures).
+        self.writes = self.ranks.rank == 0  # every rank computes and measures, only rank 0 writes
+        # Each run has four random streams: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
         source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
-        check_scoring(config.extractor, source, self.device)  # what is wrong should not show hours later
+        check_scoring(config.extractor, source, self.device)  # fail now, not after hours of training
         self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
@@ -61,6 +66,7 @@ class Trainer:
             POINT_SAMPLES if points else GRID_SAMPLES,
             config.model.latent_dim,
             generator=torch.Generator().manual_seed(seed + 3),
+            device="cpu",
         )
         self.step = 0
         self.seconds = 0.0
@@ -68,14 +74,14 @@ class Trainer:
         self.recorded_at = 0.0
         if config.resume:
             self._resume()
-        self.ranks.wait()  # until all have looked at the folder as it was
+        self.ranks.wait()  # until every rank has read the folder
         if self.writes:
             self.run.open(config)
         self.board = Board(self.run.tensorboard, self.step) if config.tensorboard and self.writes else None
         self._log(report.header(config, self.device, self.step))
 
     def train(self) -> int | None:
-        """Train until a limit or a signal, and leave a checkpoint, pictures and a report.
+        """Train until a limit or a signal, then write a checkpoint, pictures and a report.
 
         Returns:
             The number of the signal that ended the run early, or None.
@@ -113,23 +119,23 @@ class Trainer:
             self._save(bar)
             if self.writes:
                 bar.close()
-                print("scoring, and writing the report…", flush=True)
+                print("computing the final scores and writing the report…", flush=True)
                 self._draw()
-                self._summarise()
+                self._summarize()
             if self.board:
                 self.board.close()
             self.ranks.wait()
         return signals[0] if signals else None
 
     def progress(self) -> float:
-        """The share of the run that is done, 1 at whichever limit comes first."""
+        """Return the fraction of the run that is done. It is 1 when either limit is reached."""
         share = self.step / self.config.steps
         if self.config.minutes:
             share = max(share, self.seconds / (60 * self.config.minutes))
         return min(share, 1.0)
 
     def _record(self, bar: tqdm[Any]) -> None:
-        """Check the losses since the last record and write their means: the one wait for the device."""
+        """Check the losses since the last record and write their means. Only this waits for the device."""
         if not self.pending:
             return
         losses = torch.stack(self.pending).tolist()  # (steps, 2)
@@ -139,7 +145,7 @@ class Trainer:
                 if not math.isfinite(value):
                     raise NonFiniteLossError(
                         f"step {step}: the {name}'s loss is {value}; lower --d-lr and --g-lr, or "
-                        f"look at the steps before it in {self.run.metrics}"
+                        f"look at the preceding steps in {self.run.metrics}"
                     )
         d_loss, g_loss = (sum(values) / len(losses) for values in zip(*losses, strict=True))
         images = self.config.optim.batch_size * len(losses)
@@ -167,7 +173,7 @@ class Trainer:
             self._log({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
     def _save(self, bar: tqdm[Any]) -> None:
-        self._record(bar)  # a checkpoint never holds a state that was not checked
+        self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
         source = self.gan.source
         data = {"shape": list(source.shape), "scale": source.scale, "classes": self.gan.classes}
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": data}
@@ -184,15 +190,15 @@ class Trainer:
 
     def _resume(self) -> None:
         if not checkpoint.any_in(self.run.checkpoints):
-            print(f"{self.run.path} has no checkpoint yet: starting over")
+            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
             self.run.forget_after(0)
             return
         state, damaged = checkpoint.load_newest(self.run.checkpoints)
         for message in damaged:
-            print(f"{message}; going on from step {state['step']}")
+            print(f"{message}; continuing from step {state['step']}")
         self.gan.load_state_dict(state["gan"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.ranks.wait()  # until all have read
+        self.ranks.wait()  # until every rank has read the checkpoint
         if self.writes:
             self.run.forget_after(self.step)
         self.ranks.wait()
@@ -205,7 +211,7 @@ class Trainer:
         if self.board:
             self.board.draw("samples", self.run.samples, self.step)
 
-    def _summarise(self) -> None:
+    def _summarize(self) -> None:
         seed = 4 * self.config.seed + MEASURING
         if len(self.gan.source.shape) > 1:
             rows = gallery.interpolations(self.gan, seed)
@@ -213,14 +219,14 @@ class Trainer:
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
         quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
-        self.run.quality.write_text(json.dumps(quality, indent=2) + "\n")
+        self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
 
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of the first; a second one acts as usual."""
+    """Collect the first SIGINT or SIGTERM instead of exiting; a second one has its usual effect."""
     received: list[int] = []
     watched = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,9 +1,9 @@
-"""Several processes, one game: torchrun starts them, each takes its rows of every batch.
+"""Data parallelism over several processes: torchrun starts them, and each computes its rows of every batch.
 
-A batch is that of all ranks together. Every rank draws the whole of it from the same streams and computes its own rows,
-gradients are averaged, and statistics over the batch (minibatch statistics, batch norm) are over all ranks: n ranks
-compute what one would, up to rounding. Gradients are averaged once a step, after the backward, and not by
-DistributedDataParallel during it: a penalty's graph runs several times, and a game needs no other hooks.
+A batch spans all ranks. Every rank draws the whole batch from the same random streams and computes its own rows.
+Gradients are averaged, and statistics over the batch (minibatch statistics, batch norm) cover all ranks, so n ranks
+compute the same as one, up to rounding. Gradients are averaged once per step, after the backward pass. This module does
+not use DistributedDataParallel, which averages during the backward pass: a penalty runs several graph passes per step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fastgan.nn as fnn
 
 
 class Ranks:
-    """This process's place among the processes of a run; alone where torchrun did not start it."""
+    """This process's rank among the processes of a run; rank 0 of 1 if torchrun did not start it."""
 
     def __init__(self, device: torch.device, group: Any = None) -> None:
         self.device, self.group = device, group
@@ -28,7 +28,7 @@ class Ranks:
 
     @classmethod
     def here(cls, device: torch.device) -> Ranks:
-        """The ranks that torchrun's variables tell of: gloo between CPUs, NCCL between GPUs."""
+        """Read the ranks from torchrun's environment variables. CPUs use gloo, GPUs use NCCL."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device)
         if device.type == "cuda":
@@ -39,17 +39,17 @@ class Ranks:
         return cls(device, dist.group.WORLD)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        memo[id(self.group)] = self.group  # layers know it too; a process group is no value
+        memo[id(self.group)] = self.group  # layers refer to it too, and a process group cannot be copied
         return self
 
     def rows(self, batch_size: int) -> slice:
-        """This rank's part of a batch."""
+        """Return the slice of a batch that belongs to this rank."""
         share = batch_size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     @torch.no_grad()
     def average(self, model: nn.Module) -> None:
-        """Average the gradients of a model over the ranks, in one exchange."""
+        """Average a model's gradients over the ranks, in one all-reduce."""
         if self.group is None:
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -60,7 +60,7 @@ class Ranks:
             gradient.copy_(mean.view_as(gradient))
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, on all of them."""
+        """Return the mean over the ranks, on every rank."""
         if self.group is not None:
             values = values.clone()
             dist.all_reduce(values, group=self.group)
@@ -68,7 +68,7 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank, so that all of them stop at the same step."""
+        """Whether `flag` is true on any rank, so that all ranks stop at the same step."""
         if self.group is None:
             return flag
         found = torch.tensor(float(flag), device=self.device)
@@ -80,7 +80,7 @@ class Ranks:
             dist.barrier(self.group)
 
     def join(self, model: nn.Module) -> None:
-        """Let the layers of a model take their statistics over the batches of all ranks, in place."""
+        """Make the layers of a model compute batch statistics over all ranks, in place."""
         if self.group is None:
             return
         for layer in model.modules():
@@ -92,9 +92,9 @@ class Ranks:
 
 
 class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all ranks, each of as many samples; a generator's, differentiable once.
+    """Batch norm over the batches of all ranks, which have equal size. For generators; differentiable once.
 
-    PyTorch's SyncBatchNorm has no CPU form.
+    PyTorch's SyncBatchNorm does not support CPUs.
     """
 
     process_group: Any
@@ -114,8 +114,8 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
         ranks = dist.get_world_size(self.process_group)
         mean = _Sum.apply(x.mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
-        centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
+        centered = x - mean.view(shape)
+        variance = _Sum.apply(centered.square().mean(dims), self.process_group) / ranks  # type: ignore[no-untyped-call]
         count = ranks * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -123,12 +123,12 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-        y: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
+        y: Tensor = centered * torch.rsqrt(variance + self.eps).view(shape)
         return (y * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks; its own adjoint, for the sum of all ranks' losses."""
+    """The sum over the ranks. It is its own adjoint for the sum of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:

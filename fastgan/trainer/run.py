@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig, refuse_changes
 from fastgan.trainer.errors import RunFolderError
 
 
 class RunFolder:
-    """Paths below runs/<name>/. Nothing is written before `open`, so a run that cannot start leaves no trace.
+    """The paths in runs/<name>/. Nothing is written before `open`, so a run that cannot start leaves no trace.
 
     Raises:
-        RunFolderError: the folder is in use, or cannot be resumed as asked.
+        RunFolderError: the folder is in use, or cannot be resumed with these settings.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -43,17 +43,17 @@ class RunFolder:
         if config.resume:
             refuse_changes(TrainConfig.load(self.config), config)
         elif in_use and not config.overwrite:
-            raise RunFolderError(f"{self.path} exists already: --resume goes on with it, --overwrite replaces it")
+            raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 
     def open(self, config: TrainConfig) -> None:
         if config.overwrite:
             self._clear()
         make_folder(self.path)
-        replace_text(self.config, json.dumps(config.to_json(), indent=2) + "\n")
+        replace_text(self.config, strict_json.dumps(config.to_json(), indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        """Delete what a run writes and nothing else that a folder of this name may hold."""
+        """Delete the files that a run writes, and no other files in the folder."""
         for file in self._files():
             file.unlink(missing_ok=True)
         for folder in (self.history, self.checkpoints, self.tensorboard):
@@ -65,26 +65,26 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(strict_json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of whole lines; a line that a crash cut short is left out."""
+        """Return the records of complete lines. A line that a crash cut short is skipped."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [strict_json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run takes again."""
+        """Remove the metrics of steps that a resumed run repeats."""
         records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-        replace_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.metrics, "".join(strict_json.dumps(record) + "\n" for record in records))
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, and try to write there: that it cannot be done should not show when there is a result.
+    """Create a folder and check that it is writable, so that a run fails at its start and not at its end.
 
     Raises:
-        RunFolderError: it cannot be created or written to.
+        RunFolderError: the folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def make_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: a full disk or a kill leaves what was there."""
+    """Write `path` atomically: after a full disk or a kill, the previous content is still there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -120,15 +120,15 @@ def test_a_graph_that_can_no_longer_be_captured_is_a_regression(pair, variant, n
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda new: new["provenance"].update(device="another"), "is of device .*, this is of another: they cannot be"),
-        (lambda new: new["provenance"].update(threads=64), "is of threads 1, this is of 64: they cannot be compared"),
+        (lambda new: new["provenance"].update(device="another"), "has device .*, this run has another: they cannot be"),
+        (lambda new: new["provenance"].update(threads=64), "has threads 1, this run has 64: they cannot be compared"),
         (
             lambda new: new["provenance"].update(freed_memory="given back"),
-            "in old.json freed memory was kept, here it is given back: they cannot be compared",
+            "old.json has freed memory kept, this run has it given back: they cannot be compared",
         ),
-        (lambda new: new["cases"][0].update(name="x"), f"other cases: it has not x; here is not {CASE}"),
-        (lambda new: new["cases"].pop(), f"other cases: here is not {CASE}_backward"),
-        (lambda new: new["not_yet_run"].append("y"), "other cases: it has not y"),
+        (lambda new: new["cases"][0].update(name="x"), f"other cases: it lacks x; this run lacks {CASE}"),
+        (lambda new: new["cases"].pop(), f"other cases: this run lacks {CASE}_backward"),
+        (lambda new: new["not_yet_run"].append("y"), "other cases: it lacks y"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(pair, change, message):
@@ -165,7 +165,7 @@ def test_a_part_of_a_suite_is_compared_with_the_whole_after_it_was_resumed(resul
     whole["cases"].append({**whole["cases"][0], "name": "norm/small/gone"})  # which the pattern asks for
     save(whole, before)
     assert cli.main(["bench", "--resume", str(results), "--compare", str(before)]) == 2
-    assert "other cases: here is not norm/small/gone" in capsys.readouterr().err
+    assert "other cases: this run lacks norm/small/gone" in capsys.readouterr().err
 
 
 def test_other_cases_are_refused_before_anything_is_measured(results, tmp_path, monkeypatch, capsys):
@@ -175,7 +175,7 @@ def test_other_cases_are_refused_before_anything_is_measured(results, tmp_path, 
     path = tmp_path / "new.json"
     arguments = ["bench", "--case", "norm/*", "--device", "cpu", "--output", str(path), "--compare", str(results)]
     assert cli.main(arguments) == 2
-    assert f"{results} has other cases: it has not norm/layer_norm/r1" in capsys.readouterr().err
+    assert f"{results} has other cases: it lacks norm/layer_norm/r1" in capsys.readouterr().err
     assert not path.exists()
     path.write_text(json.dumps({"cases": []}))
     assert cli.main([*arguments[:-1], str(path)]) == 2

@@ -43,7 +43,7 @@ def test_the_table_shows_graphs_memory_and_what_was_left_out(found):
     table = report.table(found)
     assert "| 0.002 (0.001 to 0.003) |  | 25.0% |" in table
     assert "| 12.3 | cannot be captured |  |  |" in table
-    assert "The floor is the bytes over the copy bandwidth" in table
+    assert "The floor is the bytes divided by this run's copy bandwidth" in table
     assert table.endswith(f"Left out:\n- {CASE}, cuda: no nvcc\n- norm/layer_norm/r1: not run")
     header, *rows = [cells(line) for line in table.splitlines() if line.startswith("|")]
     assert header[5] == "peak MB"
@@ -111,7 +111,7 @@ def test_pictures_by_resolution_and_batch_join_the_cases_of_a_family(found):
 def test_what_is_no_result_is_refused(tmp_path, results, capsys):
     for text, message in (
         ("{", "is not JSON"),
-        ("[]", "is no result of fastgan bench: it has no cases"),
+        ("[]", "is not a result of fastgan bench: it has no cases"),
         (json.dumps(json.loads(results.read_text()) | {"schema": 1}), "has schema 1, this version reads 2"),
     ):
         path = tmp_path / "x.json"

@@ -85,7 +85,7 @@ def test_control_c_says_how_to_go_on(measured, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure, "measure", interrupted)
     path = tmp_path / "result.json"
     assert run.main([*ARGUMENTS, "--output", str(path)]) == 130
-    assert f"go on with: fastgan bench --resume {path}" in capsys.readouterr().err
+    assert f"continue with: fastgan bench --resume {path}" in capsys.readouterr().err
     assert len(json.loads(path.read_text())["not_yet_run"]) == 2
 
 
@@ -102,16 +102,16 @@ def test_no_case_begins_after_the_minutes_that_are_given(measured, tmp_path, cap
     assert run.main([*ARGUMENTS, "--output", str(path), "--minutes", "0"]) == 0
     assert json.loads(path.read_text())["not_yet_run"] == [CASE, f"{CASE}_backward"]
     captured = capsys.readouterr()
-    assert "2 cases not run, time is up" in captured.err
+    assert "time is up, 2 cases did not run" in captured.err
     assert f"- {CASE}: not run" in captured.out
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"commit": "0123456789ab"}, "was begun with commit 0123456789ab, here it is"),
-        ({"device": "another CPU"}, "was begun with device another CPU, here it is"),
-        ({"torch": "2.0.0"}, "was begun with torch 2.0.0, here it is"),
+        ({"commit": "0123456789ab"}, "has commit 0123456789ab, this run has"),
+        ({"device": "another CPU"}, "has device another CPU, this run has"),
+        ({"torch": "2.0.0"}, "has torch 2.0.0, this run has"),
     ],
 )
 def test_a_result_goes_on_only_under_the_conditions_that_it_began_with(results, tmp_path, change, message, capsys):
@@ -175,7 +175,7 @@ def test_a_case_in_which_the_process_ended_is_passed_over_when_it_goes_on(measur
     path.write_text(json.dumps(json.loads(path.read_text()) | {"begun": CASE}))
     assert run.main(["--keep-going", "--resume", str(path)]) == 1
     found = json.loads(path.read_text())
-    assert found["failed"] == {CASE: "the process ended in it"}
+    assert found["failed"] == {CASE: "the process ended during this case"}
     assert [case["name"] for case in found["cases"]] == [f"{CASE}_backward"]
 
 
@@ -199,12 +199,12 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
     [
         (["--suite", "stairs"], "suite must be one of ops, steps, memory, growth, got 'stairs'"),
         (["--case", "spectral_norm/medium", "--device", "cpu"], "matches 'spectral_norm/medium': choose from spectral"),
-        (["--case", "*/large/*", "--device", "cpu"], "no case of ops for cpu matches '*/large/*'"),
+        (["--case", "*/large/*", "--device", "cpu"], "no ops case for cpu matches '*/large/*'"),
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
-        (["--resume", "x.json", "--suite", "ops"], "--resume goes on as the file says: leave out --suite"),
+        (["--resume", "x.json", "--suite", "ops"], "--resume uses the settings of the file: leave out --suite"),
         (["--resume", "nowhere.json"], "nowhere.json"),
-        (["--batch", "4"], "--input and --batch are the discriminator's: they want --model MODULE:FUNCTION"),
-        (["--suite", "memory", "--rounds", "3"], "--suite memory times one call: leave out --rounds"),
+        (["--batch", "4"], "--input and --batch describe the model of --model MODULE:FUNCTION, which is missing"),
+        (["--suite", "memory", "--rounds", "3"], "--suite memory times only one call: leave out --rounds"),
     ],
 )
 def test_what_is_unknown_is_refused_in_one_line(arguments, message, capsys):
@@ -216,7 +216,7 @@ def test_what_is_unknown_is_refused_in_one_line(arguments, message, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="device cuda was asked for, but PyTorch sees no CUDA device"):
+    with pytest.raises(ValueError, match="device is cuda, but PyTorch finds no CUDA device"):
         run.main(["--device", "cuda"])
 
 

@@ -119,7 +119,7 @@ def test_three_steps_of_a_model_are_timed_after_the_conversion_is_told(tmp_path,
     assert "2 replaced, 4 left alone" in out
     assert "equal up to rounding" in out
     assert "R1: one pass" in out
-    assert "1 layers of dropout are off" in out
+    assert "1 dropout layers are off" in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert [case["name"] for case in found["cases"]] == [f"{name}, 5x3x8x8" for name in ("no penalty", "R1", "WGAN-GP")]
     for case in found["cases"]:
@@ -128,7 +128,7 @@ def test_three_steps_of_a_model_are_timed_after_the_conversion_is_told(tmp_path,
     command = "fastgan bench --model my_module:build --device cpu --rounds 1 --input 3,8,8 --batch 5"
     assert found["provenance"]["command"] == command
     assert cli.main(["bench", "--resume", "out.json"]) == 2
-    assert "out.json is of suite model, which cannot be resumed" in capsys.readouterr().err
+    assert "out.json has suite model, which cannot be resumed" in capsys.readouterr().err
 
 
 def test_further_inputs_such_as_labels_are_the_examples(capsys):
@@ -156,24 +156,27 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["my_module"], "--model wants MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
-        (["no_module:build"], "--model no_module:build: there is no module 'no_module' here or on PYTHONPATH"),
+        (["my_module"], "--model must be MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
+        (["no_module:build"], "--model no_module:build: no module 'no_module' in this folder or on PYTHONPATH"),
         (["my_module:nothing"], "--model my_module:nothing: my_module has no function 'nothing'"),
         (["my_module:number"], "--model my_module:number: my_module has no function 'number'"),
         (["my_module:integer"], "must return a torch.nn.Module or (module, example_input), got int"),
-        (["my_module:words"], "the example input of my_module:words must begin with a tensor, got str"),
-        (["my_module:build"], "returns no example input: give one sample's shape, such as --input 3,64,64"),
-        (["my_module:pairs", "--batch", "3"], "--input and --batch are for a model without"),
-        (["my_module:build", "--input", "4,8,8"], "cannot take an input of shape (16, 4, 8, 8): RuntimeError: "),
+        (["my_module:words"], "the example input of my_module:words must start with a tensor, got str"),
+        (["my_module:build"], "returns no example input: pass the shape of one sample, such as --input 3,64,64"),
+        (["my_module:pairs", "--batch", "3"], "leave out --input and --batch"),
+        (["my_module:build", "--input", "4,8,8"], "does not accept an input of shape (16, 4, 8, 8): RuntimeError: "),
         (["my_module:pairs"], "the model of my_module:pairs must return a tensor of logits, got tuple"),
-        (["my_module:frozen"], "my_module:frozen returns a model without parameters: there is nothing to train"),
+        (
+            ["my_module:frozen"],
+            "my_module:frozen returns a model without floating-point parameters: there is nothing to train",
+        ),
         (["my_module:deaf"], "the output of the model of my_module:deaf does not depend on its input"),
         (["my_module:detached"], "the output of the model of my_module:detached does not depend on its input"),
-        (["my_module:aside"], "the output of the model of my_module:aside depends on no parameter that is trained"),
-        (["my_module:all_frozen"], "returns a model whose parameters are all frozen: there is nothing to train"),
+        (["my_module:aside"], "the output of the model of my_module:aside depends on no trainable parameter"),
+        (["my_module:all_frozen"], "returns a model with only frozen parameters: there is nothing to train"),
         (["my_module:noisy"], "fastgan differs from torch by"),
-        (["my_module:not_finite"], "torch gives numbers that are not finite"),
-        (["my_module:build", "--suite", "ops"], "--model is a suite of its own: leave out --suite and --case"),
+        (["my_module:not_finite"], "torch returns values that are not finite"),
+        (["my_module:build", "--suite", "ops"], "--model defines its own cases: leave out --suite and --case"),
     ],
 )
 def test_a_model_that_cannot_be_benched_is_refused_in_one_line(arguments, message, capsys):
@@ -194,4 +197,4 @@ def test_a_lazy_model_is_timed_with_the_parameters_that_its_first_forward_makes(
 def test_a_shape_is_numbers_between_commas(capsys):
     with pytest.raises(SystemExit):
         bench("my_module:build", "--input", "3,x")
-    assert "wants positive sizes, such as 3,64,64, got '3,x'" in capsys.readouterr().err
+    assert "must be positive sizes, such as 3,64,64, got '3,x'" in capsys.readouterr().err

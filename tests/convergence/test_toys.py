@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgan.trainer.config import PRESETS
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.gan import GAN
 
 pytestmark = pytest.mark.small

@@ -85,7 +85,7 @@ def test_gradients_that_differ_only_after_two_forwards_are_mended_on_request_alo
         module = DataNorm(3, 5, 3)
         (row,) = fastgan.convert(module, mend=mend).rows
         assert row.replaced_by == ("fused spectral norm" if mend else None)
-        assert ("mends its gradients" if mend else "gradients are wrong after two forwards") in row.reason
+        assert ("corrects its gradients" if mend else "gradients are wrong after two forwards") in row.reason
 
 
 class Failing(nn.Conv2d):
@@ -127,11 +127,11 @@ def test_what_differs_in_a_style_is_left_alone_with_the_difference():
         module = kind(3, 5, 3)
         (row,) = fastgan.convert(module).rows
         assert row.replaced_by is None
-        assert "its W_ is not ours: differs by" in row.reason
+        assert "its W_ differs from fastgan's spectral norm by" in row.reason
         assert type(module) is kind
     several = BigConv(3, 5, 3)
     several.register_buffer("u1", torch.randn(1, 5))
-    assert fastgan.convert(several).rows[0].reason == "several singular values"
+    assert fastgan.convert(several).rows[0].reason == "estimates several singular values"
 
 
 @pytest.mark.parametrize(("group_size", "channels"), [(4, 1), (2, 2), (3, 1), (None, 1)])

@@ -201,7 +201,7 @@ def test_two_forwards_before_one_backward_are_right_in_a_mended_wrapper():
     converted = STYLES["weight_bar"]()
     exact = copy.deepcopy(converted)
     report = fastgan.convert(converted, mend=True)
-    assert all("mends its gradients" in row.reason for row in report.replaced)
+    assert all("corrects its gradients" in row.reason for row in report.replaced)
     separate = []
     for x in (IMAGES, 2 * IMAGES):
         exact(x).sum().backward()
@@ -242,9 +242,9 @@ def test_every_module_is_listed_with_what_became_of_it():
     ]
     assert [row.path for row in report.replaced] == ["0", "3", "7"]
     reasons = {row.path: row.reason for row in report.rows}
-    assert "one call a forward for 2 weights" in reasons["0"]
+    assert "one call per forward for 2 weights" in reasons["0"]
     assert "its calls are rerouted" in reasons["1"]
-    assert reasons["5"] == "fastgan's already"
+    assert reasons["5"] == "already a fastgan layer"
     assert "3 replaced, 6 left alone" in str(report)
     assert len(str(report).splitlines()) == 12
     again = fastgan.convert(model)

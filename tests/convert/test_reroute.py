@@ -88,7 +88,7 @@ def test_copies_and_pickles_are_rerouted_and_a_reversion_is_not(at_any_size):
         assert convolutions_of(other, x) == OURS
         assert type(fastgan.revert(other)) is nn.Sequential
         assert convolutions_of(other, x) == PYTORCHS
-    assert fastgan.convert(model).rows[0].reason == "converted already"
+    assert fastgan.convert(model).rows[0].reason == "already converted"
 
 
 def test_a_step_of_a_converted_model_is_the_models(at_any_size):

@@ -146,7 +146,7 @@ class MinibatchStdInFront(nn.Module):
 
 def test_statistics_that_are_put_elsewhere_are_told():
     (row,) = fastgan.convert(MinibatchStdInFront()).rows
-    assert (row.replaced_by, "its statistics do not follow its input" in row.reason) == (None, True)
+    assert (row.replaced_by, "it does not append its statistics to its input" in row.reason) == (None, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

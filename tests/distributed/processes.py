@@ -1,4 +1,4 @@
-"""A test's own file, run in two processes over gloo; each leaves what it found in a file of its rank."""
+"""A test's own file, run in several processes over gloo; each leaves what it found in a file of its rank."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ RANKS = 2
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 
-def found_by_ranks(file: str, folder: Path) -> list[Any]:
+def found_by_ranks(file: str, folder: Path, ranks: int = RANKS) -> list[Any]:
     """What `as_rank` got from each process that runs the file."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, file]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(RANKS)]
+    each = [[*command, str(rank), str(folder), str(ranks)] for rank in range(ranks)]
+    processes = [subprocess.Popen(arguments, env=environment) for arguments in each]
     try:
-        assert [process.wait(120) for process in processes] == [0] * RANKS
+        assert [process.wait(300) for process in processes] == [0] * ranks
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
 def as_rank(work: Callable[[int], Any]) -> None:
     """In such a process: work(rank), within a process group."""
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    rank, folder, ranks = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     with at_any_size():  # as in tests/conftest.py
         torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgan.trainer.config import ModelConfig, OptimConfig
-from fastgan.trainer.data import load_source
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.ranks import Ranks
 

@@ -249,7 +249,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind():
     for net in (model, fused):
         with pytest.raises(RuntimeError):
             net(torch.randn(1, 3, 9, 9))
-    assert not any(key.startswith("_normalised") for key in vars(fused[0]))
+    assert not any(key.startswith("_normalized") for key in vars(fused[0]))
     assert_same(copy.deepcopy(fused), model, IMAGES)
 
 

@@ -206,7 +206,7 @@ def follow(form, steps):
                 model.zero_grad()
             results = action(fused, True, plan), action(twin, False, plan)
             same(fused, twin, results, action.__name__)
-        assert not any(key.startswith("_normalised") for m in fused.modules() for key in vars(m))
+        assert not any(key.startswith("_normalized") for m in fused.modules() for key in vars(m))
 
 
 @pytest.mark.parametrize("form", FORMS)

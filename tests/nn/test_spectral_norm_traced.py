@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from itertools import product
 
 import pytest
@@ -129,7 +130,7 @@ def test_the_operation_is_recorded_as_pytorchs(tracer, update):
         "pre_dispatch": lambda: make_fx(call, pre_dispatch=True)(*inputs),
         "export": lambda: torch.export.export(call, inputs).module(),
     }[tracer]()
-    assert "fastgan" not in str(traced.graph)
+    assert "fastgan" not in re.sub(r"#.*", "", str(traced.graph))  # comments name source files
     torch.testing.assert_close(traced(2 * weight + 1, v[:4], v), call(2 * weight + 1, v[:4], v))
 
 

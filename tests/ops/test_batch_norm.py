@@ -164,7 +164,7 @@ BAD = {
     "one value a channel": (
         lambda: ops.batch_norm(torch.randn(1, 3), None, None, training=True),
         ValueError,
-        r"more than one value a channel, got \(1, 3\)",
+        r"more than one value per channel, got \(1, 3\)",
     ),
     "eps": (
         lambda: ops.batch_norm(images(), None, None, training=True, eps=0.0),
@@ -174,7 +174,7 @@ BAD = {
     "shape of running_mean": (
         lambda: ops.batch_norm(images(), torch.ones(2), None, training=True),
         ValueError,
-        r"running_mean must have shape \(6,\), the channels, or be None, got \(2,\)",
+        r"running_mean must have shape \(6,\), one value per channel, or be None, got \(2,\)",
     ),
     "type of running_var": (
         lambda: ops.batch_norm(images(), None, [1.0], training=True),

@@ -161,8 +161,8 @@ BAD = {
     "num_groups": (lambda: ops.group_norm(X, 3), ValueError, "num_groups must divide the input's 4 channels, got 3"),
     "no groups": (lambda: ops.group_norm(X, 0), ValueError, "num_groups must divide"),
     "one dimension": (lambda: ops.group_norm(W, 2), ValueError, r"input must be \(N, C, \*\)"),
-    "one value a group": (lambda: ops.group_norm(X[:1, :, 0], 4), ValueError, "more than one value a group"),
-    "one value a channel": (lambda: ops.instance_norm(X[:, :, :1]), ValueError, "more than one value a channel"),
+    "one value a group": (lambda: ops.group_norm(X[:1, :, 0], 4), ValueError, "more than one value per group"),
+    "one value a channel": (lambda: ops.instance_norm(X[:, :, :1]), ValueError, "more than one value per channel"),
     "backend": (lambda: ops.layer_norm(X, (5,), backend="cudnn"), ValueError, "backend must be one of"),
     "no such backend": (
         lambda: ops.layer_norm(X, (5,), backend="cuda"),

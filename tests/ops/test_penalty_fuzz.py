@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastgan
 from tests.hypothesis_if_there import given, settings, st
-from tests.ops.test_one_pass_idioms import work
+from tests.ops.one_pass_problem import work
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "200"))
 Y = torch.tensor([2, 0, 1, 2, 1, 0, 2, 2])

@@ -235,12 +235,13 @@ def test_channels_last_changes_the_layout_and_nothing_else(call):
     assert_same(gradients(other, call(other, x.contiguous(memory_format=torch.channels_last))), expected)
 
 
-def test_a_penalty_alone_leaves_what_it_does_not_depend_on_without_a_gradient():
+def test_a_penalty_alone_leaves_zeros_below_an_activation_and_nothing_above():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(1))
     x = torch.randn(4, 3, 8, 8)
     model(x)
     fastgan.gradient_penalty(model, x, kind="r1").backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == ["0.bias", "2.bias", "4.bias"]
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["2.bias", "4.bias"]
+    assert not model[0].bias.grad.any()
     model.zero_grad()
     logits, penalty = fastgan.logits_and_penalty(model, x, kind="r1")
     (penalty + 0 * logits.sum()).backward()

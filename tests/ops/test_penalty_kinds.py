@@ -16,6 +16,7 @@ OF_NORMS = {
     "r1": lambda norms: norms.square().mean() / 2,
     "r2": lambda norms: norms.square().mean() / 2,
     "r1+r2": lambda norms: norms.square().mean() / 2,
+    "r1-finite-difference": lambda norms: norms.square().mean() / 2,
 }
 SIZES = {"few": (3, 5), "many": (3, 1 << 7, 1 << 6)}
 

@@ -316,7 +316,7 @@ BAD = {
     "one dimension, dims given": (
         dict(weights=[U], vs=[V[:1]], dims=[0]),
         ValueError,
-        r"weights\[0\] must have two dimensions",
+        r"weights\[0\] must have at least two dimensions",
     ),
     "three dimensions": (dict(weights=[W[None]]), ValueError, r"weights\[0\] must be \(rows, columns\)"),
     "empty": (dict(weights=[W[:0]], us=[U[:0]]), ValueError, r"weights\[0\] must not be empty"),
@@ -338,8 +338,16 @@ BAD = {
         r"weights\[1\] .* meta",
     ),
     "u on another device": (dict(us=[U.to("meta")]), ValueError, r"us\[0\] must be on its weight's device"),
-    "wrong length of u": (dict(us=[U[:3]]), ValueError, r"us\[0\] must have shape \(4,\), the weight's rows"),
-    "wrong length of v": (dict(vs=[U]), ValueError, r"vs\[0\] must have shape \(6,\), the weight's columns"),
+    "wrong length of u": (
+        dict(us=[U[:3]]),
+        ValueError,
+        r"us\[0\] must have shape \(4,\), the number of rows",
+    ),
+    "wrong length of v": (
+        dict(vs=[U]),
+        ValueError,
+        r"vs\[0\] must have shape \(6,\), the number of columns",
+    ),
     "dtype of u": (dict(us=[U.double()]), TypeError, r"us\[0\] must have its weight's dtype"),
     "strided u": (dict(us=[torch.randn(8)[::2]]), ValueError, r"us\[0\] must be contiguous"),
     "strided v": (dict(vs=[torch.randn(12)[::2]]), ValueError, r"vs\[0\] must be contiguous"),

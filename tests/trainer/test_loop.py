@@ -39,7 +39,7 @@ def metrics(trainer: Trainer) -> list[dict[str, Any]]:
 @pytest.fixture
 def no_plot(monkeypatch):
     """Matplotlib takes longer than such a run."""
-    monkeypatch.setattr("fastgan.trainer.pictures.save_losses", lambda metrics, path: None)
+    monkeypatch.setattr("fastgan.trainer.report.pictures.save_losses", lambda metrics, path: None)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_report_carries_the_result_of_a_verification_in_the_folder(config):
     result = {"passed": True, "steps": 32, "speed": {"fused_over_torch": 1.25}}
     (config.folder / "verify.json").write_text(json.dumps(result))
     report = train(config).run.report.read_text()
-    assert "fused agrees with pure PyTorch over 32 steps; 1.25x its speed" in report
+    assert "fused agrees with pure PyTorch over 32 steps; 1.25x as fast" in report
 
 
 def test_several_discriminator_steps_draw_as_many_real_batches(config, no_plot):
@@ -164,7 +164,7 @@ class TestRunFolder:
             Trainer(dataclasses.replace(config, seed=7, optim=dataclasses.replace(config.optim, d_lr=0.1), resume=True))
 
     def test_resume_without_a_run_is_an_error(self, config):
-        with pytest.raises(RunFolderError, match="holds no run"):
+        with pytest.raises(RunFolderError, match="does not contain a run"):
             Trainer(dataclasses.replace(config, resume=True))
 
     def test_a_run_that_cannot_start_leaves_no_folder(self, config, tmp_path):

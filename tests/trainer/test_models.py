@@ -9,7 +9,7 @@ import torch
 
 import fastgan
 from fastgan.trainer.config import PRESETS, ModelConfig, TrainConfig
-from fastgan.trainer.data import Images
+from fastgan.trainer.data.sources import Images
 from fastgan.trainer.gan import GAN, packed
 from fastgan.trainer.models import build_models
 
@@ -55,7 +55,7 @@ def test_networks_reach_from_32_to_1024_pixels(architecture, size):
 
 @pytest.mark.parametrize("shape", [(3, 48, 48), (3, 32, 64), (3, 4, 4), (1, 2048), (1, 8, 8, 8, 8)])
 def test_other_shapes_are_refused_by_name(shape):
-    with pytest.raises(ValueError, match="no model for samples of shape"):
+    with pytest.raises(ValueError, match="no model supports samples of shape"):
         build_models(shape, 1.0, config("dcgan"))
 
 

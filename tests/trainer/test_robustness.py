@@ -23,7 +23,7 @@ from fastgan.trainer.run import replace_text
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
     """The loop without the pictures and scores of its end."""
-    monkeypatch.setattr(Trainer, "_summarise", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
     monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(toy, monkeypatch, room)
     trainer = train(toy, steps=6)
     before = sorted((path.name, path.read_bytes()) for path in trainer.run.checkpoints.iterdir())
     monkeypatch.setattr("builtins.open", lambda *arguments, open=open: FullDisk(open(*arguments), room))
-    with pytest.raises(CheckpointError, match=r"No space left on device\); step-00000006\.pt is whole.*--resume"):
+    with pytest.raises(CheckpointError, match=r"No space left on device\); step-00000006\.pt is intact.*--resume"):
         checkpoint.save(trainer.run.checkpoints, 7, {"gan": trainer.gan.state_dict()})
     monkeypatch.undo()
     assert sorted((path.name, path.read_bytes()) for path in trainer.run.checkpoints.iterdir()) == before
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
     state = torch.load(path, weights_only=True)
     del state["data"]
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="--resume writes it anew"):
+    with pytest.raises(CheckpointError, match="rewrite it with fastgan train --resume"):
         export(ExportConfig(toy.folder))
     train(toy, resume=True)
     export(ExportConfig(toy.folder))

@@ -1,9 +1,10 @@
-"""The cases that are timed, declared once: `fastgan bench`, pytest-benchmark and the tests read CASES."""
+"""All timed cases. `fastgan bench`, pytest-benchmark and the tests read CASES."""
 
 from __future__ import annotations
 
 from fastgan.bench.case import Case
 from fastgan.bench.cases import (
+    attention,
     bias_act,
     conv,
     gradient_penalty,
@@ -15,7 +16,7 @@ from fastgan.bench.cases import (
     whole_steps,
 )
 
-# What matters most first: a run that is cut short keeps what it has.
+# The most important cases come first, so that an interrupted run has them.
 _FILES = (
     spectral_norm,
     whole_steps,
@@ -23,6 +24,7 @@ _FILES = (
     minibatch_discrimination,
     minibatch_stddev,
     norm,
+    attention,
     conv,
     bias_act,
     growth,

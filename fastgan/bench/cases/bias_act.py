@@ -1,4 +1,4 @@
-"""A bias and an activation as a gradient penalty meets them: forward, backward and double backward."""
+"""A bias and an activation inside a gradient penalty: forward, backward and double backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastgan import backends, ops
 from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
 
-SHAPE = (32, 64, 32, 32)  # a layer of a discriminator of 64 px
+SHAPE = (32, 64, 32, 32)  # a layer of a discriminator for 64 px
 GAIN = sqrt(2)
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -25,15 +25,15 @@ _ACTIVATIONS: dict[str, tuple[Function, float]] = {
 }
 
 
-def _penalised(
+def _penalized(
     function: Function, smooth: bool, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Run:
-    torch.manual_seed(0)  # the same operands for each
+    torch.manual_seed(0)  # the same operands for each variant
     x, dy, h = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
     bias = torch.randn(shape[1], dtype=dtype, device=device)
     for leaf in (x, dy, bias):
         leaf.requires_grad_()
-    # What a penalty asks for: of what is linear in pieces, nothing flows to the input.
+    # The gradients that a penalty needs. A piecewise-linear function passes none to its input.
     by = (dy, x, bias) if smooth else (dy,)
 
     def run() -> Sequence[Tensor]:
@@ -47,17 +47,17 @@ def _penalised(
 def setup(activation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
     plain, gain = _ACTIVATIONS[activation]
     smooth = activation == "silu"
-    ours = partial(ops.bias_act, activation=activation, gain=gain)
+    fused = partial(ops.bias_act, activation=activation, gain=gain)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalised(ours, smooth, shape, device, dtype))
+        return on_backend(backend, _penalized(fused, smooth, shape, device, dtype))
 
-    compiled: Make = lambda: _penalised(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
+    compiled: Make = lambda: _penalized(torch.compile(plain), smooth, shape, device, dtype)  # noqa: E731
     variants: dict[str, Make] = {
-        BASELINE: partial(_penalised, plain, smooth, shape, device, dtype),
+        BASELINE: partial(_penalized, plain, smooth, shape, device, dtype),
         "torch.compile": compiled,
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalised, ours, smooth, shape, device, dtype),
+        "fastgan": partial(_penalized, fused, smooth, shape, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
@@ -67,7 +67,7 @@ def setup(activation: str, device: torch.device, dtype: torch.dtype, shape: tupl
 
 
 def _case(activation: str, moved: int, operations: int) -> Case:
-    """Bytes and operations an element."""
+    """Build a case; ``moved`` is in bits per element, ``operations`` per element."""
     size, dtype = prod(SHAPE), torch.float32
     return Case(
         name=f"bias_act/{activation}/double_backward",
@@ -82,8 +82,8 @@ def _case(activation: str, moved: int, operations: int) -> Case:
 
 
 CASES = [
-    # Bits: each of the three reads and writes a tensor, and a bit an element.
+    # In bits: each of the three passes reads and writes a tensor, and one bit per element.
     _case("leaky_relu", 3 * (2 * 32 + 1), 8),
-    # Forward reads x, backward dy and x, double backward h, dy and x; one result, one, and two. An exponential each.
+    # Forward reads x, backward dy and x, double backward h, dy and x. They write one, one and two results.
     _case("silu", (2 + 3 + 5) * 32, 85),
 ]

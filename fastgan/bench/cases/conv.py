@@ -1,4 +1,4 @@
-"""R1 through one convolution, forward to double backward, where a kernel of ours has a part."""
+"""R1 through one convolution, forward to double backward, for convolutions that have a kernel in fastgan."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Shape = tuple[int, ...]
 
 # name -> input, weight, stride, padding
 CONVOLUTIONS: dict[str, tuple[Shape, Shape, int, int]] = {
-    "rgb-64-4x4": ((32, 3, 64, 64), (32, 3, 4, 4), 2, 1),  # a critic's first layer: few input channels
+    "rgb-64-4x4": ((32, 3, 64, 64), (32, 3, 4, 4), 2, 1),  # first layer of a critic: few input channels
     "rgb-128-3x3": ((8, 3, 128, 128), (64, 3, 3, 3), 1, 1),
-    "strided-64-4x4": ((8, 64, 64, 64), (128, 64, 4, 4), 2, 1),  # a critic's second layer, at 128 px
-    "strided-8-4x4": ((32, 256, 8, 8), (512, 256, 4, 4), 2, 1),  # its last layer: more weights than anything else
-    "strided-256-4x4": ((4, 32, 256, 256), (64, 32, 4, 4), 2, 1),  # and at 512 px
-    "expand-32-1x1": ((8, 32, 32, 32), (64, 32, 1, 1), 1, 0),  # a bottleneck's outer layers: size 1
+    "strided-64-4x4": ((8, 64, 64, 64), (128, 64, 4, 4), 2, 1),  # second layer of a critic for 128 px
+    "strided-8-4x4": ((32, 256, 8, 8), (512, 256, 4, 4), 2, 1),  # its last layer: mostly weights
+    "strided-256-4x4": ((4, 32, 256, 256), (64, 32, 4, 4), 2, 1),  # a layer for 512 px
+    "expand-32-1x1": ((8, 32, 32, 32), (64, 32, 1, 1), 1, 0),  # outer layers of a bottleneck: 1x1
     "project-32-1x1": ((8, 64, 32, 32), (32, 64, 1, 1), 1, 0),
     "skip-8-1x1": ((16, 256, 8, 8), (512, 256, 1, 1), 1, 0),
 }
@@ -57,7 +57,7 @@ def _case(name: str) -> Case:
         name=f"conv/{name}/r1",
         op=None,
         dtype=dtype,
-        device_types=("cpu",),  # on a GPU every convolution is the vendor's
+        device_types=("cpu",),  # on a GPU every convolution is the vendor library's
         # Forward: x to y. Backward: dy to dx. The penalty: dx to h. Double backward: h to by_dy, h and dy to by_weight.
         bytes=(6 * inputs + 4 * outputs + 4 * prod(kernel)) * dtype.itemsize,
         operations=4 * 2 * outputs * prod(kernel[1:]) + 4 * inputs,

@@ -1,4 +1,4 @@
-"""Training steps of a discriminator: a penalty, or a loss and penalties, and every parameter's gradient."""
+"""Discriminator steps: a penalty, or a loss and penalties, and the gradients of all parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def step_case(
     device_types: tuple[str, ...],
     precision: str = "float32",
 ) -> Case:
-    """``family`` is the discriminator's name; where its input has pixels, their number follows it in the case's."""
+    """Build a case. ``family`` is the discriminator's name; for images, the case's name appends the resolution."""
     sizes = {"pixels": shape[-1], "batch": shape[0]} if len(shape) > 2 else {"batch": shape[0]}
     suffix = "" if precision == "float32" else f"/{precision}"
     return Case(

@@ -1,4 +1,4 @@
-"""How the cost of an op grows: lines along which one size doubles, with the exponent that theory gives."""
+"""Growth of an op's cost: series in which one size doubles, with the theoretical exponents."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _without_others(setup: Setup, device: torch.device, dtype: torch.dtype) -> d
 
 
 def _discrimination() -> Iterator[Case]:
-    """Forward and backward around (256, 32, 8), to an N where the naive form, which holds all pairs, does not fit."""
+    """Forward and backward around (256, 32, 8). The naive form stores all pairs and does not fit for the largest N."""
 
     def point(N: int = 256, B: int = 32, C: int = 8) -> Setup:
         return partial(minibatch_discrimination.setup, N, B, C, "forward_backward", naively=True)
@@ -59,7 +59,7 @@ def _discrimination() -> Iterator[Case]:
 
 
 def _images() -> Iterator[Case]:
-    """To the second derivative, over the side of the image."""
+    """Up to the second derivative, by side of the image."""
     line = partial(_line, size="pixels", time=_QUADRATIC, peak=_QUADRATIC)
     for activation in ("leaky_relu", "silu"):
         act = {side: partial(bias_act.setup, activation, shape=(16, 64, side, side)) for side in (16, 32, 64, 128)}
@@ -74,7 +74,7 @@ def _images() -> Iterator[Case]:
 
 
 def _penalty(pixels: int, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
-    """Fully convolutional but for the last layer."""
+    """A critic that is fully convolutional except for the last layer."""
     return batches(partial(discriminators.critic, pixels=pixels), (8, 3, pixels, pixels), "wgan-gp", device, dtype)
 
 

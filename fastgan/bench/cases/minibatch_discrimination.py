@@ -1,8 +1,8 @@
 """Minibatch discrimination: forward, forward + backward, and the double backward alone.
 
-The baseline is the naive form, which holds every term of every pair. Where memory does not hold several such tensors
-the baseline is ``torch.cdist``, and there is no variant of that name; of the double backward, which cdist has not, and
-in the cases of memory it is left out instead.
+The baseline is the naive form, which stores every term of every pair. If several such tensors exceed the memory, the
+baseline is ``torch.cdist`` and there is no variant of that name. In double backward, which cdist does not support, and
+in memory cases, the naive form is left out instead.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Discriminate = Callable[[Tensor], Tensor]
 
 
 def naive(m: Tensor) -> Tensor:
-    """As it is usually written."""
+    """The usual implementation."""
     return torch.exp(-(m[:, None] - m).abs().sum(-1)).sum(1) - 1
 
 
 def by_cdist(m: Tensor) -> Tensor:
-    """Distances of all pairs, without their C terms. cdist has no double backward."""
+    """Distances of all pairs without storing their C terms. cdist has no double backward."""
     m = m.transpose(0, 1)
     return (torch.exp(-torch.cdist(m, m, p=1)).sum(2) - 1).t()
 
 
 def _fits(elements: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether several tensors of that size fit; a CPU is taken to have room for 4 GiB."""
+    """Whether several tensors of that size fit in memory. CPUs are assumed to have 4 GiB."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
     return 6 * elements * dtype.itemsize < free
 
@@ -49,7 +49,7 @@ def setup(
     *,
     naively: bool = False,
 ) -> dict[str, Make]:
-    """The variants; ``naively``: BASELINE is the naive form even where it does not fit, and is then left out."""
+    """Return the variants. ``naively``: BASELINE is always the naive form, and is left out if it does not fit."""
     m = (torch.randn(samples, kernels, dims, dtype=dtype, device=device) / dims).requires_grad_()
     h = torch.randn(samples, kernels, dtype=dtype, device=device, requires_grad=True)
     w = torch.randn_like(m)
@@ -93,14 +93,14 @@ def setup(
 def _case(samples: int, dims: int, order: str, device_types: tuple[str, ...]) -> Case:
     dtype = torch.float32
     values, pairs = samples * KERNELS * dims, samples * samples * KERNELS
-    # m read, o written; h and m read, dm written; w, h and m read, by_h and by_m written.
+    # Forward reads m, writes o. Backward reads h and m, writes dm. Double backward reads w, h, m, writes by_h, by_m.
     moved = {
         "forward": values + samples * KERNELS,
         "forward_backward": 3 * values + 2 * samples * KERNELS,
         "double_backward": 3 * values + 2 * samples * KERNELS,
     }
-    # Each pair seen from both sides, without its exponential: a subtraction and an addition a dim, two more for each
-    # side's gradient, two for the tangents.
+    # Each pair counts from both sides, without its exponential: a subtraction and an addition per dim, two more for
+    # each side's gradient, two for the tangents.
     operations = {"forward": 2, "forward_backward": 6, "double_backward": 6}
     return Case(
         name=f"minibatch_discrimination/{samples}x{KERNELS}x{dims}/{order}",
@@ -118,7 +118,7 @@ def _case(samples: int, dims: int, order: str, device_types: tuple[str, ...]) ->
 
 
 def _memory_case(samples: int, dims: int, order: str) -> Case:
-    """The whole of an order, of which the memory counts."""
+    """A memory case: all passes of an order."""
     return Case(
         name=f"memory/minibatch_discrimination/{samples}x{KERNELS}x{dims}/{order}",
         op="minibatch_discrimination",
@@ -136,7 +136,7 @@ def _memory_case(samples: int, dims: int, order: str) -> Case:
 
 
 def _device_types(samples: int, dims: int, order: str) -> tuple[str, ...]:
-    """On a CPU what takes the naive form about a second at most."""
+    """On CPUs, only cases in which the naive form takes at most about a second."""
     quick = samples == 64 or (samples == 256 and dims == 16 and order != "double_backward")
     return ("cpu", "cuda") if quick else ("cuda",)
 

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 GROUP_SIZE, EPS = 4, 1e-8
 ORDERS = ("forward", "forward_backward", "r1")
 
-# Where StyleGAN's discriminators have the layer, and where the features are larger.
+# The size at which StyleGAN's discriminators use the layer, and a larger one.
 SHAPES: dict[str, Shape] = {"4x4": (32, 512, 4, 4), "16x16": (32, 512, 16, 16)}
 
 
@@ -41,28 +41,28 @@ def setup(shape: Shape, order: str, device: torch.device, dtype: torch.dtype) ->
     def chain(x: Tensor) -> Tensor:
         return reference.minibatch_stddev(x, GROUP_SIZE, 1, EPS)
 
-    ours = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
+    fused = partial(ops.minibatch_stddev, group_size=GROUP_SIZE, eps=EPS)
     variants: dict[str, Make] = {
         BASELINE: partial(variant, chain),
         "torch.compile": lambda: variant(torch.compile(chain)),
-        "reference": partial(variant, ours, "reference"),
-        "fastgan": partial(variant, ours),
+        "reference": partial(variant, fused, "reference"),
+        "fastgan": partial(variant, fused),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not("minibatch_stddev", backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, backend)
+                variants[backend] = partial(variant, fused, backend)
     return variants
 
 
 def _stddev_case(size: str, shape: Shape, order: str) -> Case:
     dtype = torch.float32
     values, appended = prod(shape), shape[0] * prod(shape[2:])
-    # Forward: x read, x and the statistics written; mean, square, sum and root of each value.
+    # Forward reads x, writes x and the statistics. It computes mean, square, sum and root of each value.
     moved, operations = 2 * values + appended, 5 * values
-    if order != "forward":  # the gradient and x read, the result written
+    if order != "forward":  # reads the gradient and x, writes the result
         moved, operations = moved + 3 * values + appended, operations + 8 * values
-    if order == "r1":  # its gradient and x read, two results written
+    if order == "r1":  # reads its gradient and x, writes two results
         moved, operations = moved + 4 * values + appended, operations + 14 * values
     return Case(
         name=f"minibatch_stddev/{size}/{order}",

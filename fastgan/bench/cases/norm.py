@@ -1,4 +1,4 @@
-"""R1 through one normalisation, from forward to double backward."""
+"""R1 through one normalization, from forward to double backward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _batch_norm(batch_norm: _Norm, x: Tensor, weight: Tensor, bias: Tensor) -> T
     return batch_norm(x, None, None, weight, bias, training=True)
 
 
-# name -> PyTorch's function and ours of (x, weight, bias), and what weight and bias have of its shape
+# name -> PyTorch's and fastgan's functions of (x, weight, bias), and the part of x's shape that weight and bias have
 NORMS: dict[str, tuple[_Norm, _Norm, slice]] = {
     "layer_norm": (
         lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b),
@@ -35,7 +35,7 @@ NORMS: dict[str, tuple[_Norm, _Norm, slice]] = {
         lambda x, w, b: ops.group_norm(x, 32, w, b),
         slice(1, 2),
     ),
-    "instance_norm": (  # as nn.InstanceNorm2d has it
+    "instance_norm": (  # with the defaults of nn.InstanceNorm2d
         lambda x: F.instance_norm(x),
         lambda x: ops.instance_norm(x),
         slice(0),
@@ -53,9 +53,9 @@ def _fast_squares(grad: Tensor) -> Tensor:
 
 
 def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict[str, Make]:
-    theirs, ours, of_affine = NORMS[name]
+    baseline, fused, of_affine = NORMS[name]
     x = torch.randn(shape, dtype=dtype, device=device)
-    by_logits = torch.randn_like(x)  # the gradient of the logits by what is normalised
+    by_logits = torch.randn_like(x)  # gradient of the logits with respect to the normalized tensor
     sizes = [shape[of_affine]] * 2 if shape[of_affine] else []
     affine = [1 + torch.randn(size, dtype=dtype, device=device) / 4 for size in sizes]
 
@@ -69,13 +69,13 @@ def r1(name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ..
         return run if backend is None else on_backend(backend, run)
 
     variants: dict[str, Make] = {
-        BASELINE: partial(variant, theirs, _squares),
-        "fastgan": partial(variant, ours, _fast_squares),
+        BASELINE: partial(variant, baseline, _squares),
+        "fastgan": partial(variant, fused, _fast_squares),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
             if backends.why_not(name, backend, device.type, dtype) is None:
-                variants[backend] = partial(variant, ours, _fast_squares, backend)
+                variants[backend] = partial(variant, fused, _fast_squares, backend)
     return variants
 
 
@@ -83,8 +83,8 @@ def _case(name: str) -> Case:
     dtype = torch.float32
     of_affine = SHAPE[NORMS[name][2]]
     weights = prod(of_affine) if of_affine else 0
-    # Forward: x read, y written. Backward: dy and x read, dx written. The penalty: dx read, its gradient written.
-    # Double backward: that, dy and x read, the gradient of x written. Each weight of LayerNorm: read four times.
+    # Forward reads x, writes y. Backward reads dy and x, writes dx. The penalty reads dx, writes its gradient. Double
+    # backward reads that, dy and x, and writes the gradient of x. Each weight of LayerNorm is read four times.
     moved = 11 * prod(SHAPE) + 4 * weights
     return Case(
         name=f"norm/{name}/r1",
@@ -92,7 +92,7 @@ def _case(name: str) -> Case:
         dtype=dtype,
         device_types=("cpu", "cuda"),
         bytes=moved * dtype.itemsize,
-        operations=45 * prod(SHAPE),  # an element: 7 forward, 10 backward, 2 of the penalty, 26 double backward
+        operations=45 * prod(SHAPE),  # per element: 7 forward, 10 backward, 2 penalty, 26 double backward
         tolerance=2e-3,
         setup=partial(r1, name),
     )

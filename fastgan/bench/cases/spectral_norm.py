@@ -1,4 +1,4 @@
-"""Spectral normalisation of all layers of a discriminator, forward alone and forward + backward."""
+"""Spectral normalization of all layers of a discriminator: forward, and forward + backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
 
 Shape = tuple[int, ...]
 
-# Sources: the discriminator of SNGAN at 128 px; a small one for 64 px; the first and three convolutions more.
+# SNGAN's discriminator for 128 px; a small one for 64 px; the first one with three more convolutions.
 SNGAN128: tuple[Shape, ...] = (
     (64, 3, 3, 3),
     (64, 64, 3, 3),
@@ -43,7 +43,7 @@ LARGE: tuple[Shape, ...] = (*SNGAN128, (128, 128, 3, 3), (256, 256, 3, 3), (1024
 
 
 class _Layers(nn.Module):
-    """Its forward asks for each layer's weight, as a discriminator's does."""
+    """Its forward returns each layer's weight, as a discriminator's forward computes them."""
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ def _layer(shape: Shape) -> nn.Module:
 
 
 class _Loss(torch.autograd.Function):
-    """A loss with these gradients: they arrive as in a training step, from the graph.
+    """A loss with given gradients, which arrive through the graph as in a training step.
 
-    Handed to ``torch.autograd.grad`` they would each be checked in Python first, for as long as a small list takes.
+    ``torch.autograd.grad`` would check each of them in Python first, which takes as long as normalizing a small list.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ def setup(shapes: Sequence[Shape], backward: bool, device: torch.device, dtype: 
     grads = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
 
     def variant(finish: Callable[[Any], Any], backend: str | None = None) -> Run:
-        torch.manual_seed(0)  # the same weights, u and v for each
+        torch.manual_seed(0)  # the same weights, u and v for each variant
         with device:
             model = _Layers(shapes).to(dtype)
         for layer in model.layers:
@@ -115,10 +115,10 @@ def _spectral_norm_case(list_name: str, shapes: Sequence[Shape], device_types: t
     dtype = torch.float32
     elements = sum(map(prod, shapes))
     rows, columns = sum(shape[0] for shape in shapes), sum(prod(shape[1:]) for shape in shapes)
-    # Forward: W and v read, W / sigma, u and v written; two products, of which the last gives sigma, and a division.
+    # Forward reads W and v, writes W / sigma, u and v: two products (the last one gives sigma) and a division.
     moved, operations = 2 * elements + rows + 2 * columns, 5 * elements
     if backward:
-        # G / sigma - <G, W> / sigma^2 u v^T: G, W, u and v read, the result written.
+        # G / sigma - <G, W> / sigma^2 u v^T reads G, W, u and v, and writes the result.
         moved, operations = moved + 3 * elements + rows + columns, operations + 5 * elements
     return Case(
         name=f"spectral_norm/{list_name}/{'forward_backward' if backward else 'forward'}",

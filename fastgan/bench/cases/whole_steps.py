@@ -1,7 +1,7 @@
-"""Whole training steps, an unconverted model against the same model after ``fastgan.convert``.
+"""Whole training steps: a model before and after ``fastgan.convert``.
 
-A discriminator's step is its losses on reals and fakes, its penalty, all gradients and Adam; a generator's is its loss
-through a discriminator that stands still, its gradients and Adam.
+A discriminator step consists of its losses on reals and fakes, its penalty, all gradients and Adam. A generator step
+consists of its loss through a fixed discriminator, its gradients and Adam.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _cases() -> Iterator[Case]:
             style = partial(discriminators.StyleGAN2, pixels, width)
             yield step_case("stylegan2-", style, shape, R1, _ON_GPU, precision)
     dcgan = partial(discriminators.critic, (3, 64, 128, 256, 512))
-    # What the papers train, in batches that a CPU ends in seconds.
+    # Published networks, with batches that a CPU finishes in seconds.
     yield step_case("sngan-resnet", discriminators.SNGANResNet, (16, *images), "d-step/hinge", _ANYWHERE)
     yield step_case("dcgan", dcgan, (16, *images), "d-step/wgan-gp", _ANYWHERE)
     layer_norm = partial(discriminators.layer_norm_critic, 64)

@@ -1,4 +1,4 @@
-"""Drop-ins for torch.nn.utils."""
+"""Drop-in replacements for torch.nn.utils."""
 
 from fastgan.nn.utils.fuse_spectral_norm import fuse_spectral_norm
 from fastgan.nn.utils.spectral_norm import SpectralNorm, spectral_norm

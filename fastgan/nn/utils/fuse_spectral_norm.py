@@ -1,4 +1,4 @@
-"""All spectrally normalized weights of a model in one call per forward."""
+"""Compute all spectrally normalized weights of a model in one call per forward."""
 
 from __future__ import annotations
 
@@ -25,35 +25,58 @@ from fastgan.nn.utils.ready import (
     thread_and_region,
 )
 from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, leaves_to_pytorch
-from fastgan.ops.spectral_norm import fits, normalise
+from fastgan.ops.spectral_norm import fits, normalize
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
 def fuse_spectral_norm(model: M) -> M:
-    """Compute every spectrally normalized weight of a model together, once at the start of each of its forwards.
+    """Compute all spectrally normalized weights of a model together, once at the start of each forward.
 
-    Finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
-    (``torch.nn.utils.spectral_norm``), in ``model`` and everything below it, and changes them in place. The state_dict
-    stays as it was, and so do the results: each layer's u and v are renewed when the layer reads its weight, as often
-    as it reads it. A layer that a forward skips keeps its u and v. A layer that is called again in the same forward
-    computes its own weight from the second call on, and so does a sub-module that is called by itself, a weight that
-    something else has changed or replaced (pruning, a second parametrization, FSDP's shards), a forward in a
-    transform of torch.func, and a forward that a tracer records.
+    The function finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
+    (``torch.nn.utils.spectral_norm``) in ``model`` and all its submodules, and changes them in place. Call it again
+    after adding layers. Apply DistributedDataParallel, FSDP or torch.compile afterwards. A spectral norm can be removed
+    in the usual way.
 
-    One thing differs from PyTorch: where activation checkpointing recomputes a forward, u and v are not renewed again.
-    A copy of a model (``copy.deepcopy``, ``pickle``) has the older hooks' weights without their graph.
+    The state_dict and the results stay the same. Each layer's u and v are updated once per read of its weight, as in
+    PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes its own weight:
 
-    Call it again after adding layers; remove a spectral norm as ever. Wrap in DistributedDataParallel, FSDP or
-    torch.compile afterwards. Of layers that FSDP shards one by one, each normalizes its own weight when that has been
-    gathered.
+    - from its second call in the same forward on
+    - if a submodule is called outside of the model's forward
+    - if something else has changed or replaced the weight (pruning, a second parametrization, FSDP's shards)
+    - inside a transform of torch.func, and under a tracer
+    - if FSDP shards the layers one by one; each layer normalizes its weight when FSDP has gathered it
+
+    Two things differ from PyTorch. When activation checkpointing recomputes a forward, u and v are not updated again.
+    And copies of a model (``copy.deepcopy``, ``pickle``) hold the weights of the older hooks without their graph.
+
+    Order of derivative: two, in the weights. A third derivative raises; ``use_backend("reference")`` has every order.
+
+    Source: Miyato et al., Spectral Normalization for Generative Adversarial Networks (2018).
+
+    ```python
+    import torch
+    import fastgan
+
+    model = torch.nn.Sequential(
+        fastgan.nn.utils.spectral_norm(torch.nn.Linear(8, 16)),
+        torch.nn.ReLU(),
+        fastgan.nn.utils.spectral_norm(torch.nn.Linear(16, 1)),
+    )
+    fastgan.nn.utils.fuse_spectral_norm(model)
+    y = model(torch.randn(4, 8))
+    ```
+
+    Args:
+        model: a module with spectrally normalized weights. It is changed in place.
+
+    Returns:
+        The model itself.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no weight of it is spectrally normalized.
-
-    Differentiable twice.
+        ValueError: the model has no spectrally normalized weight.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -62,7 +85,7 @@ def fuse_spectral_norm(model: M) -> M:
         members += [*_parametrizations(module), *_hooks(module)]
     if not members:
         raise ValueError(f"{type(model).__name__} has no spectrally normalized weight")
-    for module in model.modules():  # a part that was fused before would iterate once more in the forward of the whole
+    for module in model.modules():  # a submodule fused earlier would iterate a second time in the model's forward
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Fused)]:
                 del hooks[key]
@@ -94,11 +117,11 @@ class _Parametrized:
         self.norm = _become(SpectralNorm, tensors[0])
 
     def look(self) -> tuple[Operands, Settings] | None:
-        """What there is to normalize, and how; None if a read of the weight would do anything else."""
-        # The dictionaries behind the attributes: on a small model nn.Module's look-ups cost as much as the kernel.
+        """Return the operands and the settings. Return None if a read of the weight does more than normalize it."""
+        # Read nn.Module's dictionaries directly. On a small model, attribute look-ups cost as much as the kernel.
         norm, tensors = self.norm, self.tensors
         lists = self.module._modules.get("parametrizations")
-        original = tensors._parameters.get("original")  # pruning and FSDP1 put a tensor of theirs in its place
+        original = tensors._parameters.get("original")  # pruning and FSDP1 replace it by a plain tensor
         if (
             original is None
             or lists is None
@@ -117,7 +140,7 @@ class _Parametrized:
         return cast(Tensor, self.tensors._parameters["original"])
 
     def clear(self) -> bool:
-        """Remove what was made ready. Whether a training forward has not read it."""
+        """Remove the prepared weight. Return whether a training forward has not read it."""
         return discard(self.module, self.name)
 
     @property
@@ -129,14 +152,14 @@ class _Parametrized:
 
 
 class _Hook(TorchHook):
-    """PyTorch's older hook: it sets the weight at its module's forward, that of the model's forward if there is one."""
+    """PyTorch's older hook, which sets the weight at its module's forward. It uses the prepared weight, if any."""
 
     module: nn.Module
-    plain: Tensor | None = None  # the attribute before a tracer or a transform of torch.func left its own tensor there
+    plain: Tensor | None = None  # the attribute before a tracer or a transform of torch.func replaced it
     is_idle = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if module is not self.module:  # a replica of torch.nn.DataParallel's
+        if module is not self.module:  # the module is a replica made by torch.nn.DataParallel
             super().__call__(module, inputs)
         elif not backends.is_plain():
             if self.plain is None:
@@ -155,12 +178,12 @@ class _Hook(TorchHook):
         if leaves_to_pytorch(weight, u, v, dim):
             return self.compute_weight(self.module, do_power_iteration=settings.training)
         n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
-        (normalized,) = normalise([weight], [u], [v], [dim], n, settings.eps, v_first=True)
+        (normalized,) = normalize([weight], [u], [v], [dim], n, settings.eps, v_first=True)
         return _like(self.original(), normalized)
 
     def look(self) -> tuple[Operands, Settings] | None:
-        there = any(hook is self for hook in self.module._forward_pre_hooks.values())
-        if not there or self.module._parameters.get(self.name + "_orig") is None:
+        is_registered = any(hook is self for hook in self.module._forward_pre_hooks.values())
+        if not is_registered or self.module._parameters.get(self.name + "_orig") is None:
             return None
         return self._operands(), self._settings()
 
@@ -168,7 +191,7 @@ class _Hook(TorchHook):
         return cast(Tensor, getattr(self.module, self.name + "_orig"))
 
     def clear(self) -> bool:
-        if self.plain is not None:  # a transform's tensor is dead after it, and can be neither copied nor saved
+        if self.plain is not None:  # a transform's tensor is invalid after the transform: it cannot be copied or saved
             setattr(self.module, self.name, self.plain)
             self.plain = None
         return discard(self.module, self.name)
@@ -188,19 +211,19 @@ _Member = _Parametrized | _Hook
 
 
 class _Fused:
-    """The hooks of a model whose normalized weights are computed together."""
+    """The forward hooks of a model that compute all its normalized weights together."""
 
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
 
     def before(self, model: nn.Module, inputs: Any) -> None:
         if _is_replica(model):
-            return  # each module normalizes its own
-        for member in self.members:  # what a forward has left that was broken off, or that this one is inside of
-            discard(member.module, member.name, of_all=True)
+            return  # each module of a replica normalizes its own weight
+        for member in self.members:  # weights left by an interrupted forward, or by one that encloses this forward
+            discard(member.module, member.name, any_thread=True)
         if not backends.is_plain():
             return
-        # One call serves the members of the same settings, dtype and device.
+        # One call handles all members with the same settings, dtype and device.
         groups: dict[Any, list[tuple[_Member, Operands]]] = {}
         for member in self.members:
             found = None if member.is_idle else member.look()
@@ -219,7 +242,7 @@ class _Fused:
         weights, us, vs, dims = zip(*operands, strict=True)
         n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
         vectors = _vectors(us, vs) if n else [None] * len(us)
-        normalized = normalise(weights, us, vs, dims, n, settings.eps, settings.v_first)
+        normalized = normalize(weights, us, vs, dims, n, settings.eps, settings.v_first)
         thread, region = thread_and_region()
         for member, weight, renewed in zip(members, normalized, vectors, strict=True):
             original = member.original()
@@ -231,27 +254,27 @@ class _Fused:
             return
         for member in self.members:
             if member.clear() and not torch.compiler.is_compiling():
-                member.set_idle()  # the next forward that reads it makes it part of the call again
+                member.set_idle()  # the member rejoins the call after a forward that reads it
 
 
 def _fitting(group: list[tuple[_Member, Operands]]) -> list[tuple[_Member, Operands]]:
-    """Those that one call can serve; mostly all of them."""
+    """Return the members that one call can handle, usually all of them."""
     weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
     if not fits(weights, us, vs, dims):
         group = [(member, o) for member, o in group if fits([o.weight], [o.u], [o.v], [o.dim])]
     owners = Counter(id(operands.u) for _, operands in group)
-    if len(owners) < len(group):  # of vectors that two weights share, one read renews what the other starts from
+    if len(owners) < len(group):  # if two weights share vectors, a read of one updates the start values of the other
         group = [(member, o) for member, o in group if owners[id(o.u)] == 1]
     return group
 
 
 def _like(original: Tensor, weight: Tensor) -> Tensor:
-    """The weight in the shape of its original, which may be a vector that was seen as a matrix."""
+    """View the weight in the shape of its original, which may be a vector that was viewed as a matrix."""
     return weight if weight.ndim == original.ndim else weight.view_as(original)
 
 
 def _vectors(us: tuple[Tensor, ...], vs: tuple[Tensor, ...]) -> list[Vectors]:
-    """All u and v, of which a copy keeps the values that they have now."""
+    """Pair up all u and v, with a copy of their current values."""
     *starts, _ = accumulate([0, *map(len, us), *map(len, vs)])
     before = torch.cat([*us, *vs])
     return [
@@ -265,7 +288,7 @@ def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
         return
     for name, tensors in cast(nn.ModuleDict, module.parametrizations).items():
         tensors = cast(parametrize.ParametrizationList, tensors)
-        # Of several parametrizations only the first sees the original, and only the last makes the weight.
+        # With several parametrizations, only the first reads the original and only the last returns the weight.
         if len(tensors) == 1 and isinstance(tensors[0], _SpectralNorm) and tensors.original.ndim > 1:
             adapt(module, name)
             yield _Parametrized(module, name, tensors)
@@ -274,19 +297,19 @@ def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
 def _hooks(module: nn.Module) -> Iterator[_Hook]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, TorchHook):
-            ours = _become(_Hook, hook)
-            ours.module = module
-            if isinstance(weight := getattr(module, ours.name, None), Tensor):
+            fused = _become(_Hook, hook)
+            fused.module = module
+            if isinstance(weight := getattr(module, fused.name, None), Tensor):
                 copyable(weight)
-            yield ours
+            yield fused
 
 
 def _is_replica(module: nn.Module) -> bool:
-    """Whether torch.nn.DataParallel made it: its hooks are those of the model that it copies."""
+    """Return whether torch.nn.DataParallel made this module. A replica shares the hooks of the original model."""
     return "_is_replica" in module.__dict__
 
 
 def _become(cls: type[T], instance: object) -> T:
-    """Change the class of an object in place: whoever holds it, PyTorch's own functions too, holds ours."""
+    """Change the class of an object in place, so that every holder, including PyTorch's own functions, sees it."""
     instance.__class__ = cls
     return cast(T, instance)

@@ -1,4 +1,4 @@
-"""Weights that a model's forward has normalised for its layers, kept until each layer reads its own."""
+"""Weights that a model's forward has normalized in advance, stored until each layer reads its own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastgan.ops.library import checkpointed_region
 
 
 class Vectors(NamedTuple):
-    """The u and v that a power iteration has renewed, and the values they had before it."""
+    """The u and v that a power iteration has updated, and their previous values."""
 
     u: Tensor
     v: Tensor
-    before: Tensor  # those of all weights of the call, one after the other
+    before: Tensor  # the previous values for all weights of the call, concatenated
     u_at: int
     v_at: int
 
@@ -29,16 +29,16 @@ class Vectors(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A normalised weight, and what must still hold when it is read."""
+    """A normalized weight, and the conditions under which it may be read."""
 
     weight: Tensor
     original: Tensor
-    version: int  # of the original
-    address: int  # of the original's values, which `original.data = ...` changes without a new version
+    version: int  # version of the original
+    address: int  # address of the original's values; `original.data = ...` changes it without a new version
     training: bool
-    thread: int  # whose forward it is; 0: of a graph that is compiled
-    region: object | None  # of torch.utils.checkpoint that it was made in: another one is run again without it
-    vectors: Vectors | None  # None: u and v are as they were
+    thread: int  # thread of the forward; 0 inside a compiled graph
+    region: object | None  # torch.utils.checkpoint region of the forward; another region reruns without this weight
+    vectors: Vectors | None  # None: u and v have not changed
 
     def is_valid(self, original: Tensor | None, training: bool) -> bool:
         if self.original is not original or self.training != training:
@@ -52,7 +52,7 @@ class Ready(NamedTuple):
         )
 
     def given(self) -> Tensor:
-        """The weight, without its graph where a weight computed now would have none."""
+        """Return the weight. It is detached if a weight computed now would have no graph."""
         return self.weight.detach() if self.weight.requires_grad and not self._needs_graph() else self.weight
 
     def is_mine(self) -> bool:
@@ -62,7 +62,7 @@ class Ready(NamedTuple):
         return torch.is_grad_enabled() and self.original.requires_grad
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # in a copy of a model whose forward was broken off
+        return type(None), ()  # a copy of a model with an interrupted forward has no prepared weights
 
 
 def ready(
@@ -77,59 +77,62 @@ def _state(original: Tensor) -> tuple[int, int]:
 
 
 def thread_and_region() -> tuple[int, object | None]:
-    """Those of now; a graph that is compiled takes its weights away itself."""
+    """Return the current thread and checkpoint region. A compiled graph removes its weights itself."""
     return (0, None) if torch.compiler.is_compiling() else (get_ident(), checkpointed_region())
 
 
 def put(module: nn.Module, name: str, ready: Ready) -> None:
-    """Keep this weight for the next read of ``module.<name>``."""
+    """Store this weight for the next read of ``module.<name>``."""
     module.__dict__[_key(name)] = ready
 
 
 def read(module: nn.Module, name: str, original: Tensor | None, training: bool) -> Tensor | None:
-    """The weight kept for a read that happens now; None: it is to be computed.
+    """Return the stored weight for a read that happens now. None: the caller must compute the weight.
 
-    A training forward's weight serves one read, as PyTorch renews u and v at each. If it does not fit this read, u and
-    v get their former values, and the reader iterates from those.
+    A weight of a training forward serves a single read, because PyTorch updates u and v at each read. If it is not
+    valid for this read, u and v are restored, and the caller iterates from the restored values.
     """
-    there: Ready | None = module.__dict__.get(_key(name))
-    if there is not None and there.vectors is not None:
-        there = module.__dict__.pop(_key(name), None)  # of two threads, one gets it
-    if there is None:
+    stored: Ready | None = module.__dict__.get(_key(name))
+    if stored is not None and stored.vectors is not None:
+        stored = module.__dict__.pop(_key(name), None)  # only one of two threads gets it
+    if stored is None:
         return None
-    if there.is_valid(original, training):
-        return there.given()
-    if there.vectors is not None:
-        there.vectors.restore()
+    if stored.is_valid(original, training):
+        return stored.given()
+    if stored.vectors is not None:
+        stored.vectors.restore()
     return None
 
 
-def discard(module: nn.Module, name: str, *, of_all: bool = False) -> bool:
-    """Remove what this thread keeps, or any thread. Whether u and v were renewed for nobody; they then are restored."""
-    there: Ready | None = module.__dict__.pop(_key(name), None)
-    if there is None:
+def discard(module: nn.Module, name: str, *, any_thread: bool = False) -> bool:
+    """Remove the weight stored by this thread, or by any thread.
+
+    If a training weight was not read, restore u and v and return True.
+    """
+    stored: Ready | None = module.__dict__.pop(_key(name), None)
+    if stored is None:
         return False
-    if not (of_all or there.is_mine()):
-        put(module, name, there)
+    if not (any_thread or stored.is_mine()):
+        put(module, name, stored)
         return False
-    if there.vectors is not None:
-        there.vectors.restore()
-    return there.vectors is not None
+    if stored.vectors is not None:
+        stored.vectors.restore()
+    return stored.vectors is not None
 
 
 def _key(name: str) -> str:
-    return f"_normalised_{name}"
+    return f"_normalized_{name}"
 
 
 def is_recomputing() -> bool:
-    """Whether backward is recomputing a forward (activation checkpointing): then u and v stay those of that forward."""
+    """Return whether backward is recomputing a forward (activation checkpointing). u and v must then not change."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def copyable(weight: Tensor) -> Tensor:
-    """The same tensor, which may have a graph and can be deep-copied and pickled nevertheless: without the graph.
+    """Make a tensor with a graph deep-copyable and picklable, and return it. The copies have no graph.
 
-    PyTorch refuses both, and a layer that keeps such a tensor as an attribute with them.
+    PyTorch refuses to copy or pickle such a tensor, and any layer that holds one as an attribute.
     """
     if not torch.compiler.is_compiling() and weight.grad_fn is not None:
         itself = weakref.ref(weight)
@@ -139,13 +142,13 @@ def copyable(weight: Tensor) -> Tensor:
 
 
 def _deepcopy(weight: weakref.ref[Tensor], memo: dict[int, Any]) -> Tensor:
-    there = weight()
-    assert there is not None  # whoever copies it holds it
-    copied: Tensor = memo.setdefault(id(there), there.detach().clone())
+    tensor = weight()
+    assert tensor is not None  # the caller that copies it holds a reference
+    copied: Tensor = memo.setdefault(id(tensor), tensor.detach().clone())
     return copied
 
 
 def _reduce_ex(weight: weakref.ref[Tensor], protocol: int) -> Any:
-    there = weight()
-    assert there is not None
-    return there.detach().__reduce_ex__(protocol)
+    tensor = weight()
+    assert tensor is not None
+    return tensor.detach().__reduce_ex__(protocol)

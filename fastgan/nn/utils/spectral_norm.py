@@ -1,4 +1,4 @@
-"""Spectral normalization as a parametrization: PyTorch's own, with one fused call in its forward."""
+"""Spectral normalization as a parametrization: PyTorch's own class with a fused forward."""
 
 from __future__ import annotations
 
@@ -11,29 +11,48 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan import backends
 from fastgan.nn.utils.ready import is_recomputing, read
-from fastgan.ops.spectral_norm import fits, normalise
+from fastgan.ops.spectral_norm import fits, normalize
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class SpectralNorm(_SpectralNorm):
-    """weight -> weight / sigma(weight); buffers ``_u`` and ``_v`` as PyTorch keeps them.
+    """Parametrization weight -> weight / sigma(weight), with the buffers ``_u`` and ``_v`` of PyTorch's class.
 
-    Where PyTorch's changes u and v again when a checkpointed forward is recomputed in backward, this uses those of
-    the forward. What the kernels do not take, and what a tracer records, PyTorch's own forward computes.
+    When activation checkpointing recomputes a forward in backward, PyTorch's class updates u and v again. This class
+    reuses those of the forward. PyTorch's own forward runs for weights that the kernels do not support and under a
+    tracer.
+
+    Use `spectral_norm` to add it to a module.
+
+    Order of derivative: two. A third derivative raises; ``use_backend("reference")`` has every order.
+
+    ```python
+    import torch
+    import fastgan
+
+    layer = torch.nn.Linear(4, 3)
+    norm = fastgan.nn.utils.SpectralNorm(layer.weight)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", norm)
+    y = layer(torch.randn(2, 4))
+    ```
+
+    Args:
+        weight: the weight; the u and v of the power iteration are initialized from it.
+        n_power_iterations: power iterations in each training forward.
+        dim: dimension of the outputs.
+        eps: lower bound of the norms in the divisions.
     """
 
-    is_idle = False  # the last forward of the model has not read the weight
+    is_idle = False  # True if the last forward of the model has not read the weight
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.is_idle and not torch.compiler.is_compiling():
             del self.is_idle
         if weight.ndim == 1 or leaves_to_pytorch(weight, self._u, self._v, self.dim):
             return super().forward(weight)
-        renew = self.training and not is_recomputing()
-        return normalise(
-            [weight], [self._u], [self._v], [self.dim], self.n_power_iterations if renew else 0, self.eps, v_first=False
-        )[0]
+        n = self.n_power_iterations if self.training and not is_recomputing() else 0
+        return normalize([weight], [self._u], [self._v], [self.dim], n, self.eps, v_first=False)[0]
 
     def extra_repr(self) -> str:
         iterations = f"n_power_iterations={self.n_power_iterations}, " if hasattr(self, "n_power_iterations") else ""
@@ -41,10 +60,10 @@ class SpectralNorm(_SpectralNorm):
 
 
 def leaves_to_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
-    """Whether PyTorch's own operations must normalise this weight.
+    """Return whether PyTorch's own operations must normalize this weight.
 
-    They are what a tracer may record and what transforms of torch.func see through; and they take, or refuse in their
-    own words, complex and integer weights, tensor subclasses, empty weights and vectors of another dtype or device.
+    Tracers and transforms of torch.func need PyTorch's operations. These operations also support, or reject with their
+    own errors, complex and integer weights, tensor subclasses, empty weights, and vectors with another dtype or device.
     """
     return not backends.is_plain() or not fits([weight], [u], [v], [dim])
 
@@ -54,25 +73,35 @@ def spectral_norm(
 ) -> M:
     """Normalize a parameter by its spectral norm: a drop-in for ``torch.nn.utils.parametrizations.spectral_norm``.
 
-    Same arguments, buffers, state_dict keys, training and eval behavior and errors; one fused call instead of about
-    forty. The module can be pickled and deep-copied at any time.
+    Arguments, buffers, state_dict keys, training and evaluation behavior, and errors are the same. One fused call
+    replaces about forty calls. The module can be pickled and deep-copied at any time.
+
+    Order of derivative: two, in the weight. A third derivative raises; ``use_backend("reference")`` has every order.
+
+    Source: Miyato et al., Spectral Normalization for Generative Adversarial Networks (2018).
+
+    ```python
+    import torch
+    import fastgan
+
+    layer = fastgan.nn.utils.spectral_norm(torch.nn.Conv2d(3, 64, 3))
+    y = layer(torch.randn(2, 3, 16, 16))
+    ```
 
     Args:
-        module: holds the parameter; of any shape of two dimensions or more is normalized by power iteration, of one
-            dimension by its norm.
-        name: the parameter.
-        n_power_iterations: power iterations at each training forward.
-        eps: least norm that is divided by.
-        dim: dimension of the outputs; None: 0, or 1 for a transposed convolution.
+        module: the module that holds the parameter. A parameter with two or more dimensions is normalized by power
+            iteration, and one with a single dimension by its norm.
+        name: name of the parameter.
+        n_power_iterations: power iterations in each training forward.
+        eps: lower bound of the norms in the divisions.
+        dim: dimension of the outputs. None: 1 for a transposed convolution, 0 otherwise.
 
     Returns:
-        The module.
+        The module itself.
 
     Raises:
-        ValueError: no such parameter, or ``n_power_iterations`` is not positive.
+        ValueError: the module has no such parameter, or ``n_power_iterations`` is not positive.
         IndexError: ``dim`` is out of range.
-
-    Differentiable twice. Source: Miyato et al. (2018).
     """
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
@@ -85,13 +114,13 @@ def spectral_norm(
 
 
 def adapt(module: nn.Module, name: str) -> None:
-    """Give the class that PyTorch makes for a parametrized module what it lacks.
+    """Extend the class that PyTorch creates for a parametrized module.
 
-    Pickle, which cannot name that class, is told how to make it; and a weight that a model's forward has made ready is
-    returned as it is, past the modules that would compute it.
+    Pickle cannot look up that class by name, so ``__reduce_ex__`` recreates it. The property of the weight returns a
+    weight that the model's forward has prepared, without calling the modules that would compute it.
     """
     cls = type(module)
-    computed = getattr(cls, name)  # the property, which a class of FSDP2's inherits
+    computed = getattr(cls, name)  # PyTorch's property; a class made by FSDP2 inherits it
     cls.__reduce_ex__ = _reduce  # type: ignore[method-assign, assignment]
     if getattr(computed.fget, "__module__", "") == __name__:
         return
@@ -99,13 +128,15 @@ def adapt(module: nn.Module, name: str) -> None:
     @torch.jit.unused
     def weight(self: nn.Module) -> Tensor:
         tensors: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        caches = parametrize._cache_enabled and torch._C._get_tracing_state() is None  # PyTorch's refuses to be traced
+        caches = (
+            parametrize._cache_enabled and torch._C._get_tracing_state() is None
+        )  # PyTorch's cache cannot be traced
         found = parametrize._cache.get((id(self), name)) if caches else None
         if found is None:
             found = read(self, name, tensors._parameters.get("original"), tensors._modules["0"].training)
             if not caches:
                 return computed.fget(self) if found is None else found
-            # PyTorch's own key is the module that was parametrized, of its copies too, which then get its weight.
+            # PyTorch's own key is the original module even for copies of it, which would then get its weight.
             found = parametrize._cache[id(self), name] = tensors() if found is None else found
         return found
 

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch's two forms of spectral normalisation, one into the other."""
+"""Convert checkpoints between PyTorch's two forms of spectral normalization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-# Pruning what lies under a spectral norm adds _orig and _mask to its name, and takes the name itself away.
+# Pruning a parameter under a spectral norm replaces its name by the same name with _orig and with _mask.
 _PARAMETRIZATION = re.compile(
     r"(?P<path>.*?)parametrizations\.(?P<name>[^.]+)\.(?P<part>original(_orig|_mask)?|0\._u|0\._v)"
 )
@@ -27,16 +27,36 @@ _VECTORS = {"parametrization": ("0._u", "0._v"), "hook": ("u", "v")}
 def convert_spectral_norm_state_dict(
     state_dict: Mapping[str, Tensor], form: Literal["parametrization", "hook"]
 ) -> OrderedDict[str, Tensor]:
-    """Rename the keys of spectrally normalised weights in a state_dict to those of the other form.
+    """Rename the keys of spectrally normalized weights in a state_dict to those of another form.
 
-    ``"hook"`` is ``torch.nn.utils.spectral_norm``: weight_orig, weight_u, weight_v. ``"parametrization"`` is
-    ``torch.nn.utils.parametrizations.spectral_norm`` and fastgan's: parametrizations.weight.original, .0._u, .0._v.
-    Keys of that form already, and all others, are kept, those of pruned layers without a spectral norm too; a pruned
-    original keeps its mask. Any prefix is kept (``module.``). Tensors are not copied.
+    - ``"hook"``: the keys of ``torch.nn.utils.spectral_norm``: weight_orig, weight_u, weight_v.
+    - ``"parametrization"``: the keys of ``torch.nn.utils.parametrizations.spectral_norm`` and of fastgan:
+      parametrizations.weight.original, parametrizations.weight.0._u, parametrizations.weight.0._v.
+
+    All other keys stay as they are. That includes keys that already have the requested form, and keys of pruned layers
+    without a spectral norm. A pruned original keeps its mask. Prefixes such as ``module.`` are kept. Tensors are not
+    copied.
+
+    ```python
+    import torch
+    import fastgan
+
+    layer = torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3))
+    state = fastgan.nn.utils.convert_spectral_norm_state_dict(layer.state_dict(), "parametrization")
+    fastgan.nn.utils.spectral_norm(torch.nn.Linear(4, 3)).load_state_dict(state)
+    ```
+
+    Args:
+        state_dict: a state_dict. It is not changed.
+        form: the form of the result.
+
+    Returns:
+        A new dictionary with the same tensors in the same order.
 
     Raises:
-        ValueError: ``form`` is neither, or a weight lacks its u or v (checkpoints from before PyTorch 1.0 have no v;
-            a dictionary of parameters alone has neither).
+        ValueError: ``form`` is unknown, or a weight lacks its u or v. Checkpoints from before PyTorch 1.0 have no v,
+        and
+            a dictionary of parameters alone has neither.
     """
     if form not in ("parametrization", "hook"):
         raise ValueError(f"form must be 'parametrization' or 'hook', got {form!r}")
@@ -74,7 +94,7 @@ def _to_hook(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _has_vectors(state_dict: Mapping[str, Tensor], key: str, stem: str, form: str) -> bool:
-    """Whether u and v are there beside this original; if there is one of them, so must be the other."""
+    """Return whether the state_dict has u and v for this original. Raise if it has only one of them."""
     missing = [stem + part for part in _VECTORS[form] if stem + part not in state_dict]
     is_pruned_alone = form == "hook" and stem + "mask" in state_dict  # weight_orig and weight_mask, no spectral norm
     may_be_other = form == "parametrization" or key != f"{stem}orig" or is_pruned_alone
@@ -84,13 +104,16 @@ def _has_vectors(state_dict: Mapping[str, Tensor], key: str, stem: str, form: st
 
 
 def _is_part_of_pruned(state_dict: Mapping[str, Tensor], stem: str) -> bool:
-    """Whether this is weight_orig_ of weight_orig_orig, whose u and v are weight_u and weight_v."""
+    """Return whether the stem is the weight_orig_ of weight_orig_orig, whose u and v are weight_u and weight_v."""
     shorter = stem.removesuffix("orig_")
     return shorter != stem and all(shorter + part in state_dict for part in _VECTORS["hook"])
 
 
 def _metadata(state_dict: Mapping[str, Tensor], renamed: Mapping[str, str], form: str) -> Any:
-    """The hook form keeps its version beside the module's, and reads weights differently where it finds none."""
+    """Return the metadata of the renamed state_dict.
+
+    The hook form stores a version in the metadata of its module. Without one, it loads weights in another way.
+    """
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is None:
         return None

@@ -1,4 +1,4 @@
-"""Bias and activation in one pass, differentiable twice in one pass each."""
+"""Fused bias and activation; backward and double backward take one pass each."""
 
 from __future__ import annotations
 
@@ -29,35 +29,46 @@ def bias_act(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Add a bias to each channel, activate, scale and cut off: y = min(max(gain act(x + b), -clamp), clamp).
+    """Add a bias to each channel, apply an activation, scale and clamp: y = clip(gain * act(x + b), -clamp, clamp).
 
-    Differentiable to any order. Piecewise linear activations ("linear", "relu", "leaky_relu") take one pass over the
-    data an order, which reads one bit an element (a second with ``clamp``) instead of an activation. Smooth ones
-    ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", as in ``torch.nn.functional``; "gelu_tanh" is
-    ``approximate="tanh"``) take one pass each for backward and double backward, and PyTorch's operations from the third
-    order on. They keep the input; tanh and sigmoid (with a gain of 1 and no clamp) keep the result.
+    Order of derivative: any. Piecewise linear activations ("linear", "relu", "leaky_relu") take one pass over the data
+    per order. They save one bit per element (two with ``clamp``) instead of the input. Smooth activations ("silu",
+    "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", defined as in ``torch.nn.functional``; "gelu_tanh" is
+    ``gelu(approximate="tanh")``) take one pass each for backward and double backward, and PyTorch operations from the
+    third order on. They save the input. tanh and sigmoid with a gain of 1 and no clamp save the result instead.
 
-    Computed in float32 (float64 for float64 input), whose rounding is the only one of a half-precision result; the
-    bias's gradient is summed in one order: the same inputs give the same bits. The strides of the input are kept,
-    channels_last too.
+    The computation runs in float32 (float64 for float64 input). A half-precision result is rounded once, at the end.
+    The bias gradient is summed in a fixed order, so the same inputs give the same bits. The result has the strides of
+    the input, including channels_last.
+
+    Source: Karras et al., Alias-Free Generative Adversarial Networks (2021), whose ``bias_act`` has this form.
+
+    ```python
+    import torch
+    import fastgan
+
+    x, bias = torch.randn(8, 64, 16, 16), torch.zeros(64)
+    y = fastgan.ops.bias_act(x, bias, activation="leaky_relu", gain=2**0.5)
+    ```
 
     Args:
-        input: any shape, float16, bfloat16, float32 or float64; the result's shape and dtype.
-        bias: (input.shape[dim],), of the input's dtype, or float32 with an input in half precision.
-        activation: one of those above.
-        dim: the dimension of the channels.
-        negative_slope: of leaky_relu.
-        gain: factor after the activation; nothing is multiplied by sqrt(2) unasked.
-        clamp: above 0, largest magnitude of the result; None: unlimited.
-        inplace: write over ``input``.
-        backend: run on this backend instead of the fastest.
+        input: tensor of any shape; float16, bfloat16, float32 or float64.
+        bias: (input.shape[dim],), or None. It has the dtype of the input, or float32 if the input is in half precision.
+        activation: one of the names above.
+        dim: dimension of the channels.
+        negative_slope: slope of leaky_relu for negative values.
+        gain: factor applied after the activation. There is no implicit factor of sqrt(2).
+        clamp: largest magnitude of the result, greater than 0. None: no limit.
+        inplace: overwrite ``input``.
+        backend: name of the backend to use. None: the fastest one.
+
+    Returns:
+        A tensor with the shape and dtype of the input.
 
     Raises:
-        TypeError: something is not a tensor, or a dtype is not as above.
-        ValueError: unknown activation, or a shape, device or number is not as above.
-        BackendUnavailable: the backend asked for cannot run here.
-
-    Source of the form: Karras et al., Alias-Free Generative Adversarial Networks (2021).
+        TypeError: an argument is not a tensor or a number, or has an unsupported dtype.
+        ValueError: the activation is unknown, or a shape, device or number does not fit.
+        BackendUnavailable: the requested backend cannot run here.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
@@ -78,7 +89,8 @@ def bias_act(
 
 
 def _check_number(name: str, value: float) -> None:
-    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):  # asking Real is slow
+    # isinstance(value, Real) is slow, so the common case comes first.
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -88,13 +100,18 @@ def _check_bias(bias: Tensor, input: Tensor, dim: int) -> int:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     if not -input.ndim <= dim < input.ndim:
-        raise ValueError(f"dim must be a dimension of the input, {tuple(input.shape)}, got {dim}")
+        raise ValueError(f"dim must be a dimension of the input with shape {tuple(input.shape)}, got {dim}")
     dim %= input.ndim
     half = input.dtype in (torch.float16, torch.bfloat16)
     if bias.dtype != input.dtype and not (half and bias.dtype == torch.float32):
-        raise TypeError(f"bias must have the input's dtype, {input.dtype}, or float32 for half, got {bias.dtype}")
+        raise TypeError(
+            f"bias must have the input's dtype, {input.dtype}, or float32 if the input is in half precision, "
+            f"got {bias.dtype}"
+        )
     if bias.shape != input.shape[dim : dim + 1]:
-        raise ValueError(f"bias must have shape ({input.shape[dim]},), dimension {dim}, got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must have shape ({input.shape[dim]},), the size of dimension {dim}, got {tuple(bias.shape)}"
+        )
     if bias.device != input.device:
         raise ValueError(f"bias must be on the input's device, {input.device}, got {bias.device}")
     return dim

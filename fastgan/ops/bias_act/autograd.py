@@ -1,4 +1,4 @@
-"""The operators of bias_act, their implementations a backend, and the derivatives."""
+"""The operators of bias_act, their implementation on each backend, and the derivatives."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastgan.ops.bias_act.layout import (
 from fastgan.ops.bias_act.small import is_small
 from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
 
-# The kernels' functions, and what each takes before the layout and the options. All write into tensors that they are
-# given, which lie in memory in one order: that of the input.
+# The kernel functions and their tensor arguments, which come before the layout and the options. All write into tensors
+# that the caller allocates. All these tensors have the strides of the input.
 _OPERATORS = {
     "piecewise_forward": "Tensor x, Tensor? bias, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside",
     "piecewise_apply": "Tensor? g, Tensor? bias, Tensor? signs, Tensor? inside, Tensor(a!)? out, Tensor(b!)? sums",
@@ -57,16 +57,14 @@ def _implementation(name: str, *arguments: Any) -> None:
 
 
 for _name, _tensors in _OPERATORS.items():
-    LIBRARY.define(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")
-    LIBRARY.impl(f"bias_act_{_name}", partial(_implementation, _name), "CompositeExplicitAutograd")
-    returns_nothing(f"bias_act_{_name}")
+    operator(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")(partial(_implementation, _name))
 
 
 class _Call(NamedTuple):
-    """What the derivatives of a call need to know of it besides tensors."""
+    """The metadata of a call that its derivatives need."""
 
     shape: torch.Size
-    stride: tuple[int, ...]  # of the dense tensors that the kernels see
+    stride: tuple[int, ...]  # strides of the dense tensors that the kernels see
     dtype: torch.dtype
     bias_dtype: torch.dtype | None
     dim: int
@@ -84,7 +82,7 @@ class _Call(NamedTuple):
         return None if bias is None else bias.to(accumulation_dtype(self.dtype)).contiguous()
 
     def in_order(self, tensor: Tensor | None) -> Tensor | None:
-        """The tensor, or a copy that lies in memory as the kernels expect."""
+        """Return the tensor, or a copy with the strides and dtype that the kernels expect."""
         if tensor is None:
             return None
         tensor = stored(tensor)
@@ -103,7 +101,7 @@ class _Call(NamedTuple):
 
 
 def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: str) -> tuple[_Call, bool]:
-    """And whether x is dense."""
+    """Return the metadata of the call, and whether x is dense."""
     dense = is_dense(x) and stored(x) is x
     like = x if dense else torch.empty_like(x, device="meta")  # the strides of its dense copy
     bias_dtype = None if bias is None else bias.dtype
@@ -114,7 +112,7 @@ def _call(x: Tensor, bias: Tensor | None, dim: int, options: Options, backend: s
 def activate(
     x: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool = False, backend: str | None = None
 ) -> Tensor:
-    """bias_act without its checks; dim is not negative."""
+    """Run bias_act without argument checks. ``dim`` must not be negative."""
     chosen = backends.select("bias_act", x.device, x.dtype, backend)
     small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x)
     if chosen == "reference" or x.numel() == 0 or small:
@@ -126,7 +124,7 @@ def activate(
         y: Tensor = _Piecewise.apply(x, bias, call, dense, inplace)
         if inplace and options.activation != "linear":
             mark_base(x)
-    elif inplace and not _kept_result(options):
+    elif inplace and not _saves_result(options):
         y = x.copy_(_Smooth.apply(x.clone(), bias, call, True, False))
     else:
         y = _Smooth.apply(x, bias, call, dense, inplace)
@@ -143,7 +141,7 @@ def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: 
         call.run("smooth_forward", eager, source, call.operand(bias), y)
     if inplace and y is not x:
         x.copy_(y)
-        return x  # what copy_ returns is the same, but not to torch.compile
+        return x  # copy_ returns the same tensor, but torch.compile treats it as another
     return y
 
 
@@ -192,7 +190,7 @@ def _times_slopes(
 
 
 class _Slopes(torch.autograd.Function):
-    """(g, k) -> (S (g + k), its sum over each channel), S the slope of each element: its own transpose."""
+    """Map (g, k) to S (g + k) and its sum over each channel, S being the slopes. The map is its own transpose."""
 
     @staticmethod
     def forward(
@@ -218,8 +216,8 @@ class _Slopes(torch.autograd.Function):
         return *run(h, h_sums, *ctx.saved_tensors, ctx.call, wanted), None, None, None, None
 
 
-def _kept_result(options: Options) -> bool:
-    """Whether the derivatives are known from the result."""
+def _saves_result(options: Options) -> bool:
+    """Return whether the derivatives can be computed from the result."""
     return options.activation in ("tanh", "sigmoid") and options.gain == 1 and options.clamp == inf
 
 
@@ -230,7 +228,7 @@ class _Smooth(torch.autograd.Function):
             ctx.mark_dirty(x)
         y = _forward(x, bias, call, dense, inplace)
         ctx.set_materialize_grads(False)
-        if _kept_result(call.options):
+        if _saves_result(call.options):
             ctx.save_for_backward(y, None)
             ctx.call = call._replace(options=call.options._replace(activation=f"{call.options.activation}_of_y"))
         else:
@@ -258,7 +256,7 @@ def _run_smooth_backward(
 
 
 class _SmoothBackward(torch.autograd.Function):
-    """x is the input, or the result where that was kept."""
+    """The backward of a smooth activation. ``x`` is the input, or the result if the forward saved that."""
 
     @staticmethod
     def forward(
@@ -284,7 +282,7 @@ class _SmoothBackward(torch.autograd.Function):
 
 
 def _smooth_backward(call: _Call, dy: Tensor, x: Tensor, bias: Tensor | None) -> Sequence[Tensor | None]:
-    """In operations of PyTorch."""
+    """Compute the backward with PyTorch operations."""
     acc = accumulation_dtype(call.dtype)
 
     def activated(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -294,7 +292,7 @@ def _smooth_backward(call: _Call, dy: Tensor, x: Tensor, bias: Tensor | None) ->
 
 
 def _smooth_backward_of_result(call: _Call, dy: Tensor, y: Tensor, bias: None) -> Sequence[Tensor | None]:
-    """Likewise of what keeps its result: tanh' = 1 - y^2, sigmoid' = y (1 - y)."""
+    """Compute the backward from the saved result y: tanh' = 1 - y^2, sigmoid' = y (1 - y)."""
     y = y.to(accumulation_dtype(call.dtype))
     slope = 1 - y.square() if call.options.activation.startswith("tanh") else y * (1 - y)
     dx = dy * slope  # (*S)

@@ -1,4 +1,4 @@
-"""What is asked for, and how an input is seen by the kernels."""
+"""The options of a call, and the layout in which the kernels see the input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Options(NamedTuple):
-    """y = gain act(x + b), cut off at -clamp and clamp."""
+    """y = gain * act(x + b), clamped to [-clamp, clamp]."""
 
     activation: str
     negative_slope: float = 0.0
@@ -24,7 +24,7 @@ class Options(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Elements as they lie in memory, as (outer, channels, inner)."""
+    """The elements in memory order, as (outer, channels, inner)."""
 
     outer: int
     channels: int
@@ -36,12 +36,12 @@ class Layout(NamedTuple):
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether its elements fill one piece of memory, each once."""
+    """Return whether the elements fill one block of memory, without gaps or overlaps."""
     return x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
 
 
 def layout_of(x: Tensor, dim: int | None) -> Layout:
-    """How x, or a dense copy of it, lies in memory around a dimension; None: there is no bias."""
+    """Return the memory layout of x, or of a dense copy of it, around the dimension ``dim``. None: there is no bias."""
     if dim is None:
         return Layout(1, 1, x.numel())
     sizes = list(x.shape)
@@ -53,5 +53,5 @@ def layout_of(x: Tensor, dim: int | None) -> Layout:
 
 
 def bytes_of_bits(size: int) -> int:
-    """A bit an element, in whole words of 32."""
+    """Return the bytes that hold one bit per element, in whole 32-bit words."""
     return (size + 31) // 32 * 4

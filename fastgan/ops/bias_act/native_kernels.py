@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken. None is the address 0."""
+"""Calls into fastgan._native. Only this file of the op passes raw addresses; None becomes the address 0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def piecewise_apply(
     layout: Layout,
     options: Options,
 ) -> None:
-    typed = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
+    # If g and out are both None, the dtype does not matter.
+    typed = next(t for t in (g, out, sums) if t is not None)
     tensors = _addresses(g, bias, signs, inside, out, sums)
     backends.native().piecewise_apply(dtype_name(typed), tensors, layout, options, torch.get_num_threads())
 

@@ -1,4 +1,4 @@
-"""The specification in PyTorch, differentiable to any order: the fallback and the benchmark's baseline."""
+"""Reference implementation in PyTorch, differentiable to any order. It is the fallback and the benchmark's baseline."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""ReLU and leaky ReLU of so few elements that calling a kernel costs more than its work: one of PyTorch's an order.
+"""ReLU and leaky ReLU for small inputs, where a kernel call costs more than the work itself.
 
-As by the kernels, and other than by PyTorch's own formulas, nothing flows to the input through the slopes.
+Each order is one PyTorch operator. As with the kernels, and unlike with PyTorch's formulas, no gradient flows to the
+input through the slopes.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.filled import mark_base
 
-_LEAST = 2**14  # elements; through a penalty the kernels are ahead from 2**15 on
+_LEAST = 2**14  # elements; in a penalty the kernels are faster from 2**15 elements on
 _leaky_relu_backward: Any = torch.ops.aten.leaky_relu_backward.default
 _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether this route is the better one, and nothing was said about another."""
+    """Return whether this path is the faster one and no backend was requested."""
     if backends.is_lowered():
         return True  # PyTorch's operators, which compilers fuse
-    return x.numel() < _LEAST and x.is_cpu and backends.is_plain() and not backends.is_forced()
+    few = x.is_meta or (x.numel() < _LEAST and x.is_cpu)  # meta tensors have no data for kernels to read
+    return few and backends.is_plain() and not backends.is_forced()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
-    """leaky_relu of a slope of 0 or more; None: relu."""
+    """Apply leaky_relu with a slope of at least 0, or relu if the slope is None."""
     if not x.requires_grad:
         return _forward(x, slope, inplace)
     result: Tensor = _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call]
@@ -55,7 +57,7 @@ class _Rectify(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         y = _forward(x, slope, inplace)
-        # What PyTorch's own keeps: the same tensors may be written over afterwards.
+        # Save what PyTorch saves, so that the same tensors may be overwritten afterwards.
         ctx.is_result = inplace or slope is None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y if ctx.is_result else x)
@@ -71,7 +73,7 @@ class _Rectify(torch.autograd.Function):
 
 
 class _Slopes(torch.autograd.Function):
-    """Linear in g, and its own transpose."""
+    """Multiply g by the slopes. The map is linear in g and is its own transpose."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, kept: Tensor, slope: float | None, is_result: bool) -> Tensor:

@@ -1,12 +1,12 @@
-"""Bias and activation in Triton; the formulas are in csrc/cpu/bias_act_piecewise.cpp and bias_act_smooth.cpp.
+"""Bias and activation in Triton. The formulas are in csrc/cpu/bias_act_piecewise.cpp and bias_act_smooth.cpp.
 
-    _activate          y, and a bit an element where a derivative needs no more
-    _backward          S (g + k) of the bits, or m f'(x + b) g of a smooth function
+    _activate          y, and one bit per element if the derivatives need no more
+    _backward          S (g + k) from the bits, or m f'(x + b) g for a smooth function
     _double_backward   by_dy, by_x
 
-A program of a derivative has a tile of channels and a range of what is outside them: where sums over channels are
-wanted, the channels of the bias, and a second launch adds the partial sums in one order; otherwise the memory is taken
-as rows of a tile each. Bytes: every operand is read once and every result written once.
+A derivative program handles a tile of channels and a range of the outer dimension. If channel sums are requested, the
+channels are those of the bias, and a second launch adds the partial sums in a fixed order. Otherwise memory is treated
+as rows of one tile each. Bytes: each operand is read once, and each result is written once.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
 _BLOCK = 1024
-_PROGRAMS = 512  # that are enough for any GPU
+_PROGRAMS = 512  # enough to fill any GPU
 
 
 @triton.jit
 def _log1p(w):
-    above = 1.0 + w  # its rounding is made good by the quotient (Kahan)
+    above = 1.0 + w  # the quotient below corrects its rounding error (Kahan)
     exact = tl.where(above == 1.0, 1.0, above - 1.0)
     return tl.where(above == 1.0, w, tl.log(above) * (w / exact))
 
 
 @triton.jit
 def _smooth(u, ACTIVATION: tl.constexpr):
-    """The value, the first and the second derivative; what is not used is not computed."""
+    """Return the value, the first and the second derivative. The compiler removes those that are not used."""
     if ACTIVATION == "tanh_of_y":
         f = u
         first = 1.0 - u * u
@@ -91,7 +91,7 @@ def _smooth(u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _scale(f, GAIN: tl.constexpr, CLAMP: tl.constexpr):
-    """gain where gain f is not cut off."""
+    """Return the gain where gain * f is not clamped, and 0 elsewhere."""
     scale = tl.full(f.shape, GAIN, f.dtype)
     if CLAMP is not None:
         scale = tl.where(tl.abs(GAIN * f) <= tl.full(f.shape, CLAMP, f.dtype), scale, 0.0)
@@ -100,7 +100,7 @@ def _scale(f, GAIN: tl.constexpr, CLAMP: tl.constexpr):
 
 @triton.jit
 def _plus(u, values_ptr, at, inner, channels, valid):
-    """u, and to each element the value of its channel where there are any."""
+    """Add the value of its channel to each element of u, if there are values."""
     if values_ptr is not None:
         u += tl.load(values_ptr + at // inner % channels, mask=valid, other=0.0)
     return u
@@ -108,7 +108,7 @@ def _plus(u, values_ptr, at, inner, channels, valid):
 
 @triton.jit
 def _columns(outer_tiled, channels_tiled, INDEX: tl.constexpr, TILE_C: tl.constexpr):
-    """Of this program: its channels, its range of what is outside of them, and where the first of it begins."""
+    """Return the channels of this program, its range of the outer dimension, and the offset of the first column."""
     c = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
     part = tl.program_id(1).to(tl.int64)
     begin = outer_tiled * part // tl.num_programs(1)
@@ -118,7 +118,7 @@ def _columns(outer_tiled, channels_tiled, INDEX: tl.constexpr, TILE_C: tl.conste
 
 @triton.jit
 def _places(column, c, q0, channels_tiled, inner_tiled, size, TILE_Q: tl.constexpr):
-    """Of a tile: where its elements are, and which there are."""
+    """Return the offsets of a tile's elements and the mask of valid ones."""
     q = q0 + tl.arange(0, TILE_Q)[None, :]
     at = column[:, None] * inner_tiled + q
     return at, (c < channels_tiled)[:, None] & (q < inner_tiled) & (at < size)
@@ -168,7 +168,7 @@ def _activate(
         signs = tl.sum(tl.where(u <= 0.0, 0, 1 << bit), 1)
         tl.store(signs_ptr + row, signs.to(tl.uint8), mask=row * 8 < size)
     if CLAMP is not None:
-        limit = tl.full(y.shape, CLAMP, y.dtype)  # a number by itself is compared as float32 knows it
+        limit = tl.full(y.shape, CLAMP, y.dtype)  # a bare constant would be compared in float32
         if inside_ptr is not None:
             inside = tl.sum(tl.where(tl.abs(y) <= limit, 1 << bit, 0), 1)
             tl.store(inside_ptr + row, inside.to(tl.uint8), mask=row * 8 < size)
@@ -300,8 +300,8 @@ def _absent(*names: str) -> dict[str, None]:
     return {f"{name}_ptr": None for name in names}
 
 
-# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
-# and the values that its constants take together, without DTYPE, the input's dtype.
+# For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
+# combinations of its constants, without DTYPE, the dtype of the input.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         _activate,
@@ -357,7 +357,8 @@ def piecewise_apply(
     layout: Layout,
     options: Options,
 ) -> None:
-    like = next(t for t in (g, out, sums) if t is not None)  # without the first two, the type plays no part
+    # If g and out are both None, the dtype does not matter.
+    like = next(t for t in (g, out, sums) if t is not None)
     grid, parts, sizes, tile = _tiles(layout, sums, like.dtype)
     constants = _constants(like.dtype, layout, options)
     with device_of(like):
@@ -407,7 +408,10 @@ def smooth_double_backward(
 def _tiles(
     layout: Layout, sums: Tensor | None, dtype: torch.dtype
 ) -> tuple[tuple[int, int], Tensor | None, tuple[int, ...], dict[str, int]]:
-    """The grid, where the partial sums (parts, channels) go, the sizes and the tile, by the shape alone."""
+    """Return the grid, the buffer of the partial sums (parts, channels), the sizes and the tile.
+
+    They depend on the shape alone.
+    """
     sizes = layout.size, layout.channels, layout.inner
     if sums is None:
         rows = triton.cdiv(layout.size, _BLOCK)

@@ -1,4 +1,4 @@
-"""conv1d, conv2d, conv3d and their transposes: torch.nn.functional's, with a lean double backward."""
+"""conv1d, conv2d, conv3d and their transposes, as in torch.nn.functional, with an efficient double backward."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.conv.autograd import convolve
 from fastgan.ops.conv.geometry import Geometry
+from fastgan.ops.library import is_autocast
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
@@ -31,17 +32,17 @@ def _conv(n: int) -> Callable[..., Tensor]:
         dilation: Size = 1,
         groups: int = 1,
     ) -> Tensor:
-        if not _ours(input, weight, n):
+        if not _is_eligible(input, weight, n):
             return torch_conv(input, weight, bias, stride, padding, dilation, groups)
         sizes = _tuple(stride, n), _tuple(dilation, n)
         if isinstance(padding, str):
             input, padded = _pad(input, weight, padding, *sizes)
         else:
             padded = _tuple(padding, n)
-        geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups, _may_choose())
+        geometry = Geometry(sizes[0], padded, sizes[1], False, (0,) * n, groups, _kernels_allowed())
         return convolve(*_autocast(input, weight, bias), geometry)
 
-    return _named(conv, torch_conv, f"conv{n}d", "(C_out, C_in / groups, *K)")
+    return _named(conv, n, f"conv{n}d", "(C_out, C_in / groups, *K)")
 
 
 def _conv_transpose(n: int) -> Callable[..., Tensor]:
@@ -57,43 +58,60 @@ def _conv_transpose(n: int) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Size = 1,
     ) -> Tensor:
-        if not _ours(input, weight, n):
+        if not _is_eligible(input, weight, n):
             return torch_conv(input, weight, bias, stride, padding, output_padding, groups, dilation)
         steps, padded, dilations, further = (_tuple(size, n) for size in (stride, padding, dilation, output_padding))
-        geometry = Geometry(steps, padded, dilations, True, further, groups, _may_choose())
+        geometry = Geometry(steps, padded, dilations, True, further, groups, _kernels_allowed())
         return convolve(*_autocast(input, weight, bias), geometry)
 
-    return _named(conv_transpose, torch_conv, f"conv_transpose{n}d", "(C_in, C_out / groups, *K)")
+    return _named(conv_transpose, n, f"conv_transpose{n}d", "(C_in, C_out / groups, *K)")
 
 
-def _named(function: Any, torch_conv: Any, name: str, weight_shape: str) -> Callable[..., Tensor]:
+def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[..., Tensor]:
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"""``torch.nn.functional.{name}``: same arguments, results and errors.
+    sizes, weight_sizes = ", ".join(["8"] * n), ", ".join(["3"] * n)
+    channels = "3, 16" if "transpose" in name else "16, 3"
+    function.__doc__ = f"""Drop-in for ``torch.nn.functional.{name}`` with the same arguments, results and errors.
 
-    Its double backward forms only the gradients that were asked for. Differentiable to any order.
+    Order of derivative: any. Each backward computes only the requested gradients.
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.{name}(torch.randn(2, 3, {sizes}), torch.randn({channels}, {weight_sizes}))
+    ```
 
     Args:
-        input: (N, C_in, *S) of any floating dtype; without N, or complex, PyTorch's own runs.
-        weight: {weight_shape}.
-        bias: (C_out,) or None.
+        input: (N, C_in, *S) of any real floating-point dtype. PyTorch's function runs for an input without N and for a
+            complex one.
+        weight: {weight_shape}, dtype of the input.
+        bias: (C_out,), or None.
+
+    Returns:
+        (N, C_out, *S'), dtype of the input.
     """
     return function  # type: ignore[no-any-return]
 
 
-def _ours(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Batched, real and in a plain eager call: everything else, errors too, is PyTorch's."""
+def _is_eligible(input: Tensor, weight: Tensor, n: int) -> bool:
+    """Return whether this is a plain eager call with a batched, real input on a known device.
+
+    PyTorch's function handles all other calls and raises its own errors.
+    """
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
         and backends.is_plain()
         and input.ndim == weight.ndim == n + 2
         and input.is_floating_point()
-        and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
+        and (input.dtype == weight.dtype or is_autocast(input.device.type))
+        and backends.is_known(input.device)
         and 0 not in input.shape
     )
 
 
-def _may_choose() -> bool:
+def _kernels_allowed() -> bool:
     return backends.forced() in ("auto", "cpu")
 
 
@@ -105,7 +123,7 @@ def _tuple(size: Size, n: int) -> tuple[int, ...]:
 def _pad(
     input: Tensor, weight: Tensor, padding: str, stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The input and the symmetric padding that a named padding means; an odd total goes to the far side."""
+    """Return the input and the symmetric padding for a named padding. An odd total adds one element at the far side."""
     if padding == "valid":
         return input, (0,) * len(stride)
     if padding != "same":
@@ -119,16 +137,16 @@ def _pad(
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The casts that autocast makes at a convolution, made before what the backward will keep."""
+    """Apply the casts that autocast applies to a convolution, before the backward saves its tensors."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # autocast leaves float64 alone
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # autocast does not cast float64
 
 
 conv1d, conv2d, conv3d = (_conv(n) for n in (1, 2, 3))

@@ -1,15 +1,17 @@
-"""Convolution whose double backward forms what was asked for and nothing else.
+"""Convolution whose double backward computes only the requested gradients.
 
-The convolutions are the vendor's, but for its slowest on a CPU: kernels of ours compute the gradient of an input of few
-channels, convolutions with steps, those of one pixel, and the weight's gradient of few pixels.
+The vendor's library computes the convolutions, except for its slowest cases on a CPU. fastgan's kernels compute the
+gradient of an input with few channels, strided convolutions, 1x1 convolutions, and the weight gradient of outputs with
+few pixels.
 
-With y = W * x, and the gradients dx = W^T * dy, dW = x (*) dy, db = sum dy, and H, K, k those of dx, dW, db:
+Let y = W * x, with gradients dx = W^T * dy, dW = x (*) dy and db = sum dy. Let H, K and k be the gradients of dx, dW
+and db. Then the double backward is
     by dy: W * H + K * x + k        by x: K^T * dy        by W: H (*) dy
-Where dx alone is asked for, as a penalty's first pass does, x is in none of these: it is not kept, and no path leads
-from the penalty back into the forward.
+If only dx is requested, as in the first pass of a penalty, none of these terms contains x. It is not saved, and no path
+of the graph leads from the penalty back into the forward.
 
-Each of these is again one of the three bilinear maps y, dx and dW. A backward whose graph is kept (``create_graph``)
-calls the Functions below, any other calls the maps themselves: there is a derivative of every order.
+Each term is again one of the three bilinear maps y, dx and dW. A backward with ``create_graph=True`` calls the
+Functions below, and any other backward calls the maps directly. So every order of derivative exists.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def _backward(
     if mask[1] and weight_gradient.takes(grad, input, weight, geometry):
         by_weight = weight_gradient.weight_gradient(stored(grad), stored(input), weight, geometry)
     left = mask[0] and by_input is None, mask[1] and by_weight is None
-    if mask[2] and not left[1]:  # oneDNN forms it with the weight's gradient, asked for or not
+    if mask[2] and not left[1]:  # oneDNN computes it with the weight gradient in any case
         by_bias = grad.sum([0, *range(2, grad.ndim)])
     if not any(left):
         return by_input, by_weight, by_bias
@@ -72,7 +74,7 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
 
 
 def _by_input(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
-    """``input`` tells its shape."""
+    """Compute dx. Only the shape of ``input`` is used."""
     if not torch.is_grad_enabled():
         return _backward(grad, input, weight, geometry, (True, False, False))[0]
     by_input: Tensor | None = _InputGradient.apply(grad, weight, None, input.detach(), geometry)[0]
@@ -80,7 +82,7 @@ def _by_input(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -
 
 
 def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
-    """``weight`` tells its shape."""
+    """Compute dW. Only the shape of ``weight`` is used."""
     if not torch.is_grad_enabled():
         return _backward(grad, input, weight, geometry, (False, True, False))[1]
     by_weight: Tensor | None = _WeightGradient.apply(grad, input, weight.detach(), geometry)
@@ -95,7 +97,8 @@ class _Convolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight)
         ctx.geometry = geometry
-        ctx.bias_for_term = ctx.bias_term = None  # given a bias, the backward leaves <grad_i, bias> of each sample
+        # If bias_for_term is set, the backward stores <grad_i, bias> of each sample i in bias_term.
+        ctx.bias_for_term = ctx.bias_term = None
         return _forward(input, weight, bias, geometry)
 
     @staticmethod
@@ -115,9 +118,9 @@ class _Convolution(torch.autograd.Function):
 
 
 class _InputGradient(torch.autograd.Function):
-    """dx, linear in ``grad`` and in ``weight``; and, if there is a bias, the sums <grad_i, bias> of each sample.
+    """dx, which is linear in ``grad`` and in ``weight``, and, with a bias, <grad_i, bias> of each sample i.
 
-    ``input`` tells its shape and is not kept.
+    Only the shape of ``input`` is used, and ``input`` is not saved.
     """
 
     @staticmethod
@@ -146,13 +149,13 @@ class _InputGradient(torch.autograd.Function):
             biases = (c[:, None] * bias).to(grad.dtype).view(*sums.shape, *[1] * (grad.ndim - 2))
             by_grad = _plus(by_grad, biases.expand_as(grad))
         if c is not None and wanted[2]:
-            sums = _sums(grad) if torch.is_grad_enabled() else sums  # what was kept leads nowhere
+            sums = _sums(grad) if torch.is_grad_enabled() else sums  # the saved sums have no graph
             by_bias = (c[:, None] * sums).sum(0)  # (C_out,)
         return by_grad, by_weight, by_bias, None, None
 
 
 def _sums(grad: Tensor) -> Tensor:
-    """(N, C_out)"""
+    """Sum over all positions: (N, C_out)."""
     return grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -163,7 +166,7 @@ def _plus(sum: Tensor | None, term: Tensor) -> Tensor:
 
 
 class _WeightGradient(torch.autograd.Function):
-    """dW, linear in ``grad`` and in ``input``. ``weight`` tells its shape."""
+    """dW, which is linear in ``grad`` and in ``input``. Only the shape of ``weight`` is used."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How a convolution slides over its input."""
+"""The geometry of a convolution: stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Geometry(NamedTuple):
-    """As ``aten::convolution`` takes it, but for the last."""
+    """The arguments of ``aten::convolution``, and whether fastgan's kernels are allowed."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -14,7 +14,7 @@ class Geometry(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
-    ours: bool  # whether the forward's backend lets another way than the vendor's be taken
+    kernels_allowed: bool  # whether the backend of the forward permits fastgan's kernels
 
     @property
     def arguments(self) -> tuple[Any, ...]:

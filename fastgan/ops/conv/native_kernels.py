@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken."""
+"""Calls into fastgan._native for the gradient of an input with few channels, and checks shared by all conv kernels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import is_batched, is_eager
 
-_MOST_CHANNELS = 6  # of an input, above which the vendor's kernel is the faster one (docs/decisions.md)
-_LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+_MOST_CHANNELS = 6  # input channels; the vendor's kernel is faster above this number (docs/decisions.md)
+_LEAST = 4096  # elements; below this number a kernel call costs more than it saves
 
 
-ONE_ROW = (1, 1, 1, 1, 0, 1)  # what `plane_of` says of rows where there is one alone
+ONE_ROW = (1, 1, 1, 1, 0, 1)  # the entry of `plane_of` for a single row
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `input_gradient` is the faster way to this gradient."""
+    """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return (
         input.shape[1] <= _MOST_CHANNELS
         and are_plain(grad, weight, geometry)
@@ -29,9 +29,9 @@ def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bo
 
 
 def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a kernel that knows nothing but contiguous float32 may read these."""
+    """Return whether a kernel for contiguous float32 CPU tensors can read these operands."""
     return (
-        geometry.ours
+        geometry.kernels_allowed
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)
@@ -47,12 +47,12 @@ def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def in_order(images: Tensor) -> bool:
-    """Contiguous, not channels_last; nor what is both, and stays channels_last."""
+    """Return whether images are contiguous, and not at the same time channels_last, which PyTorch would preserve."""
     return images.is_contiguous() and images.stride(-1) == 1 and images.stride(1) == prod(images.shape[2:])
 
 
 def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether PyTorch takes these together: other ways would take more, and say other things of the rest."""
+    """Return whether PyTorch accepts these operands together. It raises its own errors for all others."""
     return (
         input.shape[1] == weight.shape[1]
         and len(weight) > 0
@@ -61,7 +61,7 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
-    """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S') and weight (C_out, C_in, *K), one or two dimensions."""
+    """Compute dx (N, C_in, *S) of ``shape`` from grad (N, C_out, *S') and weight (C_out, C_in, *K), in 1d or 2d."""
     result = grad.new_empty(shape)
     dimensions = plane_of(shape, grad.shape, weight, geometry)
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
@@ -71,6 +71,9 @@ def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Ge
 
 
 def plane_of(input: torch.Size, output: torch.Size, weight: Tensor, geometry: Geometry) -> list[tuple[int, ...]]:
-    """Of rows and columns, sizes of input, output and kernel, stride, padding and dilation; one dimension is a row."""
+    """Return the sizes of input, output and kernel, stride, padding and dilation for rows and for columns.
+
+    A 1d input is one row.
+    """
     dimensions = list(zip(input[2:], output[2:], weight.shape[2:], *geometry[:3], strict=True))
     return dimensions if len(dimensions) > 1 else [ONE_ROW, *dimensions]

@@ -1,6 +1,6 @@
-"""Convolutions whose kernel is one pixel, on a CPU, by a kernel of ours that takes images as they lie.
+"""1x1 convolutions on a CPU, with a kernel that reads images in their own memory layout.
 
-oneDNN first brings its operands into an order of its own, and the BLAS is slow on processors of other makers than its.
+oneDNN first reorders its operands, and the BLAS is slow on processors of vendors other than its own.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain, in_order
 
-_TAKEN = ("avx2", "avx512")  # instruction sets; by fewer lanes the vendor's is as fast
+_TAKEN = ("avx2", "avx512")  # instruction sets; with fewer lanes the vendor's kernel is as fast
 
 
 def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
     ones, zeros = (1,) * (weight.ndim - 2), (0,) * (weight.ndim - 2)
-    return weight.shape[2:] == ones and geometry == Geometry(ones, zeros, ones, False, zeros, 1, ours=True)
+    return weight.shape[2:] == ones and geometry == Geometry(ones, zeros, ones, False, zeros, 1, kernels_allowed=True)
 
 
 def takes_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `forward` is the faster way to this output; or, of the gradient of it, `input_gradient`."""
+    """Return whether `forward` is the fastest way to compute this output.
+
+    ``images`` may also be the gradient of the output; the answer then holds for `input_gradient`.
+    """
     return (
         is_pointwise(weight, geometry)
         and are_plain(images, weight, geometry)
@@ -34,7 +37,7 @@ def takes_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `input_gradient` is the faster way to this gradient."""
+    """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return takes_forward(grad, weight, geometry) and in_order(input)
 
 
@@ -53,7 +56,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
-    """dx of ``shape`` (N, C_in, *S) from grad (N, C_out, *S) and weight (C_out, C_in, 1, ..)."""
+    """Compute dx (N, C_in, *S) of ``shape`` from grad (N, C_out, *S) and weight (C_out, C_in, 1, ..)."""
     result = grad.new_empty(shape)
     addresses = grad.data_ptr(), weight.data_ptr(), result.data_ptr()
     backends.native().conv_pointwise_input_gradient(*addresses, *_sizes(grad, weight))

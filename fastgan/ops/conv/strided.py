@@ -1,4 +1,4 @@
-"""Convolutions with steps between many channels, on a CPU: the forward and the input's gradient by a kernel of ours."""
+"""Strided convolutions between many channels on a CPU: kernels for the forward and the input gradient."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain, in_order, plane_of
 
-_BLOCK = {"avx2": 16, "avx512": 32}  # channels of the result that the kernel sums together
-_FORWARD = "avx512"  # by half as many lanes the vendor's forward is as fast
-_LEAST_CHANNELS = 16  # of what is summed over
-_LEAST_POSITIONS = 256  # of an output, under which ordering the weights takes longer than the forward
+_BLOCK = {"avx2": 16, "avx512": 32}  # channels of the result that the kernel computes together
+_FORWARD = "avx512"  # with half as many lanes the vendor's forward is as fast
+_LEAST_CHANNELS = 16  # channels that are summed over
+_LEAST_POSITIONS = 256  # output positions; with fewer, reordering the weights takes longer than the forward
 
 
 def takes_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `forward` is the faster way to this output."""
+    """Return whether `forward` is the fastest way to compute this output."""
     if not (_takes(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
         return False
     shape = _output_shape(input, weight, geometry)
@@ -29,7 +29,7 @@ def takes_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `input_gradient` is the faster way to this gradient."""
+    """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return (
         _takes(grad, weight, geometry)
         and in_order(input)
@@ -50,7 +50,7 @@ def _takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _fills_blocks(channels: int) -> bool:
-    """At most a quarter of the lanes are idle."""
+    """Return whether at most a quarter of the lanes are idle."""
     block = _BLOCK.get(backends.native().isa())
     return block is not None and 4 * channels >= 3 * block * -(-channels // block)
 
@@ -78,7 +78,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
-    """dx of ``shape`` (N, C_in, H, W) from grad (N, C_out, H', W') and weight (C_out, C_in, kH, kW)."""
+    """Compute dx (N, C_in, H, W) of ``shape`` from grad (N, C_out, H', W') and weight (C_out, C_in, kH, kW)."""
     result = grad.new_empty(shape)
     backends.native().conv_strided_input_gradient(
         grad.data_ptr(),

@@ -1,6 +1,6 @@
-"""The weight's gradient on a CPU where the vendor's is slow: of kernels of one pixel, and of outputs of few pixels.
+"""The weight gradient on a CPU for the vendor's slow cases: 1x1 kernels, and outputs with few pixels.
 
-Where a layer has more weights than positions, oneDNN orders all of them anew.
+If a layer has more weights than positions, oneDNN reorders all weights.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastgan.ops.conv import pointwise
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import ONE_ROW, are_plain, in_order, plane_of
 
-_FEW = 16  # positions of a sample's output
-_FEW_IN_ALL = 256  # of all samples, or twice as many as channels: of more, packing them takes what it brings
-_LANES = 32  # channels of input or output, under which turning images of many positions takes too long
+_FEW = 16  # output positions per sample
+_FEW_IN_ALL = 256  # positions of all samples, or twice the number of channels; packing more costs as much as it saves
+_LANES = 32  # input or output channels; with fewer, transposing images with many positions takes too long
 
 
 def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether `weight_gradient` is the faster way to this gradient."""
+    """Return whether `weight_gradient` is the fastest way to compute this gradient."""
     if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
         return False
     positions = prod(grad.shape[2:])

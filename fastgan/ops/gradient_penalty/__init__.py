@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty import compiled
+from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.general import gradients
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
+from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import points
-from fastgan.ops.gradient_penalty.sharding import refuse_sharded
+from fastgan.ops.gradient_penalty.sharding import gathering
 from fastgan.ops.gradient_penalty.small import REASON, is_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
-from fastgan.ops.needed import leave_unread
+from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import compilable, is_entered
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import barely_rerouted, forget, is_complete, twice_differentiable
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -45,21 +48,28 @@ def gradient_penalty(
 ) -> Tensor:
     """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
 
-    ============== ========================================== =======================================
-    kind           at                                         penalty
-    ============== ========================================== =======================================
-    wgan-gp        alpha real + (1 - alpha) fake              weight * mean (|g| - target)^2
-    wgan-lp        alpha real + (1 - alpha) fake              weight * mean max(0, |g| - target)^2
-    max-gp         alpha real + (1 - alpha) fake              weight * max |g|^2
-    zero-centered  alpha real + (1 - alpha) fake              weight * mean |g|^2
-    dragan         real + alpha * 0.5 * std(real) * U(0, 1)   weight * mean (|g| - target)^2
-    r1             real                                       weight / 2 * mean |g|^2
-    r2             fake                                       weight / 2 * mean |g|^2
-    r1+r2          real and fake                              the sum of both
-    a function f   as wgan-gp; real, if there is no fake      weight * mean f(|g|)
-    ============== ========================================== =======================================
+    | kind             | at                                        | penalty                                    |
+    |------------------|-------------------------------------------|--------------------------------------------|
+    | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
+    | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
+    | "max-gp"         | alpha real + (1 - alpha) fake             | weight * max norm^2                        |
+    | "zero-centered"  | alpha real + (1 - alpha) fake             | weight * mean norm^2                       |
+    | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
+    | "r1"             | real                                      | weight / 2 * mean norm^2                   |
+    | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
+    | "r1+r2"          | real and fake                             | the sum of both                            |
+    | "r1-finite-difference" | real                                | as "r1"; its gradient is approximate       |
+    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
 
-    alpha ~ U(0, 1), one for each sample; |g| is a norm over all dimensions of a sample, and the mean is over samples.
+    "r1-finite-difference" is R1 whose gradient is approximated without a double backward, for models that are too large
+    for one or have layers without a second derivative. Its value is exact. Its gradient is that of
+    (sum D(x + e u) - sum D(x - e u)) / (2 e), with u = dP/dg held fixed and e so that x moves by the cube root of its
+    precision, relative to its norm (0.005 in float32). Its bias is of the order e^2 where D is smooth; where D is
+    piecewise affine, it comes from the units that change sides between the two points. It costs a forward and a
+    backward to the inputs, then two forwards and their backward: 8 forwards' work where an exact penalty takes 4 to 6.
+    The two forwards use the same random numbers and, of a module, the same buffers as the first.
+
+    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
     Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
 
     Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
@@ -98,7 +108,7 @@ def gradient_penalty(
             logit; logits without a row for each sample; logits that do not depend on the input; a target for a kind
             without one; dims that are not in the input, or name the samples.
         TypeError: an argument has a wrong type; an input is not floating; ``fake`` is missing for a kind that needs it.
-        RuntimeError: gradients are off, or FSDP shards the discriminator.
+        RuntimeError: gradients are off, or FSDP1 or tensor parallelism shards the discriminator.
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
     Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
@@ -106,23 +116,28 @@ def gradient_penalty(
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
     check_select(select)
-    refuse_sharded(discriminator)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
         if is_entered():
+            _refuse_approximate(penalty)
             part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
             total = part if total is None else total + part
             continue
+        if penalty.is_approximate:
+            with gathering(discriminator):
+                return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
         given = differentiable(point)
         x = floating(given)
         small = _is_small(discriminator, x)
-        with uncompiled if small else twice_differentiable():
-            returned = discriminator(given, *args, **(kwargs or {}))
-        part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=small)
+        plain = small and _is_complete(discriminator, point)
+        with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
+            with barely_rerouted(discriminator, x) if small else twice_differentiable():
+                returned = discriminator(given, *args, **(kwargs or {}))
+            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
         if not small:
             for tensor in x:
-                leave_unread(tensor)
+                mark_unused(tensor)
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -162,6 +177,8 @@ def penalty_from_logits(
         TypeError, RuntimeError: as ``gradient_penalty``.
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
+    if penalty.is_approximate:
+        raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
     check_inputs("inputs", inputs)
     check_select(select)
     _require_grad_mode()
@@ -188,6 +205,27 @@ def _penalty(
     grads, path = gradients(logits, inputs, ours=ours, plain=plain)
     found = [grad for grad in grads if grad is not None]
     return leave_zeros(penalty(found), path, inputs)
+
+
+def gradients_of_logits(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    create_graph: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The logits, one tensor, and the gradients of their sum in the inputs, which keep their own graph."""
+    check_inputs("inputs", inputs)
+    given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
+    x = floating(given)
+    with gathering(discriminator):
+        with twice_differentiable():
+            returned = discriminator(given, *args, **kwargs)
+        if not isinstance(returned, Tensor):
+            raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
+        grads, _ = gradients(logits_of(returned, None, len(x[0])), x, create_graph=create_graph)
+    return returned, [grad for grad in grads if grad is not None]
 
 
 @compilable
@@ -236,16 +274,25 @@ def logits_and_penalty(
     """
     penalty = Penalty(kind, weight, target, dims, reduction)
     if is_entered():
-        _check_call(discriminator, inputs, select)
+        _refuse_approximate(penalty)
+        _check_call(inputs, select)
         returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
         return returned, penalty(grads)
-    returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
-    if tracer is not None and reason is None:
-        return one_pass(returned, logits, x, tracer, penalty)
-    value = _penalty(logits, x, penalty, plain=tracer is None)
+    with gathering(discriminator):
+        if penalty.is_approximate:
+            check_inputs("inputs", inputs)
+            check_select(select)
+            _require_grad_mode()
+            return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
+        plain = _is_complete(discriminator, inputs)
+        returned, logits, x, tracer, reason = _forward(discriminator, inputs, select, args, kwargs)
+        if tracer is not None and reason is None:
+            return one_pass(returned, logits, x, tracer, penalty)
+        with _naming(discriminator, inputs, select, args, kwargs):
+            value = _penalty(logits, x, penalty, plain=tracer is None and plain)
     if tracer is not None:
         for tensor in x:
-            leave_unread(tensor)
+            mark_unused(tensor)
     return returned, value
 
 
@@ -267,12 +314,19 @@ def explain_penalty(
 
     Returns:
         "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
-        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call.
+        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call; or
+        "no penalty" with every layer that has no second derivative, by its path in the model.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
     """
-    forward = _forward(discriminator, inputs, select, args, kwargs)
+    layers = Layers(discriminator)
+    with gathering(discriminator):
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        lacks = layers.lacking(forward.logits, forward.inputs)
+    if lacks:
+        return f"no penalty: {len(lacks)} without a second derivative: {'; '.join(lacks)}"
     if forward.tracer is None or forward.reason is not None:
         return f"general path: {forward.reason}"
     remark = forward.tracer.remark()
@@ -296,11 +350,11 @@ def _forward(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
 ) -> _Forward:
-    _check_call(discriminator, inputs, select)
+    _check_call(inputs, select)
     given = differentiable(inputs)
     x = floating(given)
     if _is_small(discriminator, x):
-        with uncompiled:
+        with barely_rerouted(discriminator, x):
             returned = discriminator(given, *args, **(kwargs or {}))
         return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON)
     with twice_differentiable(), Tracer(*x) as tracer:
@@ -309,11 +363,42 @@ def _forward(
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
 
-def _check_call(discriminator: Callable[..., Any], inputs: Inputs, select: Select | None) -> None:
+def _check_call(inputs: Inputs, select: Select | None) -> None:
     check_inputs("inputs", inputs)
     check_select(select)
-    refuse_sharded(discriminator)
     _require_grad_mode()
+
+
+def _refuse_approximate(penalty: Penalty) -> None:
+    if penalty.is_approximate:
+        raise ValueError(
+            f"kind {penalty.kind!r} cannot be compiled: use kind 'r1' inside torch.compile, or call the penalty in a "
+            "function decorated with torch.compiler.disable"
+        )
+
+
+@contextmanager
+def _naming(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Iterator[None]:
+    """Inside, an error about second derivatives gets the names of the layers, which a second forward finds."""
+    try:
+        yield
+    except NoSecondDerivative as error:
+        layers = Layers(discriminator)
+        with layers.watched():
+            forward = _forward(discriminator, inputs, select, args, kwargs)
+        forget(discriminator)
+        raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
+
+
+def _is_complete(discriminator: Callable[..., Any], inputs: Inputs) -> bool:
+    """Whether a call was seen before, and needed nothing that PyTorch lacks."""
+    return isinstance(discriminator, nn.Module) and is_complete(discriminator, floating(inputs))
 
 
 def _is_small(discriminator: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:

@@ -32,7 +32,7 @@ from fastgan.ops.gradient_penalty.inputs import Inputs, floating, replaced
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, groups_of, logits_of, refuse_dependent
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
-from fastgan.ops.needed import leave_unread
+from fastgan.ops.needed import mark_unused
 from fastgan.ops.twice_differentiable import Reroute, leaves_of
 
 # ---- what Dynamo traces ----
@@ -158,7 +158,7 @@ def leave(
         grads = _gradients(logits, inputs, ours and not lowered, leaves_of(modes))
     if entered:
         for x in inputs:
-            leave_unread(x)
+            mark_unused(x)
     return (*logits, *grads) if follow else grads
 
 

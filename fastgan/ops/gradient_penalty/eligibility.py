@@ -22,16 +22,20 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
-from fastgan import backends
+from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
 from fastgan.ops.gradient_penalty.let_go import is_piecewise_affine, keeps_clear
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
+from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
 
 _UNSEEN = "was written to where no torch function shows it, or through a view; one pass needs to see every change"
-_NO_RULE = "is not known to be piecewise affine and to keep the samples apart"
+_NO_RULE = (
+    "is not known to be piecewise affine and to keep the samples apart, as one pass needs; convolutions, products with"
+    " weights, ReLU, clamp, poolings and reshapes are"
+)
 _ALIASES = {"axis": "dim", "keepdims": "keepdim", "axes": "dims"}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -80,7 +84,7 @@ class Tracer(TorchFunctionMode):
                 self._remember_count(args, result)
             return result
         rule = RULES.get(func)
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             why = next((known.why for known in touched if known.why is not None), None) or self._unseen(touched)
             if why is None and rule is not None:
                 call: Call | None = None
@@ -90,14 +94,14 @@ class Tracer(TorchFunctionMode):
                     why = self._reason(func, str(refused))
         if why is not None or rule is None or call is None:
             result = func(*args, **kwargs)
-            with torch._C.DisableTorchFunction():
+            with torch_private.DisableTorchFunction():
                 if why is not None:
                     self._mark(result, None, why)
                 else:
                     self._judge_unknown(func, result, args, kwargs)
             return result
         call.result = result = call.func(*call.args, **call.kwargs)
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             layout, why = self._end(call, rule.after)
             self._mark(result, layout, why)
         return result
@@ -174,6 +178,12 @@ class Tracer(TorchFunctionMode):
             raise Refused(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
         if not value.requires_grad or self._known(value) is not None:
             return value
+        shard = source(value)
+        if shard is not None:  # the gather of a view is the view that a call may read
+            if id(shard.view) not in self._views:
+                self._views[id(shard.view)] = shard.view
+                self.parameters.append(shard)
+            return value
         view = self._views.get(id(value))
         if view is None:
             view = self._views[id(value)] = value.view_as(value)
@@ -204,7 +214,7 @@ class Tracer(TorchFunctionMode):
                     self._mark(tensor, None, why)
 
     def _remember_count(self, args: tuple[Any, ...], result: Any) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             if all(type(x) is int for x in args) and args in ((result.numel(),), (0, result.numel())):
                 self._counts[id(result)] = _Made(ref(result), result._version, None, None)
 

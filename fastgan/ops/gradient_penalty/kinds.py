@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining
+from fastgan.ops.library import without_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
 Number = float | Tensor
@@ -41,6 +42,7 @@ KINDS = {
     "r1": _SQUARED._replace(factor=0.5),
     "r2": _SQUARED._replace(factor=0.5),
     "r1+r2": _SQUARED._replace(factor=0.5),
+    "r1-finite-difference": _SQUARED._replace(factor=0.5),
 }
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda each: each}
 
@@ -64,6 +66,8 @@ class Penalty:
             raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        if self.is_approximate and self.reduction == "none":
+            raise ValueError(f"{self._name} differentiates the whole batch at once: reduction must be 'mean' or 'sum'")
         object.__setattr__(self, "_over", _checked_dims(self.dims))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
@@ -78,6 +82,11 @@ class Penalty:
     @property
     def _formula(self) -> _Formula:
         return KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether its gradient is a difference of forwards."""
+        return self.kind == "r1-finite-difference"
 
     @property
     def _name(self) -> str:
@@ -158,7 +167,4 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return without_autocast(tensor.device.type)

@@ -25,12 +25,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
-from fastgan import backends
+from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
 from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
-from fastgan.ops.library import last_order, untraced
+from fastgan.ops.library import last_order, untraced, without_autocast
 
 
 def one_pass(
@@ -84,8 +84,7 @@ def _differentiate(
     grads = [grad for grad in found[: len(inputs)] if grad is not None]
     if not grads:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    device = grads[0].device.type
-    with torch.autocast(device, enabled=False):
+    with without_autocast(grads[0].device.type):
         terms = [
             sums(grad * x.detach(), Layout(0), samples)
             for grad, x in zip(found, inputs, strict=False)
@@ -195,7 +194,7 @@ class _OnePass(torch.autograd.Function):
             else:
                 pairs.append((graph.affine, shared.to(graph.affine.dtype)))
         pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # as whoever called backward said
+        keep = torch_private.keeps_graph()  # as whoever called backward said
         found: Any = ()
         if pairs:
             tensors, by = zip(*pairs, strict=True)

@@ -15,7 +15,7 @@ from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same
 def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
     """The points, built as ``real`` is: one, or two for "r1+r2"."""
     check_inputs("real", real)
-    if kind == "r1" or (callable(kind) and fake is None):
+    if kind in ("r1", "r1-finite-difference") or (callable(kind) and fake is None):
         yield real
     elif kind == "dragan":
         yield _perturbed(real, generator)

@@ -1,48 +1,293 @@
-"""Discriminators whose weights a penalty would not find where its forward left them."""
+"""Discriminators whose weights lie in shards.
+
+FSDP2's hooks gather weights for a forward, take the first backward that reaches an output for the end of the step, and
+free the weights after it. A penalty differentiates twice. So its forward passes the hooks over: a module that FSDP2
+manages gathers its weights by a differentiable function (shards.py), runs, and lets them go. FSDP1 and tensor
+parallelism are refused.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from threading import Lock
 from typing import Any
 
-from torch import distributed, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
-MESSAGE = (
-    "a gradient penalty differentiates the weights after FSDP has freed them: "
-    "wrap the discriminator in DistributedDataParallel, and shard the generator alone"
+from fastgan import torch_private
+from fastgan.ops.gradient_penalty.shards import Sharded, Weights
+from fastgan.ops.library import checkpointed_region
+
+_CALLED_OUTSIDE = (
+    "a gradient penalty differentiates the weights after FSDP has freed them: the logits came from a forward with "
+    "FSDP's own hooks. Give the discriminator to gradient_penalty or logits_and_penalty, which call it without them; "
+    "no method other than its call, and not penalty_from_logits"
 )
+_FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) frees the weights that a gradient penalty differentiates: shard the "
+    "discriminator by torch.distributed.fsdp.fully_shard (FSDP2), or wrap it in DistributedDataParallel"
+)
+_TENSOR_PARALLEL = (
+    "the discriminator's parameters are DTensors that FSDP2 did not make, as tensor parallelism has them, which no "
+    "gradient penalty takes: shard it by torch.distributed.fsdp.fully_shard alone, or wrap it in "
+    "DistributedDataParallel"
+)
+_CHECKPOINTED = (
+    "a gradient penalty of a sharded discriminator takes no torch.utils.checkpoint: its second forward runs when the "
+    "weights are gone. Leave the checkpoint out; the weights are gathered layer by layer all the same"
+)
+_HOOKS = "torch.distributed.fsdp._fully_shard"  # where FSDP2's hooks on a module are defined
 
 
 def may_be_sharded() -> bool:
     """Whether anything of this process can be."""
-    return "torch.distributed.fsdp" in sys.modules and distributed.is_initialized()
+    return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
 
 
 may_be_sharded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def refuse_sharded(discriminator: Any) -> None:
-    """Raise for one that FSDP shards.
-
-    FSDP frees the gathered weights once the first backward is through, and gathers them again, and later reduces their
-    gradients, only where a backward reaches an output of the forward. That of a penalty has no path there: the memory
-    of the weights would be read after it is gone.
-    """
-    if not may_be_sharded() or not isinstance(discriminator, nn.Module):
-        return
-    fsdp = sys.modules["torch.distributed.fsdp"]
-    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    if any(isinstance(module, kinds) for module in discriminator.modules()):
-        raise RuntimeError(MESSAGE)
-
-
 def refuse_sharded_graph(path: Iterable[Node]) -> None:
-    """Likewise where the logits alone, or a function around the discriminator, are known.
+    """Raise for logits that were not made by a forward of ours.
 
     Args:
-        path: the nodes between logits and input. FSDP2 puts one of its own before what it shards.
+        path: the nodes between logits and input. FSDP2 puts one of its own before what it shards, and tensor
+            parallelism turns tensors into DTensors and back.
     """
-    if any(type(node).__name__ == "RegisterPostBackwardFunctionBackward" for node in path):
-        raise RuntimeError(MESSAGE)
+    names = {type(node).__name__ for node in path}
+    if "RegisterPostBackwardFunctionBackward" in names:
+        raise RuntimeError(_CALLED_OUTSIDE)
+    if not names.isdisjoint({"_ToTorchTensorBackward", "_FromTorchTensorBackward"}):
+        raise RuntimeError(_TENSOR_PARALLEL)
+
+
+def gathering(discriminator: Any) -> AbstractContextManager[None]:
+    """Around the forward of a penalty and the gradient that it takes: modules that FSDP2 shards gather their weights.
+
+    Raises:
+        RuntimeError: the discriminator, or a module that is called inside, is sharded in a way that no penalty takes.
+    """
+    if not may_be_sharded():
+        return nullcontext()
+    if isinstance(discriminator, nn.Module):
+        _refuse(discriminator)
+    return _gathering()
+
+
+def _refuse(discriminator: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    managed = {id(p) for module in discriminator.modules() for group in _groups(module) for p in _registered(group)}
+    if any(isinstance(p, DTensor) and id(p) not in managed for p in discriminator.parameters()):
+        raise RuntimeError(_TENSOR_PARALLEL)
+
+
+def _registered(group: Any) -> Iterator[Tensor | None]:
+    """The parameters of a group, as the modules have them now."""
+    return (module._parameters.get(name) for p in group.fsdp_params for module, name in _owners(p))
+
+
+_weights: ContextVar[Weights | None] = ContextVar("fastgan_gathered_weights", default=None)
+
+
+@contextmanager
+def _gathering() -> Iterator[None]:
+    weights = Weights()
+    token = _weights.set(weights)
+    try:
+        with _calls, weights.regathered():
+            yield
+    finally:
+        _weights.reset(token)
+
+
+class _Calls:
+    """While anybody is inside, on whatever thread, FSDP's modules are called by the functions below."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                for cls, call in _fsdp_calls():
+                    cls.__call__ = call
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for cls, _ in _fsdp_calls():
+                    del cls.__call__
+
+
+def _fsdp_calls() -> list[tuple[Any, Any]]:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return [(FSDPModule, _call_gathered), (FullyShardedDataParallel, _call_refused)]
+
+
+_calls = _Calls()
+
+
+def _call_refused(module: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if _weights.get() is not None:
+        raise RuntimeError(_FSDP1)
+    return super(FullyShardedDataParallel, module).__call__(*args, **kwargs)
+
+
+def _call_gathered(module: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.distributed.fsdp import FSDPModule
+
+    call = super(FSDPModule, module).__call__
+    weights = _weights.get()
+    if weights is None or torch_private.in_transform():
+        return call(*args, **kwargs)
+    with _without_hooks(module), _NoCheckpoint(), ExitStack() as stack:
+        for group in _groups(module):
+            _check(group)
+            below = set(module.modules())
+            for fsdp_param in group.fsdp_params:
+                owners = [owner for owner in _owners(fsdp_param) if owner[0] in below]
+                if owners:
+                    stack.enter_context(_in_place(owners, weights.gather(_sharded(group, fsdp_param))))
+        return call(*args, **kwargs)
+
+
+class _NoCheckpoint(TorchFunctionMode):
+    """Inside, a checkpointed region raises: its second forward would find shards in the place of weights."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if checkpointed_region() is not None:
+            raise RuntimeError(_CHECKPOINTED)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_place(owners: list[tuple[nn.Module, str]], weight: Tensor) -> Iterator[None]:
+    """Inside, modules have this weight in the place of a parameter."""
+    before = [module._parameters[name] for module, name in owners]
+    try:
+        for module, name in owners:
+            _set(module, name, weight)
+        yield
+    finally:
+        for (module, name), parameter in zip(owners, before, strict=True):
+            _set(module, name, parameter)
+
+
+def _set(module: nn.Module, name: str, weight: Tensor | None) -> None:
+    module._parameters[name] = weight  # type: ignore[assignment]
+    if isinstance(module, nn.RNNBase):  # which reads them from a list
+        module._flat_weights = [getattr(module, each, None) for each in module._flat_weights_names]
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, of FSDP's hooks around this module's forward only the casts are left."""
+    policy = _state(module)._mp_policy
+    device = _state(module)._device
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    dtype = policy.param_dtype if policy.cast_forward_inputs else None
+
+    def given(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        to = partial(_cast, dtype, None if device.type == "cpu" else device)
+        return _on_tensors(to, args), _on_tensors(to, kwargs)
+
+    def returned(_: nn.Module, args: Any, output: Any) -> Any:
+        return output if policy.output_dtype is None else _on_tensors(partial(_cast, policy.output_dtype, None), output)
+
+    stands_for = {key: hook for key, hook in (*before.items(), *after.items()) if _is_of_fsdp(hook)}
+    for hooks, ours in ((before, given), (after, returned)):
+        hooks.update({key: ours for key in hooks if key in stands_for})
+    try:
+        yield
+    finally:
+        for hooks in (before, after):
+            hooks.update({key: stands_for[key] for key in hooks if key in stands_for})
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_HOOKS)
+
+
+def _cast(dtype: torch.dtype | None, device: torch.device | None, tensor: Tensor) -> Tensor:
+    if device is not None and tensor.device.type != device.type:
+        tensor = tensor.to(device)
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _on_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
+    from torch.distributed.utils import _apply_to_tensors
+
+    return _apply_to_tensors(change, values)
+
+
+def _state(module: nn.Module) -> Any:
+    """What FSDP2 knows of a module that it manages."""
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers when this module is called; none for other modules."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = _state(module)
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # of torch 2.6 to 2.10
+
+
+def _owners(fsdp_param: Any) -> list[tuple[nn.Module, str]]:
+    """The modules that have this parameter, and what each calls it."""
+    info = fsdp_param._module_info
+    shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+    return [(info.module, info.param_name), *shared]
+
+
+def _check(group: Any) -> None:
+    if any(fsdp_param.is_dtensor for fsdp_param in group.fsdp_params):
+        raise RuntimeError(_TENSOR_PARALLEL)
+    if getattr(group, "_all_reduce_hook", None) is not None:
+        raise RuntimeError(
+            "a gradient penalty does not run the hook of set_all_reduce_hook: give fully_shard a mesh of two "
+            "dimensions, whose first is replicated, in its place"
+        )
+
+
+def _sharded(group: Any, fsdp_param: Any) -> Sharded:
+    from torch.distributed.tensor import DTensor
+
+    module, name = _owners(fsdp_param)[0]
+    current = module._parameters[name]
+    # Before FSDP's first forward, a module may have got other parameters than those that were sharded.
+    started = _state(group.modules[0])._is_root is not None
+    parameter = fsdp_param.sharded_param if started or not isinstance(current, DTensor) else current
+    if type(parameter.to_local()) is not Tensor:
+        kind = type(parameter.to_local()).__name__
+        raise RuntimeError(f"a gradient penalty gathers plain tensors, but the shard of {name!r} is a {kind}")
+    policy, floating = group.mp_policy, parameter.is_floating_point()
+    comm = group.comm_ctx
+    streams = [getattr(comm, each, None) for each in ("reduce_scatter_stream", "all_reduce_stream")]
+    return Sharded(
+        parameter,
+        group.device,
+        policy.param_dtype if floating and policy.param_dtype is not None else parameter.dtype,
+        policy.reduce_dtype,
+        group.gradient_divide_factor or parameter.device_mesh.size(),
+        tuple(stream for stream in streams if isinstance(stream, torch.cuda.Stream)),
+        keeps=group.post_forward_mesh_info is None,
+    )

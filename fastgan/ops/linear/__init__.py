@@ -9,17 +9,25 @@ __all__ = ["linear"]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: ``torch.nn.functional.linear`` itself, same arguments, results and errors.
+    """Compute x W^T + b. This is ``torch.nn.functional.linear`` itself, with the same arguments, results and errors.
 
-    Its double backward is two matrix products, of which autograd forms those that are asked for, and a penalty's first
-    pass forms no weight gradient: there is nothing to save (docs/decisions.md).
+    Order of derivative: any. A fused kernel would save nothing: the double backward consists of two matrix products,
+    autograd computes only those that are requested, and the first pass of a penalty computes no weight gradient
+    (docs/decisions.md).
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.linear(torch.randn(8, 32), torch.randn(1, 32))
+    ```
 
     Args:
-        input: (*, in_features).
-        weight: (out_features, in_features), of the input's dtype.
-        bias: (out_features,), likewise.
+        input: (*, in_features), any floating-point dtype.
+        weight: (out_features, in_features), dtype of the input.
+        bias: (out_features,), dtype of the input, or None.
 
     Returns:
-        (*, out_features). Differentiable to any order.
+        (*, out_features), dtype of the input.
     """
     return F.linear(input, weight, bias)

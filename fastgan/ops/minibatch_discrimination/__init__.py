@@ -1,4 +1,4 @@
-"""Minibatch discrimination in memory linear in the batch, fused up to the second derivative, across ranks."""
+"""Minibatch discrimination with memory linear in the batch, fused kernels up to the second derivative, and ranks."""
 
 from __future__ import annotations
 
@@ -26,30 +26,41 @@ def minibatch_discrimination(
     process_group: Group | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """How close a sample is to the others of its batch: o[i, b] = sum over j of exp(-sum_c |m[i, b, c] - m[j, b, c]|).
+    """Measure the closeness of each sample to the others: o[i, b] = sum_j exp(-sum_c |m[i, b, c] - m[j, b, c]|).
 
-    Nothing of the size N x N is stored up to the second derivative: memory is O(N B C). Sums are kept in float32
-    (float64 for float64); the same inputs give the same bits.
+    Up to the second derivative, no tensor of size N x N is stored: memory is O(N B C). Sums are accumulated in float32
+    (float64 for float64 input), and the same inputs give the same bits.
+
+    Order of derivative: any. The derivative of |.| at 0 is 0. PyTorch operations compute the third and higher orders;
+    these hold every pair of samples at once.
+
+    Source: Salimans et al., Improved Techniques for Training GANs (2016).
+
+    ```python
+    import torch
+    import fastgan
+
+    closeness = fastgan.ops.minibatch_discrimination(torch.randn(16, 100, 5))  # (16, 100)
+    ```
 
     Args:
-        activations: m, (N, B, C), float16, bfloat16, float32 or float64. Where N, B or C is 0 there is nothing to
-            compare, and o is a sum over nothing or over exp(0).
-        exclude_self: leave out j = i.
-        segments: (N,) integers: only j of the same segment count, real and fake halves apart, say.
-        process_group: j runs over the samples of all its ranks, each of which passes as many and takes every
-            derivative that the others take; a gradient is that of the sum of all ranks' losses. None: this process's.
-        backend: run on this backend instead of the fastest.
+        activations: m, (N, B, C); float16, bfloat16, float32 or float64. If N or B is 0, the result is empty. If C is
+        0,
+            every distance is 0.
+        exclude_self: exclude the pairs with j = i.
+        segments: (N,) integers, or None. Only samples of the same segment are compared, for example to keep real and
+            fake samples apart.
+        process_group: j runs over the samples of all ranks. Every rank must pass the same number of samples and take
+            the same derivatives. Gradients are those of the sum of all ranks' losses. None: samples of this process.
+        backend: name of the backend to use. None: the fastest one.
 
     Returns:
-        (N, B), of the dtype of the activations.
+        (N, B), dtype of the activations.
 
     Raises:
-        TypeError: something is not a tensor, a bool or a process group, or a dtype is not as above.
-        ValueError: a shape or device is not as above.
-        BackendUnavailable: the backend asked for cannot run here.
-
-    Differentiable to any order, with 0 for the derivative of |.| at 0. From the third order on PyTorch's operations
-    hold every pair of samples at once. Source: Salimans et al., Improved Techniques for Training GANs (2016).
+        TypeError: an argument is not a tensor, bool or process group, or has an unsupported dtype.
+        ValueError: a shape or device does not fit.
+        BackendUnavailable: the requested backend cannot run here.
     """
     if not isinstance(activations, Tensor):
         raise TypeError(f"activations must be a tensor, got {type(activations).__name__}")

@@ -1,8 +1,9 @@
-"""The operators of minibatch discrimination, their implementations a backend, and the derivatives up to the second.
+"""The operators of minibatch discrimination, their implementation on each backend, and the derivatives.
 
-The sum over pairs is symmetric, and each order (the formulas are in csrc/cpu/minibatch_discrimination.cpp) gives the
-result of a row from what all rows brought in. So a process of a group computes its own rows only, and what travels is
-gathered on the way in: m going forward, the gradients of o (a C-th of m) going back, the tangents in the second order.
+The sum over pairs is symmetric. At each order, the result of a row depends on the operands of all rows (the formulas
+are in csrc/cpu/minibatch_discrimination.cpp). So each process of a group computes only its own rows and gathers the
+operands first: m in the forward, the gradients of o (1 / C of the size of m) in the backward, and the tangents in the
+second order.
 """
 
 from __future__ import annotations
@@ -15,41 +16,38 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
-# h: gradient of o, w: gradient of dm; they, segments and m, which is packed for the backend, are everyone's. What is
-# written is of the rows from `first` on.
-LIBRARY.define(
-    "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
-    " -> ()"
-)
-LIBRARY.define(
-    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
-)
-LIBRARY.define(
-    "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
-    " Tensor(b!)? by_m, int first, str backend) -> ()"
-)
+# h: gradient of o, w: gradient of dm. The inputs h, w, segments and m (packed for the backend) hold the rows of all
+# ranks. The outputs hold this rank's rows, which start at `first`.
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("minibatch_discrimination", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_fwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
+    " -> ()"
+)
 def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool, backend: str) -> None:
     _kernels(backend).forward(m, segments, o, first, exclude_self)
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
+)
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
     _kernels(backend).backward(stored(h).contiguous(), m, segments, target, first)
     copy_back(target, dm)
 
 
-@torch.library.impl(LIBRARY, "minibatch_discrimination_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
+    " Tensor(b!)? by_m, int first, str backend) -> ()"
+)
 def _double_backward(
     w: Tensor,
     h: Tensor,
@@ -66,9 +64,6 @@ def _double_backward(
     copy_back(targets[1], by_m)
 
 
-returns_nothing(*(f"minibatch_discrimination_{order}" for order in ("fwd", "bwd", "bwd_bwd")))
-
-
 @cache
 def _kernels(backend: str) -> Any:
     if backend == "triton":
@@ -79,13 +74,13 @@ def _kernels(backend: str) -> Any:
 
 
 def packed(everyone: Tensor, backend: str) -> Tensor:
-    """As the kernels read it: on a GPU a tile of samples must be contiguous, on a CPU a task packs its own."""
+    """Arrange m for the kernels. A GPU needs a tile of samples to be contiguous; on a CPU, each task packs its own."""
     everyone = stored(everyone)
     return everyone.contiguous() if backend == "cpu" else everyone.permute(1, 2, 0).contiguous()  # (B, C, N)
 
 
 def _target(output: Tensor | None) -> Tensor | None:
-    """What a kernel writes: the output, or a contiguous stand-in."""
+    """Return the tensor that a kernel writes: the output itself, or a contiguous buffer in its place."""
     if output is None or output.is_contiguous():
         return output
     return torch.empty_like(output, memory_format=torch.contiguous_format)
@@ -110,7 +105,7 @@ class _Discrimination(torch.autograd.Function):
         if h is None:
             return (None,) * 5
         everyones_h = gather(h, ctx.group)
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         run: Any = _DiscriminationBackward.apply if torch.is_grad_enabled() else _run_backward
         return run(h, everyones_h, *ctx.saved_tensors, ctx.group, ctx.backend), None, None, None, None
 
@@ -170,7 +165,7 @@ def _double_backward_to_any_order(
 def discriminate(
     activations: Tensor, segments: Tensor | None, exclude_self: bool, group: Group | None, backend: str
 ) -> Tensor:
-    """The op without its checks, on the backend chosen."""
+    """Run the op on the chosen backend, without argument checks."""
     segments = None if segments is None else gather(segments.long(), group)
     if backend == "reference":
         first = first_row(len(activations), group)

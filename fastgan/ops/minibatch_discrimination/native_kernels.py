@@ -1,4 +1,4 @@
-"""Calls into fastgan._native and fastgan._native_cuda: the only place of this op where addresses are taken."""
+"""Calls into fastgan._native and fastgan._native_cuda. Only this file of the op passes raw addresses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgan.ops.library import dtype_name
 
 
 class Native:
-    """One of the two modules, as kernels that write into contiguous tensors. None is the address 0."""
+    """The kernels of one of the two modules. They write into contiguous tensors; None becomes the address 0."""
 
     def __init__(self, backend: str) -> None:
         self.on_cpu = backend == "cpu"
@@ -62,12 +62,12 @@ class Native:
         getattr(module, f"minibatch_discrimination_{order}")(name, addresses, sizes, *options, self._where(m))
 
     def _where(self, m: Tensor) -> int:
-        """A number of threads, or a CUDA stream."""
+        """Return the number of threads on a CPU, or the CUDA stream."""
         return torch.get_num_threads() if self.on_cpu else torch.cuda.current_stream(m.device).cuda_stream
 
 
 def _by_segment(segments: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The samples of each segment one after another, and where in that order each segment ends."""
+    """Return the sample indices sorted by segment, and the end of each segment in that order."""
     if segments is None:
         return None, None
     ordered, order = segments.sort(stable=True)

@@ -1,4 +1,4 @@
-"""The samples of all processes of a group, in the order of their ranks. Without a group, one process is everyone."""
+"""Gather the samples of all ranks of a process group, in the order of the ranks. Without a group there is one rank."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-Group = Any  # torch.distributed.ProcessGroup, which is not there in every build of PyTorch
+Group = Any  # torch.distributed.ProcessGroup, which some builds of PyTorch lack
 
 
 def first_row(rows: int, group: Group | None) -> int:
-    """Where this process's samples begin among everyone's."""
+    """Return the index of this rank's first sample among the samples of all ranks."""
     return 0 if group is None else dist.get_rank(group) * rows
 
 
 def gather(rows: Tensor, group: Group | None) -> Tensor:
-    """Everyone's rows, of which each process has as many, without a graph."""
+    """Gather the rows of all ranks, without a graph. Every rank must have the same number of rows."""
     if group is None:
         return rows
     everyone = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
-    # As bytes: not every backend of torch.distributed knows every dtype.
+    # As bytes, because some backends of torch.distributed do not support every dtype.
     dist.all_gather_into_tensor(everyone.view(torch.uint8), rows.contiguous().view(torch.uint8), group=group)
     return everyone
 
 
 def differentiable_gather(rows: Tensor, group: Group | None) -> Tensor:
-    """Everyone's rows, differentiable to any order: each process's gradient is that of the sum of all losses."""
+    """Gather the rows of all ranks, differentiably to any order. Gradients are those of the sum of all losses."""
     if group is None:
         return rows
     everyone: Tensor = _Gather.apply(rows, group)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _OwnShare(torch.autograd.Function):
-    """The sum over processes, of which each keeps its own rows: the transpose of the gathering."""
+    """Sum over ranks and keep this rank's rows. This is the transpose of gathering."""
 
     @staticmethod
     def forward(ctx: Any, everyone: Tensor, group: Group) -> Tensor:

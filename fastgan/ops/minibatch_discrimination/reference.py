@@ -1,4 +1,4 @@
-"""Minibatch discrimination in plain PyTorch, differentiable to any order: it holds every pair of samples at once."""
+"""Minibatch discrimination in plain PyTorch, differentiable to any order. It holds every pair of samples at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def minibatch_discrimination(
     rows: Tensor, everyone: Tensor, first: int, segments: Tensor | None, exclude_self: bool
 ) -> Tensor:
-    """Of ``rows``, which are those of ``everyone`` from ``first`` on, each against everyone."""
+    """Compare each of ``rows`` with all of ``everyone``; ``rows`` is the part of ``everyone`` from ``first`` on."""
     distance = (rows[:, None] - everyone[None]).abs().sum(-1)  # (rows, everyone, B)
     similarity = torch.exp(-distance)
     own = torch.arange(first, first + len(rows), device=rows.device)

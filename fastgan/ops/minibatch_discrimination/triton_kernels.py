@@ -1,15 +1,16 @@
-"""Minibatch discrimination in Triton; the formulas and their derivation are in csrc/cpu/minibatch_discrimination.cpp.
+"""Minibatch discrimination in Triton. The formulas and their derivation are in csrc/cpu/minibatch_discrimination.cpp.
 
     _similarities   o
     _gradients      dm, or by_h and by_m
 
-m is packed (B, C, N), so that a tile of samples is contiguous; it is packed once, for all orders. A program has one b
-and a tile of samples i, and meets all others j tile by tile: the pairs of two tiles stay in registers, what they sum up
-to is written once. Each pair is visited twice, from either side: giving to both would need atomics.
+m is packed as (B, C, N), so that a tile of samples is contiguous. It is packed once for all orders. A program handles
+one b and a tile of samples i, and loops over the tiles of all samples j. The pairs of two tiles stay in registers, and
+their sums are written once. Each pair is visited twice, once from either side; adding to both sides would need atomics.
 
-Operations, of N^2 B pairs: forward 2 C and an exp, backward 5 C, double backward 9 C. A row of sums over j becomes one
-column of a (samples, dims) tile by a comparison with the column's number, as registers have no index: 1 / BLOCK of
-the pairs' work a dim. Of more than DIMS dims, programs share out what is written, and each measures all distances.
+Operations for each of the N^2 B pairs: 2 C and an exp in the forward, 5 C in the backward, 9 C in the double backward.
+Registers cannot be indexed, so a row of sums over j is inserted into its column of a (samples, dims) tile by comparing
+column numbers. That costs 1 / BLOCK of the pairs' work per dim. With more than DIMS dims, several programs share the
+output, and each computes all distances.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _gradients(
     DIMS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Without w: dm to by_m."""
+    """Compute by_h and by_m. Without w, write dm to by_m."""
     ACC: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     tiles = tl.cdiv(rows, BLOCK)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -143,7 +144,7 @@ def _gradients(
                 of_dims += tl.where(column == c, given[:, None], 0.0)
                 at += samples
     target = row.to(tl.int64) * kernels + b
-    if by_h_ptr is not None:  # noqa: SIM102 (known when compiling, the other is not)
+    if by_h_ptr is not None:  # noqa: SIM102 (a compile-time condition; the inner one is not)
         if c0 == 0:
             tl.store(typed(by_h_ptr, DTYPE) + target, rounded(of_sample, DTYPE), mask=row < rows)
     if by_m_ptr is not None:
@@ -154,8 +155,8 @@ def _gradients(
 _SIZES = dict.fromkeys(("samples", "kernels", "dims", "first", "rows"), "i32")
 
 
-# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
-# and the values that its constants take together, without DTYPE, the input's dtype.
+# For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
+# combinations of its constants, without DTYPE, the dtype of the input.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         _similarities,
@@ -216,7 +217,7 @@ def _launch_gradients(
 
 
 def _tile(m: Tensor, most: int) -> tuple[int, int]:
-    """Samples a tile and warps a program, by the number of samples and by what the registers hold."""
+    """Return the samples per tile and warps per program. They depend on the number of samples and on register size."""
     most = 32 if m.dtype == torch.float64 else most
     block = max(16, min(most, int(triton.next_power_of_2(m.shape[2]))))
     return block, 8 if block == 64 else 4

@@ -1,4 +1,4 @@
-"""Minibatch standard deviation: how little the samples of a group differ, shown to the discriminator."""
+"""Minibatch standard deviation: shows the discriminator how much the samples of a group differ."""
 
 from __future__ import annotations
 
@@ -33,35 +33,44 @@ def minibatch_stddev(
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Append the standard deviation over groups of samples, averaged over channels and positions, as channels.
+    """Append the standard deviation over groups of samples, averaged over channels and positions, as new channels.
 
-    With G = min(group_size, N), sample n belongs to group n % (N / G). For each group and each of the
-    F = num_channels blocks of C / F channels: mean over the block and over *S of sqrt(var + eps), var over the G
-    members without correction. Computed in float32 (float64 for float64), rounded once to the dtype of x; the same
-    inputs give the same bits. channels_last in, channels_last out; any other strides give a contiguous result.
+    With G = min(group_size, N), sample n belongs to group n % (N / G). The channels are split into F = num_channels
+    blocks of C / F channels. For each group and block, the statistic is the mean of sqrt(var + eps) over the block and
+    over all positions, where var is the biased variance over the G members. It is computed in float32 (float64 for
+    float64 input) and rounded once to the dtype of x. The same inputs give the same bits. The result is channels_last
+    if the input is, and contiguous otherwise.
+
+    Order of derivative: any. PyTorch operations compute the third and higher orders.
+
+    Source: Karras et al., Progressive Growing of GANs (2018). The groups are from Karras et al., StyleGAN (2019).
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.minibatch_stddev(torch.randn(8, 32, 4, 4), group_size=4)  # (8, 33, 4, 4)
+    ```
 
     Args:
-        x: (N, C, *S), float16, bfloat16, float32 or float64; S may be empty.
-        group_size: the members of a group; None: the whole batch.
-        num_channels: a divisor of C.
-        eps: added to the variance, positive.
-        remainder: what to do if G does not divide N: ``"error"``, or ``"largest-divisor"``: the largest divisor of N
-            up to G takes its place.
-        process_group: form the groups over the batches of all ranks, one after another in the order of the ranks,
-            which may differ in N. Gradients are those of the sum of all ranks' losses. Every rank must call, and
-            differentiate, alike. Runs in PyTorch.
-        backend: run on this backend instead of the fastest.
+        x: (N, C, *S); float16, bfloat16, float32 or float64. S may be empty.
+        group_size: number of samples in a group. None: the whole batch.
+        num_channels: number of appended channels, a divisor of C.
+        eps: added to the variance, greater than 0.
+        remainder: what to do if G does not divide N. ``"error"`` raises, and ``"largest-divisor"`` replaces G by the
+            largest divisor of N that is not greater than G.
+        process_group: form groups over the batches of all ranks, concatenated in the order of the ranks. The ranks may
+            have different N. Gradients are those of the sum of all ranks' losses. Every rank must make the same calls
+            and take the same derivatives. This runs in PyTorch.
+        backend: name of the backend to use. None: the fastest one.
 
     Returns:
-        (N, C + num_channels, *S), of the dtype of x.
+        (N, C + num_channels, *S), dtype of x.
 
     Raises:
-        TypeError: ``x`` is not a tensor of such a dtype.
-        ValueError: a shape or number is not as above.
-        BackendUnavailable: the backend asked for cannot run here.
-
-    Differentiable to any order, from the third on in operations of PyTorch. Source: Karras et al., Progressive Growing
-    of GANs (2018); in groups: Karras et al., StyleGAN (2019).
+        TypeError: ``x`` is not a tensor, or has an unsupported dtype.
+        ValueError: a shape or number does not fit.
+        BackendUnavailable: the requested backend cannot run here.
     """
     _check(x, group_size, num_channels, eps, remainder)
     if process_group is not None:
@@ -89,7 +98,7 @@ def _check(x: Tensor, group_size: int | None, num_channels: int, eps: float, rem
 
 
 def check_settings(group_size: int | None, num_channels: int, eps: float, remainder: str) -> None:
-    """The checks that need no input."""
+    """Check the settings that do not depend on the input."""
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"group_size must be a positive integer or None, got {group_size!r}")
     if not isinstance(num_channels, int) or num_channels < 1:

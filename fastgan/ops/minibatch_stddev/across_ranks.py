@@ -1,7 +1,7 @@
 """Minibatch standard deviation over the batches of all ranks.
 
-Ranks exchange moments, not samples: a group's sums, then its sums of squares about the mean, (M, C, *S) each, where the
-batch of all ranks is (M G, C, *S). With derivatives of any order.
+Ranks exchange moments, not samples: the sums of each group, then its sums of squares about the mean, (M, C, *S) each,
+where the batch of all ranks is (M G, C, *S). Derivatives of any order exist.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def minibatch_stddev(
     first, samples = _place(len(x), x.device, process_group)
     size = size_of_groups(samples, group_size, remainder)
     groups = samples // size
-    group = torch.arange(first, first + len(x), device=x.device) % groups  # of each sample here
+    group = torch.arange(first, first + len(x), device=x.device) % groups  # the group of each local sample
 
     def mean(values: Tensor) -> Tensor:
-        """Over the members of each group, wherever they are: (N, C, *S) -> (M, C, *S)."""
+        """Average over the members of each group on all ranks: (N, C, *S) -> (M, C, *S)."""
         sums = values.new_zeros(groups, *values.shape[1:]).index_add(0, group, values)
         result: Tensor = _SumOverRanks.apply(sums, process_group)  # type: ignore[no-untyped-call]
         return result / size
@@ -39,7 +39,7 @@ def minibatch_stddev(
 
 
 def _place(samples: int, device: torch.device, process_group: dist.ProcessGroup) -> tuple[int, int]:
-    """Where this rank's samples begin in the batch of all ranks, and how many these are."""
+    """Return the index of this rank's first sample in the batch of all ranks, and the size of that batch."""
     counts = torch.empty(process_group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(counts, counts.new_tensor([samples]), group=process_group)
     before = counts.tolist()
@@ -47,7 +47,7 @@ def _place(samples: int, device: torch.device, process_group: dist.ProcessGroup)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Every rank's tensors summed, on every rank; of the sum of all ranks' losses this is its own adjoint."""
+    """Sum the tensors of all ranks. For the sum of all ranks' losses, this map is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, process_group: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators of minibatch standard deviation, their implementations a backend, the derivatives up to the second."""
+"""The operators of minibatch standard deviation, their implementation on each backend, and the derivatives."""
 
 from __future__ import annotations
 
@@ -10,26 +10,16 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import differentiate, double_backward
-from fastgan.ops.library import LIBRARY, accumulation_dtype, copy_back, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
 from fastgan.ops.minibatch_stddev import native_kernels, reference
 from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
-
-LIBRARY.define("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
-LIBRARY.define(
-    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
-    " -> ()"
-)
-LIBRARY.define(
-    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
-    " float eps, str backend) -> ()"
-)
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("minibatch_stddev", dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
 backends.register("minibatch_stddev_across_ranks", {"reference": _DTYPES})
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_fwd", "CompositeExplicitAutograd")
+@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
 def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: str) -> None:
     layout = Layout(*layout)
     target = _dense(y, layout)
@@ -37,7 +27,10 @@ def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: s
     copy_back(target, y)
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
+    " -> ()"
+)
 def _backward(
     dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Sequence[int], eps: float, backend: str
 ) -> None:
@@ -47,7 +40,10 @@ def _backward(
     copy_back(target, dx)
 
 
-@torch.library.impl(LIBRARY, "minibatch_stddev_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
+    " float eps, str backend) -> ()"
+)
 def _double_backward(
     h: Tensor,
     x: Tensor,
@@ -63,9 +59,6 @@ def _double_backward(
     _kernels(backend).double_backward(_dense(h, layout), _dense(x, layout), slope, *targets, layout, eps)
     for target, output in zip(targets, (by_dy, by_x), strict=True):
         copy_back(target, output)
-
-
-returns_nothing("minibatch_stddev_fwd", "minibatch_stddev_bwd", "minibatch_stddev_bwd_bwd")
 
 
 def _kernels(backend: str) -> Any:
@@ -100,7 +93,7 @@ class _Stddev(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 4
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         run: Any = _StddevBackward.apply if torch.is_grad_enabled() else _run_backward
         dx, _ = run(dy, *ctx.saved_tensors, ctx.layout, ctx.eps, ctx.backend)
         return dx, None, None, None
@@ -117,7 +110,7 @@ def _run_backward(dy: Tensor, x: Tensor, layout: Layout, eps: float, backend: st
 class _StddevBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, x: Tensor, layout: Layout, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-        # slope is all of dy that the second derivative needs. It is a result, so that it leads to dy in the graph.
+        # The second derivative needs only the slope from dy. The slope is an output, so its graph leads to dy.
         dx, slope = _run_backward(dy, x, layout, eps, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, slope)
@@ -126,7 +119,7 @@ class _StddevBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, ...]:
-        """``k``, of the slopes, comes from a third derivative."""
+        """``k`` is the gradient of the slopes. Only a third derivative produces it."""
         x, slope = ctx.saved_tensors
         layout: Layout = ctx.layout
         results: list[Tensor | None] = [None, None]
@@ -148,7 +141,7 @@ class _StddevBackward(torch.autograd.Function):
 def _double_backward_to_any_order(
     h: Tensor, x: Tensor, slope: Tensor, layout: Layout, eps: float
 ) -> list[Tensor | None]:
-    """With y the statistics (M, F), dx = dy of the values + (dy / dx)^T (slope * values)."""
+    """Differentiate dx = (dy at the values) + (ds / dx)^T (slope * values), with s the statistics (M, F)."""
 
     def backward(by_statistics: Tensor, x: Tensor) -> list[Tensor | None]:
         return differentiate([reference.statistics(x, layout.size, layout.features, eps)], [by_statistics], [x])
@@ -160,6 +153,6 @@ def _double_backward_to_any_order(
 
 
 def append_stddev(x: Tensor, size: int, num_channels: int, eps: float, backend: str) -> Tensor:
-    """The op without its checks, on the backend chosen."""
+    """Run the op on the chosen backend, without argument checks."""
     result: Tensor = _Stddev.apply(x, layout_of(x, size, num_channels), eps, backend)
     return result

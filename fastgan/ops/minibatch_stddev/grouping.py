@@ -1,4 +1,4 @@
-"""How many samples form a group."""
+"""The number of samples in a group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def size_of_groups(samples: int, group_size: int | None, remainder: str) -> int:
         if remainder == "error":
             raise ValueError(
                 f"x must have a multiple of group_size samples, got N = {samples} and groups of {size};"
-                ' remainder="largest-divisor" takes a smaller size'
+                ' remainder="largest-divisor" uses a smaller group size'
             )
         size = next(divisor for divisor in range(size, 0, -1) if samples % divisor == 0)
     return size

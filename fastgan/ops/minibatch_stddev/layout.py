@@ -1,4 +1,4 @@
-"""How an input is seen by the kernels."""
+"""The layout in which the kernels see an input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Layout(NamedTuple):
-    """Sample ``g * groups + m`` is member g of group m, and in memory (outer, features, run).
+    """Sample ``g * groups + m`` is member g of group m. In memory it is (outer, features, run).
 
-    The result's sample is (outer, features * run + features * tail): behind the values, each statistic ``tail`` times.
+    A sample of the result is (outer, features * run + features * tail): the values, then each statistic ``tail`` times.
     Contiguous (N, C, *S): outer 1, run C / F * S, tail S. channels_last: outer S, run C / F, tail 1.
     """
 
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
     @property
     def values(self) -> int:
-        """What the mean of a group and block is over, times the members of the group."""
+        """The number of values in a group and block, over all members of the group."""
         return self.outer * self.run * self.size
 
 

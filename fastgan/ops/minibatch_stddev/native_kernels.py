@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken. None is the address 0."""
+"""Calls into fastgan._native. Only this file of the op passes raw addresses; None becomes the address 0."""
 
 from __future__ import annotations
 

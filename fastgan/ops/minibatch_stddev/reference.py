@@ -1,4 +1,4 @@
-"""Minibatch standard deviation in PyTorch: the specification, the fallback and the benchmark's baseline."""
+"""Minibatch standard deviation in PyTorch: the reference, the fallback and the benchmark's baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def minibatch_stddev(x: Tensor, size: int, num_channels: int, eps: float) -> Ten
 
 
 def statistics(x: Tensor, size: int, num_channels: int, eps: float) -> Tensor:
-    """Of each of the M groups and each block of channels: (M, F)."""
+    """Compute the statistic of each of the M groups and each block of channels: (M, F)."""
     y = x.to(accumulation_dtype(x.dtype))
     y = y.reshape(size, len(x) // size, num_channels, x.shape[1] // num_channels, *x.shape[2:])  # (G, M, F, C/F, *S)
     y = y - y.mean(0)
@@ -22,6 +22,6 @@ def statistics(x: Tensor, size: int, num_channels: int, eps: float) -> Tensor:
 
 
 def append(x: Tensor, statistics: Tensor) -> Tensor:
-    """x (N, C, *S) with statistics (N, F) as its last channels."""
+    """Append statistics (N, F) to x (N, C, *S) as its last channels."""
     planes = statistics.to(x.dtype).view(*statistics.shape, *(1 for _ in x.shape[2:]))
     return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], 1)

@@ -1,13 +1,14 @@
-"""Minibatch standard deviation in Triton; the formulas and their derivation are in csrc/cpu/minibatch_stddev.cpp.
+"""Minibatch standard deviation in Triton. The formulas and their derivation are in csrc/cpu/minibatch_stddev.cpp.
 
-    _forward           copies x and sums s; a program has a tile of values of one group and block of channels
-    _append            the sums of such programs, added, behind the values of each sample: y, or by_dy
-    _slopes            a, a program a group and block
+    _forward           copies x and sums s; a program handles a tile of values of one group and block of channels
+    _append            adds the sums of these programs and writes them after the values of each sample: y, or by_dy
+    _slopes            a; one program per group and block
     _backward          dx, from dy, x and a
     _double_backward   by_x, the values of by_dy, and the sums of r q
 
-Bytes: of the members of a group, a tile is held in registers (where there are more than _MEMBERS, it is read again,
-from L1): each operand is read once and each result written once. Sums are partial a program and added in one order.
+Bytes: each operand is read once, and each result is written once. A tile of all members of a group stays in registers;
+if a group has more than _MEMBERS members, the tile is read again from L1. Each program leaves a partial sum, and the
+partial sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.minibatch_stddev.layout import Layout
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
-_MEMBERS = 16  # held at a time
-_TILE = 2048  # values of all of these
+_MEMBERS = 16  # members held in registers at a time
+_TILE = 2048  # values of all these members together
 _BLOCK = 1024
 
 
 @triton.jit
 def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program: its values of the first member without and with statistics, how far off each member's next are,
-    which are real, and their slot."""
+    """Return the offsets of this program's values for the first member, in tensors without and with statistics.
+
+    Also return the distance to the next member in both, the mask of valid values, and the slot of group and block.
+    """
     count = tl.cast(outer, tl.int64) * run
     parts = tl.cdiv(count, BLOCK)
     slot = tl.program_id(0) // parts
@@ -53,20 +56,20 @@ def _mean(x_ptr, narrow, step, inside, SIZE: tl.constexpr, MEMBERS: tl.constexpr
     for first in range(0, SIZE, MEMBERS):
         g = first + tl.arange(0, MEMBERS)[:, None]
         total += tl.sum(tl.load(x_ptr + g * step + narrow, mask=(g < SIZE) & inside, other=0.0).to(ACC), 0)
-    near = total / SIZE  # by a GPU's reciprocal, which may be a bit off
+    near = total / SIZE  # approximate: a GPU divides by its inexact reciprocal
     rest = tl.zeros([narrow.shape[0]], ACC)
     for first in range(0, SIZE, MEMBERS):
         g = first + tl.arange(0, MEMBERS)[:, None]
         real = (g < SIZE) & inside
         rest += tl.sum(tl.where(real, tl.load(x_ptr + g * step + narrow, mask=real, other=0.0).to(ACC) - near, 0.0), 0)
-    return near + rest / SIZE  # so that samples that are equal do not deviate
+    return near + rest / SIZE  # exact enough that equal samples have zero deviation
 
 
 @triton.jit
 def _moments(
     x_ptr, narrow, step, inside, EPS: tl.constexpr, SIZE: tl.constexpr, MEMBERS: tl.constexpr, ACC: tl.constexpr
 ):
-    """<x>, and <z^2> + eps"""
+    """Return <x> and <z^2> + eps."""
     mean = _mean(x_ptr, narrow, step, inside, SIZE, MEMBERS, ACC)
     squares = tl.zeros([narrow.shape[0]], ACC)
     for first in range(0, SIZE, MEMBERS):
@@ -248,13 +251,13 @@ def _double_backward(
 
 _SIZES = dict.fromkeys(("groups", "outer", "features", "run", "tail"), "i32")
 _FOUR = {"MANY_ROWS": False, "EPS": 1e-8, "SIZE": 4, "MEMBERS": 4, "BLOCK": 512}
-# A launch makes constants of sizes that are 1.
+# A launch specializes sizes of 1 as constants.
 _ONES = {"groups": 1, "outer": 1, "features": 1, "run": 1, "tail": 1}
 _ONE = {**_FOUR, **_ONES}
 _MANY = {"MANY_ROWS": True, "EPS": 1e-8, "SIZE": 33, "MEMBERS": 16, "BLOCK": 128}
 
-# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
-# and the values that its constants take together, without DTYPE, the input's dtype.
+# For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
+# combinations of its constants, without DTYPE, the dtype of the input.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (_forward, addresses("x", "y", "sums") | _SIZES, [_FOUR, _ONE, _MANY]),
     (_append, addresses("sums", "to") | _SIZES | {"parts": "i32"}, [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, **_ONES}]),

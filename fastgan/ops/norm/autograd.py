@@ -1,4 +1,4 @@
-"""The operators of normalisation, their implementations a backend, and the derivatives up to the second."""
+"""The operators of normalization, their implementation on each backend, and the derivatives."""
 
 from __future__ import annotations
 
@@ -9,54 +9,51 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import LIBRARY, accumulation_dtype, is_eager, returns_nothing, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
 from fastgan.ops.norm import native_kernels, reference
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, channels_last
 
-# All write into tensors that they are given: an operator cannot return a tensor that may be absent.
-LIBRARY.define(
-    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
-    " int[] layout, float eps, str backend) -> ()"
-)
-LIBRARY.define(
-    "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
-)
-LIBRARY.define(
-    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
-)
+# The operators write into tensors that the caller allocates, because an operator cannot return an optional tensor.
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 for _op in ("layer_norm", "group_norm", "instance_norm", "batch_norm"):
     backends.register(_op, dict.fromkeys(("reference", "cpu", "triton"), _DTYPES))
 
-# Tensors of the input's dtype and shape; the others are of the accumulation type.
+# Tensors with the dtype and shape of the input. All others have the accumulation dtype.
 _OF_INPUT = {"x", "y", "dy", "dx", "h", "by_dy", "by_x"}
 _WRITTEN = {"y", "statistics", "dx", "dweight", "dbias", "by_dy", "by_x", "by_weight"}
 
 
-@torch.library.impl(LIBRARY, "norm_fwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
+    " int[] layout, float eps, str backend) -> ()"
+)
 def _forward(*arguments: Any) -> None:
     *tensors, layout, eps, backend = arguments
     _run("forward", Forward(*tensors), layout, backend, eps)
 
 
-@torch.library.impl(LIBRARY, "norm_bwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
+    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
+)
 def _backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
     _run("backward", Backward(*tensors), layout, backend)
 
 
-@torch.library.impl(LIBRARY, "norm_bwd_bwd", "CompositeExplicitAutograd")
+@operator(
+    "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
+    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
+)
 def _double_backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
     _run("double_backward", DoubleBackward(*tensors), layout, backend)
 
 
 def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> None:
-    """Calls a kernel with the operands, or with copies where their dtype or strides are not what it takes."""
+    """Call a kernel with the operands, or with copies if it does not support their dtype or strides."""
     dtype = operands.x.dtype
     acc = accumulation_dtype(dtype)
     channels_last = layout[-1]
@@ -83,9 +80,6 @@ def _run(name: str, operands: Any, layout: Any, backend: str, *options: Any) -> 
         given.copy_(stand_in)
 
 
-returns_nothing("norm_fwd", "norm_bwd", "norm_bwd_bwd")
-
-
 def _kernels(backend: str) -> Any:
     if backend == "triton":
         from fastgan.ops.norm import triton_kernels  # Triton is optional
@@ -106,7 +100,7 @@ class _Norm(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> Tensor:
-        # Else contiguous, as PyTorch's: what follows may be a view.
+        # Otherwise contiguous, as in PyTorch, because a view may follow.
         kept = layout.channels_last and channels_last(x)
         y = torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
         run: Any = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
@@ -122,7 +116,7 @@ class _Norm(torch.autograd.Function):
         wanted = needed(ctx)[:3]
         if dy is None or not any(wanted):
             return (None,) * 7
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         arguments = dy, *ctx.saved_tensors, wanted, ctx.bias, ctx.layout, ctx.backend
         grads = _NormBackward.apply(ctx.eps, *arguments) if torch.is_grad_enabled() else _run_backward(*arguments)
         return *grads, None, None, None, None
@@ -162,7 +156,7 @@ class _NormBackward(torch.autograd.Function):
             return None, by_dy, by_x, None, by_weight, *(None,) * 4
         h, h_weight, _ = grads
         results: list[Tensor | None] = [None, None, None]
-        # dbias is a function of dy alone, dweight not of the weight.
+        # dbias depends on dy alone, and dweight does not depend on the weight.
         wanted = (
             any(g is not None for g in grads),
             h is not None or h_weight is not None,
@@ -185,17 +179,17 @@ def _double_backward_to_any_order(
     def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return reference.normalized_rows(x, weight, bias, layout, eps)
 
-    # The value of the bias plays no part.
+    # The derivatives do not depend on the value of the bias.
     bias = None if grads[2] is None else torch.zeros_like(grads[2], requires_grad=True)
     return double_backward(gradients(normalized), [dy, x, weight, bias], grads)[:3]
 
 
 def statistics_of(x: Tensor, layout: Layout, count: int) -> Tensor:
-    """Where a forward leaves the mean and 1 / sqrt(var + eps) of each row and, third, the variance if it is counted."""
+    """Allocate the ``count`` statistics per row: the mean, 1 / sqrt(var + eps) and, if ``count`` is 3, the variance."""
     return torch.empty(count, layout.rows, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def normalise(
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -204,7 +198,10 @@ def normalise(
     backend: str,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """The op without its checks, on the backend chosen; ``statistics`` as of `statistics_of`, for who wants them."""
+    """Run the op on the chosen backend, without argument checks.
+
+    If ``statistics`` (from `statistics_of`) is given, the forward writes the statistics there.
+    """
     if statistics is None:
         statistics = statistics_of(x, layout, 2)
     result: Tensor = _Norm.apply(x, weight, bias, statistics, layout, eps, backend)

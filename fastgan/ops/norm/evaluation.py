@@ -1,4 +1,4 @@
-"""batch_norm in evaluation: affine in its input, so that nothing flows back into the forward from its derivative."""
+"""batch_norm in evaluation. It is affine in its input, so the double backward sends no gradient to the forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgan.ops.needed import needed
 def scale_and_shift(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(C,) each: what the running statistics and the parameters make of x is x * scale + shift."""
+    """Fold the running statistics and the parameters into x * scale + shift, with (C,) each."""
     scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight
     shift = -mean * scale
@@ -21,7 +21,7 @@ def scale_and_shift(
 
 
 def normalized(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (N, C, *) * scale (C,) + shift (C,), of the dtype of x."""
+    """Compute x (N, C, *) * scale (C,) + shift (C,) in the dtype of x."""
     y: Tensor = _Normalized.apply(x, scale, shift)  # type: ignore[no-untyped-call]
     return y
 

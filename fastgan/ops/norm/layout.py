@@ -1,4 +1,4 @@
-"""How the kernels see an input, what their sums are kept in, and the operands of each."""
+"""The layout in which the kernels see an input, and the operands of each kernel."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """An input as (samples, segments, channels, inner), or as (samples, inner, channels) where channels are last.
+    """An input as (samples, segments, channels, inner), or as (samples, inner, channels) if channels are last.
 
-    A row, which has a mean and a variance, is one of the ``groups`` of channels of a sample, over all segments and
-    inner. LayerNorm is (N, 1, M, 1) and one group: a weight an element of the row. BatchNorm is (1, N, C, inner) and C
-    groups.
+    A row is the set of values that share a mean and a variance: one of the ``groups`` of channels of a sample, over all
+    segments and inner positions. LayerNorm is (N, 1, M, 1) with one group, so each element of a row has its own weight.
+    BatchNorm is (1, N, C, inner) with C groups.
     """
 
     samples: int
@@ -29,13 +29,13 @@ class Layout(NamedTuple):
 
 
 def of_channels(x: Tensor, groups: int) -> Layout:
-    """The rows are groups of channels of each sample of (N, C, *)."""
+    """Return the layout whose rows are groups of channels of each sample of (N, C, *)."""
     batch, channels, *spatial = x.shape
     return Layout(batch, 1, channels, prod(spatial), groups, channels_last(x))
 
 
 def of_batch(x: Tensor) -> Layout:
-    """The rows are the channels of (N, C, *), over all samples."""
+    """Return the layout whose rows are the channels of (N, C, *), over all samples."""
     batch, channels, *spatial = x.shape
     inner = prod(spatial)
     if inner == 1 or channels_last(x):
@@ -48,7 +48,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 class Forward(NamedTuple):
-    """Statistics are (2, rows) or (3, rows): mean, 1 / sqrt(var + eps), and the variance with Bessel's correction."""
+    """``statistics`` is (2, rows) or (3, rows): mean, 1 / sqrt(var + eps) and, if present, the unbiased variance."""
 
     x: Tensor
     weight: Tensor | None

@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken. None is the address 0."""
+"""Calls into fastgan._native. Only this file of the op passes raw addresses; None becomes the address 0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
 
 
 def _rows(statistics: Tensor, count: int) -> list[int]:
-    """Where the first ``count`` statistics are, those that are not kept at 0."""
+    """Return the addresses of the first ``count`` statistics, and 0 for those that are not kept."""
     kept, rows = statistics.shape
     begin, step = statistics.data_ptr(), rows * statistics.itemsize
     return [begin + i * step if i < kept else 0 for i in range(count)]

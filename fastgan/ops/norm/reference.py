@@ -1,4 +1,4 @@
-"""PyTorch's own normalizations: the specification, the fallback and the benchmark's baseline."""
+"""PyTorch's own normalizations: the reference, the fallback and the benchmark's baseline."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "normalize
 
 
 def normalized_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float) -> Tensor:
-    """Any of these in elementary operations.
+    """Compute any of these norms with elementary operations.
 
-    Its derivatives are right in every order. Those of PyTorch's batch, layer and instance norm are wrong from the third
-    on: they take the statistics that the forward saved for constants.
+    Its derivatives are correct to every order. Those of PyTorch's batch, layer and instance norm are wrong from the
+    third order on, because PyTorch treats the statistics saved by the forward as constants.
     """
     moved = x.movedim(1, -1) if layout.channels_last else x
     channels = layout.groups, layout.channels // layout.groups

@@ -1,18 +1,18 @@
-"""Triton kernels of norms whose rows are spread over memory: those of a batch, and any with its channels last.
+"""Triton kernels for norms whose rows are not contiguous: batch norm, and any norm of channels_last input.
 
-    channel_moments    of a tile of channels and a part of their positions, the mean and the squares about it
-    row_statistics     of these, for each row
-    normalise_channels    y
+    channel_moments    mean and sum of squared deviations, for a tile of channels and a part of their positions
+    row_statistics     the statistics of each row, from these moments
+    normalize_channels    y
     channel_products   sums of dy, dy d, h, h d and h dy with d = x - mean, as in csrc/cpu/norm_channels.cpp
-    row_means          of these, what the derivatives want of each row, and of each channel for weight and bias
+    row_means          the means that the derivatives need per row, and the sums per channel for weight and bias
     grad_channels      dx
     grad_grad_channels    by_dy and by_x
 
 Element (s, c, q) is ``x[s * by_sample + c * by_channel + q // inner * by_segment + q % inner * by_position]``.
 
-Bytes: forward reads x twice for its sums, the second time from L2, and once for y; the derivatives read their operands
-once for the sums and once for the results, and nothing for weight and bias. Parts go by the shape alone and are added
-in one order: the same bits every time.
+Bytes: the forward reads x twice for its sums, the second time from L2, and once for y. The derivatives read their
+operands once for the sums and once for the results; weight and bias need no further read. The parts depend on the shape
+alone and are added in a fixed order, so results are reproducible to the bit.
 """
 
 import triton
@@ -23,8 +23,8 @@ from fastgan.ops.triton_language import rounded, typed
 
 @triton.jit
 def _channels(channels, groups, TILE_C: tl.constexpr):
-    """Of this program: its sample, its channels, the row that each is in, and how many rows there are."""
-    tiles = tl.cdiv(channels, TILE_C)  # of each sample, beside each other: a grid's other axes are short
+    """Return the sample and the channels of this program, the row of each channel, and the number of rows."""
+    tiles = tl.cdiv(channels, TILE_C)  # the tiles of all samples share the first axis; other axes of a grid are short
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     c = tl.program_id(0) % tiles * TILE_C + tl.arange(0, TILE_C)
     rows = (tl.num_programs(0) // tiles).to(tl.int64) * groups
@@ -33,14 +33,14 @@ def _channels(channels, groups, TILE_C: tl.constexpr):
 
 @triton.jit
 def _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position):
-    """Of a tile: where its elements are, and which there are."""
+    """Return the offsets of a tile's elements and the mask of valid ones."""
     at = c.to(tl.int64)[:, None] * by_channel + (q // inner * by_segment + q % inner * by_position)[None, :]
     return sample * by_sample + at, (c < channels)[:, None] & (q < end)[None, :]
 
 
 @triton.jit
 def _column(values_ptr, at, c, channels):
-    """A value a channel, beside its positions."""
+    """Load one value per channel as a column, which broadcasts over positions."""
     return tl.load(values_ptr + at, mask=c < channels, other=0.0)[:, None]
 
 
@@ -93,7 +93,7 @@ def channel_moments(
         apart = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
         rest += apart
         squares += apart * apart
-    off = tl.sum(rest, 1) / count  # what rounding took from `near`
+    off = tl.sum(rest, 1) / count  # the rounding error of `near`
     to = moments_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(to, near + off, mask=c < channels)
     behind = samples * tl.num_programs(1) * channels
@@ -126,7 +126,7 @@ def row_statistics(
         count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
         inside = m < parts * of_row
         total += count * tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0)
-    near = tl.sum(total, 0) / size  # by a GPU's reciprocal, which may be a bit off
+    near = tl.sum(total, 0) / size  # approximate: a GPU divides by its inexact reciprocal
     rest = tl.zeros([BLOCK], ACC)
     squares = tl.zeros([BLOCK], ACC)
     for m0 in range(0, parts * of_row, BLOCK):
@@ -147,7 +147,7 @@ def row_statistics(
 
 
 @triton.jit
-def normalise_channels(
+def normalize_channels(
     x_ptr,
     weight_ptr,
     bias_ptr,

@@ -1,4 +1,4 @@
-"""Normalisation in Triton: which kernels a call launches, over which grids. Their code is in the two files beside."""
+"""Normalization in Triton: kernel launches and grids. The kernels are in triton_rows.py and triton_channels.py."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastgan.ops.norm.triton_channels import (
     channel_products,
     grad_channels,
     grad_grad_channels,
-    normalise_channels,
+    normalize_channels,
     row_means,
     row_statistics,
 )
-from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalise_rows
+from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalize_rows
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
-_PROGRAMS = 512  # of a sum over samples or positions that are enough for any GPU
+_PROGRAMS = 512  # programs of a sum over samples or positions; enough to fill any GPU
 _SMALL = 256  # values of a sum over parts
-_LONGEST = 65535  # programs of a grid's second axis
+_LONGEST = 65535  # largest number of programs on the second axis of a grid
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -38,11 +38,11 @@ _BY_ROW = _integers("positions", "parts", "channels", "groups")
 _TALL: dict[str, Any] = {"TILE_C": 1, "TILE_Q": 1024}
 _WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
 
-# What compiles ahead of time: each kernel that is launched, its arguments ("*A": to the accumulation dtype)
-# and the values that its constants take together, without DTYPE, the input's dtype.
+# For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
+# combinations of its constants, without DTYPE, the dtype of the input.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
-        normalise_rows,
+        normalize_rows,
         addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
         [{"EPS": 1e-5, "BLOCK": _BLOCK}, {"EPS": 1e-5, "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None}],
     ),
@@ -80,7 +80,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         [{"EPS": 1e-5, "VARIANCE": variance, "BLOCK": _SMALL} for variance in (False, True)],
     ),
     (
-        normalise_channels,
+        normalize_channels,
         addresses("x", "weight", "bias", "y", "statistics") | _TILED,
         [_TALL, _WIDE | {"weight_ptr": None, "bias_ptr": None}],
     ),
@@ -115,7 +115,7 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
             constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
-            normalise_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
+            normalize_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
             return
         tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
         moments = t.statistics.new_empty(2, layout.samples, tiles[1], layout.channels)
@@ -123,7 +123,7 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
         channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **constants)
         small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
         row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
-        normalise_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
+        normalize_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
 
 
 def backward(t: Backward, layout: Layout) -> None:
@@ -172,12 +172,12 @@ def _sum_over_samples(
     results: tuple[Tensor | None, Tensor | None],
     layout: Layout,
 ) -> None:
-    """(by weight, by bias), of rows that are contiguous."""
+    """Sum the gradients of weight and bias over samples, for contiguous rows."""
     mean, rstd, *_ = t.statistics
     tile_q = min(512, triton.next_power_of_2(layout.inner))
     tile_c = max(1, 256 // tile_q)
     tiles = triton.cdiv(layout.channels, tile_c)
-    parts = min(layout.samples, triton.cdiv(_PROGRAMS, tiles))  # by the shape alone, for the same bits on any GPU
+    parts = min(layout.samples, triton.cdiv(_PROGRAMS, tiles))  # depends on the shape alone: same bits on any GPU
     sums = [None if s is None else mean.new_empty(parts, layout.channels) for s in results]
     sizes = layout.samples, layout.channels, layout.inner, layout.channels // layout.groups
     constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype]}
@@ -192,7 +192,7 @@ def _means(
     results: tuple[Tensor | None, Tensor | None],
     layout: Layout,
 ) -> Tensor:
-    """What the derivatives want of each row of channels; on the way, (by weight, by bias)."""
+    """Return the means that the derivatives need per row, and write the gradients of weight and bias to ``results``."""
     second = isinstance(t, DoubleBackward)
     tiles = _tiles(t.x, layout)
     acc = t.statistics
@@ -232,7 +232,7 @@ def _tiled(layout: Layout) -> tuple[int, ...]:
 
 
 def _strides(layout: Layout) -> tuple[int, int, int, int]:
-    """By sample, channel, segment and position."""
+    """Return the strides of sample, channel, segment and position."""
     segment = layout.channels * layout.inner
     if layout.channels_last:
         return segment, 1, segment, layout.channels
@@ -240,7 +240,7 @@ def _strides(layout: Layout) -> tuple[int, int, int, int]:
 
 
 def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
-    """Lanes lie side by side in memory: over channels where they are last, otherwise over positions."""
+    """Return the tile. Lanes are adjacent in memory: over channels if these are last, otherwise over positions."""
     of_channels = min(64, triton.next_power_of_2(layout.channels))
     if not layout.channels_last:
         of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
@@ -248,8 +248,10 @@ def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
 
 
 def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
-    """The grid (tiles of channels of each sample, parts of the positions): a few programs whose sums are added up, or
-    every program that finds a tile to map."""
+    """Return the grid (tiles of channels of each sample, parts of the positions).
+
+    For sums, it has few programs, since their partial sums must be added. With ``every``, it covers all tiles.
+    """
     tile = _tile(x, layout)
     tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
     parts = triton.cdiv(_positions(layout), tile["TILE_Q"])

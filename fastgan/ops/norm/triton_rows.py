@@ -1,13 +1,13 @@
-"""Triton kernels of norms whose rows are contiguous, a program a row; the formulas are in csrc/cpu/norm.cpp.
+"""Triton kernels for norms with contiguous rows, one program per row. The formulas are in csrc/cpu/norm.cpp.
 
-    normalise_rows    y and the statistics
+    normalize_rows    y and the statistics
     grad_rows         dx
-    grad_grad_rows    by_dy, by_x, and the means of H and H xh of each row, from which
-    affine_sums       dweight and dbias, or by_weight: a program has a tile of channels and a range of samples
+    grad_grad_rows    by_dy, by_x, and the means of H and H xh of each row, for affine_sums
+    affine_sums       dweight and dbias, or by_weight; a program handles a tile of channels and a range of samples
 
-Bytes: a row is read once for its sums (twice for its variance, about its own mean) and once for the results, from L2
-while rows in flight fit there; what weight and bias want is one more read of the operands. No atomics, and every sum
-is added in one order: the same bits every time.
+Bytes: a row is read once for its sums (twice for its variance about its own mean) and once for the results, from L2 as
+long as the rows in flight fit there. Weight and bias need one more read of the operands. There are no atomics, and
+every sum is added in a fixed order, so results are reproducible to the bit.
 """
 
 import triton
@@ -17,7 +17,7 @@ from fastgan.ops.triton_language import rounded, typed
 
 
 @triton.jit
-def normalise_rows(
+def normalize_rows(
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -49,7 +49,7 @@ def normalise_rows(
         apart = tl.where(m < size, tl.load(x_row + m, mask=m < size, other=0.0).to(ACC) - near, 0.0)
         rest += apart
         squares += apart * apart
-    off = tl.sum(rest, 0) / size  # what rounding took from `near`
+    off = tl.sum(rest, 0) / size  # the rounding error of `near`
     mean = near + off
     rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 0) / size - off * off, 0.0) + EPS)
     tl.store(mean_ptr + row, mean)
@@ -213,12 +213,12 @@ def affine_sums(
     channels,
     inner,
     of_row,
-    SECOND: tl.constexpr,  # by_weight, otherwise dweight and dbias
+    SECOND: tl.constexpr,  # True: by_weight; False: dweight and dbias
     TILE_C: tl.constexpr,
     TILE_Q: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Sums over samples and positions for a tile of all ``channels`` of a sample, ``of_row`` of which are a row."""
+    """Sum over samples and positions for a tile of the ``channels`` of a sample. A row has ``of_row`` channels."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     part = tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(1)

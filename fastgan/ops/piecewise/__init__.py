@@ -1,6 +1,6 @@
-"""PyTorch's piecewise affine functions whose own double backward fills zeros, with one that returns nothing instead.
+"""PyTorch's piecewise affine functions with a double backward that returns None where PyTorch's returns zeros.
 
-Results, errors, dtypes and layouts are PyTorch's: its own kernels run, forwards and backwards.
+Results, errors, dtypes and memory layouts equal PyTorch's, because PyTorch's own kernels run in forward and backward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""One Function for every piecewise affine operation, and one for its linear part.
+"""One autograd Function for all piecewise affine operations, and one for their linear part.
 
-With its choices held fixed (which elements are inside, which was the largest), such an operation is y = L x + k. Its
-backward is the transpose of L, whose backward is L again, and so on to any order. L depends on no value of x but the
-choices: nothing flows to x through them, where PyTorch's formulas send zeros back through the whole forward.
+A piecewise affine operation makes choices: which elements are inside a range, or which element is the largest. With
+these choices fixed, it is y = L x + k. Its backward is the transpose of L, whose backward is L again, and so on for
+every order. L depends on x only through the choices, so no gradient flows to x through L. PyTorch's formulas instead
+propagate zeros through the whole forward.
 """
 
 from __future__ import annotations
@@ -21,29 +22,30 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Linear(NamedTuple):
-    """A linear map and its transpose, of a tensor and the tensors that the forward kept."""
+    """A linear map and its transpose. Both take a tensor and the tensors saved by the forward."""
 
     apply: Callable[..., Tensor]
     transpose: Callable[..., Tensor]
 
 
 class Step(NamedTuple):
-    """What an operation made of its input."""
+    """The result of an operation and the linear map of its derivative."""
 
     value: Tensor
     linear: Linear
     kept: tuple[Tensor, ...] = ()
-    indices: Tensor | None = None  # a further result, not differentiable
+    indices: Tensor | None = None  # a second result, which is not differentiable
 
 
 def takes(input: Any, inplace: bool = False) -> bool:
-    """Whether this is an input of ours; of all others, errors included, PyTorch's own functions take care."""
+    """Return whether fastgan handles this input. PyTorch's functions handle all others and raise their own errors."""
     return (
         isinstance(input, Tensor)
         and input.requires_grad
         and not (inplace and input.is_leaf)
         and input.dtype in DTYPES
-        and input.device.type != "meta"
+        and backends.is_known(input.device)
+        and not input.is_meta
         and input.layout == torch.strided
         and input.numel() > 0
         and backends.is_plain()
@@ -51,11 +53,13 @@ def takes(input: Any, inplace: bool = False) -> bool:
 
 
 def piecewise(input: Tensor, run: Callable[[Tensor], Step], inplace: bool = False, fills_zeros: bool = True) -> Any:
-    """``run(input)``: its value, and the indices where there are any.
+    """Return the value of ``run(input)``, or the value and the indices if there are indices.
 
     Args:
-        inplace: run writes over its input.
-        fills_zeros: whether the double backward of PyTorch's own function does, for the input.
+        input: the differentiable input.
+        run: computes the operation.
+        inplace: whether ``run`` overwrites its input.
+        fills_zeros: whether the double backward of PyTorch's function returns zeros for the input.
     """
     result = _Piecewise.apply(input, run, inplace, fills_zeros)
     if inplace and fills_zeros:
@@ -85,7 +89,7 @@ class _Piecewise(torch.autograd.Function):
 
 
 def _run(x: Tensor, linear: Linear, transposed: bool, kept: tuple[Tensor, ...]) -> Tensor:
-    """The map or its transpose; as a Function where the result may be differentiated."""
+    """Apply the map or its transpose. If the result may be differentiated, apply it as a Function."""
     if torch.is_grad_enabled() and not is_batched(x):
         result: Tensor = _Linear.apply(x, linear, transposed, *kept)
         return result
@@ -114,7 +118,7 @@ class _Linear(torch.autograd.Function):
 
 
 def as_autocast(input: Tensor, casts: bool) -> Tensor:
-    """The input as PyTorch's function sees it: autocast makes float32 of it where that is on its list for CPUs."""
+    """Cast the input to float32 if CPU autocast does so for this function (``casts``)."""
     if casts and input.is_cpu and input.dtype.itemsize < 4 and torch.is_autocast_enabled("cpu"):
         return input.float()
     return input

@@ -1,4 +1,4 @@
-"""Elementwise operations: hardtanh, clamp, abs, threshold, the shrinks, maximum and minimum with a constant, RReLU."""
+"""Elementwise operations: clamp and its like, abs, the shrinks, maximum and minimum with a constant, RReLU."""
 
 from __future__ import annotations
 
@@ -26,35 +26,41 @@ def _scaled(x: Tensor, slopes: Tensor) -> Tensor:
     return x * slopes
 
 
+def _sixth(x: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, x / 6, 0)
+
+
 def _chosen(x: Tensor, chosen: Tensor, equal: Tensor) -> Tensor:
-    """Where both are equal, half of it, as PyTorch shares the gradient."""
+    """Pass half of x where both operands are equal, because PyTorch splits the gradient there."""
     return torch.where(equal, x / 2, torch.where(chosen, x, 0))
 
 
 def _drawn(x: Tensor, noise: Tensor) -> Tensor:
-    return noise * x  # in this order the result lies as PyTorch's
+    return noise * x  # this order gives the result the same strides as PyTorch's
 
 
-MASKED, SCALED, CHOSEN, DRAWN = (Linear(slopes, slopes) for slopes in (_masked, _scaled, _chosen, _drawn))
+MASKED, SCALED, SIXTH, CHOSEN, DRAWN = (
+    Linear(slopes, slopes) for slopes in (_masked, _scaled, _sixth, _chosen, _drawn)
+)
 
 
 def elementwise(
-    theirs: Callable[..., Any], linear: Linear, slopes: Slopes, inplace: bool = False
+    reference: Callable[..., Any], linear: Linear, slopes: Slopes, inplace: bool = False
 ) -> Callable[..., Any]:
-    """``theirs``, one of PyTorch's functions, with the linear part that ``slopes`` finds for the same arguments."""
+    """Give one of PyTorch's functions (``reference``) the linear part that ``slopes`` finds for the same arguments."""
 
-    filled = slopes not in (_clamp, _clamp_max)
+    filled = slopes not in (_clamp, _clamp_max, _hardsigmoid)
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        over = inplace or _is_inplace(theirs, args, kwargs)
+        over = inplace or _is_inplace(reference, args, kwargs)
         if not takes(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
-            return theirs(input, *args, **kwargs)
+            return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
             if over:
                 kept = slopes(x, *args, **kwargs)
-                return Step(theirs(x, *args, **kwargs), linear, kept)
-            value = theirs(x, *args, **kwargs)  # PyTorch's errors come first
+                return Step(reference(x, *args, **kwargs), linear, kept)
+            value = reference(x, *args, **kwargs)  # runs first, so that PyTorch raises its own errors
             return Step(value, linear, slopes(x, *args, **kwargs))
 
         return piecewise(input, run, over, filled)
@@ -62,16 +68,16 @@ def elementwise(
     return route
 
 
-def _is_inplace(theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call asks for it by an argument, which in these functions is the last one."""
-    position = {F.hardtanh: 2, F.relu6: 0, F.threshold: 2}.get(theirs)
+def _is_inplace(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call sets ``inplace``, which is the last argument of these functions."""
+    position = {F.hardtanh: 2, F.relu6: 0, F.threshold: 2, F.hardsigmoid: 0}.get(reference)
     if position is None:
         return False
     return bool(args[position] if len(args) > position else kwargs.get("inplace", False))
 
 
 def _fit(input: Tensor, arguments: Any) -> bool:
-    """Whether those that are tensors are constants, which neither widen the input nor change its dtype."""
+    """Return whether all tensor arguments are constants that neither broadcast the input nor change its dtype."""
     return all(
         type(argument) is Tensor
         and not argument.requires_grad
@@ -87,7 +93,7 @@ def _ones(x: Tensor) -> Tensor:
     return x.new_ones(()).expand(x.shape)
 
 
-# The slopes are what PyTorch's own backward makes of ones: the same at the bounds, at NaN and in half precision.
+# The slopes are PyTorch's own backward of ones. So they agree with PyTorch at the bounds, at NaN and in half precision.
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> tuple[Tensor, ...]:
@@ -96,6 +102,10 @@ def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: b
 
 def _relu6(x: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
     return _hardtanh(x, 0, 6)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> tuple[Tensor, ...]:
+    return (aten.hardsigmoid_backward(_ones(x), x).bool(),)
 
 
 def _threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> tuple[Tensor, ...]:
@@ -124,20 +134,20 @@ def _abs(x: Tensor) -> tuple[Tensor, ...]:
     return (x.sgn().to(torch.int8),)
 
 
-def maximum(theirs: Callable[..., Any], largest: bool) -> Callable[..., Any]:
-    """``theirs``, of two tensors; where one of them alone requires a gradient, the other is a constant."""
+def maximum(reference: Callable[..., Any], largest: bool) -> Callable[..., Any]:
+    """Reroute maximum or minimum of two tensors if only one of them requires a gradient; the other is a constant."""
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         other = args[0] if args else kwargs.get("other")
         if kwargs.keys() - {"other"} or len(args) > 1 or not isinstance(other, Tensor):
-            return theirs(input, *args, **kwargs)
+            return reference(input, *args, **kwargs)
         x, constant = (input, other) if input.requires_grad else (other, input)
         if not takes(x) or not _fit(x, [constant]):
-            return theirs(input, *args, **kwargs)
+            return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
-            passed = x < constant if largest else x > constant  # neither where one is NaN
-            return Step(theirs(x, constant), CHOSEN, (passed.logical_not_(), x == constant))
+            passed = x < constant if largest else x > constant  # both comparisons are false at NaN
+            return Step(reference(x, constant), CHOSEN, (passed.logical_not_(), x == constant))
 
         return piecewise(x, run, fills_zeros=False)
 
@@ -159,14 +169,15 @@ def rrelu(
     generator: torch.Generator | None = None,
     over: bool = False,
 ) -> Tensor:
-    """``torch.rrelu``: in evaluation a leaky ReLU; in training the slopes that were drawn are kept."""
-    theirs: Any = torch.rrelu_ if over else torch.rrelu
-    if not takes(input, over) or (training and upper - lower <= 1e-6):  # then PyTorch's slopes are not those drawn
-        return theirs(input, lower, upper, training, generator)  # type: ignore[no-any-return]
+    """``torch.rrelu``. In evaluation it is a leaky ReLU. In training it saves the slopes that it has drawn."""
+    reference: Any = torch.rrelu_ if over else torch.rrelu
+    # If the bounds are this close, PyTorch's backward does not use the slopes that were drawn.
+    if not takes(input, over) or (training and upper - lower <= 1e-6):
+        return reference(input, lower, upper, training, generator)  # type: ignore[no-any-return]
     if not training:
-        theirs(torch.empty_like(input[:0]), lower, upper)  # raises where the bounds are wrong
+        reference(torch.empty_like(input[:0]), lower, upper)  # raises if the bounds are wrong
         result = leaky_relu(input, (lower + upper) / 2, over)
-        return result if over else result.contiguous()  # as PyTorch's
+        return result if over else result.contiguous()  # PyTorch's result is contiguous
 
     def run(x: Tensor) -> Step:
         noise = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -178,9 +189,10 @@ def rrelu(
 
 rrelu_ = partial(rrelu, over=True)
 
-_CALLS: list[Any] = [  # the last ones write over their input
+_CALLS: list[Any] = [  # (linear, slopes, functions, in-place functions)
     (MASKED, _hardtanh, (F.hardtanh,), (F.hardtanh_,)),
     (MASKED, _relu6, (F.relu6,), ()),
+    (SIXTH, _hardsigmoid, (F.hardsigmoid,), ()),
     (MASKED, _threshold, (F.threshold, torch.threshold), (torch.threshold_,)),
     (MASKED, _softshrink, (F.softshrink,), ()),
     (MASKED, _hardshrink, (F.hardshrink, torch.hardshrink, Tensor.hardshrink), ()),
@@ -201,10 +213,10 @@ _CALLS: list[Any] = [  # the last ones write over their input
 ]
 ROUTES: dict[Any, Callable[..., Any]] = {
     **{
-        theirs: elementwise(theirs, linear, slopes, over)
+        reference: elementwise(reference, linear, slopes, over)
         for linear, slopes, *forms in _CALLS
         for over, functions in zip((False, True), forms, strict=True)
-        for theirs in functions
+        for reference in functions
     },
     **{f: maximum(f, True) for f in (torch.maximum, Tensor.maximum, torch.max, Tensor.max)},
     **{f: maximum(f, False) for f in (torch.minimum, Tensor.minimum, torch.min, Tensor.min)},

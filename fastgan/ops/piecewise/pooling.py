@@ -1,7 +1,7 @@
-"""Pooling that PyTorch's formulas send zeros through: by the largest element, adaptive averages, interpolation by area.
+"""Max pooling, adaptive average pooling and area interpolation. PyTorch's formulas propagate zeros through them.
 
-A maximum's linear part reads the elements at its indices. The transposes are PyTorch's own backward operators. These
-ask for the input, of which they read the shape alone.
+The linear part of max pooling reads the elements at the indices of the maxima. The transposes are PyTorch's backward
+operators. They take the input as an argument, but read only its shape.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ aten: Any = torch.ops.aten
 Function = Callable[..., Any]
 
 
-def unread(input: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes a stand-in for an input whose values nobody reads, of a gradient's dtype."""
+def placeholder_for(input: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that makes an uninitialized tensor with the shape of the input and the dtype of a gradient."""
     shape, stride = input.shape, input.stride()
     return lambda grad: torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
 
 
 def _largest(input: Tensor, dims: int, backward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Linear:
-    """The elements at the indices, which count through the last ``dims`` dimensions of the input."""
-    stand_in = unread(input)
+    """Read the elements at the indices, which are flat over the last ``dims`` dimensions of the input."""
+    placeholder = placeholder_for(input)
 
     def apply(x: Tensor, indices: Tensor) -> Tensor:
         return x.flatten(-dims).gather(-1, indices.flatten(-dims)).view(indices.shape)
 
-    return Linear(apply, lambda y, indices: backward(y, stand_in(y), indices))
+    return Linear(apply, lambda y, indices: backward(y, placeholder(y), indices))
 
 
 def _average(input: Tensor, output: torch.Size) -> Linear:
-    stand_in, dims = unread(input), len(output)
+    placeholder, dims = placeholder_for(input), len(output)
     forward, backward = (getattr(aten, f"_adaptive_avg_pool{dims}d{end}") for end in ("", "_backward"))
-    return Linear(lambda x: forward(x, output), lambda y: backward(y, stand_in(y)))
+    return Linear(lambda x: forward(x, output), lambda y: backward(y, placeholder(y)))
 
 
-def _of_lines(images: Linear) -> Linear:
-    """A map of images, for lines (C, L) as images of one row."""
+def _for_1d(images: Linear) -> Linear:
+    """Apply a map of 2d images to 1d input (C, L), as images of one row."""
 
     def as_images(of_images: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *tensors: of_images(*(t.unsqueeze(-2) for t in tensors)).squeeze(-2)
@@ -65,7 +65,7 @@ def _max_pool_backward(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The window's arguments in PyTorch's order, of 1, 2 or 3 dimensions; a line is an image of one row."""
+    """Bind the arguments of the window, in PyTorch's order. A 1d input is an image of one row."""
     steps = kernel_size if stride is None or stride == [] or stride == () else stride
     kernel, step, pad, dilated = (_sizes(dims, size) for size in (kernel_size, steps, padding, dilation))
     if dims == 1:
@@ -84,19 +84,19 @@ def _fractional_backward(dims: int, kernel_size: Any, *args: Any, **kwargs: Any)
     return lambda grad, input, indices: backward(grad, input, kernel, grad.shape[-dims:], indices)
 
 
-def _max_pool(theirs: Function, with_indices: Function, backward: Function, dims: int, casts: bool) -> Function:
-    """``theirs``, computed by ``with_indices``, whose backward operator ``backward`` prepares."""
-    returns_indices = theirs is with_indices
+def _max_pool(reference: Function, with_indices: Function, backward: Function, dims: int, casts: bool) -> Function:
+    """Compute PyTorch's function (``reference``) by ``with_indices``; ``backward`` makes its backward operator."""
+    returns_indices = reference is with_indices
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not takes(input) or input.ndim not in (dims + 1, dims + 2):
-            return theirs(input, *args, **kwargs)
+            return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
             value, indices = with_indices(x, *args, **kwargs)
             image = x.unsqueeze(-2) if dims == 1 else x
             linear = _largest(image, max(dims, 2), backward(dims, *args, **kwargs))
-            return Step(value, _of_lines(linear) if dims == 1 else linear, (indices,), indices)
+            return Step(value, _for_1d(linear) if dims == 1 else linear, (indices,), indices)
 
         value, indices = piecewise(as_autocast(input, casts), run)
         return (value, indices) if returns_indices else value
@@ -104,12 +104,12 @@ def _max_pool(theirs: Function, with_indices: Function, backward: Function, dims
     return route
 
 
-def _average_pool(theirs: Function, dims: int) -> Function:
+def _average_pool(reference: Function, dims: int) -> Function:
     def route(input: Tensor, output_size: Any) -> Any:
         sizes = list(output_size) if isinstance(output_size, Sequence) else [output_size]
-        if not takes(input) or all(size == 1 for size in sizes):  # a mean, whose gradient PyTorch only expands
-            return theirs(input, output_size)
-        return _averaged(lambda x: theirs(x, output_size), input, dims)
+        if not takes(input) or all(size == 1 for size in sizes):  # a mean; its gradient in PyTorch is an expand
+            return reference(input, output_size)
+        return _averaged(lambda x: reference(x, output_size), input, dims)
 
     return route
 
@@ -118,7 +118,7 @@ def _averaged(pool: Callable[[Tensor], Tensor], input: Tensor, dims: int) -> Any
     def run(x: Tensor) -> Step:
         value = pool(x)
         if dims == 1:
-            return Step(value, _of_lines(_average(x.unsqueeze(-2), torch.Size((1, value.shape[-1])))))
+            return Step(value, _for_1d(_average(x.unsqueeze(-2), torch.Size((1, value.shape[-1])))))
         return Step(value, _average(x, value.shape[-dims:]))
 
     return piecewise(as_autocast(input, casts=dims == 3), run)
@@ -127,7 +127,7 @@ def _averaged(pool: Callable[[Tensor], Tensor], input: Tensor, dims: int) -> Any
 def _interpolate(
     input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
 ) -> Any:
-    """``F.interpolate``; in its other modes PyTorch's formulas send no zeros."""
+    """``F.interpolate``. In modes other than "area" PyTorch's formulas propagate no zeros."""
     if mode != "area" or not takes(input) or input.ndim not in (3, 4, 5):
         return F.interpolate(input, size, scale_factor, mode, *args, **kwargs)
     return _averaged(lambda x: F.interpolate(x, size, scale_factor, mode, *args, **kwargs), input, input.ndim - 2)
@@ -146,8 +146,8 @@ def _max_pools() -> dict[Any, Function]:
             with_indices = getattr(F, f"{name}_with_indices")
             casts = family == "fractional_max_pool" or dims == 3
             routes[getattr(F, name)] = _max_pool(getattr(F, name), with_indices, backward, dims, casts)
-            keeps = casts and name != "max_pool3d"  # of which autocast does not know this form
-            routes[with_indices] = _max_pool(with_indices, with_indices, backward, dims, keeps)
+            casts_indices = casts and name != "max_pool3d"  # autocast has no entry for this form of max_pool3d
+            routes[with_indices] = _max_pool(with_indices, with_indices, backward, dims, casts_indices)
     for dims in (1, 2, 3):
         of_torch, with_indices = getattr(torch, f"max_pool{dims}d"), getattr(F, f"max_pool{dims}d_with_indices")
         routes[of_torch] = _max_pool(of_torch, with_indices, _max_pool_backward, dims, dims == 3)

@@ -1,4 +1,4 @@
-"""PReLU: linear in its input where the signs are held fixed, with a gradient of its weight."""
+"""PReLU: linear in its input for fixed signs, with a gradient for its weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.library import is_autocast
 from fastgan.ops.needed import needed
 from fastgan.ops.piecewise.autograd import takes
 
@@ -15,7 +16,7 @@ aten: Any = torch.ops.aten
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """``F.prelu``: same arguments, results and errors; differentiable to any order."""
+    """``F.prelu`` with the same arguments, results and errors, differentiable to any order."""
     plain = takes(input) and type(weight) in (Tensor, torch.nn.Parameter) and weight.ndim < 2
     channels = input.shape[1] if plain and input.ndim > 1 else 1
     if not plain or weight.numel() not in (1, channels):
@@ -32,13 +33,13 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def _autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not is_autocast(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
 
 class _PReLU(torch.autograd.Function):
-    """The input is kept for its weight's gradient alone; otherwise a byte an element is."""
+    """Save the input only if the weight requires a gradient, otherwise one byte per element."""
 
     piecewise_affine = True
     fills_zeros = (0,)
@@ -58,7 +59,7 @@ class _PReLU(torch.autograd.Function):
         if not torch.is_grad_enabled() and all(wanted):
             by_input, products = aten._prelu_kernel_backward(grad, kept, weight)
             return by_input, products.sum_to_size(weight.shape)
-        # Written in PyTorch's operators, of which none differentiates the signs.
+        # Written with PyTorch operators, none of which differentiates through the signs.
         positive = kept if kept.dtype == torch.bool else kept.detach() > 0
         by_input = torch.where(positive, grad, grad * weight) if wanted[0] else None
         by_weight = torch.where(positive, 0, grad * kept).sum_to_size(weight.shape) if wanted[1] else None

@@ -1,7 +1,8 @@
-"""avg_pool1d, avg_pool2d, avg_pool3d: linear, so that their second derivative is nothing at all, not zeros.
+"""avg_pool1d, avg_pool2d and avg_pool3d. They are linear, so the double backward sends no gradient to the input.
 
-PyTorch's own pooling, but for one case: windows that tile a contiguous input, as those that halve an image do, are a
-kernel's on the CPU, where PyTorch's walks one element after another. ``use_backend("reference")`` leaves that out.
+PyTorch's pooling runs except in one case: on a CPU, a fastgan kernel pools a contiguous input with windows that tile
+it, such as those that halve an image. PyTorch's kernel processes one element after another there.
+``use_backend("reference")`` turns the kernel off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["avg_pool1d", "avg_pool2d", "avg_pool3d"]
 Size = int | Sequence[int]
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-_LEAST = 4096  # elements, under which calling a kernel costs more than it brings
+_LEAST = 4096  # elements; below this number a kernel call costs more than it saves
 
 
 @symbolic
@@ -35,7 +36,28 @@ def avg_pool1d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
-    """``torch.nn.functional.avg_pool1d``: as `avg_pool2d`, of input (N, C, L)."""
+    """Drop-in for ``torch.nn.functional.avg_pool1d`` with the same arguments, results and errors.
+
+    Order of derivative: any. See `avg_pool2d`.
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.avg_pool1d(torch.randn(2, 3, 16), 2)
+    ```
+
+    Args:
+        input: (N, C, L), floating-point. PyTorch's function runs for other shapes and dtypes.
+        kernel_size: size of the window.
+        stride: stride of the window. None: ``kernel_size``.
+        padding: zero padding on both sides.
+        ceil_mode: round the output size up.
+        count_include_pad: count the padding in the averages.
+
+    Returns:
+        (N, C, L'), dtype of the input.
+    """
     if input.ndim != 3:
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
     kernel, step, pad = (_sizes(1, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
@@ -53,13 +75,29 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.avg_pool2d``: same arguments, results and errors.
+    """Drop-in for ``torch.nn.functional.avg_pool2d`` with the same arguments, results and errors.
 
-    Keeps nothing of the input but its shape. No gradient flows to ``input`` through the derivative, where PyTorch sends
-    zeros. Differentiable to any order.
+    Order of derivative: any. It saves only the shape and strides of the input. In a double backward, no gradient flows
+    to ``input``, whereas PyTorch propagates zeros.
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.avg_pool2d(torch.randn(2, 3, 16, 16), 2)
+    ```
 
     Args:
-        input: (N, C, H, W), floating; of other shapes PyTorch's own runs.
+        input: (N, C, H, W), floating-point. PyTorch's function runs for other shapes and dtypes.
+        kernel_size: size of the window, one number or one per dimension.
+        stride: stride of the window. None: ``kernel_size``.
+        padding: zero padding on both sides of each dimension.
+        ceil_mode: round the output sizes up.
+        count_include_pad: count the padding in the averages.
+        divisor_override: divisor of the sums. None: the number of elements in the window.
+
+    Returns:
+        (N, C, H', W'), dtype of the input.
     """
     return _pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
@@ -74,12 +112,34 @@ def avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.avg_pool3d``: as `avg_pool2d`, of input (N, C, D, H, W)."""
+    """Drop-in for ``torch.nn.functional.avg_pool3d`` with the same arguments, results and errors.
+
+    Order of derivative: any. See `avg_pool2d`.
+
+    ```python
+    import torch
+    import fastgan
+
+    y = fastgan.ops.avg_pool3d(torch.randn(2, 3, 8, 8, 8), 2)
+    ```
+
+    Args:
+        input: (N, C, D, H, W), floating-point. PyTorch's function runs for other shapes and dtypes.
+        kernel_size: size of the window, one number or one per dimension.
+        stride: stride of the window. None: ``kernel_size``.
+        padding: zero padding on both sides of each dimension.
+        ceil_mode: round the output sizes up.
+        count_include_pad: count the padding in the averages.
+        divisor_override: divisor of the sums. None: the number of elements in the window.
+
+    Returns:
+        (N, C, D', H', W'), dtype of the input.
+    """
     return _pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 class _Window(NamedTuple):
-    """As the ``aten`` operators take it."""
+    """The arguments of the ``aten`` pooling operators."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -90,10 +150,11 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    if not (backends.is_plain() and input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0):
-        plain: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
-        return plain(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
-    if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # in float32, by PyTorch's list
+    is_eligible = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
+    if not (is_eligible and backends.is_plain() and backends.is_known(input.device)):
+        reference: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
+        return reference(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
+    if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # autocast pools in float32
         input = input.to(torch.promote_types(input.dtype, torch.float32))
     kernel, step, pad = (_sizes(n, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
     window = _Window(kernel, step, pad, *rest)
@@ -107,7 +168,7 @@ def _sizes(n: int, given: Size) -> tuple[int, ...]:
 
 
 def _is_tiled(input: Tensor, window: _Window) -> bool:
-    """Whether the kernel takes this input; its derivatives are then the kernel's too."""
+    """Return whether the kernel pools this input. If so, kernels compute its derivatives too."""
     kernel, sizes = window.kernel_size, input.shape[2:]
     return (
         input.device.type == "cpu"
@@ -117,7 +178,7 @@ def _is_tiled(input: Tensor, window: _Window) -> bool:
         and input.dtype in _DTYPES
         and kernel == window.stride
         and not any(window.padding)
-        and window.divisor_override != 0  # PyTorch's error, as where the window is none
+        and window.divisor_override != 0  # PyTorch raises its own error for 0
         and len(kernel) == len(sizes)
         and all(width > 0 and size % width == 0 for size, width in zip(sizes, kernel, strict=True))
         and backends.forced() in ("auto", "cpu")
@@ -142,12 +203,12 @@ def _transpose(grad: Tensor, window: _Window, tiled: bool, shape: torch.Size, st
     if tiled and is_eager(grad):
         grad = stored(grad).contiguous()
         return native_kernels.transpose(grad, shape, window.kernel_size, window.divisor_override)
-    unread = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # asked for its shape
-    return _TRANSPOSE[grad.ndim](grad, unread, *window)  # type: ignore[no-any-return]
+    placeholder = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # only its shape is read
+    return _TRANSPOSE[grad.ndim](grad, placeholder, *window)  # type: ignore[no-any-return]
 
 
 class _Pool(torch.autograd.Function):
-    """Linear: its derivative is its transpose, whose derivative it is."""
+    """Average pooling. Its backward is its transpose, and the backward of the transpose is the pooling itself."""
 
     piecewise_affine = True
     fills_zeros = (0,)
@@ -162,7 +223,7 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         run: Any = _Transpose.apply if torch.is_grad_enabled() else _transpose
         return run(grad, *ctx.arguments), None, None
 

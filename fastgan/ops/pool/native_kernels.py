@@ -1,4 +1,4 @@
-"""Calls into fastgan._native: the only place of this op where addresses are taken."""
+"""Calls into fastgan._native. Only this file of the op passes raw addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.ops.library import dtype_name
 
 
 def pool(x: Tensor, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor:
-    """Of x (N, C, *sizes), contiguous, whose sizes are multiples of the window's."""
+    """Pool a contiguous x (N, C, *sizes) whose sizes are multiples of the window's sizes."""
     sizes = [size // width for size, width in zip(x.shape[2:], kernel_size, strict=True)]
     y = x.new_empty((*x.shape[:2], *sizes))
     _run(backends.native().avg_pool, x, y, sizes, kernel_size, divisor)
@@ -22,7 +22,7 @@ def pool(x: Tensor, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor
 
 
 def transpose(y: Tensor, shape: torch.Size, kernel_size: tuple[int, ...], divisor: int | None) -> Tensor:
-    """Of y (N, C, *pooled sizes), contiguous; ``shape`` is that of the result."""
+    """Apply the transpose to a contiguous y (N, C, *pooled sizes); ``shape`` is the shape of the result."""
     x = y.new_empty(shape)
     _run(backends.native().avg_pool_transpose, y, x, y.shape[2:], kernel_size, divisor)
     return x

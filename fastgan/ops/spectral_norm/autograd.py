@@ -1,4 +1,4 @@
-"""Spectral normalisation as operators and autograd Functions: first order fused, second order exact, third raises."""
+"""Operators and autograd Functions of spectral norm. The first order is fused, the second exact; the third raises."""
 
 from __future__ import annotations
 
@@ -11,32 +11,27 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.library import (
-    LIBRARY,
     accumulation_dtype,
     is_eager,
     is_traced,
     last_order,
-    returns_nothing,
+    operator,
     stored,
 )
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import Layout, layout_of, split_saved
 
-# Both write into tensors that they are given: an operator that renews its arguments may not also return a list.
-LIBRARY.define(
-    "spectral_norm_fwd(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
-    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend) -> ()"
-)
-LIBRARY.define(
-    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
-    " str backend) -> ()"
-)
+# Both operators write into tensors that the caller allocates, because an operator that mutates its arguments cannot
+# also return a list of tensors.
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
-@torch.library.impl(LIBRARY, "spectral_norm_fwd", "CompositeExplicitAutograd")
+@operator(
+    "spectral_norm_fwd(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
+    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend) -> ()"
+)
 def _forward(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -69,7 +64,10 @@ def _run_forward(
     _copy_back(targets, outputs)
 
 
-@torch.library.impl(LIBRARY, "spectral_norm_bwd", "CompositeExplicitAutograd")
+@operator(
+    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
+    " str backend) -> ()"
+)
 def _backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -79,7 +77,7 @@ def _backward(
     dims: Sequence[int],
     backend: str,
 ) -> None:
-    layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # of some of the weights of a forward
+    layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # a subset of the forward's weights
     _run_backward(grads, weights, saved, outputs, layout, backend)
 
 
@@ -96,9 +94,6 @@ def _run_backward(
     _copy_back(targets, outputs)
 
 
-returns_nothing("spectral_norm_fwd", "spectral_norm_bwd")
-
-
 @cache
 def _kernels(backend: str) -> Any:
     if backend == "triton":
@@ -113,16 +108,19 @@ def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _in_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether the values of each lie there as they are, in order. Three calls a tensor: a small model feels more."""
+    """Return whether kernels can read the values of each tensor in memory, in order.
+
+    This takes three calls per tensor. More calls would slow down small models.
+    """
     try:
-        there = all(map(Tensor.data_ptr, tensors))  # zeros that lie nowhere have no address
-    except RuntimeError:  # nor have batched gradients
+        have_addresses = all(map(Tensor.data_ptr, tensors))  # zero tensors without storage have no address
+    except RuntimeError:  # batched gradients have no address either
         return False
-    return there and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+    return have_addresses and all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def _contiguous_targets(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What the kernels write: each output, or a contiguous stand-in for one in another memory format."""
+    """Return the tensors that the kernels write: each output, or a contiguous buffer if it has another format."""
     if all(map(Tensor.is_contiguous, outputs)):
         return outputs
     return [o if o.is_contiguous() else torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
@@ -165,11 +163,11 @@ class _SpectralNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, *weights = ctx.saved_tensors or ctx.kept
-        # Without create_graph nothing will be asked of the backward's own graph.
+        # Without create_graph the backward needs no graph of its own.
         run = _SpectralNormBackward.apply if torch.is_grad_enabled() else _grads_of_weights
         needed = ctx.needs_input_grad[7:]
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
-        if not ctx.saved_tensors:  # which knows by itself
+        if not ctx.saved_tensors:  # save_for_backward makes this check itself
             _check_versions(ctx, weights, wanted)
         if len(wanted) == len(weights):
             all_grads = cast(tuple[Tensor, ...], grads)
@@ -183,10 +181,10 @@ class _SpectralNorm(torch.autograd.Function):
 
 
 def _keep(ctx: Any, saved: Tensor, weights: Sequence[Tensor]) -> None:
-    """For backward, and for others after it.
+    """Keep the tensors for several backwards.
 
-    Autograd frees what a node saves at the first backward through it. Losses of some of the weights may go backward
-    one after the other, as through PyTorch's spectral norm, which has a node a weight.
+    Autograd frees saved tensors at the first backward through a node. PyTorch's spectral norm has one node per weight,
+    so separate losses on different weights can run backward one after the other. This node must allow the same.
     """
     if torch.compiler.is_compiling():
         ctx.save_for_backward(saved, *weights)
@@ -244,7 +242,7 @@ class _SpectralNormBackward(torch.autograd.Function):
 def _double_backward(
     saved: Tensor, layout: Layout, grads_of_grads: Sequence[Tensor | None], grads_and_weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The derivatives by each gradient, then by each weight."""
+    """Return the derivatives with respect to each gradient, then with respect to each weight."""
     half = len(layout.dims)
     grads, weights = grads_and_weights[:half], grads_and_weights[half:]
     results: list[Tensor | None] = [None] * (2 * half)
@@ -257,7 +255,7 @@ def _double_backward(
     return results
 
 
-def normalise(
+def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
@@ -267,7 +265,7 @@ def normalise(
     v_first: bool,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """The op without its checks, for callers that have made the buffers themselves. n_power_iterations = 0: eval."""
+    """Run the op without argument checks, for callers that own the buffers. n_power_iterations = 0 means evaluation."""
     chosen = backends.select("spectral_norm", weights[0].device, weights[0].dtype, backend)
     if chosen == "reference" or (is_traced() and not torch.compiler.is_dynamo_compiling()):
         return reference.spectral_norm(weights, us, vs, dims, n_power_iterations, eps, v_first)

@@ -1,4 +1,4 @@
-"""How a weight is seen as a matrix, and where a call keeps what its backward needs."""
+"""How a weight is viewed as a matrix, and the buffer of sigma, u and v that a forward saves for backward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Of a list of weights: each as (outer, rows, inner), and the flat buffer of sigma, u, v of each in turn.
+    """The layout of a list of weights: each is (outer, rows, inner). A flat buffer holds sigma, u and v of each.
 
-    Row r of the matrix is index r of the weight's dimension ``dim``; its column is outer_index * inner + inner_index.
+    Row r of the matrix is index r of the weight's dimension ``dim``. The column is outer_index * inner + inner_index.
     """
 
     dims: tuple[int, ...]
@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     total: int
 
     def of(self, chosen: Sequence[int]) -> Layout:
-        """Of some of the weights, in the buffer of all."""
+        """Return the layout of a subset of the weights, in the buffer of all weights."""
         dims, matrices, offsets, total = self
         return Layout(
             tuple(dims[i] for i in chosen),
@@ -53,25 +53,28 @@ def _vector_shapes(shapes: tuple[torch.Size, ...], dims: tuple[int, ...]) -> tup
     return *((r,) for r in rows), *((prod(shape) // r,) for shape, r in zip(shapes, rows, strict=True))
 
 
-# The compiler would go past a cache, and warn of it.
+# torch.compile ignores lru_cache and warns, so a compiled call uses the plain function.
 def layout_of(weights: Sequence[Tensor], dims: Sequence[int]) -> Layout:
     layout = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
     return layout(tuple([w.shape for w in weights]), tuple(dims))
 
 
 def vector_shapes(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
-    """Of all u, then of all v; None if a weight is no matrix: one dimension, or no element, or no such ``dim``."""
+    """Return the shapes of all u, then of all v.
+
+    Return None if a weight is not a matrix: it has one dimension, no element, or no dimension ``dim``.
+    """
     shapes = _vector_shapes.__wrapped__ if torch.compiler.is_compiling() else _vector_shapes
     return shapes(tuple([w.shape for w in weights]), tuple(dims))
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """The weight as (rows, columns): ``dim`` first, the other dimensions flattened in their order."""
+    """View the weight as (rows, columns): ``dim`` first, the other dimensions flattened in order."""
     return weight.movedim(dim, 0).flatten(1)
 
 
 def split_saved(saved: Tensor, offset: int, matrix: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(sigma (), u (rows,), v (columns,)) of the weight whose part of ``saved`` starts at ``offset``."""
+    """Return sigma (), u (rows,) and v (columns,) of the weight whose part of ``saved`` starts at ``offset``."""
     outer, rows, inner = matrix
     u_at = offset + 1
     v_at = u_at + rows

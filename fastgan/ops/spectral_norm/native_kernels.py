@@ -1,4 +1,4 @@
-"""Calls into fastgan._native and fastgan._native_cuda: the only place of this op where addresses are taken."""
+"""Calls into fastgan._native and fastgan._native_cuda, which take raw addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.ops.spectral_norm.layout import Layout
 
 
 class Native:
-    """One of the two modules, as kernels that write into contiguous tensors."""
+    """The kernels of one of the two modules. They write into contiguous tensors."""
 
     def __init__(self, backend: str) -> None:
         self.module: Any = backends.native() if backend == "cpu" else backends.native_cuda()
@@ -52,7 +52,7 @@ class Native:
         self.module.spectral_norm_backward(dtype_name(weights[0]), rows, self._where(weights[0]))
 
     def _where(self, weight: Tensor) -> int:
-        """A number of threads, or a CUDA stream."""
+        """Return the number of threads on a CPU, or the CUDA stream."""
         return torch.get_num_threads() if self.on_cpu else torch.cuda.current_stream(weight.device).cuda_stream
 
 

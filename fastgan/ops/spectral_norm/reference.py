@@ -1,4 +1,4 @@
-"""Spectral normalisation in pure PyTorch: the specification, the fallback and the benchmark's baseline."""
+"""Spectral normalization in pure PyTorch: the reference, the fallback and the benchmark's baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.library import accumulation_dtype, without_autocast
 from fastgan.ops.spectral_norm.layout import as_matrix
 
 
@@ -21,7 +21,10 @@ def spectral_norm(
     eps: float,
     v_first: bool,
 ) -> list[Tensor]:
-    """weight / sigma of each weight; u and v renewed in place if n_power_iterations > 0. Any order of derivative."""
+    """Compute weight / sigma for each weight, differentiable to any order.
+
+    If n_power_iterations > 0, u and v are updated in place.
+    """
     return [
         _one(w, u, v, dim, n_power_iterations, eps, v_first) for w, u, v, dim in zip(weights, us, vs, dims, strict=True)
     ]
@@ -29,10 +32,10 @@ def spectral_norm(
 
 def _one(weight: Tensor, u: Tensor, v: Tensor, dim: int, n: int, eps: float, v_first: bool) -> Tensor:
     acc = accumulation_dtype(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         matrix = as_matrix(weight, dim).to(acc)  # (rows, columns)
         with torch.no_grad():
-            # Copies: backward must see the u and v of its own forward, though another forward has renewed them since.
+            # Copies: a backward must use the u and v of its own forward, even if another forward has updated them.
             new_u, new_v = u.to(acc, copy=True), v.to(acc, copy=True)
             for _ in range(n):
                 if v_first:
@@ -51,9 +54,9 @@ def _one(weight: Tensor, u: Tensor, v: Tensor, dim: int, n: int, eps: float, v_f
 def double_backward(
     grad_of_grad_weight: Tensor, grad: Tensor, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of <H, dW> by G and by W, where dW = G / sigma - (<G, W> / sigma^2) u v^T.
+    """Differentiate <H, dW> with respect to G and W, where dW = G / sigma - (<G, W> / sigma^2) u v^T.
 
-    With beta = u^T H v / sigma^2 and sigma itself a function of W:
+    With beta = u^T H v / sigma^2, and sigma a function of W:
         by G: H / sigma - beta W
         by W: (2 beta <G, W> / sigma - <H, G> / sigma^2) u v^T - beta G
     """

@@ -1,14 +1,15 @@
-"""Spectral normalisation of many weights in Triton: 2 n + 1 launches forward, two backward for all.
+"""Spectral normalization of many weights in Triton: 2 n + 1 launches in the forward, two in the backward, for all.
 
 A u-first iteration is s = W v, u = s / |s|, t = W^T u, v = t / |t|, and then sigma = u^T W v = t.v:
-    _product  s = W v          a program has a block of rows, and leaves its part of |s|^2
-    _product  t = W^T s / |s|  a program has a block of columns, and leaves its part of |t|^2
+    _product  s = W v          a program handles a block of rows and stores its part of |s|^2
+    _product  t = W^T s / |s|  a program handles a block of columns and stores its part of |t|^2
     _finish   W / sigma, u, v, sigma
-v-first swaps the products. Backward is _inner_products, <G, W>, then _grad_weights,
+v-first swaps the products. The backward is _inner_products, <G, W>, then _grad_weights,
 G / sigma - (<G, W> / sigma^2) u v^T.
 
-Bytes: forward 3 reads + 1 write of W, backward 3 reads + 1 write. No atomics, and every sum is added in one
-order: the same bits every time. Weights come as a table of addresses, made in triton_plan.py.
+Bytes: the forward reads W 3 times and writes it once; the backward makes 3 reads and 1 write of that size. There are no
+atomics, and every sum is added in a fixed order, so results are reproducible to the bit. The weights are passed as a
+table of addresses, made in triton_plan.py.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ _U_PART = tl.constexpr(plans.U_PART)
 
 @triton.jit
 def _pointer(layer, FIELD: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr):
-    # Code that was promised no alignment makes its own cast, since the hint belongs to the cast.
+    # The alignment hint belongs to the cast, so code that assumes no alignment needs a cast of its own.
     pointer = tl.load(layer + FIELD).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, 16) if VEC > 1 else pointer
 
 
 @triton.jit
 def _multiple(x, VEC: tl.constexpr):
-    # x itself, which is a multiple of VEC; written so that the compiler knows.
+    # x is a multiple of VEC. This form tells the compiler.
     return x // VEC * VEC
 
 
@@ -73,7 +74,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _divide(x, by):
-    """Quotient and remainder, in 32 bits."""
+    """Return quotient and remainder, in 32 bits."""
     quotient = x // by.to(tl.int32)
     return quotient, x - quotient * by.to(tl.int32)
 
@@ -91,7 +92,7 @@ def _inverse_norm(squared, EPS: tl.constexpr):
 
 @triton.jit
 def _dot(weight, x, i, ni, nj, rows, inner, FORM: tl.constexpr, OF_T: tl.constexpr, ACC: tl.constexpr):
-    """The sum over j of W[i, j] x[j], for a block of i; W transposed if OF_T."""
+    """Return the sum over j of W[i, j] x[j] for a block of i. W is transposed if OF_T."""
     BJ: tl.constexpr = (_SMALL_BLOCK if FORM == _GENERAL else _BLOCK) // i.shape[0]
     acc = tl.zeros([i.shape[0], BJ], ACC)
     for j0 in range(0, nj, BJ):
@@ -122,7 +123,7 @@ def _tile(
     WEIGHTED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One tile of s or t into ``result``; returns its part of the sum of squares (WEIGHTED: of u.s)."""
+    """Write one tile of s or t to ``result`` and return its part of the sum of squares (WEIGHTED: of u.s)."""
     ACC: tl.constexpr = result.dtype.element_ty
     WIDE: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     VEC: tl.constexpr = 1 if FORM == _GENERAL else WIDE
@@ -157,8 +158,8 @@ def _product(
     tiles_ptr,
     layers_ptr,
     scratch,
-    OF_T: tl.constexpr,  # t = W^T u, otherwise s = W v
-    STORED: tl.constexpr,  # from u or v as the caller keeps it, otherwise as the launch before left it
+    OF_T: tl.constexpr,  # True: t = W^T u; False: s = W v
+    STORED: tl.constexpr,  # True: read the caller's u or v; False: read the result of the previous launch
     WEIGHTED: tl.constexpr,
     EPS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -203,7 +204,7 @@ def _divide_chunk(layer, index, scale, VEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _keep(stored, saved, found, n, index, scale, ITERATED: tl.constexpr):
-    """A block of u or v: renewed in place and saved for backward."""
+    """Update a block of u or v in place and save it for backward."""
     i = index * _SMALL_BLOCK + tl.arange(0, _SMALL_BLOCK)
     if ITERATED:
         x = tl.load(found + i, mask=i < n) * scale
@@ -230,7 +231,7 @@ def _finish(
     part = tl.load(tile + 1)
     index = tl.load(tile + 2)
     sigma = _total(scratch + tl.load(layer + LAST + _SUMS), tl.load(layer + LAST + _TILES))
-    if ITERATED:  # sigma = s.u = |s|^2 / |s|, or the same of t
+    if ITERATED:  # sigma = s.u = |s|^2 / |s|, or the same with t
         sigma *= _inverse_norm(sigma, EPS)
     if part == _WEIGHT_PART:
         if tl.load(layer + _VECTOR) != 0:
@@ -288,7 +289,7 @@ def _inner_products(chunks_ptr, layers_ptr, scratch, DTYPE: tl.constexpr):
 
 @triton.jit
 def _grad_chunk(layer, index, scale, rank_one, VEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements go in groups of VEC in one line of ``inner``: row and column are found once a group."""
+    """Process elements in groups of VEC within a line of ``inner``. Row and column are computed once per group."""
     ACC: tl.constexpr = scale.dtype
     GROUPS: tl.constexpr = _BLOCK // VEC if VEC > 1 else _SMALL_BLOCK
     grad = _pointer(layer, _GRAD, DTYPE, VEC)
@@ -333,8 +334,8 @@ def _grad_weights(chunks_ptr, layers_ptr, scratch, DTYPE: tl.constexpr):
         _grad_chunk(layer, index, scale, rank_one, 1, DTYPE)
 
 
-# What compiles ahead of time: each kernel that is launched, its pointers ("*A": to the accumulation dtype)
-# and the values that its constants take together, without DTYPE, the weights' dtype.
+# For ahead-of-time compilation: each launched kernel, its pointers ("*A" points to the accumulation dtype) and the
+# combinations of its constants, without DTYPE, the dtype of the weights.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         _product,

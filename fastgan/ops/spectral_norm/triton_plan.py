@@ -1,4 +1,4 @@
-"""How the Triton kernels of spectral norm share out the weights: small tables say which program does what."""
+"""Work distribution of the Triton spectral norm kernels. Small tables assign a part of a weight to each program."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # elements a program holds at a time: eight 16-byte loads a thread in float32
-SMALL_BLOCK = 1024  # where accesses are narrow, or the work is a vector
-MAX_PARTS = 1024  # a sum is left in at most this many parts, which each of its readers adds up
+BLOCK = 4096  # elements that a program holds at a time: eight 16-byte loads per thread in float32
+SMALL_BLOCK = 1024  # block size for narrow accesses and for vectors
+MAX_PARTS = 1024  # largest number of partial sums; each reader adds them up
 _MAX_LENGTH = 2**31 - 1 - BLOCK  # rows or columns; their product may be larger
-_ENOUGH_PROGRAMS = 2048  # several for each multiprocessor of a large GPU
+_ENOUGH_PROGRAMS = 2048  # several programs for each multiprocessor of a large GPU
 
-# How a product walks W: lines of memory, 16-byte aligned, are summed along or across; or any other way.
+# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. GENERAL:
+# all other cases.
 GENERAL, ALONG, ACROSS = 0, 1, 2
-# What a program of the last launch forward writes.
+# What a program of the last forward launch writes.
 WEIGHT_PART, U_PART, V_PART = 0, 1, 2
 
-# The table of weights, one row a weight.
+# The columns of the table of weights, which has one row per weight.
 FIELDS = (
     *("weight", "output", "u", "v", "saved", "grad"),  # addresses
     *("outer", "rows", "inner"),
-    *("chunk", "chunks", "chunk_sums", "vector"),  # stretches of memory; whether 16-byte accesses fit them
-    *("s_form", "s_span", "s_tiles", "s", "s_sums"),  # s = W v: outputs a tile, tiles, offsets in scratch
+    *("chunk", "chunks", "chunk_sums", "vector"),  # chunks of memory; whether 16-byte accesses are possible
+    *("s_form", "s_span", "s_tiles", "s", "s_sums"),  # s = W v: outputs per tile, tiles, offsets in scratch
     *("t_form", "t_span", "t_tiles", "t", "t_sums"),  # t = W^T u
 )
 Addresses = tuple[int, int, int, int, int, int]
@@ -32,26 +33,29 @@ Addresses = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """The table of weights, less the addresses, and the (weight, tile) of each program of a launch."""
+    """The table of weights without the addresses, and the (weight, tile) of each program of a launch."""
 
     rows: tuple[tuple[int, ...], ...]
     s_tiles: Tensor
     t_tiles: Tensor
     parts: Tensor  # (weight, part, index)
     chunks: Tensor
-    chunks_back: Tensor  # the same, the last first
+    chunks_back: Tensor  # chunks in reverse order
     scratch: int  # elements
-    chunk_sums: int  # of which these come first, and are all that backward needs
+    chunk_sums: int  # the first elements of scratch; the backward needs no others
 
 
 @lru_cache(maxsize=64)
 def plan_of(
     matrices: tuple[tuple[int, int, int], ...], aligned: tuple[bool, ...], item: int, device: torch.device
 ) -> Plan:
-    """The plan for weights (outer, rows, inner), ``item`` bytes an element, 16-byte ``aligned`` or not."""
+    """Make the plan for weights (outer, rows, inner), ``item`` bytes per element, 16-byte ``aligned`` or not."""
     for outer, rows, inner in matrices:
         if max(rows, outer * inner) > _MAX_LENGTH:
-            raise ValueError(f"a weight of {rows} rows and {outer * inner} columns: at most {_MAX_LENGTH} of each")
+            raise ValueError(
+                f"a weight must have at most {_MAX_LENGTH} rows and as many columns, "
+                f"got {rows} rows and {outer * inner} columns"
+            )
     sizes = [outer * rows * inner for outer, rows, inner in matrices]
     vector = 16 // item
     blocks = max(1, min(8, sum(sizes) // (BLOCK * _ENOUGH_PROGRAMS)))
@@ -87,7 +91,7 @@ def plan_of(
         parts += [(i, U_PART, j) for j in range(_ceil(rows, SMALL_BLOCK))]
         parts += [(i, V_PART, j) for j in range(_ceil(outer * inner, SMALL_BLOCK))]
 
-    # Every other launch walks the list backwards, and finds in L2 what the one before it read last.
+    # Every other launch reads the list in reverse, so that it finds in L2 what the previous launch read last.
     def table_of_tiles(entries: list[tuple[int, ...]]) -> Tensor:
         return torch.tensor(entries, device=device)
 
@@ -112,7 +116,7 @@ def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: 
 
 
 def outputs_a_block(form: int, item: int) -> int:
-    """How many elements of s or t a program computes at a time, each with a share of a block of W."""
+    """Return how many elements of s or t a program computes at a time, each from its share of a block of W."""
     return {ALONG: 4, ACROSS: 128 // item, GENERAL: 32}[form]
 
 
@@ -120,16 +124,16 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# What CUDA graphs read at each replay: the host's copy of a table, the table, and the plan that goes with it.
+# CUDA graphs read these at each replay: the host copy of a table, the table, and its plan.
 _captured: list[tuple[Tensor, Tensor, Plan]] = []
-# Page-locked memory cannot be had during a capture, so calls before it leave some; what a graph took is never reused.
-_SPARE = 2**15  # numbers: 120 tables of a discriminator of 11 layers
+# Page-locked memory cannot be allocated during a capture, so earlier calls reserve some. Memory used by a graph is
+# never reused.
+_SPARE = 2**15  # numbers, enough for 120 tables of a discriminator with 11 layers
 _spare: list[Tensor] = []
 
 
 def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device) -> Tensor:
-    """The table of weights on the device, which is the current one. Steps that meet the same addresses again upload
-    nothing."""
+    """Return the table of weights on the current device. A step with the same addresses as before uploads nothing."""
     if device.type != "cuda":
         return _table(plan.rows, addresses, device, 0)
     if torch.cuda.is_current_stream_capturing():
@@ -137,7 +141,7 @@ def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device)
         _captured.append((host, host.to(device, non_blocking=True), plan))
         return _captured[-1][1]
     if not _spare or len(_spare[0]) < _SPARE // 2:
-        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True)]
+        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True, device="cpu")]
     return _table(plan.rows, addresses, device, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -145,19 +149,19 @@ def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device)
 def _table(
     rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...], device: torch.device, stream: int
 ) -> Tensor:
-    # The stream is part of the key: on another one, the copy might not have arrived.
+    # The stream is part of the key, because the copy may not have finished on another stream.
     entries = _entries(rows, addresses)
     return entries.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else entries
 
 
 def _entries(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
-    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)])
+    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device="cpu")
 
 
 def _from_spare(entries: Tensor) -> Tensor:
-    """A page-locked copy."""
+    """Return a page-locked copy of the entries."""
     size = entries.numel()
     if not _spare or len(_spare[0]) < size:
-        return entries.pin_memory()  # of which PyTorch before 2.11 may say that a capture forbids it
+        return entries.pin_memory()  # PyTorch before 2.11 may raise here during a capture
     taken, _spare[0] = _spare[0][:size], _spare[0][size:]
     return taken.view_as(entries).copy_(entries)

@@ -1,4 +1,4 @@
-"""DCGAN, Radford et al. 2016: strided convolutions, doubling the side from 4 on."""
+"""DCGAN, Radford et al. 2016: strided convolutions that double the side from 4 up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgan.trainer.models.layers import SMALLEST, Shape, channels_at
 
 
 def generator(latent_dim: int, width: int, shape: Shape) -> nn.Sequential:
-    """Batch norm takes the place of the convolutions' biases."""
+    """Convolutions have no biases, because batch norm follows."""
     first = shape.smallest(channels_at(SMALLEST, width))
     layers: list[nn.Module] = [
         nn.Linear(latent_dim, math.prod(first), bias=False),
@@ -33,7 +33,7 @@ def generator(latent_dim: int, width: int, shape: Shape) -> nn.Sequential:
 
 
 def features(width: int, shape: Shape, channels: int) -> nn.Sequential:
-    """The generator's mirror image; no batch norm, for spectral norm or a penalty bounds the layers instead."""
+    """The mirror image of the generator, without batch norm: spectral norm or a penalty bounds the layers instead."""
     layers: list[nn.Module] = []
     for size in reversed(shape.sizes[:-1]):
         outputs = channels_at(size, width)

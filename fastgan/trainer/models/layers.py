@@ -1,4 +1,4 @@
-"""What the networks share: shapes in one to three dimensions, the discriminator's head, labels, spectral norm."""
+"""Shared parts of the networks: shapes in one to three dimensions, the discriminator's head, labels, spectral norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 NUM_KERNELS, KERNEL_DIM = 100, 5  # of minibatch discrimination, as in Salimans et al. 2016
-SMALLEST = 4  # pixels a side, where a generator starts and a discriminator ends
+SMALLEST = 4  # side in pixels where a generator starts and a discriminator ends
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Shape:
         size = sides[0]
         if len(sides) > 3 or any(side != size for side in sides) or size < 8 or size > 1024 or size & (size - 1):
             raise ValueError(
-                f"no model for samples of shape {shape}: wanted (C, S), (C, S, S) or (C, S, S, S) "
+                f"no model supports samples of shape {shape}: use (C, S), (C, S, S) or (C, S, S, S) "
                 "with S a power of two from 8 to 1024, or (F,)"
             )
         return cls(channels, size, len(sides))
 
     @property
     def sizes(self) -> list[int]:
-        """The sides from the smallest to the sample's own."""
+        """The sides from the smallest to the sample's."""
         return [SMALLEST << i for i in range((self.size // SMALLEST).bit_length())]
 
     def smallest(self, channels: int) -> tuple[int, ...]:
         return (channels, *[SMALLEST] * self.dims)
 
     def conv(self, inputs: int, outputs: int, kernel: int, **options: Any) -> Conv:
-        """A convolution in this many dimensions."""
+        """Return a convolution in this number of dimensions."""
         kinds: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return kinds[self.dims - 1](inputs, outputs, kernel, **options)
 
@@ -63,18 +63,20 @@ class Shape:
 
 
 def channels_at(size: int, width: int) -> int:
-    """``width`` at 16 pixels a side, twice as many at half of that: 4 * width at most, the lesser of width and 16 at
-    least."""
+    """Return the number of channels: ``width`` at 16 pixels a side, and twice as many at half the side.
+
+    It is at most 4 * width, and at least min(width, 16).
+    """
     return min(4 * width, max(width * 16 // size, min(width, 16)))
 
 
 class Head(nn.Module):
-    """Features (N, C, *S) or (N, F) -> logits (N, 1), by a linear layer over all of them.
+    """Maps features (N, C, *S) or (N, F) to logits (N, 1) with a linear layer over all features.
 
     Args:
         shape: (C, *S) or (F,).
-        minibatch: a statistic over the batch that the linear layer sees too.
-        classes: with them, the labels' embedding is projected on the features (Miyato & Koyama 2018).
+        minibatch: batch statistic that the linear layer also sees.
+        classes: number of classes; the labels' embedding is projected on the features (Miyato & Koyama 2018).
     """
 
     def __init__(self, shape: tuple[int, ...], minibatch: MinibatchStatistic, classes: int | None) -> None:
@@ -93,7 +95,7 @@ class Head(nn.Module):
 
 
 def minibatch_statistic(kind: MinibatchStatistic, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
-    """A layer on features (N, *shape), and how many features a sample has after it."""
+    """Return a layer on features (N, *shape), and the number of features per sample after it."""
     if kind == "stddev":
         return fnn.MinibatchStdDev(remainder="largest-divisor"), math.prod((shape[0] + 1, *shape[1:]))
     if kind == "discrimination":
@@ -113,8 +115,8 @@ class Discriminator(nn.Module):
         return logits
 
 
-class Labelled(nn.Module):
-    """A generator of latents (N, L) and labels (N,), over one that takes (N, 2 L): labels are embedded beside z."""
+class Labeled(nn.Module):
+    """Wraps a generator of (N, 2 L) to take latents (N, L) and labels (N,). Embedded labels are concatenated to z."""
 
     def __init__(self, generator: nn.Module, classes: int, latent_dim: int) -> None:
         super().__init__()
@@ -140,8 +142,8 @@ class Scale(nn.Module):
         return f"{self.factor:g}"
 
 
-def normalise(model: nn.Module, kind: SpectralNorm, n_power_iterations: int = 1) -> nn.Module:
-    """Spectral norm on every convolution, linear layer and embedding of `model`, in place."""
+def normalize(model: nn.Module, kind: SpectralNorm, n_power_iterations: int = 1) -> nn.Module:
+    """Apply spectral norm to every convolution, linear layer and embedding of `model`, in place."""
     if kind == "none":
         return model
     for layer in list(model.modules()):

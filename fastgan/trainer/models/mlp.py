@@ -1,4 +1,4 @@
-"""Multilayer perceptrons for points: a small one, and PacGAN's pair for its mode-collapse experiments."""
+"""Multilayer perceptrons for points: a small one, and PacGAN's networks for mode-collapse experiments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pacgan_features(inputs: int) -> nn.Sequential:
 
 
 class Maxout(nn.Module):
-    """(N, inputs) -> (N, outputs), each the largest of ``pieces`` affine functions, Goodfellow et al. 2013."""
+    """(N, inputs) -> (N, outputs), each the maximum of ``pieces`` affine functions, Goodfellow et al. 2013."""
 
     def __init__(self, inputs: int, outputs: int, pieces: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Residual networks without any normalisation, as in StyleGAN2 (Karras et al. 2020) and R3GAN (Huang et al. 2024).
+"""Residual networks without normalization, as in StyleGAN2 (Karras et al. 2020) and R3GAN (Huang et al. 2024).
 
-A stage is two bottleneck blocks, x + 1x1(act(3x3 grouped(act(1x1(x))))), between resamplings by averages. The last
-convolution of a block starts at zero, so that a deep network starts as a shallow one (Fixup, Zhang et al. 2019). They
-are made for R1 and R2 on every step: everything in a discriminator is piecewise affine.
+A stage is two bottleneck blocks, x + 1x1(act(3x3 grouped(act(1x1(x))))). Resampling between stages uses averages. The
+last convolution of a block is initialized to zero, so that a deep network starts like a shallow one (Fixup, Zhang et
+al. 2019). The discriminator is piecewise affine throughout, which makes R1 and R2 in every step cheap.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgan.trainer.models.layers import SMALLEST, Shape, channels_at
 
-BLOCKS = 2  # a stage
+BLOCKS = 2  # per stage
 GROUP = 16  # channels that a 3x3 convolution mixes
 SLOPE = 0.2
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
         second = shape.conv(inner, inner, 3, padding=1, groups=max(1, inner // GROUP), bias=False)
         last = shape.conv(inner, channels, 1, bias=False)
         for conv in (first, second):
-            # Fixup: with three layers a branch, each of the first two is blocks^(-1/4) of He's size.
+            # Fixup with three layers per branch: scale He's initialization of the first two by blocks^(-1/4).
             nn.init.kaiming_normal_(conv.weight, SLOPE)
             conv.weight.data.mul_(blocks**-0.25)
         nn.init.zeros_(last.weight)

@@ -1,4 +1,4 @@
-"""SNGAN's residual networks, Miyato et al. 2018: two 3x3 convolutions a block, nearest up, average down."""
+"""SNGAN's residual networks, Miyato et al. 2018: two 3x3 convolutions per block, nearest up, average down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastgan.trainer.models.layers import SMALLEST, Shape, channels_at
 
 
 class Up(nn.Module):
-    """(N, C, S, ...) -> (N, D, 2S, ...); no biases, for batch norm follows sooner or later."""
+    """(N, C, S, ...) -> (N, D, 2S, ...). Convolutions have no biases, because batch norm follows."""
 
     def __init__(self, shape: Shape, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class Up(nn.Module):
 
 
 class Down(nn.Module):
-    """(N, C, S, ...) -> (N, D, S/2, ...); the first block of a discriminator has nothing to rectify."""
+    """(N, C, S, ...) -> (N, D, S/2, ...). The first block of a discriminator has no ReLU at its input."""
 
     def __init__(self, shape: Shape, inputs: int, outputs: int, first: bool) -> None:
         super().__init__()
-        # A 1x1 convolution and an average commute: the cheaper order.
+        # A 1x1 convolution and an average commute. This order is cheaper.
         self.shortcut = nn.Sequential(shape.halve(), shape.conv(inputs, outputs, 1))
         self.residual = nn.Sequential(
             *([] if first else [nn.ReLU()]),

@@ -1,0 +1,53 @@
+"""Gradient normalization of a discriminator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.ops.gradient_penalty import gradients_of_logits
+from fastgan.ops.gradient_penalty.inputs import Inputs
+from fastgan.ops.gradient_penalty.norms import norms
+from fastgan.ops.library import untraced
+
+
+class GradientNormalized(nn.Module):
+    """A discriminator f as f / (|grad f| + |f|), whose slope in the input is at most 1 where f is piecewise affine.
+
+        discriminator = GradientNormalized(discriminator)
+        loss = softplus(-discriminator(real)).mean() + softplus(discriminator(fake)).mean()
+
+    The gradient is that of the sum of a sample's logits in its input, in float32 or better; |grad f| is its norm. With
+    several logits a sample, each is divided by the sum of |grad f| and its own absolute value, as in the authors' code.
+    Where f and its gradient are both zero, so is the result.
+
+    Args:
+        discriminator: returns one tensor of logits, (N, ...).
+
+    Shape: that of the discriminator. ``forward`` takes its inputs, (N, *S) or a tuple, list or dict of these, and its
+    further arguments.
+
+    Raises:
+        TypeError, ValueError: as ``fastgan.gradient_penalty``, and for a discriminator that returns several tensors.
+
+    Differentiable once in parameters and inputs. It takes a forward and a backward, without gradients too.
+
+    Source: Wu et al., Gradient Normalization for Generative Adversarial Networks (2021).
+    """
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    @untraced
+    def forward(self, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor:
+        differentiable = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            logits, grads = gradients_of_logits(self.discriminator, inputs, args, kwargs, create_graph=differentiable)
+            size = norms(grads, None, squared=False)  # (N,)
+            f = logits.to(size.dtype)
+            total = size.view(-1, *[1] * (f.ndim - 1)) + f.abs()
+            normalized = (f / total.masked_fill(total == 0, 1)).to(logits.dtype)
+        return normalized if differentiable else normalized.detach()

@@ -1,0 +1,200 @@
+"""The operators of attention, their implementation on each backend, and the derivatives up to the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.attention import blocks, reference
+from fastgan.ops.attention.layout import Options
+from fastgan.ops.library import accumulation_dtype, is_eager, last_order, operator, stored, without_autocast
+from fastgan.ops.needed import needed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) in which any size may be 1, o and lse of the
+# forward, seed of the dropout. All operators write into tensors that the caller allocates. The blocks run on every
+# device, for each backend.
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
+_OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu"), frozenset(DTYPES)))
+
+
+def _exactly(run: Callable[P, R]) -> Callable[P, R]:
+    """Run without autocast, which would round the kernels' float32 intermediates."""
+
+    @wraps(run)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast(next(t.device.type for t in args if isinstance(t, Tensor))):
+            return run(*args, **kwargs)
+
+    return exact
+
+
+@operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
+@_exactly
+def _forward(*arguments: Any) -> None:
+    q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, _ = arguments
+    if not (q.is_cpu and _is_fused_by_pytorch(q, k, v, mask, dropout_p)):
+        blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
+        return
+    reference_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    results = reference_kernel(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
+    o.copy_(results[0])
+    lse.copy_(results[1])
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate o, in the memory order (B, L, H, Ev) of PyTorch's result, and lse."""
+    (batch, heads, length), wide = q.shape[:3], v.shape[-1]
+    strides = length * heads * wide, wide, heads * wide, 1  # not a view, so that the user may write into it
+    o = torch.empty_strided((batch, heads, length, wide), strides, dtype=q.dtype, device=q.device)
+    return o, q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
+
+
+def _is_fused_by_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Return whether PyTorch's CPU kernel, which returns the log-sum-exp, can run without a copy of a large mask."""
+    if dropout_p > 0 or v.shape[-1] != q.shape[-1] or any(t.stride(-1) != 1 for t in (q, k, v)):
+        return False
+    if mask is None or mask.dtype == torch.bool:
+        return mask is None or mask.numel() <= q.numel()
+    return mask.dtype == q.dtype and mask.stride(-1) == 1 and mask.shape[-1] == k.shape[-2]
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+@operator(
+    f"attention_bwd(Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
+    f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
+)
+@_exactly
+def _backward(*arguments: Any) -> None:
+    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, _ = arguments
+    options = Options(scale, is_causal, dropout_p)
+    blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
+
+
+@operator(
+    "attention_bwd_bwd(Tensor? gq, Tensor? gk, Tensor? gv, Tensor? gmask,"
+    f" Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
+    " Tensor(a!)? by_g, Tensor(b!)? by_q, Tensor(c!)? by_k, Tensor(d!)? by_v, Tensor(e!)? by_mask,"
+    f" {_OPTIONS}) -> ()"
+)
+@_exactly
+def _double_backward(*arguments: Any) -> None:
+    *tensors, seed, scale, is_causal, dropout_p, _ = arguments
+    grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
+    grads = [None if t is None else stored(t) for t in grads]
+    options = Options(scale, is_causal, dropout_p)
+    everything: list[Any] = [*grads, stored(g), *operands, seed, *results, options]
+    blocks.double_backward(*everything)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        options: Options,
+        backend: str,
+    ) -> Tensor:
+        run: Any = _forward if is_eager(q) else torch.ops.fastgan.attention_fwd
+        o, lse = _results(q, v)
+        run(q, k, v, mask, o, lse, seed, *options, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, mask, o, lse, seed)
+        ctx.options, ctx.backend = options, backend
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = needed(ctx)[:4]
+        if g is None or not any(wanted):
+            return (None,) * 7
+        # Without create_graph the backward needs no graph of its own.
+        run: Any = _AttentionBackward.apply if torch.is_grad_enabled() else _run_backward
+        q, k, v, mask, o, lse, seed = ctx.saved_tensors
+        grads = run(g, q, k, v, mask, o.detach(), lse, seed, wanted, ctx.options, ctx.backend)
+        return *grads, None, None, None
+
+
+def _run_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    wanted: tuple[bool, ...],
+    options: Options,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    operands = q, k, v, mask
+    results = [
+        torch.empty_like(t) if t is not None and want else None for t, want in zip(operands, wanted, strict=True)
+    ]
+    run: Any = _backward if is_eager(g) else torch.ops.fastgan.attention_bwd
+    run(g, *operands, o, lse, *results, seed, *options, backend)
+    return tuple(results)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The backward. o, lse and seed are not differentiated; the double backward includes how o and lse are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:8])
+        ctx.options, ctx.backend = arguments[-2:]
+        return _run_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, q, k, v, mask, o, lse, seed = ctx.saved_tensors
+        operands = g, q, k, v, mask
+        wanted = ctx.needs_input_grad[:5]
+        if all(grad is None for grad in grads) or not any(wanted):
+            return (None,) * 11
+        with torch.no_grad():
+            results = [
+                torch.empty_like(t) if t is not None and want else None
+                for t, want in zip(operands, wanted, strict=True)
+            ]
+            run: Any = _double_backward if is_eager(g) else torch.ops.fastgan.attention_bwd_bwd
+            run(*grads, *operands, o, lse, *results, seed, *ctx.options, ctx.backend)
+        if torch.is_grad_enabled():
+            message = (
+                "scaled_dot_product_attention: the third derivative is not supported; "
+                "use_backend('reference') has every order"
+            )
+            results = last_order(message, results, [*grads, *operands])
+        return *results, None, None, None, None, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:
+    """Run the op on canonical operands on the chosen backend."""
+    if backend == "reference":
+        return _exactly(reference.attention)(q, k, v, mask, *options)
+    q, k, v = stored(q), stored(k), stored(v)
+    seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
+    result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)
+    return result

@@ -1,0 +1,41 @@
+"""Scaled dot product attention in elementary PyTorch operations: the reference, fallback and benchmark baseline."""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.library import accumulation_dtype
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, dropout_p: float
+) -> Tensor:
+    """Compute attention of q (B, H, L, E), k (B, G, S, E) and v (B, G, S, Ev), with H a multiple of G.
+
+    The mask is boolean or additive, (B, H, L, S).
+    """
+    acc = accumulation_dtype(q.dtype)
+    repeats = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    if repeats > 1:
+        k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
+    scores = (q.to(acc) * scale) @ k.to(acc).transpose(-1, -2)  # (B, H, L, S)
+    kept: Tensor | None = None
+    if is_causal:
+        kept = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    elif mask is not None and mask.dtype == torch.bool:
+        kept = mask
+    if kept is not None:
+        scores = scores.masked_fill(~kept, -inf)
+    elif mask is not None:
+        scores = scores + mask
+    probabilities = scores.softmax(-1)
+    # A row whose keys are all masked gives 0, as in PyTorch.
+    empty = (scores.detach() == -inf).all(-1, keepdim=True) if kept is not None or mask is not None else None
+    if empty is not None:
+        probabilities = probabilities.masked_fill(empty, 0.0)
+    if dropout_p > 0:
+        probabilities = torch.dropout(probabilities, dropout_p, True)
+    return (probabilities @ v.to(acc)).to(q.dtype)

@@ -1,0 +1,12 @@
+"""PyTorch's functions that it differentiates once only, to every order: formulas in its own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastgan.ops.lacking import distances, recurrent, segments
+
+__all__ = ["ROUTES"]
+
+ROUTES: dict[Any, Callable[..., Any]] = {**distances.ROUTES, **segments.ROUTES, **recurrent.ROUTES}

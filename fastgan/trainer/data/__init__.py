@@ -1,0 +1,1 @@
+"""Real samples: data sets, toy distributions, caches and held-out samples."""

@@ -1,0 +1,71 @@
+"""Noto color emoji: about 3,800 small pictures from the font in Debian's package fonts-noto-color-emoji."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from fastgan.trainer.data.cache import cache_folder, cache_path, mapped, stamp
+from fastgan.trainer.data.image_folder import as_images, squares
+from fastgan.trainer.errors import DataError
+
+FONT = "NotoColorEmoji.ttf"
+DEBIAN_FOLDER = Path("/usr/share/fonts/truetype/noto")
+
+
+def find_emoji(folder: Path | None = None) -> Path:
+    """Find the font: in ``folder`` if given, otherwise in the cache, otherwise in Debian's folder."""
+    candidates = [folder] if folder else [cache_folder() / "noto-emoji", DEBIAN_FOLDER]
+    for candidate in candidates:
+        path = candidate if candidate.suffix == ".ttf" else candidate / FONT
+        if path.is_file():
+            return path
+    raise DataError(
+        f"no {FONT} in {' or '.join(map(str, candidates))}; pass its folder with --data PATH, download it with "
+        "`sh tools/noto-emoji.sh`, or install Debian's package fonts-noto-color-emoji"
+    )
+
+
+def read_emoji(font: Path, size: int) -> Tensor:
+    """Return each distinct bitmap of a color font on white, (N, 3, size, size) uint8, in the font's order.
+
+    The font's 136x128 pictures are padded to squares and resized.
+
+    Raises:
+        DataError: the file is not a font with color bitmaps (tables CBDT and CBLC).
+    """
+    path = cache_path(f"emoji-{size}", *stamp(font))
+    if os.path.exists(path):
+        return as_images(mapped(path), size)
+    bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share a bitmap
+    images, good = squares(path, size, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
+    if not good:
+        raise DataError(f"{font} contains no color bitmaps")
+    return images
+
+
+def bitmaps_of(font: Path) -> list[bytes]:
+    """Return the PNG files in the first strike of a font's CBDT table."""
+    from fontTools.ttLib import TTFont, TTLibError
+
+    try:
+        with TTFont(font, lazy=True) as tables:
+            if "CBDT" not in tables:
+                return []
+            return [glyph.imageData for glyph in tables["CBDT"].strikeData[0].values() if hasattr(glyph, "imageData")]
+    except (TTLibError, OSError) as error:
+        raise DataError(f"{font} cannot be read: {error}") from error
+
+
+def padded(png: bytes) -> Image.Image:
+    """Center a PNG file on a transparent square."""
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    side = max(image.size)
+    ground = Image.new("RGBA", (side, side))
+    ground.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return ground

@@ -1,0 +1,1 @@
+"""Components of a GAN: losses, optimizers, penalties, averaged weights, augmentation."""

@@ -1,0 +1,91 @@
+"""Scores of a generator, always reported with their N and floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.sources import Mixture
+from fastgan.trainer.data.toys import Stacked
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.measure.classifier import stacked_modes
+from fastgan.trainer.measure.extractors import Extractor, check_extractor, features_of, label, load_extractor
+from fastgan.trainer.measure.metrics import count_modes, frechet_distance, kid, modes, neighbors
+
+POINTS = 2500
+LEAST = 10  # fewest images to compute distances from
+STACKED = 10_000  # enough samples to find each of 1000 modes
+
+
+def score(
+    gan: GAN, held_out: Source | None, seed: int, extractor: str = "random-conv", images: int = 1000
+) -> dict[str, Any]:
+    """Return the scores of the averaged generator, or an empty dict if no metric fits the data.
+
+    Points of a mixture: modes covered, fraction of high-quality samples, reverse KL. Stacked images: the same for the
+    1000 modes of a classifier, which assigns every sample to a mode. Other images: KID, Frechet distance, density,
+    coverage and recall of ``images`` samples (fewer if there are fewer reals) against held-out reals, with the floor of
+    each, computed from training reals.
+    """
+    if isinstance(gan.source, Mixture):
+        samples = gan.samples(latents(gan, POINTS, seed))
+        return {"n": POINTS, **modes(samples, gan.source)._asdict()}
+    if isinstance(gan.source, Stacked):
+        samples = torch.cat([gan.samples(batch) for batch in latents(gan, STACKED, seed).split(gan.optim.batch_size)])
+        return {"n": STACKED, **count_modes(stacked_modes(samples, gan.source), STACKED)._asdict()}
+    if not measures_images(gan.source.shape) or held_out is None:
+        return {}
+    n = min(images, gan.source.size or images, held_out.size or images)
+    if n < LEAST:
+        return {}
+    real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
+    fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
+    return compare(real, other, fake, load_extractor(extractor, gan.device), label(extractor), gan.device)
+
+
+def measures_images(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def check_scoring(extractor: str, source: Source, device: torch.device) -> None:
+    """Try the extractor that `score` would use. Reject a custom extractor that `score` would ignore.
+
+    Raises:
+        ValueError: the extractor does not work, or this data is not scored by features.
+        ModuleNotFoundError: its weights are not installed.
+    """
+    if measures_images(source.shape) and not isinstance(source, Stacked):
+        check_extractor(extractor, source.shape, device)
+    elif extractor != TrainConfig.extractor:
+        raise ValueError(
+            f"extractor {extractor!r} needs images that are scored by features, but this data is not: leave it out"
+        )
+
+
+def compare(
+    real: Tensor, other_real: Tensor, fake: Tensor, extractor: Extractor, name: str, device: torch.device
+) -> dict[str, Any]:
+    """Return scores of images `fake` against `real`, and their floor, computed from `other_real` instead of `fake`.
+
+    All images are (N, C, H, W) in [-1, 1]. `extractor` may be any callable from images to features (N, F). `name` is
+    its name in the names of the distances.
+    """
+    features = {
+        key: features_of(images, extractor, device)
+        for key, images in (("real", real), ("fake", fake), ("floor", other_real))
+    }
+
+    def against_real(key: str) -> dict[str, float]:
+        pair = features["real"], features[key]
+        return {f"KID-{name}": kid(*pair), f"FD-{name}": frechet_distance(*pair), **neighbors(*pair)._asdict()}
+
+    return {"extractor": name, "n": len(fake), **against_real("fake"), "floor": against_real("floor")}
+
+
+def latents(gan: GAN, count: int, seed: int) -> Tensor:
+    return torch.randn(count, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")

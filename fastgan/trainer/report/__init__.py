@@ -1,0 +1,1 @@
+"""Reports of a run: its page, charts, pictures, TensorBoard."""

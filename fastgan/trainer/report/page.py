@@ -1,0 +1,101 @@
+"""A run's report on one page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgan import strict_json
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.device import environment
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.measure.alarms import describe
+from fastgan.trainer.report import html as html_report
+from fastgan.trainer.run import RunFolder
+
+SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
+
+
+def too_short(steps: int) -> str | None:
+    """Return a warning if the run cannot be judged yet."""
+    if steps >= SHORT:
+        return None
+    return (
+        f"Too short to judge: {steps:,} steps, and even {SHORT:,} are few. Samples and scores come from a generator "
+        "that has hardly begun to learn, and a missing alarm means little. Raise --steps or --minutes"
+    )
+
+
+def header(config: TrainConfig, device: torch.device, step: int) -> dict[str, Any]:
+    """Return the first record of a metrics file, and of each resumption."""
+    return {"started_at_step": step, "config": config.to_json(), **environment(device)}
+
+
+def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]) -> None:
+    """Write report.md and report.html from the run's files and its generator's scores."""
+    records = [record for record in run.read_metrics() if "d_loss" in record]
+    last = records[-1]
+    where = environment(gan.device)
+    images = config.optim.batch_size * last["step"]
+    rows = [
+        ("trained on", f"{config.dataset}, {images:,} real samples in batches of {config.optim.batch_size}"),
+        ("generator", f"{parameters(gan.generator):,} parameters, width {config.model.width}"),
+        (
+            "discriminator",
+            f"{parameters(gan.discriminator):,} parameters, spectral norm: {config.model.spectral_norm}",
+        ),
+        (
+            "game",
+            f"{config.optim.loss} loss, Adam {config.optim.betas}, learning rates D {config.optim.d_lr:g} "
+            f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) per G step, "
+            f"EMA {config.optim.ema_decay:g}",
+        ),
+        ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
+        (
+            "speed",
+            f"{images / last['seconds']:.0f} images/s for the whole loop, including pictures and checkpoints",
+        ),
+        ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
+        ("device", f"{where['device']}, {where['threads']} threads"),
+        ("versions", f"fastgan {where['fastgan']}, torch {where['torch']}, Python {where['python']}"),
+    ]
+    if where["commit"]:
+        rows.append(("commit", where["commit"]))
+    if "covered" in quality:
+        rows.append(("modes", covered(quality)))
+    rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
+    if run.verify.exists():
+        rows.append(("verified", verified(strict_json.loads(run.verify.read_text()))))
+    short = too_short(last["step"])
+    html_report.write(run, config.name, rows, quality, short)
+    alarms = [record for record in run.read_metrics() if "alarm" in record]
+    rang = "".join(f"- {describe(alarm)}\n" for alarm in alarms) or ("None yet.\n" if short else "None.\n")
+    warning = f"**{short}.**\n\n" if short else ""
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    run.report.write_text(
+        f"# {config.name}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
+        f"Samples of the averaged generator from fixed noise; earlier samples are in `{run.history.name}/`.\n\n"
+        f"The same with diagnostics on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
+        f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
+        encoding="utf-8",
+    )
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def covered(quality: dict[str, Any]) -> str:
+    if quality["total"] == 1000:
+        return f"{quality['covered']} of 1000 in {quality['n']:,} samples, reverse KL {quality['reverse_kl']:.3f}"
+    return (
+        f"{quality['covered']} of {quality['total']} have a sample within 3 sigma; "
+        f"{quality['high_quality']:.0%} of the samples are within 3 sigma of a mode"
+    )
+
+
+def verified(result: dict[str, Any]) -> str:
+    verdict = "fused agrees with pure PyTorch" if result["passed"] else "**fused differs from pure PyTorch**"
+    return f"{verdict} over {result['steps']} steps; {result['speed']['fused_over_torch']:.2f}x as fast"

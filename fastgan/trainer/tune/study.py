@@ -1,0 +1,326 @@
+"""Bayesian optimization of a preset's settings. The cost is the quality of the generator's samples, never a loss.
+
+Workers are processes that share one journal file. If a worker is killed, only its current trial is lost, and that trial
+is queued again. A stopped study continues when the same command runs again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from importlib import import_module
+from multiprocessing import connection
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fastgan import strict_json
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.sources import Mixture, load_source
+from fastgan.trainer.data.toys import Stacked
+from fastgan.trainer.device import choose_device
+from fastgan.trainer.errors import TrainerError
+from fastgan.trainer.gan import GAN
+from fastgan.trainer.measure.quality import LEAST, check_scoring, measures_images, score
+from fastgan.trainer.run import make_folder
+from fastgan.trainer.tune import report as tune_report
+from fastgan.trainer.tune.config import TuneConfig
+
+RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
+CHECK_EVERY = 50  # steps between checks for a loss that is not finite
+DIVERGED = 10.0  # far above the cost of any completed training run, but finite, so that the optimizer can use it
+NO_SCORE = "this preset cannot be tuned, because its samples have no score: use one with points or images"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def tune(config: TuneConfig) -> TrainConfig:
+    """Run the study, and write best.json, trials.md and trials.png to its folder.
+
+    Raises:
+        TrainerError: all workers died, the folder cannot be written to or contains another study, or no trial could be
+            scored.
+        ValueError: the extractor does not work.
+        ModuleNotFoundError: the sampler or the extractor needs a package that is missing.
+    """
+    check(config)
+    make_folder(config.out)
+    study = open_study(config)
+    requeue_orphans(study)
+    if not study.trials:
+        study.enqueue_trial(values_of(config.start))  # so that the best result is at least as good as the preset
+    if config.workers == 1:
+        work(config, 0)
+    else:
+        share(config)
+    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
+        raise TrainerError(f"no trial of {config.out} finished")
+    best = settings(config.start, study.best_params)
+    (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
+    tune_report.write(study, config.out)
+    return best
+
+
+def check(config: TuneConfig) -> None:
+    """Raise errors that would make every trial or its score fail, before the first trial."""
+    if config.sampler == "gp":
+        import_module("scipy")  # optuna imports it only after the random trials
+    start = config.start
+    device = choose_device(start.device)
+    source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    if not measures_images(source.shape) and not isinstance(source, Mixture):
+        raise TrainerError(NO_SCORE)
+    check_scoring(config.extractor, source, device)
+    if isinstance(source, Mixture | Stacked):
+        return
+    largest = 2 * start.optim.batch_size  # largest batch size of any trial
+    held_out = hold_out(source, largest, 0)
+    if held_out is None or (held_out.size or LEAST) < LEAST:
+        raise TrainerError(
+            f"the data has too few images: trials use batches of up to {largest}, and scores need a held-out tenth of "
+            f"at least {LEAST}"
+        )
+
+
+def share(config: TuneConfig) -> None:
+    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process, and OpenMP may not
+    indices = iter(range(config.workers + config.trials))  # finite, in case every setting kills its worker
+
+    workers: list[multiprocessing.process.BaseProcess] = []
+
+    def start() -> None:
+        worker = context.Process(target=work, args=(config, next(indices)))
+        with interrupts_ignored():
+            worker.start()
+        workers.append(worker)
+
+    try:
+        for _ in range(config.workers):
+            start()
+        while workers:
+            connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                if not worker.exitcode:
+                    continue
+                print(f"worker {worker.pid} ended with {worker.exitcode}; its trial is queued again", flush=True)
+                study = open_study(config)
+                requeue_orphans(study, {worker.pid}, killed=worker.exitcode < 0)
+                if worker.exitcode < 0 and not done(config, study) and len(workers) < config.workers:
+                    with contextlib.suppress(StopIteration):
+                        start()
+    finally:  # if this process is interrupted, stop the workers; otherwise it would wait for them
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+    requeue_orphans(open_study(config))  # a worker may have been killed before it registered its trial
+    work(config, config.workers + config.trials)  # run the remaining trials; raises an error that ended every worker
+
+
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Make processes that start inside ignore Ctrl-C. A terminal sends it to all processes; their parent stops them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_study(config: TuneConfig) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
+    study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
+    known = study.user_attrs.get("about", about)
+    if known != about:
+        raise TrainerError(f"{config.out} contains a study of {known}, not of {about}: choose another --out")
+    if "about" not in study.user_attrs:
+        study.set_user_attr("about", about)
+    return study
+
+
+def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None, killed: bool = False) -> None:
+    """Mark the running trials of `workers` as failed and queue their settings again. None: of all dead processes.
+
+    Settings whose worker was `killed` twice are dropped: they probably need too much memory. Stopping the whole command
+    does not count as a kill.
+    """
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker in workers if workers is not None else not alive(worker):
+            study.tell(trial.number, state=TrialState.FAIL)
+            if killed and trial.user_attrs.get("killed"):
+                print(f"trial {trial.number} is dropped: its process died twice", flush=True)
+            else:
+                queue_again(study, trial, killed)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial, killed: bool = False) -> None:
+    queued = trial.system_attrs.get("fixed_params", {})  # the trial may not have used all of them yet
+    killed = killed or trial.user_attrs.get("killed", False)
+    study.enqueue_trial(queued | trial.params, user_attrs={"killed": killed})
+
+
+def alive(process: int | None) -> bool:
+    try:
+        os.kill(process or 0, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return process is not None
+
+
+def done(config: TuneConfig, study: optuna.Study) -> bool:
+    """Whether there are enough finished trials, and no trial of a dead process is waiting."""
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    return len(finished) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def work(config: TuneConfig, index: int) -> None:
+    """Run trials until the study is done."""
+    study = open_study(config)
+    if done(config, study):
+        return
+    if config.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+    study.sampler, study.pruner = strategy(config, index)
+
+    def enough(study: optuna.Study, trial: FrozenTrial) -> None:
+        print(tune_report.line(trial), flush=True)
+        if done(config, study):
+            study.stop()
+
+    def objective(trial: Trial) -> float:
+        try:
+            return cost_of(config, trial)
+        except KeyboardInterrupt:  # optuna treats it as a failure of the trial
+            queue_again(study, study.trials[trial.number])
+            optuna.logging.set_verbosity(optuna.logging.ERROR)  # suppress optuna's warning with a traceback
+            raise
+
+    study.optimize(objective, callbacks=[enough])
+
+
+def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
+    seed = 1000 * config.seed + index  # workers with equal seeds would try the same settings
+    if config.sampler == "tpe":
+        pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=RUNGS, reduction_factor=2)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True), pruner
+    startup = max(4, config.trials // 3)
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup), optuna.pruners.NopPruner()
+
+
+def values_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the point in the search space that corresponds to `config`."""
+    model, optim = config.model, config.optim
+    values = {
+        "d_lr": optim.d_lr,
+        "g_lr": optim.g_lr,
+        "beta1": optim.betas[0],
+        "beta2": optim.betas[1],
+        "batch_size": optim.batch_size,
+        "width": model.width,
+    }
+    if optim.penalty != "none":
+        values["penalty_weight"] = optim.penalty_weight
+    if model.spectral_norm != "none":
+        values["n_power_iterations"] = model.n_power_iterations
+    return values
+
+
+def suggest(trial: Trial, start: TrainConfig) -> dict[str, Any]:
+    """Sample the search space: within a factor of 10 of `start` for rates and weights, a factor of 2 for sizes."""
+    center = values_of(start)
+    values: dict[str, Any] = {}
+    for name, value in center.items():
+        if name in ("d_lr", "g_lr", "penalty_weight"):
+            values[name] = trial.suggest_float(name, value / 10, value * 10, log=True)
+        elif name == "beta1":
+            values[name] = trial.suggest_float(name, 0.0, 0.9)
+        elif name == "beta2":
+            values[name] = trial.suggest_float(name, 0.9, 0.9999)
+        elif name == "n_power_iterations":
+            values[name] = trial.suggest_int(name, 1, 3)
+        else:
+            values[name] = trial.suggest_categorical(name, [value // 2, value, value * 2])
+    return values
+
+
+def settings(start: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """Return `start` with the settings of another point in the search space."""
+    values = dict(values)
+    betas = values.pop("beta1"), values.pop("beta2")
+    of_model = {name: values.pop(name) for name in ("width", "n_power_iterations") if name in values}
+    model = dataclasses.replace(start.model, **of_model)
+    return dataclasses.replace(start, model=model, optim=dataclasses.replace(start.optim, betas=betas, **values))
+
+
+def cost_of(config: TuneConfig, trial: Trial) -> float:
+    """Train with the trial's settings for every seed, and return the mean cost."""
+    trial.set_user_attr("worker", os.getpid())
+    start = config.start
+    chosen = settings(start, suggest(trial, start))
+    games = [Game(chosen, seed, config.extractor) for seed in range(config.seeds)]
+    for rung in range(1, RUNGS + 1):
+        costs = [game.play_to(rung * chosen.steps // RUNGS) for game in games]
+        cost = sum(costs) / len(costs)
+        trial.report(cost, rung)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    trial.set_user_attr("scores", [game.scores for game in games])
+    return cost
+
+
+class Game:
+    """One training run of a trial. It has no run folder."""
+
+    def __init__(self, config: TrainConfig, seed: int, extractor: str) -> None:
+        device = choose_device(config.device)
+        self.config, self.extractor, self.seed = config, extractor, seed
+        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size)
+        self.held_out = hold_out(source, config.optim.batch_size, seed)
+        self.gan = GAN(config.model, config.optim, source, 4 * seed, device)
+        self.step, self.diverged = 0, False
+        self.scores: dict[str, Any] = {}
+
+    def play_to(self, step: int) -> float:
+        """Train up to `step` and return the cost. A diverged run is not trained further."""
+        while self.step < step and not self.diverged:
+            losses = self.gan.step()
+            self.step += 1
+            if self.step % CHECK_EVERY == 0 or self.step == step:
+                self.diverged = not bool(losses.isfinite().all())
+        if self.diverged:
+            return DIVERGED
+        self.scores = score(self.gan, self.held_out, self.seed, self.extractor)
+        return cost(self.scores)
+
+
+def cost(scores: dict[str, Any]) -> float:
+    """Return the cost of scores. It is the KID for images.
+
+    For points it is the fraction of missed modes, plus a tenth of the fraction of samples that are not of high quality.
+
+    Raises:
+        TrainerError: the data has no score.
+    """
+    if "covered" in scores:
+        return float(1 - scores["covered"] / scores["total"] + 0.1 * (1 - scores["high_quality"]))
+    for key, value in scores.items():
+        if key.startswith("KID"):
+            return min(float(value), DIVERGED) if math.isfinite(value) else DIVERGED
+    raise TrainerError(NO_SCORE)

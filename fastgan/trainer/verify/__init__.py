@@ -1,0 +1,1 @@
+"""Verification of fastgan against plain PyTorch in lockstep."""

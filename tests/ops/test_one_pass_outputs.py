@@ -1,0 +1,199 @@
+"""Several logits a sample, several inputs, and what else a discriminator returns."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.one_pass import one_pass
+from tests.ops.one_pass_problem import C, N, Y, assert_exact, by_pytorch, gradients, images, softplus, uneven, work
+from tests.ops.test_one_pass_idioms import build
+
+
+class Heads(nn.Module):
+    """Features, and what each head makes of them, in a container."""
+
+    def __init__(self, heads, container):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.heads, self.container = nn.Conv2d(3, C, 3, 2, 1), nn.ModuleList(heads), container
+        self.double()
+
+    def forward(self, x):
+        h = F.leaky_relu(self.body(x), 0.2)
+        return self.container([head(h) for head in self.heads])
+
+
+class Output(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def patches():
+    return nn.Conv2d(C, 1, 3, 1, 1)
+
+
+def pooled():
+    return nn.Sequential(nn.Conv2d(C, 1, 3, 2, 1))
+
+
+SEVERAL = "one pass, where all logits of a sample have the same gradient"
+OUTPUTS = {
+    "patches": ([patches], lambda parts: parts[0]),
+    "scales": ([patches, pooled], list),
+    "scales in a tuple": ([patches, pooled], tuple),
+}
+LOSSES = {
+    "the same in a sample": lambda parts: sum(
+        (p.flatten(1).sum(1) * torch.arange(1.0, 1 + len(p))).sum() for p in parts
+    ),
+    "mean": lambda parts: sum(p.mean() for p in parts),
+    "other in each": lambda parts: sum(F.softplus(-p).mean() + p.square().sum() for p in parts),
+    "one alone": lambda parts: parts[-1].sum(),
+    "one unevenly": lambda parts: F.softplus(parts[0]).sum(),
+}
+
+
+def parts_of(output):
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_several_logits_a_sample_are_exact_whatever_the_loss(name, loss):
+    heads, container = OUTPUTS[name]
+    model = Heads([head() for head in heads], container)
+    assert fastgan.explain_penalty(model, images()).startswith(SEVERAL)
+    output, _ = fastgan.logits_and_penalty(model, images())
+    assert type(output) is type(model(images()))
+    assert_exact(model, images(), lambda output: LOSSES[loss](parts_of(output)))
+
+
+def test_patches_with_one_gradient_a_sample_take_four_forwards_and_others_six():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 3, 1, 1)).double()
+    forward = work(lambda: model(images()))
+
+    def step(loss):
+        logits, penalty = fastgan.logits_and_penalty(model, images())
+        (loss(logits) + penalty).backward()
+
+    assert work(lambda: step(torch.mean)) <= 4.05 * forward
+    assert work(lambda: step(softplus)) <= 6.05 * forward
+
+
+def test_loss_and_penalty_of_patches_may_be_differentiated_apart():
+    model = Heads([patches()], lambda parts: parts[0])
+    for loss in (torch.mean, softplus):
+        twin = copy.deepcopy(model)
+        want = gradients(twin, by_pytorch(twin, images(), loss))
+        logits, penalty = fastgan.logits_and_penalty(model, images(), kind="r1", weight=3.0)
+        model.zero_grad()
+        loss(logits).backward(retain_graph=True)
+        penalty.backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("container", [dict, Output, list])
+def test_what_else_is_returned_keeps_its_graph(container):
+    """A class head beside the logit, chosen by the caller."""
+
+    def pack(parts):
+        return (
+            container(zip("ab", parts, strict=True))
+            if container is dict
+            else container(*parts)
+            if container is Output
+            else parts
+        )
+
+    model = Heads(
+        [nn.Sequential(nn.Flatten(), nn.Linear(C * 16, 1)), nn.Sequential(nn.Flatten(), nn.Linear(C * 16, 3))], pack
+    )
+    x = images().requires_grad_()
+    with fastgan.twice_differentiable(), Tracer(x) as tracer:
+        returned = model(x)
+    logits = returned["a"] if container is dict else returned[0]
+    assert tracer.judge([logits], returned) is None
+    assert "what else it returns" in tracer.remark()
+    returned, penalty = one_pass(
+        returned, [logits], (x,), tracer, lambda grads: 1.5 * grads[0].square().sum((1, 2, 3)).mean()
+    )
+    assert type(returned) is (container if container is not list else list)
+    a, b = returned.values() if container is dict else returned
+    got = gradients(model, softplus(a) + F.cross_entropy(b, Y) + penalty)
+    twin = copy.deepcopy(model)
+
+    def loss(output):
+        a, b = output.values() if container is dict else output
+        return softplus(a) + F.cross_entropy(b, Y)
+
+    x = images().requires_grad_()
+    output = twin(x)
+    (g,) = torch.autograd.grad((output["a"] if container is dict else output[0]).sum(), x, create_graph=True)
+    want = gradients(twin, loss(output) + 1.5 * g.square().sum((1, 2, 3)).mean())
+    for name, w in want.items():
+        torch.testing.assert_close(got[name], w, rtol=1e-9, atol=1e-12)
+
+
+def test_several_inputs_are_differentiated_together():
+    torch.manual_seed(0)
+    image, text, head = (m.double() for m in (nn.Conv2d(3, 4, 4, 4), nn.Linear(5, 8), nn.Linear(24, 1)))
+    model = nn.ModuleList([image, text, head])
+
+    def forward(x, t):
+        return head(torch.cat([F.leaky_relu(image(x), 0.2).flatten(1), F.leaky_relu(text(t), 0.2)], 1))
+
+    def squares(grads):
+        return sum(g.square().flatten(1).sum(1) for g in grads).mean()
+
+    x, t = images().requires_grad_(), torch.randn(N, 5, dtype=torch.float64).requires_grad_()
+    with fastgan.twice_differentiable(), Tracer(x, t) as tracer:
+        logits = forward(x, t)
+    assert tracer.judge([logits], logits) is None
+    logits, penalty = one_pass(logits, [logits], (x, t), tracer, squares)
+    got = gradients(model, uneven(logits) + penalty)
+    logits = forward(x, t)
+    want = gradients(model, uneven(logits) + squares(torch.autograd.grad(logits.sum(), (x, t), create_graph=True)))
+    for name, w in want.items():
+        torch.testing.assert_close(got[name], w, rtol=1e-9, atol=1e-12)
+
+
+def test_a_penalty_that_has_parameters_of_its_own_gives_them_their_gradient():
+    model = build("gate")
+    target = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = images().requires_grad_()
+    with fastgan.twice_differentiable(), Tracer(x) as tracer:
+        logits = model(x)
+    assert tracer.judge([logits], logits) is None
+    _, penalty = one_pass(logits, [logits], (x,), tracer, lambda grads: (grads[0].square().sum() - target).square())
+    (by_target,) = torch.autograd.grad(penalty, target)
+    (g,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(by_target, -2 * (g.square().sum() - target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_idioms_under_autocast_are_as_near_as_autograds(dtype):
+    for name in ("tokens", "position table", "cat with constants", "addmm", "equalized"):
+        model = build(name).float()
+        model.between = lambda net, h, between=model.between: between(net, h).float()
+        x = images().float()
+        exact = gradients(model, by_pytorch(model, x, softplus))
+        errors = []
+        for ours in (True, False):
+            with torch.autocast("cpu", dtype):
+                if ours:
+                    logits, penalty = fastgan.logits_and_penalty(model, x, kind="r1", weight=3.0)
+                    total = softplus(logits.float()) + penalty
+                else:
+                    total = by_pytorch(model, x, lambda logits: softplus(logits.float()))
+            got = gradients(model, total)
+            errors.append(sum((got[n] - w).norm() for n, w in exact.items()))
+        assert errors[0] <= 2 * errors[1] + 1e-3 * sum(w.norm() for w in exact.values())

@@ -1,0 +1,186 @@
+"""What one pass would get wrong: seen, named, and exact by the general path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fastgan
+from tests.ops import one_pass_problem
+from tests.ops.one_pass_problem import Between, C, N, S, Y, assert_exact, constant, images, uneven
+
+POINTS = torch.tensor([5, 3, 3, 0])
+
+
+class Hidden(torch.autograd.Function):
+    """Linear, but no torch function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def unseen(change):
+    def between(net, h):
+        h = h * 1.5
+        with torch._C.DisableTorchFunction():
+            change(h)
+        return h
+
+    return between
+
+
+def by_data(net, h):
+    h = h * 1.5
+    h.data.mul_(2.0)
+    return h
+
+
+def through_a_view(net, h):
+    h = h * 1.5
+    h[:, :2].mul_(2)
+    return h
+
+
+def assigned(net, h):
+    h = h * 1.5
+    h[:, 0] = 0.3
+    return h
+
+
+def into_a_buffer(net, h):
+    buffer = torch.zeros(N, C, S, S).double()
+    buffer[:, 1:] = h[:, 1:]
+    return buffer
+
+
+def hooked(net, h):
+    h = h * 1.5
+    h.register_hook(lambda grad: grad * 2)
+    return h
+
+
+def permuted_samples(index):
+    return lambda net, h: h + h[index]
+
+
+# What mixes samples, or is not affine, or cannot be seen: each is refused by name, and exact all the same.
+REFUSED = {
+    "mean over samples": (lambda net, h: h - h.mean(0), "mean"),
+    "mean over all": (lambda net, h: h - h.mean(), "mean"),
+    "sum over samples after a transpose": (lambda net, h: h + h.transpose(0, 1).sum(1), "sum"),
+    "sum over rows of samples and channels": (lambda net, h: h + h.reshape(N * C, S, S).sum(0), "sum"),
+    "amax over samples": (lambda net, h: h - h.amax(0), "amax"),
+    "sorted samples": (lambda net, h: h.sort(0).values, "sort"),
+    "cumsum over samples": (lambda net, h: h.cumsum(0), "cumsum"),
+    "flipped samples": (lambda net, h: h + h.flip(0), "flip"),
+    "flipped samples among all": (lambda net, h: h + h.flip((0, 2)), "flip"),
+    "rolled samples": (lambda net, h: h + h.roll(1, 0), "roll"),
+    "rolled flat": (lambda net, h: h + h.roll(1), "roll"),
+    "rot90 of samples": (lambda net, h: torch.rot90(h, 2, (0, 1)) + h, "rot90"),
+    "flipud": (lambda net, h: torch.flipud(h) + h, "flipud"),
+    "permuted samples": (permuted_samples(torch.tensor([1, 0, 2, 3])), "getitem"),
+    "permuted samples by a list": (permuted_samples([3, 2, 1, 0]), "getitem"),
+    "one sample for all": (lambda net, h: h + h[0], "getitem"),
+    "every other sample": (lambda net, h: h + h[::2].repeat(2, 1, 1, 1), "getitem"),
+    "other samples": (lambda net, h: h + torch.cat([h[1:], h[:1]]), "getitem"),
+    "half of the samples repeated": (lambda net, h: h + h.narrow(0, 0, 2).repeat(2, 1, 1, 1), "narrow"),
+    "index_select of samples": (lambda net, h: h + h.index_select(0, torch.tensor([1, 2, 3, 0])), "index_select"),
+    "gather of samples": (lambda net, h: h.gather(0, Y.view(N, 1, 1, 1).expand_as(h).clamp(max=3)), "gather"),
+    "mask of samples": (lambda net, h: h[torch.ones(N, dtype=torch.bool)], "getitem"),
+    "samples as channels": (lambda net, h: h + h.reshape(C, N, S, S).transpose(0, 1), "reshape"),
+    "groups of samples": (lambda net, h: h + h.view(2, 2, C, S, S).mean(0).repeat(2, 1, 1, 1), "view"),
+    "samples added crosswise": (lambda net, h: h.mean((1, 2, 3)) + h.mean((1, 2, 3))[:, None], "add"),
+    "samples multiplied in": (lambda net, h: torch.einsum("nchw,nm->mchw", h, constant(N, N)), "einsum"),
+    "samples summed by einsum": (lambda net, h: h + torch.einsum("nchw->chw", h), "einsum"),
+    "samples in a product": (lambda net, h: (constant(N, N) @ h.flatten(1)).view_as(h), "matmul"),
+    "samples as features": (lambda net, h: (h.flatten(1).T @ constant(N, N)).T.reshape(h.shape), "matmul"),
+    "gram matrix": (lambda net, h: h.flatten(1) @ h.flatten(1).T, "matmul"),
+    "convolved along the samples": (
+        lambda net, h: F.conv1d(h.flatten(1).T[:, None], constant(1, 1, 3), padding=1)[:, 0].T.reshape(h.shape),
+        "conv1d",
+    ),
+    "pooled along the samples": (lambda net, h: h + F.max_pool1d(h.flatten(1).T, 3, 1, 1).T.view_as(h), "max_pool1d"),
+    "resampled along the samples": (
+        lambda net, h: h + F.interpolate(h.flatten(1).T[None], size=N, mode="linear")[0].T.reshape(h.shape) * 0.3,
+        "interpolate",
+    ),
+    "padded by other samples": (lambda net, h: F.pad(h.flatten(1).T[None], (1, 1), "circular")[0, :, 1:-1].T, "pad"),
+    "square": (lambda net, h: h * h, "mul"),
+    "quotient": (lambda net, h: h / (h.abs() + 1), "div"),
+    "reciprocal": (lambda net, h: 0.1 / (h + 10), "div"),
+    "both in addcmul": (lambda net, h: torch.addcmul(h, h, h), "addcmul"),
+    "lerp by it": (lambda net, h: torch.lerp(h, h * 2, h), "lerp"),
+    "matmul with itself": (lambda net, h: h @ h.mT, "matmul"),
+    "bilinear with itself": (lambda net, h: F.bilinear(h, h, constant(2, S, S)), "bilinear"),
+    "softmax": (lambda net, h: h.softmax(1), "softmax"),
+    "norm": (lambda net, h: h / h.norm(dim=1, keepdim=True), "norm"),
+    "tanh in place": (lambda net, h: (h * 1).tanh_(), "tanh_"),
+    "power": (lambda net, h: h**2, "pow"),
+    "layer norm": (lambda net, h: F.layer_norm(h, [S, S]), "layer_norm"),
+    "instance norm": (lambda net, h: F.instance_norm(h), "instance_norm"),
+    "weight from the input": (lambda net, h: F.conv2d(h, h.mean(0).mean((1, 2)).expand(C, C)[..., None, None]), "mean"),
+    "weight of each sample": (
+        lambda net, h: torch.bmm(h.flatten(2), h.mean(1).flatten(1)[:, :, None]),
+        "bmm",
+    ),
+    "an unseen buffer": (unseen(lambda h: h.add_(1.0)), "was written to"),
+    "an unseen tanh": (unseen(lambda h: h.tanh_()), "was written to"),
+    "written through .data": (by_data, "was written to"),
+    "written through a view": (through_a_view, "was written to"),
+    "written through a detached one": (
+        lambda net, h: (lambda y: (y.detach().mul_(2.0), y)[1])(h.mul(1.5)),
+        "was written to",
+    ),
+    "added in place to a view": (lambda net, h: (h * 2).flatten(1).add_(1.0).sub_(0.5), "adds in place to a view"),
+    "assigned": (assigned, "setitem"),
+    "assigned into a buffer": (into_a_buffer, "setitem"),
+    "added into a buffer": (lambda net, h: torch.zeros(N, C, S, S).double().add_(h), "add_"),
+    "a custom function": (lambda net, h: Hidden.apply(h), "HiddenBackward is a custom autograd.Function"),
+    "a hook": (hooked, "register_hook"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_affine_and_per_sample_is_refused_by_name_and_exact(name):
+    between, reason = REFUSED[name]
+    model = Between(between)
+    said = fastgan.explain_penalty(model, images())
+    assert said.startswith("general path: ")
+    assert reason in said
+    if reason not in ("HiddenBackward is a custom autograd.Function", "register_hook"):
+        assert_exact(model, images(), uneven)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, reason) in REFUSED.items() if "getitem" in reason or "flip" in name]
+)
+def test_sizes_that_agree_do_not_hide_that_samples_are_moved(name, monkeypatch):
+    for size in ("C", "S"):
+        monkeypatch.setattr(f"{__name__}.{size}", N)
+        monkeypatch.setattr(one_pass_problem, size, N)
+    between, reason = REFUSED[name]
+    model = Between(between)
+    assert reason in fastgan.explain_penalty(model, images())
+    assert_exact(model, images(), uneven)
+
+
+def test_the_reason_names_the_call_and_its_line():
+    def between(net, h):
+        return torch.tanh(h)
+
+    line = between.__code__.co_firstlineno + 1
+    assert f"torch.tanh (test_one_pass_refused.py:{line})" in fastgan.explain_penalty(Between(between), images())
+
+
+def test_what_does_not_reach_the_logits_does_not_matter():
+    def between(net, h):
+        net.statistics = h.mean(), h.tanh()
+        return h
+
+    assert fastgan.explain_penalty(Between(between), images()) == "one pass"

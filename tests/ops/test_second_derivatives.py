@@ -1,0 +1,25 @@
+"""Every module of torch.nn in a small discriminator: PyTorch's gradient, ours, or an error with the layer's name."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from tools import second_derivatives as sweep
+
+CASES = sweep.cases()
+LACKING = {"MultiMarginLoss", "MultiLabelMarginLoss", "CTCLoss"}
+
+
+def test_no_module_of_torch_is_left_out():
+    public = {name for name in dir(nn) if isinstance(getattr(nn, name), type) and name[0].isupper()}
+    assert public - CASES.keys() <= sweep.LEFT_OUT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_penalty_takes_it_or_names_it(name):
+    assert (sweep.judged(name, *CASES[name]) == sweep.REFUSED) == (name in LACKING)
+
+
+def test_the_page_has_the_table():
+    assert sweep.table() in sweep.PAGE.read_text()

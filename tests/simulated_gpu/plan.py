@@ -1,0 +1,56 @@
+"""What runs on the simulated device: parts, each a process of pytest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+OWN = "tests/simulated_gpu"
+
+# Tests whose subject is the CPU; with cuda as the default device they test nothing, or something else.
+ABOUT_THE_CPU = {
+    "tests/nn/test_minibatch_discrimination.py::test_autocast_keeps_the_dtype_of_the_input": "autocast of the CPU",
+    "tests/nn/test_spectral_norm.py::test_autocast_multiplies_in_half_precision_and_normalises_in_single": "the same",
+    "tests/nn/test_spectral_norm.py::test_a_fused_model_takes_one_call_a_forward": "counts calls of a kernel",
+    "tests/convert/test_reroute.py": "models on the CPU alone are rerouted",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tests that one process runs."""
+
+    name: str
+    tests: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: int = 280  # its limit, on two cores that are busy
+
+
+def _host_logic(name: str, *tests: str) -> Part:
+    """CPU tests with cuda as their device, PyTorch's operations in the place of Triton's kernels."""
+    left_out = tuple(f"--deselect={test}" for test in ABOUT_THE_CPU)
+    return Part(name, tests, ("--on-cuda", "--without-triton", *left_out), {"SIMULATED_GPU_CPU_GENERATORS": "1"})
+
+
+def _own(name: str, *files: str, **environment: str) -> Part:
+    return Part(name, tuple(f"{OWN}/test_{file}.py" for file in files), environment=environment)
+
+
+# In five minutes on two cores; the longest first.
+SHORT = (
+    _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
+    _host_logic("penalties", "tests/ops/test_penalty_kinds.py", "tests/ops/test_logits_and_penalty.py"),
+    Part("graphs, host logic", ("tests/integrations/test_cuda_graphs.py",), ("--without-triton",)),
+    _own("ops", "ops"),
+    Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
+    _own("rules", "rules", "refusals", "graphs"),
+    _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
+    _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),
+)
+
+# By hand: as long as the interpreter takes.
+LONG = (
+    Part("trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
+    Part("graphs", ("tests/integrations/test_cuda_graphs.py",), ("--test-seconds=900",), seconds=7200),
+    Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
+)

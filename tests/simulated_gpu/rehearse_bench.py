@@ -1,0 +1,30 @@
+"""``fastgan bench`` on the simulated device: the host's times, and ceilings of the machine that a CPU finds in no time.
+
+Its numbers say nothing; that every case is prepared, checked, captured and recorded does. Whole steps run on PyTorch's
+operations: Triton's interpreter would take hours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from fastgan import backends
+from fastgan.bench import measure, run, timing
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`run.main`, with samples as short as they get."""
+    os.environ["SIMULATED_GPU_HOST_TIMES"] = "1"
+    timing.copy_bandwidth = partial(timing.copy_bandwidth, size=2**20)
+    timing.matmul_rate = partial(timing.matmul_rate, side=64)
+    measure.SAMPLE_SECONDS["cuda"] = 1e-6
+    if "steps" in arguments:
+        backends._MISSING["triton"] = lambda device_type: "it is switched off for the rehearsal"
+    return run.main([*arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

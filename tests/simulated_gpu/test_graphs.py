@@ -1,0 +1,141 @@
+"""CUDA graphs on the simulated device: values come with the first replay, and what a capture forbids raises."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def spoiled_capture(graph, why="capture was invalidated"):
+    with pytest.raises(RuntimeError, match=why):  # noqa: SIM117 (the capture's end is what raises)
+        with torch.cuda.graph(graph):
+            yield
+
+
+@pytest.fixture
+def captured():
+    """A graph of `out = x * 2; total += 1`, and its tensors."""
+    x, total = torch.ones(3, device="cuda"), torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = x * 2
+        total += 1
+    return graph, x, out, total
+
+
+def test_a_capture_runs_nothing(captured):
+    _, _, out, total = captured
+    assert out.isnan().all()
+    assert total.tolist() == [0]
+
+
+def test_a_replay_reads_what_is_in_memory_now(captured):
+    graph, x, out, total = captured
+    for value in (3.0, 5.0):
+        x.fill_(value)
+        graph.replay()
+        assert out.tolist() == [2 * value] * 3
+    assert total.tolist() == [2]
+
+
+def test_each_replay_draws_anew():
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.manual_seed(3)
+    with torch.cuda.graph(graph):
+        x = torch.rand(4, device="cuda")
+    drawn = []
+    for _ in range(2):
+        graph.replay()
+        drawn.append(x.clone())
+    torch.cuda.manual_seed(3)
+    for actual in drawn:
+        torch.testing.assert_close(actual, torch.rand(4, device="cuda"), rtol=0, atol=0)
+
+
+def test_what_a_graph_reads_may_not_be_freed(captured):
+    graph = torch.cuda.CUDAGraph()
+    x = torch.ones(3, device="cuda")
+    with torch.cuda.graph(graph):
+        out = x * 2
+    del x
+    gc.collect()
+    graph.replay()
+    assert out.isnan().all()
+
+
+def test_a_graphs_own_memory_stays():
+    graph = torch.cuda.CUDAGraph()
+    x = torch.ones(3, device="cuda")
+    with torch.cuda.graph(graph):
+        out = (x * 2).sin().cos()
+    graph.replay()
+    torch.testing.assert_close(out, (x * 2).sin().cos())
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.ones(3, device="cuda") + torch.tensor([1.0, 2, 3], device="cuda"),
+        lambda x: torch.cuda.synchronize(),
+        lambda x: torch.cuda.current_stream().synchronize(),
+        lambda x: torch.empty(3, pin_memory=True),
+        lambda x: x[x > 0],
+    ],
+)
+def test_waiting_in_a_capture_raises_and_spoils_it(forbidden):
+    x = torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with spoiled_capture(graph):
+        x + 1
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            forbidden(x)
+    with pytest.raises(RuntimeError, match="not captured"):
+        graph.replay()
+    assert x.tolist() == [1, 1, 1]
+
+
+def test_work_on_a_stream_outside_the_capture_raises():
+    x, other = torch.ones(3, device="cuda"), torch.cuda.Stream()
+    with spoiled_capture(torch.cuda.CUDAGraph()):
+        x + 1
+        with torch.cuda.stream(other), pytest.raises(RuntimeError, match="isn't part of the capture"):
+            x + 2
+
+
+def test_a_second_stream_is_captured_where_it_leaves_and_comes_back():
+    x, other, graph = torch.ones(3, device="cuda"), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            out = x + 2
+        torch.cuda.current_stream().wait_stream(other)
+    graph.replay()
+    assert out.tolist() == [3, 3, 3]
+
+
+def test_a_second_stream_that_does_not_come_back_spoils_the_capture():
+    x, other = torch.ones(3, device="cuda"), torch.cuda.Stream()
+    with spoiled_capture(torch.cuda.CUDAGraph(), "doesn't wait for"):
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            x + 2
+
+
+def test_a_reset_graph_gives_its_memory_back():
+    before = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ones(1000, device="cuda") * 2
+    graph.replay()
+    del out
+    graph.reset()
+    assert torch.cuda.memory_allocated() == before
+    with pytest.raises(RuntimeError):
+        graph.replay()

@@ -1,0 +1,25 @@
+"""The docstring of each public function and module of fastgan.ops and fastgan.nn has an example, and it runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import fastgan
+
+PUBLIC = {
+    f"{namespace.__name__}.{name}": getattr(namespace, name)
+    for namespace in (fastgan.ops, fastgan.nn, fastgan.nn.utils)
+    for name in namespace.__all__
+    if not inspect.ismodule(getattr(namespace, name))
+} | {f"fastgan.{name}": getattr(fastgan, name) for name in ("convert", "revert", "twice_differentiable")}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_example_of_a_docstring_runs(name):
+    examples = re.findall(r"```python\n(.*?)```", inspect.getdoc(PUBLIC[name]) or "", flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, name, "exec"), {})

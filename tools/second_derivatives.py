@@ -1,0 +1,264 @@
+"""Which of torch.nn's modules and functions a penalty takes, and by whose second derivative, measured.
+
+python -m tools.second_derivatives        # writes the table of docs/second_derivatives.md
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.ops.gradient_penalty.small import at_any_size
+
+PAGE = Path(__file__).parents[1] / "docs" / "second_derivatives.md"
+BEGIN, END = "<!-- begin table -->", "<!-- end table -->"
+PYTORCH, OURS, REFUSED = "PyTorch's", "fastgan's", "refused"
+ROW, SEQUENCE, IMAGE, VOLUME = (4, 6), (4, 6, 8), (4, 6, 8, 8), (2, 6, 4, 4, 4)
+Call = Callable[[Tensor], Any]
+
+# No layers, or none of floats that a discriminator could be differentiated through.
+LEFT_OUT = {
+    *("Module", "Container", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Buffer"),
+    *("Parameter", "UninitializedParameter", "UninitializedBuffer", "DataParallel", "RNNBase", "RNNCellBase"),
+    *(
+        "AdaptiveLogSoftmaxWithLoss",
+        "LinearCrossEntropyLoss",
+        "LinearCrossEntropyOptions",
+        "Embedding",
+        "CrossMapLRN2d",
+    ),
+}
+
+
+def _with(factory: Callable[[], nn.Module], call: Callable[[nn.Module, Tensor], Any] = lambda m, x: m(x)) -> Call:
+    module = factory()
+    if isinstance(module, nn.Module):
+        module.double()
+    return lambda x: call(module, x)
+
+
+def _by_dimension() -> dict[str, tuple[Call, tuple[int, ...]]]:
+    cases: dict[str, tuple[Call, tuple[int, ...]]] = {}
+    for n, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
+        for name, args in {
+            "Conv": (6, 4, 3),
+            "ConvTranspose": (6, 4, 3),
+            "LazyConv": (4, 3),
+            "LazyConvTranspose": (4, 3),
+            "MaxPool": (2,),
+            "AvgPool": (2,),
+            "LPPool": (2.0, 2),
+            "AdaptiveAvgPool": (2,),
+            "AdaptiveMaxPool": (2,),
+            "BatchNorm": (6,),
+            "InstanceNorm": (6,),
+            "LazyBatchNorm": (),
+            "LazyInstanceNorm": (),
+            "Dropout": (),
+            "ReflectionPad": (1,),
+            "ReplicationPad": (1,),
+            "CircularPad": (1,),
+            "ZeroPad": (1,),
+            "ConstantPad": (1, 0.5),
+            "FractionalMaxPool": (2, 2),
+        }.items():
+            cls: Any = getattr(nn, f"{name}{n}d", None)
+            if cls is not None:
+                cases[f"{name}{n}d"] = _with(lambda cls=cls, args=args: cls(*args)), shape
+        pool, unpool = getattr(nn, f"MaxPool{n}d"), getattr(nn, f"MaxUnpool{n}d")
+        cases[f"MaxUnpool{n}d"] = (
+            lambda x, pool=pool, unpool=unpool: unpool(2)(*pool(2, return_indices=True)(x)),
+            shape,
+        )
+    return cases
+
+
+def _losses() -> dict[str, tuple[Call, tuple[int, ...]]]:
+    other, sign = torch.randn(ROW).double(), torch.randn(ROW).sign().double()
+    column = sign[:, 0]
+    classes = torch.tensor([0, 1, 2, 3])
+    targets = {
+        **dict.fromkeys(("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss"), (other,)),
+        **dict.fromkeys(("SoftMarginLoss", "HingeEmbeddingLoss"), (sign,)),
+        **dict.fromkeys(("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"), (classes,)),
+        **dict.fromkeys(("MultiLabelSoftMarginLoss", "BCEWithLogitsLoss", "PoissonNLLLoss"), (sign.clamp(min=0),)),
+        "MultiLabelMarginLoss": (torch.tensor([[0, 2, -1, 0, 0, 0]] * 4),),
+        "KLDivLoss": (other.softmax(1),),
+        "GaussianNLLLoss": (other, other.exp()),
+        "CosineEmbeddingLoss": (other, column),
+        "MarginRankingLoss": (other, sign),
+        "TripletMarginLoss": (other, other.flip(0)),
+        "TripletMarginWithDistanceLoss": (other, other.flip(0)),
+    }
+    cases = {name: (lambda x, n=name, t=t: getattr(nn, n)()(x, *t), ROW) for name, t in targets.items()}
+    cases["BCELoss"] = (lambda x: nn.BCELoss()(x.sigmoid(), sign.clamp(min=0)), ROW)
+    images = torch.randint(0, 6, (4, 8, 8))
+    cases["NLLLoss2d"] = (lambda x: F.nll_loss(x, images), IMAGE)
+    lengths = torch.full((4,), 8), torch.full((4,), 2)
+    aim = torch.ones(4, 2, dtype=torch.long)
+    cases["CTCLoss"] = (lambda x: nn.CTCLoss()(x.permute(2, 0, 1).log_softmax(-1), aim, *lengths), SEQUENCE)
+    return cases
+
+
+def _others() -> dict[str, tuple[Call, tuple[int, ...]]]:
+    swapped = (4, 8, 6)
+    cases: dict[str, tuple[Call, tuple[int, ...]]] = {
+        **{name: (_with(lambda n=name: getattr(nn, n)(6, 5, batch_first=True), lambda m, x: m(x)[0]), swapped)
+           for name in ("LSTM", "GRU", "RNN")},
+        "LSTMCell": (_with(lambda: nn.LSTMCell(6, 5), lambda m, x: m(x)[0]), ROW),
+        "GRUCell": (_with(lambda: nn.GRUCell(6, 5)), ROW),
+        "RNNCell": (_with(lambda: nn.RNNCell(6, 5)), ROW),
+        "Linear": (_with(lambda: nn.Linear(6, 5)), ROW),
+        "LazyLinear": (_with(lambda: nn.LazyLinear(5)), ROW),
+        "Bilinear": (_with(lambda: nn.Bilinear(6, 6, 3), lambda m, x: m(x, x.flip(0))), ROW),
+        "LayerNorm": (_with(lambda: nn.LayerNorm(6)), ROW),
+        "RMSNorm": (_with(lambda: nn.RMSNorm(6)), ROW),
+        "GroupNorm": (_with(lambda: nn.GroupNorm(2, 6)), IMAGE),
+        "SyncBatchNorm": (_with(lambda: nn.SyncBatchNorm(6)), IMAGE),
+        "LocalResponseNorm": (_with(lambda: nn.LocalResponseNorm(2)), IMAGE),
+        "MultiheadAttention": (_with(lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+                                     lambda m, x: m(x, x, x)[0]), swapped),
+        "TransformerEncoderLayer": (_with(lambda: nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)), swapped),
+        "TransformerDecoderLayer": (_with(lambda: nn.TransformerDecoderLayer(6, 2, 8, 0.0, batch_first=True),
+                                          lambda m, x: m(x, x.flip(1))), swapped),
+        "TransformerEncoder": (_with(lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), 2)), swapped),
+        "TransformerDecoder": (_with(lambda: nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(6, 2, 8, 0.0, batch_first=True), 2), lambda m, x: m(x, x.flip(1))), swapped),
+        "Transformer": (_with(lambda: nn.Transformer(6, 2, 1, 1, 8, 0.0, batch_first=True),
+                              lambda m, x: m(x, x.flip(1))), swapped),
+        "EmbeddingBag": (_with(lambda: nn.EmbeddingBag(9, 3, mode="sum"), lambda m, x: m(
+            torch.arange(24).view(4, 6) % 9, per_sample_weights=x)), ROW),
+        "PairwiseDistance": (lambda x: nn.PairwiseDistance()(x, x.flip(0).sin()), ROW),
+        "CosineSimilarity": (lambda x: nn.CosineSimilarity()(x, x.flip(0).sin()), ROW),
+        "Softmax2d": (nn.Softmax2d(), IMAGE),
+        "PReLU": (_with(lambda: nn.PReLU()), ROW),
+        "Threshold": (nn.Threshold(0.1, 0.3), ROW),
+        "Upsample": (nn.Upsample(scale_factor=2, mode="bicubic"), IMAGE),
+        "UpsamplingBilinear2d": (nn.UpsamplingBilinear2d(scale_factor=2), IMAGE),
+        "UpsamplingNearest2d": (nn.UpsamplingNearest2d(scale_factor=2), IMAGE),
+        "PixelShuffle": (nn.PixelShuffle(2), (4, 8, 4, 4)),
+        "PixelUnshuffle": (nn.PixelUnshuffle(2), IMAGE),
+        "ChannelShuffle": (nn.ChannelShuffle(2), IMAGE),
+        "Fold": (nn.Fold(4, 2, stride=2), (4, 8, 4)),
+        "Unfold": (nn.Unfold(2), IMAGE),
+        "Flatten": (nn.Flatten(), IMAGE),
+        "Unflatten": (nn.Unflatten(1, (2, 3)), ROW),
+        "ZeroPad2d": (nn.ZeroPad2d(1), IMAGE),
+        "FeatureAlphaDropout": (nn.FeatureAlphaDropout(), IMAGE),
+        "GLU": (nn.GLU(), ROW),
+    }  # fmt: skip
+    softs = ("Softmax", "Softmin", "LogSoftmax")
+    cases |= {name: (getattr(nn, name)(1), ROW) for name in softs}
+    for name in ("ReLU", "RReLU", "Hardtanh", "ReLU6", "Sigmoid", "Hardsigmoid", "Tanh", "SiLU", "Mish", "Hardswish"):
+        cases[name] = getattr(nn, name)(), ROW
+    for name in ("ELU", "CELU", "SELU", "GELU", "Hardshrink", "LeakyReLU", "LogSigmoid", "Softplus", "Softshrink"):
+        cases[name] = getattr(nn, name)(), ROW
+    for name in ("Softsign", "Tanhshrink", "Identity", "Dropout", "AlphaDropout"):
+        cases[name] = getattr(nn, name)(), ROW
+    return cases
+
+
+def _functions() -> dict[str, tuple[Call, tuple[int, ...]]]:
+    """Those that no module above calls, or that PyTorch differentiates once only."""
+    grid, grid3 = (torch.rand(shape).double() * 2 - 1 for shape in ((4, 5, 5, 2), (2, 3, 5, 5, 3)))
+    return {
+        "F.grid_sample (2-D)": (lambda x: F.grid_sample(x, grid, align_corners=False), IMAGE),
+        "F.grid_sample (3-D)": (lambda x: F.grid_sample(x, grid3, align_corners=False), VOLUME),
+        "F.grid_sample (of the grid)": (
+            lambda x: F.grid_sample(x[:, :2], x[..., :2].mean(1)[:, :, None].tanh().expand(-1, -1, 3, -1),
+                                    align_corners=False), IMAGE),
+        "F.affine_grid": (lambda x: F.affine_grid(x.view(4, 2, 3), [4, 1, 3, 3], align_corners=False), ROW),
+        "F.pdist": (lambda x: F.pdist(x), ROW),
+        "F.normalize": (lambda x: F.normalize(x), ROW),
+        "F.gumbel_softmax": (lambda x: F.gumbel_softmax(x), ROW),
+        "F.scaled_dot_product_attention": (lambda x: F.scaled_dot_product_attention(x, x.flip(1), x.sin()), (4, 8, 6)),
+        "torch.cdist, p = 1": (lambda x: torch.cdist(x, x.flip(1).sin(), 1), SEQUENCE),
+        "torch.cdist, p = 2": (lambda x: torch.cdist(x, x.flip(1).sin()), SEQUENCE),
+        "torch.cdist, p = 3": (lambda x: torch.cdist(x, x.flip(1).sin(), 3), SEQUENCE),
+        "torch.cdist, p = inf": (lambda x: torch.cdist(x, x.flip(1).sin(), float("inf")), SEQUENCE),
+        "torch.segment_reduce": (lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([1, 3])), ROW),
+        "torch.fft.rfft2": (lambda x: torch.fft.rfft2(x).abs(), IMAGE),
+        "complex parts": (lambda x: torch.view_as_real(torch.complex(x, x.sin()) ** 2), ROW),
+    }  # fmt: skip
+
+
+def cases() -> dict[str, tuple[Call, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return _by_dimension() | _others() | _losses() | _functions()
+
+
+class Discriminator(nn.Module):
+    def __init__(self, call: Call, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, features).double())
+        self.layer = _Layer(call)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x * self.scale.view(-1, *[1] * (x.ndim - 2)))
+        out = out.square().flatten()
+        return out.sum() / len(x) + (x * 0).flatten(1).sum(1)
+
+
+class _Layer(nn.Module):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(x)
+
+
+def judged(name: str, call: Call, shape: tuple[int, ...]) -> str:
+    """Whose second derivative a penalty through this takes. An AssertionError where two differ."""
+    torch.manual_seed(1)
+    x = torch.randn(shape).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call(x)  # what is lazy becomes itself
+        model = Discriminator(call, shape[1])
+        try:
+            theirs = _plain(model, x)
+        except (RuntimeError, NotImplementedError):
+            theirs = None
+        torch.manual_seed(2)
+        try:
+            with at_any_size():
+                penalty = fastgan.gradient_penalty(model, x, kind="r1")
+                (ours,) = torch.autograd.grad(penalty, model.scale)
+        except RuntimeError as error:
+            if "layer (_Layer)" not in str(error) and f"{name}:" not in str(error):
+                raise
+            return REFUSED
+    if theirs is None:
+        return OURS
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    return PYTORCH
+
+
+def _plain(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(2)
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    penalty = 5 * g.square().flatten(1).sum(1).mean()
+    return torch.autograd.grad(penalty, next(model.parameters()))[0]
+
+
+def table() -> str:
+    by: dict[str, list[str]] = {OURS: [], REFUSED: [], PYTORCH: []}
+    for name, case in cases().items():
+        by[judged(name, *case)].append(f"`{name}`")
+    rows = [f"| {whose} | {', '.join(sorted(names))} |" for whose, names in by.items()]
+    return "\n".join(["| second derivative | layers |", "|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
