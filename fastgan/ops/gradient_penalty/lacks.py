@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
@@ -83,7 +84,7 @@ class Watch:
             return
         found = [g for g in by_inputs if g is not None]
         name = type(node).__name__.removesuffix("Backward")
-        if _is_custom(node) and any(not g.requires_grad and bool(g.any()) for g in found):
+        if _is_custom(node) and any(not g.requires_grad and _may_count(g) for g in found):
             self.lacks[node] = f"{name} {_OPAQUE}"
         ends = {g.grad_fn for g in by_outputs if g is not None} | self.path
         if raising := _raising((g.grad_fn for g in found), ends):
@@ -99,6 +100,11 @@ def watched(path: set[Node], inputs: Sequence[Tensor]) -> Iterator[Watch]:
         yield watch
     finally:
         watch.leave()
+
+
+def _may_count(grad: Tensor) -> bool:
+    """Whether this is not surely zero. Nobody knows while torch.compile records a graph."""
+    return isinstance(grad, FunctionalTensor) or bool(grad.any())
 
 
 def _is_custom(node: Node) -> bool:
