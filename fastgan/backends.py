@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import local
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch._guards import TracingContext
 
 from fastgan import torch_private
 from fastgan._version import __version__
@@ -78,7 +81,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
     ``backend`` overrides ``use_backend``. Inside a torch.func transform, which can only differentiate PyTorch's own
     operations, it is the reference. If calls are being recorded it is also the reference, even if another backend is
-    named, because the recorded graph may run without fastgan.
+    named, because the recorded graph may run without fastgan. It is the reference in a penalty that torch.compile
+    traces, too: that graph is differentiated twice, and compilers fuse PyTorch's operations.
 
     Raises:
         BackendUnavailable: a named backend cannot run the op.
@@ -90,7 +94,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         if wanted not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run inside a torch.func transform")
         return "reference"
-    if is_recorded():
+    if is_recorded() or is_lowered():
         return "reference"
     return _choose(op, device.type, dtype, wanted)
 
@@ -112,6 +116,10 @@ def is_recorded() -> bool:
     fastgan. Modes that only observe (a FLOP counter, a profiler, a logger) do not record. Neither does torch.compile:
     its graphs run in this process and can call fastgan's operators.
     """
+    if is_lowered():
+        return False  # a region of a penalty, whose record torch.compile runs in this process
+    if _is_in_penalty():
+        return True
     if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
         return True
     if not (torch_private.count_dispatch_modes() or torch_private.count_function_modes()):  # the usual case
@@ -124,6 +132,39 @@ _RECORDERS = frozenset(
     ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
 )
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+
+
+class _Lowered(local):
+    depth = 0
+
+
+_lowered = _Lowered()
+_penalties: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # traces by Dynamo: how many penalties they are inside of
+
+
+def is_lowered() -> bool:
+    """Whether torch.compile turns a penalty's region into operators now (fastgan/ops/gradient_penalty/compiled.py)."""
+    return _lowered.depth > 0
+
+
+def set_lowered(step: int) -> None:
+    """Enter (1) or leave (-1) the lowering of a region, in this thread."""
+    _lowered.depth += step
+
+
+def enter_penalty() -> None:
+    """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
+    context = TracingContext.get()
+    _penalties[context] = _penalties.get(context, 0) + 1
+
+
+def leave_penalty() -> None:
+    _penalties[TracingContext.get()] -= 1
+
+
+def _is_in_penalty() -> bool:
+    context = TracingContext.try_get() if _penalties else None
+    return context is not None and _penalties.get(context, 0) > 0
 
 
 def is_plain() -> bool:
@@ -146,7 +187,8 @@ def is_forced(backend: str | None = None) -> bool:
 
 # torch.compile cannot read a ContextVar, so these functions' results while tracing are constants of its graph. This is
 # what torch.compiler.assume_constant_result does, but that would import the compiler.
-_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain)
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain, is_lowered)
+_answers += (enter_penalty, leave_penalty)
 for _answer in _answers:
     _answer._dynamo_marked_constant = True
 

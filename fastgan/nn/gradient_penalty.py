@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,15 +13,48 @@ from fastgan.ops.gradient_penalty import gradient_penalty
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
-from fastgan.ops.library import untraced
+from fastgan.ops.regions import compilable
+
+
+class _Turn:
+    """A place in a ring of ``every`` calls.
+
+    torch.compile makes a graph for every value of a number that changes. Of this it sees what it reads: whether a
+    penalty is due, and which turn is next. That makes two graphs, one with a penalty and one without.
+    """
+
+    next: _Turn
+
+    def __init__(self, every: int, index: int) -> None:
+        self.every, self.index = every, index
+        self.is_due = index == 0
+
+    def __deepcopy__(self, memo: Any) -> _Turn:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _turn, (self.every, self.index)
+
+
+@cache
+def _ring(every: int) -> list[_Turn]:
+    turns = [_Turn(every, index) for index in range(every)]
+    for i, turn in enumerate(turns):
+        turn.next = turns[(i + 1) % every]
+    return turns
+
+
+def _turn(every: int, calls: int) -> _Turn:
+    return _ring(every)[calls % every]
 
 
 class GradientPenalty(nn.Module):
     """Compute ``fastgan.gradient_penalty`` at every ``every``-th call and zero at all others (lazy regularization).
 
     The first call computes the penalty. The result is multiplied by ``every``, so that the mean over calls equals that
-    of ``every=1``. The number of calls is part of the state_dict. The zero of the other calls can be added to a loss,
-    and ``backward`` can be called on it alone; it gives no parameter a gradient.
+    of ``every=1``. The number of calls since the last penalty is
+    part of the state_dict. The zero of the other calls can be added to a loss,
+    and ``backward`` can be called on it alone outside torch.compile; it gives no parameter a gradient.
 
     Order of derivative: one, in the discriminator's parameters.
 
@@ -71,9 +105,14 @@ class GradientPenalty(nn.Module):
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self.kind, self.weight, self.every = kind, weight, every
         self.select, self.target, self.dims, self.reduction = select, target, dims, reduction
-        self.calls = 0
+        self._turn = _turn(every, 0)
 
-    @untraced
+    @property
+    def calls(self) -> int:
+        """The calls since the last penalty was due, this one included; 0: the next call takes a penalty."""
+        return self._turn.index
+
+    @compilable
     def forward(
         self,
         discriminator: Callable[..., Any],
@@ -84,8 +123,8 @@ class GradientPenalty(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        due = self.calls % self.every == 0
-        self.calls += 1
+        due = self._turn.is_due
+        self._turn = self._turn.next
         if not due:
             check_inputs("real", real)
             penalty = Penalty(self.kind, self.weight, self.target, self.dims, self.reduction)
@@ -109,7 +148,7 @@ class GradientPenalty(nn.Module):
         return {"calls": self.calls}  # not a buffer, because reading one would synchronize with the device
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+        self._turn = _turn(self.every, state["calls"])
 
     def extra_repr(self) -> str:
         optional = {"select": self.select, "target": self.target, "dims": self.dims}

@@ -28,7 +28,7 @@ def is_traced() -> bool:
     A traced model must consist of PyTorch's own operations, so fastgan's rerouting, fused weights and raw kernels are
     off. A mode that only observes (a FLOP counter, a profiler) does not count as a tracer.
     """
-    return torch.compiler.is_compiling() or backends.is_recorded()
+    return not backends.is_lowered() and (torch.compiler.is_compiling() or backends.is_recorded())
 
 
 def symbolic(function: Callable[P, R]) -> Callable[P, R]:

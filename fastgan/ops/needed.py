@@ -27,7 +27,7 @@ def needed(ctx: Any) -> tuple[bool, ...]:
     wanted: tuple[bool, ...] = ctx.needs_input_grad
     # The engine does not run this node directly: it is traced, or another node runs it, as for an in-place function on
     # a view.
-    if torch.compiler.is_compiling() or torch_private.current_node() is not ctx:
+    if torch.compiler.is_dynamo_compiling() or torch_private.current_node() is not ctx:
         return wanted
     nodes = iter(node for node, _ in ctx.next_functions if node is not None)
     first, *others = [next(nodes) if want else None for want in wanted]

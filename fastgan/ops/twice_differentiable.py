@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
@@ -11,11 +11,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from fastgan import torch_private
-from fastgan.ops import attention, conv, lacking, norm, piecewise, pool
+from fastgan import backends, torch_private
+from fastgan.ops import attention, conv, lacking, norm, piecewise, pool, regions
 from fastgan.ops.attention.multi_head import multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
@@ -113,10 +116,10 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _IN_PLACE = {function for function in _ROUTES if function.__name__.rstrip("_") + "_" == function.__name__}
 _WITH_INPLACE_FLAG = {function for function in _ROUTES if "inplace" in getattr(function, "__annotations__", ())}
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, FunctionalTensor}  # the last while torch.compile makes a graph
 
 
-class _Reroute(TorchFunctionMode):
+class Reroute(TorchFunctionMode):
     """Args:
     routes: what is rerouted.
     after: the multiplications that PyTorch's own functions do first, less what calls of fastgan's would cost. What
@@ -129,10 +132,13 @@ class _Reroute(TorchFunctionMode):
         self.is_whole = routes is _ROUTES
         self.taken = False  # whether any call was rerouted
         self.left = after
+        self.leaves: dict[Node, torch.Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if backends.is_lowered():
+            self._keep_leaves((args, kwargs))
         kwargs = kwargs or {}
         route = self._route(func, args, kwargs)
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
@@ -156,6 +162,15 @@ class _Reroute(TorchFunctionMode):
             self.left -= cost - CALL if cost else 0
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
+    def _keep_leaves(self, given: Any) -> None:
+        """While a graph is recorded, the nodes of its inputs do not know them."""
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, torch.Tensor):
+                with torch._C.DisableTorchFunction():
+                    node = tensor.grad_fn
+                if node is not None and type(node).__name__ == "Error":
+                    self.leaves[node] = tensor
+
 
 def _as_plain(value: Any) -> Any:
     return torch.Tensor.as_subclass(value, torch.Tensor) if isinstance(value, torch.Tensor) else value
@@ -167,8 +182,27 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return func in _IN_PLACE
 
 
+def leaves_of(modes: Iterable[TorchFunctionMode]) -> dict[Node, torch.Tensor]:
+    """The graph's inputs that require a gradient, by their nodes, which a reroute has met while it was recorded."""
+    return {node: leaf for mode in modes if isinstance(mode, Reroute) for node, leaf in mode.leaves.items()}
+
+
 def is_rerouting() -> bool:
-    return any(isinstance(mode, _Reroute) and mode.is_whole for mode in torch_private.function_modes())
+    return any(isinstance(mode, Reroute) and mode.is_whole for mode in torch_private.function_modes())
+
+
+@regions.in_graph
+def _begin() -> torch.Tensor:
+    if not regions.is_rehearsal():
+        regions.begin([Reroute()])
+    return torch.empty(0)  # a node of Dynamo's graph has a result
+
+
+@regions.in_graph
+def _end() -> torch.Tensor:
+    if not regions.is_rehearsal():
+        regions.end()
+    return torch.empty(0)
 
 
 class _Uncompiled:
@@ -205,7 +239,7 @@ class Rerouting:
     """``twice_differentiable`` from the call on that passes ``after`` multiplications."""
 
     def __init__(self, after: int = 0) -> None:
-        self._mode = _Reroute(after=after)
+        self._mode = Reroute(after=after)
         self.late = after > 0
         self._inside = False
 
@@ -267,6 +301,15 @@ def twice_differentiable() -> Iterator[None]:
     grad.square().sum().backward()
     ```
     """
+    if regions.is_entered(whole=True):
+        _begin()
+        backends.enter_penalty()
+        try:
+            yield
+        finally:
+            backends.leave_penalty()
+            _end()
+        return
     if is_rerouting() and not is_traced():
         with uncompiled:
             yield
@@ -290,7 +333,7 @@ def barely_rerouted(module: torch.nn.Module | None, code: Hashable, inputs: tupl
         with uncompiled:
             yield
         return
-    with uncompiled, _Reroute(_LACKING) as mode:
+    with uncompiled, Reroute(_LACKING) as mode:
         yield
     if module is not None and not mode.taken:
         _complete.setdefault(module, set()).add(_kind(module, code, inputs))

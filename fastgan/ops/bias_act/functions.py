@@ -38,7 +38,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """
     if input.dtype not in DTYPES:
         return F.leaky_relu(input, negative_slope, inplace)
-    if is_small(input) and negative_slope >= 0:
+    if is_small(input) and (negative_slope >= 0 or not inplace):
         return rectify(input, negative_slope, inplace)
     return activate(input, None, 0, Options("leaky_relu", float(negative_slope)), inplace)
 

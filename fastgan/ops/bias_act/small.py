@@ -22,6 +22,8 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 def is_small(x: Tensor) -> bool:
     """Return whether this path is the faster one and no backend was requested."""
+    if backends.is_lowered():
+        return True  # PyTorch's operators, which compilers fuse
     few = x.is_meta or (x.numel() < _LEAST and x.is_cpu)  # meta tensors have no data for kernels to read
     return few and backends.is_plain() and not backends.is_forced()
 

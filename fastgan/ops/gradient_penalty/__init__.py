@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan.ops.gradient_penalty import compiled
 from fastgan.ops.gradient_penalty.behind import code_of, sole_module
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.general import gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
-from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative, watched
-from fastgan.ops.gradient_penalty.let_go import may_let_go
+from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
-from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.points import points
-from fastgan.ops.gradient_penalty.sharding import gathering, may_be_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import gathering
 from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
+from fastgan.ops.regions import compilable, is_entered
 from fastgan.ops.twice_differentiable import (
     Rerouting,
     barely_rerouted,
@@ -37,7 +37,7 @@ from fastgan.ops.twice_differentiable import (
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
 
-@untraced
+@compilable
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Inputs,
@@ -126,6 +126,11 @@ def gradient_penalty(
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         _require_grad_mode()
+        if is_entered():
+            _refuse_approximate(penalty)
+            part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
+            total = part if total is None else total + part
+            continue
         if penalty.is_approximate:
             with gathering(discriminator):
                 return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
@@ -155,7 +160,7 @@ def gradient_penalty(
     return total
 
 
-@untraced
+@compilable
 def penalty_from_logits(
     logits: Any,
     inputs: Inputs,
@@ -200,6 +205,8 @@ def penalty_from_logits(
                 f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
             )
     x = floating(inputs)
+    if is_entered():
+        return penalty(compiled.gradients_of(logits, x, select))
     return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
 
 
@@ -212,40 +219,9 @@ def _penalty(
         ours: nobody else has these logits, so what their forward saved may be freed.
         plain: the forward was PyTorch's own.
     """
-    found, path = _gradients(logits, inputs, ours=ours, plain=plain)
-    value = penalty(found)
+    grads, path = gradients(logits, inputs, ours=ours, plain=plain)
+    value = penalty([grad for grad in grads if grad is not None])
     return leave_zeros(value, path, inputs) if path else value
-
-
-def _gradients(
-    logits: Sequence[Tensor],
-    inputs: tuple[Tensor, ...],
-    *,
-    ours: bool = False,
-    plain: bool = False,
-    create_graph: bool = True,
-) -> tuple[list[Tensor], set[Node]]:
-    """The gradients of the logits' sum in those inputs that it depends on, and the nodes on the way."""
-    connected = [output for output in logits if output.requires_grad]
-    grads: Sequence[Tensor | None] = ()
-    path: set[Node] = set()
-    if connected:
-        keep = create_graph
-        if not plain or may_be_sharded():
-            path = paths(connected, *inputs)
-            refuse_sharded_graph(path)
-            keep = keep and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
-        with watched(path, inputs) as watch:
-            ones = [watch.factor(output) for output in connected]
-            grads = torch.autograd.grad(
-                connected, inputs, ones, retain_graph=keep, create_graph=create_graph, allow_unused=True
-            )
-            if create_graph:
-                watch.refuse(grads)
-    found = [grad for grad in grads if grad is not None]
-    if not found:
-        raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    return found, path
 
 
 def gradients_of_logits(
@@ -265,11 +241,11 @@ def gradients_of_logits(
             returned = discriminator(given, *args, **kwargs)
         if not isinstance(returned, Tensor):
             raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
-        grads, _ = _gradients(logits_of(returned, None, len(x[0])), x, create_graph=create_graph)
-    return returned, grads
+        grads, _ = gradients(logits_of(returned, None, len(x[0])), x, create_graph=create_graph)
+    return returned, [grad for grad in grads if grad is not None]
 
 
-@untraced
+@compilable
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Inputs,
@@ -314,6 +290,11 @@ def logits_and_penalty(
     The source of the one pass is one_pass.py.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
+    if is_entered():
+        _refuse_approximate(penalty)
+        _check_call(inputs, select)
+        returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
+        return returned, penalty(grads)
     with gathering(discriminator):
         if penalty.is_approximate:
             check_inputs("inputs", inputs)
@@ -386,9 +367,7 @@ def _forward(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
 ) -> _Forward:
-    check_inputs("inputs", inputs)
-    check_select(select)
-    _require_grad_mode()
+    _check_call(inputs, select)
     given = differentiable(inputs)
     x = floating(given)
 
@@ -408,6 +387,20 @@ def _forward(
         returned = call()
     logits = logits_of(returned, select, len(x[0]))
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
+
+
+def _check_call(inputs: Inputs, select: Select | None) -> None:
+    check_inputs("inputs", inputs)
+    check_select(select)
+    _require_grad_mode()
+
+
+def _refuse_approximate(penalty: Penalty) -> None:
+    if penalty.is_approximate:
+        raise ValueError(
+            f"kind {penalty.kind!r} cannot be compiled: use kind 'r1' inside torch.compile, or call the penalty in a "
+            "function decorated with torch.compiler.disable"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned, viewed
@@ -14,7 +15,7 @@ from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned,
 if TYPE_CHECKING:
     from fastgan.ops.gradient_penalty.eligibility import Tracer
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last while torch.compile makes a graph
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
-from fastgan import torch_private
+from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
 from fastgan.ops.gradient_penalty.let_go import SENDS_ZEROS, is_piecewise_affine, keeps_clear
@@ -54,7 +54,7 @@ class Tracer(TorchFunctionMode):
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.samples = len(inputs[0])
+        self.samples = inputs[0].shape[0]  # not len(): compiled graphs hold for any number
         # What each call was given that requires a gradient, and the view of it that the call read instead.
         self.parameters: list[tuple[Tensor, Tensor]] = []
         # Where a constant was added, the constant, and how the samples lie there.
@@ -123,7 +123,7 @@ class Tracer(TorchFunctionMode):
         known = self._counts.get(id(index))
         if known is not None and known.tensor() is index and known.version == index._version:
             return True
-        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        if backends.is_lowered() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
         return torch.equal(index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device))
 

@@ -34,6 +34,8 @@ def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
         return by(inputs)
     new = [by(tensor) if tensor.is_floating_point() else tensor for _, tensor in named("", inputs)]
     if isinstance(inputs, Mapping):
+        if type(inputs) is dict:
+            return dict(zip(inputs, new, strict=True))
         mapping: Any = copy.copy(inputs)
         for key, tensor in zip(inputs, new, strict=True):
             mapping[key] = tensor

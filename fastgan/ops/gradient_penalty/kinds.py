@@ -124,9 +124,13 @@ class Penalty:
         return plain and not self._formula.largest
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it."""
+        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it.
+
+        Inside of a graph of torch.compile, which has no such leaves, it is a constant.
+        """
         shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
-        return torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device, requires_grad=True)
+        zero = torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device)
+        return zero if torch.compiler.is_dynamo_compiling() else zero.requires_grad_()
 
 
 def penalty_of(kind: Kind, weight: Number | None, target: Number | None, dims: Dims | None, reduction: str) -> Penalty:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
@@ -83,7 +84,7 @@ class Watch:
             return
         found = [g for g in by_inputs if g is not None]
         name = type(node).__name__.removesuffix("Backward")
-        if _is_custom(node) and any(not g.requires_grad and bool(g.any()) for g in found):
+        if _is_custom(node) and any(not g.requires_grad and _may_count(g) for g in found):
             self.lacks[node] = f"{name} {_OPAQUE}"
         ends = {g.grad_fn for g in by_outputs if g is not None} | self.path
         if raising := _raising((g.grad_fn for g in found), ends):
@@ -101,6 +102,11 @@ def watched(path: set[Node], inputs: Sequence[Tensor]) -> Iterator[Watch]:
         watch.leave()
 
 
+def _may_count(grad: Tensor) -> bool:
+    """Whether this is not surely zero. Nobody knows while torch.compile records a graph."""
+    return isinstance(grad, FunctionalTensor) or bool(grad.any())
+
+
 def _is_custom(node: Node) -> bool:
     function: Any = getattr(node, "_forward_cls", None)
     return function is not None and not function.__module__.startswith("fastgan.")
@@ -114,7 +120,8 @@ def _raising(starts: Iterable[Node | None], ends: Collection[Node | None]) -> se
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ in _RAISING:
+        # A node "Error" that leads nowhere stands for an input of a graph that torch.compile records.
+        if type(node).__name__ in _RAISING and (node.next_functions or type(node).__name__ != "Error"):
             found.add(type(node).__name__)
         waiting.extend(following for following, _ in node.next_functions)
     return found

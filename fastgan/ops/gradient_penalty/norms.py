@@ -97,6 +97,8 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
 
 
 def _is_small(grad: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        return True  # compilers fuse PyTorch's operations
     return grad.is_cpu and grad.numel() < _LEAST
 
 

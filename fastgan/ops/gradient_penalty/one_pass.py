@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
-from fastgan import torch_private
+from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
@@ -74,7 +75,8 @@ def _differentiate(
         outputs,
         [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
         [torch.ones_like(output) for output in outputs],
-        retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single,  # else what the forward kept is let go
+        # Otherwise what the forward kept is freed now.
+        retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single or backends.is_lowered(),
         create_graph=True,
         allow_unused=True,
     )
@@ -149,8 +151,8 @@ class _Graph:
         first = parts[0][:, :1]
         certain = len(parts) == 1 and first.shape == parts[0].shape
         if not certain:
-            if first.is_cuda and torch.cuda.is_current_stream_capturing():
-                return None
+            if isinstance(first, FunctionalTensor) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return None  # nobody can look at values now
             if not all(torch.equal(part, first.expand_as(part)) for part in parts):
                 return None
         return first[:, 0]

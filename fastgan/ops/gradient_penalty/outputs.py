@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -31,7 +32,7 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     else:
         keys = select if isinstance(select, tuple | list) else (select,)
         logits = [tensor for key in keys for tensor in _sole(_part(returned, key), samples)]
-    if len({id(tensor) for tensor in logits}) < len(logits):
+    if _some_twice(logits):
         raise ValueError(f"select={select!r} chooses the same output twice, of {_shapes(returned)}")
     for tensor in logits:
         if tensor.ndim == 0 or len(tensor) != samples:
@@ -41,6 +42,28 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
                 "samples in one, give it packed inputs, one pack a row"
             )
     return logits
+
+
+def groups_of(returned: Any, select: Select | None) -> tuple[int, ...]:
+    """How many logits each selected output is made of, where these were not chosen one by one."""
+    if callable(select):
+        return ()
+    if select is None:
+        return (len(_tensors(returned)),)
+    keys = select if isinstance(select, tuple | list) else (select,)
+    return tuple(len(_tensors(_part(returned, key))) for key in keys)
+
+
+def refuse_dependent(logits: Sequence[Tensor], groups: Sequence[int]) -> None:
+    """Raise if logits that one output is made of cannot all be logits: what ``logits_of`` cannot see in a trace."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    start = 0
+    for size in groups:
+        group = logits[start : start + size]
+        if size > 1 and _one_made_of_another(group):
+            raise ValueError(f"one of the outputs {_shapes(list(group))} is computed from another: {_CURE}")
+        start += size
 
 
 def check_select(select: Any) -> None:
@@ -98,6 +121,14 @@ def _part(returned: Any, key: Any) -> Any:
         raise ValueError(f"the discriminator returned no output {key!r}, but {_shapes(returned)}") from None
 
 
+def _tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _some_twice(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor is other for i, tensor in enumerate(tensors) for other in tensors[:i])
+
+
 def _are_scales(logits: Sequence[Tensor]) -> bool:
     """Whether these can only be logits of several scales or periods.
 
@@ -115,9 +146,11 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
 
 def _one_made_of_another(logits: Sequence[Tensor]) -> bool:
     """Whether one was computed from another, as logits are from features, and probabilities from logits."""
-    ends = {tensor.grad_fn for tensor in logits if tensor.grad_fn is not None}
-    if len({id(tensor) for tensor in logits}) < len(logits):
+    if _some_twice(logits):
         return True
+    if torch.compiler.is_dynamo_compiling():
+        return False  # there is no graph yet; see refuse_dependent
+    ends = {tensor.grad_fn for tensor in logits if tensor.grad_fn is not None}
     waiting: list[Node | None] = [following for end in ends for following, _ in end.next_functions]
     seen: set[Node] = set()
     while waiting:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.ops.gradient_penalty.drawn import uniform
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, replaced
 
 
@@ -35,7 +36,7 @@ def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Genera
 def _alpha(real: Inputs, generator: torch.Generator | None) -> Tensor:
     """(N,), uniform in [0, 1)."""
     first = floating(real)[0]
-    return torch.rand(len(first), dtype=first.dtype, device=first.device, generator=generator)
+    return uniform([first.shape[0]], first, generator)
 
 
 def _beside(alpha: Tensor, x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def _fixed(x: Tensor) -> Tensor:
 
 
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
-    noises = iter([torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in floating(real)])
+    noises = iter([uniform(x.shape, x, generator) for x in floating(real)])
     alpha = _alpha(real, generator)
     return replaced(real, lambda x: x.detach() + _beside(alpha, x) * 0.5 * x.detach().std() * next(noises))
 

@@ -51,6 +51,9 @@ def may_be_sharded() -> bool:
     return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
 
 
+may_be_sharded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refuse_sharded_graph(path: Iterable[Node]) -> None:
     """Raise for logits that were not made by a forward of ours.
 

@@ -8,7 +8,7 @@ stand for such a function (``fastgan.ops.filled``) gets its zeros here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,21 +18,34 @@ from torch.autograd.graph import Node, get_gradient_edge
 from fastgan.ops.filled import filled_inputs
 
 
-def leave_zeros(penalty: Tensor, path: Iterable[Node], inputs: Iterable[Tensor]) -> Tensor:
+def leave_zeros(
+    penalty: Tensor,
+    path: Iterable[Node],
+    inputs: Iterable[Tensor],
+    made: Iterable[Tensor] | None = None,
+    more: Mapping[Node, Tensor] | None = None,
+) -> Tensor:
     """The penalty, whose backward gives zeros to those leaves that it does not depend on and PyTorch's reaches.
 
     Args:
         path: the nodes by which the logits depend on ``inputs``, which get no zeros.
+        made: if ``penalty`` is one of several gradients that a penalty will be made of, all of these.
+        more: further leaves by their nodes. While torch.compile makes a graph, parameters have nodes of their own.
     """
     below = reached_by_zeros(path)
     points = {get_gradient_edge(x).node for x in inputs}
-    candidates = [node for node in below if hasattr(node, "variable") and node not in points]
+    more = more or {}
+    candidates = {
+        node: leaf
+        for node in below
+        if node not in points and (leaf := more.get(node, getattr(node, "variable", None))) is not None
+    }
     if not candidates:
         return penalty
     # Not every node hands on what it gets: PyTorch's group norm gives its bias nothing for its statistics. Zeros that
     # are added to what is there cost nothing for a bias, and are left out for a weight.
-    depends = _reached([penalty.grad_fn])
-    leaves = [node.variable for node in candidates if node not in depends or node.variable.ndim < 2]
+    depends = _reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
+    leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2]
     if not leaves:
         return penalty
     result: Tensor = _WithZeros.apply(penalty, *leaves)  # type: ignore[no-untyped-call]

@@ -1,0 +1,52 @@
+"""Random numbers from a generator that the caller gives, inside of a compiled graph too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.library import LIBRARY
+
+# A graph holds no generator. It holds the number of one, which this operator looks up. The tags keep two draws apart
+# that look alike, and a CUDA graph from a generator that it does not know.
+_TAGS = [torch.Tag.nondeterministic_seeded]
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
+LIBRARY.define("uniform(int generator, SymInt[] size, ScalarType dtype, Device device) -> Tensor", tags=_TAGS)
+_generators: dict[int, torch.Generator] = {}
+
+
+def uniform(size: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers between 0 and 1, of the dtype and on the device of ``like``."""
+    if generator is not None and torch.compiler.is_dynamo_compiling():
+        number = _remember(id(generator))
+        drawn: Tensor = torch.ops.fastgan.uniform(number, list(size), like.dtype, like.device)
+        return drawn
+    return torch.rand(size, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _remember(address: int) -> int:
+    """Called while Dynamo traces, with the ``id`` of a generator that lives: a graph that draws from it keeps it."""
+    import ctypes
+
+    generator = ctypes.cast(address, ctypes.py_object).value
+    assert isinstance(generator, torch.Generator)
+    _generators[address] = generator
+    return address
+
+
+_remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.impl(LIBRARY, "uniform", "CompositeExplicitAutograd")
+def _uniform(generator: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.rand(size, dtype=dtype, device=device, generator=_generators[generator])
+
+
+def _fake(generator: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+torch.library.register_fake("fastgan::uniform", _fake, lib=LIBRARY)
