@@ -19,7 +19,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._guards import TracingContext
 
 from fastgan import torch_private
 from fastgan._version import __version__
@@ -154,16 +153,16 @@ def set_lowered(step: int) -> None:
 
 def enter_penalty() -> None:
     """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
-    context = TracingContext.get()
+    context = torch_private.TracingContext.get()
     _penalties[context] = _penalties.get(context, 0) + 1
 
 
 def leave_penalty() -> None:
-    _penalties[TracingContext.get()] -= 1
+    _penalties[torch_private.TracingContext.get()] -= 1
 
 
 def _is_in_penalty() -> bool:
-    context = TracingContext.try_get() if _penalties else None
+    context = torch_private.TracingContext.try_get() if _penalties else None
     return context is not None and _penalties.get(context, 0) > 0
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch._C import _len_torch_function_stack as count_function_modes
 from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compiler.disable imports the compiler at once
+from torch._guards import TracingContext
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack as function_modes
@@ -24,6 +26,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dis
 
 __all__ = [
     "DisableTorchFunction",
+    "FunctionalTensor",
+    "TracingContext",
     "apart_from_dynamo",
     "checkpoint_hook",
     "count_dispatch_modes",
@@ -31,6 +35,7 @@ __all__ = [
     "current_node",
     "dispatch_mode",
     "dispatch_modes",
+    "dynamo",
     "function_modes",
     "in_transform",
     "is_batched",
@@ -40,6 +45,7 @@ __all__ = [
     "will_execute",
 ]
 
+# Compiled penalties: which trace is under way, and the tensors that a discriminator sees while its graph is made.
 # torch.fx records calls too. torch 2.6 has the second name alone.
 is_fx_symbolic_tracing: Callable[[], bool] = getattr(
     _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
@@ -68,6 +74,17 @@ def is_batched(tensor: Tensor) -> bool:
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is under way, which see PyTorch's own operations alone."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def dynamo() -> tuple[Any, Any, Any]:
+    """allow_in_graph, the settings and the tracer of torch.compile, which put a penalty into its graph.
+
+    Importing them takes seconds, so this is called at first use.
+    """
+    from torch._dynamo import allow_in_graph, config
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return allow_in_graph, config, InstructionTranslator
 
 
 def _hook_on_top() -> object | None:

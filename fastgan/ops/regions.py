@@ -17,11 +17,9 @@ from threading import local
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastgan import backends
+from fastgan import backends, torch_private
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,15 +50,13 @@ def _may_enter(whole: bool) -> bool:
     If Dynamo cannot trace a discriminator, it ends the graph before the call that led there, in the function that it
     was given. Later it tries what that call runs, by itself. There a graph could end inside of the discriminator.
     """
-    from torch._dynamo import allow_in_graph, config
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
+    allow_in_graph, config, translator = torch_private.dynamo()
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST or torch.compiler.is_exporting():
         return False
     _end_all()
     while _in_graph:  # at first use: this imports the compiler
         allow_in_graph(_in_graph.pop())
-    root: Any = InstructionTranslator.current_tx().output.root_tx
+    root: Any = translator.current_tx().output.root_tx
     if root.one_graph or whole:
         return bool(root.one_graph)
     return not (root.f_code.co_filename.startswith(_OURS) or getattr(config, "nested_graph_breaks", False))
@@ -71,7 +67,7 @@ _may_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which torch.compile traces where a region can be in its graph, and breaks its graph around."""
-    apart: Callable[P, R] = _disable_dynamo(function)  # imports the compiler when called
+    apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -137,12 +133,12 @@ def lowering() -> Iterator[bool]:
 
 def is_recorded() -> bool:
     """Whether AOTAutograd records the graph that runs now."""
-    return any(type(mode).__name__ in _RECORDERS for mode in _get_current_dispatch_mode_stack())
+    return any(type(mode).__name__ in _RECORDERS for mode in torch_private.dispatch_modes())
 
 
 def is_rehearsal() -> bool:
     """Whether a function of the graph runs for the shapes of its results alone."""
-    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
+    modes = [type(mode).__name__ for mode in torch_private.dispatch_modes()]
     return "FakeTensorMode" in modes and not _RECORDERS.intersection(modes)
 
 

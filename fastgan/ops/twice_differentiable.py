@@ -11,7 +11,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -116,7 +115,11 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _IN_PLACE = {function for function in _ROUTES if function.__name__.rstrip("_") + "_" == function.__name__}
 _WITH_INPLACE_FLAG = {function for function in _ROUTES if "inplace" in getattr(function, "__annotations__", ())}
-_PLAIN = {torch.Tensor, torch.nn.Parameter, FunctionalTensor}  # the last while torch.compile makes a graph
+_PLAIN = {
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch_private.FunctionalTensor,
+}  # the last while torch.compile makes a graph
 
 
 class Reroute(TorchFunctionMode):
@@ -166,7 +169,7 @@ class Reroute(TorchFunctionMode):
         """While a graph is recorded, the nodes of its inputs do not know them."""
         for tensor in tree_leaves(given):
             if isinstance(tensor, torch.Tensor):
-                with torch._C.DisableTorchFunction():
+                with torch_private.DisableTorchFunction():
                     node = tensor.grad_fn
                 if node is not None and type(node).__name__ == "Error":
                     self.leaves[node] = tensor

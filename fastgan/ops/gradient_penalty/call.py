@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned, viewed
+from fastgan.torch_private import FunctionalTensor
 
 if TYPE_CHECKING:
     from fastgan.ops.gradient_penalty.eligibility import Tracer

@@ -135,7 +135,8 @@ class Penalty:
 
 def penalty_of(kind: Kind, weight: Number | None, target: Number | None, dims: Dims | None, reduction: str) -> Penalty:
     """A Penalty, whose arguments are checked once where they are common ones."""
-    if target is None and dims is None and type(weight) in _COMMON and type(kind) is str and type(reduction) is str:
+    common = target is None and dims is None and type(weight) in _COMMON and type(kind) is str
+    if common and type(reduction) is str and not torch.compiler.is_dynamo_compiling():
         return _common(kind, weight, reduction)
     return Penalty(kind, weight, target, dims, reduction)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.needed import mark_unused
+from fastgan.torch_private import FunctionalTensor
 
 _RAISING = {"NotImplemented", "Error", "CdistBackwardBackward0", "PdistBackwardBackward0", "DelayedErrorBackward"}
 _CHECKPOINT = "CheckpointFunctionBackward"

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
@@ -31,6 +30,7 @@ from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
 from fastgan.ops.gradient_penalty.zeros import reached_by_zeros
 from fastgan.ops.library import last_order, untraced, without_autocast
+from fastgan.torch_private import FunctionalTensor
 
 
 def one_pass(
