@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
-from fastgan.ops import attention, conv, lacking, norm, piecewise, pool, regions
-from fastgan.ops.attention.multi_head import multi_head_attention_forward
+from fastgan.ops import conv, lacking, norm, piecewise, pool, regions
+from fastgan.ops.attention.multi_head import attention_of_a_model, multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 from fastgan.ops.work import CALL, work
@@ -75,7 +75,7 @@ def _batch_norm(
 
 # Functions that PyTorch differentiates at most once.
 _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.scaled_dot_product_attention: attention_of_a_model,
     F.multi_head_attention_forward: multi_head_attention_forward,
     F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
     **lacking.ROUTES,

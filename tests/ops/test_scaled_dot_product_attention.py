@@ -621,6 +621,16 @@ def test_penalties_go_through_pytorchs_layers_with_attention(name, training, sma
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
+def test_dropout_of_a_model_draws_pytorchs_numbers():
+    model = Attention(dropout_p=0.4).double()
+    x = torch.randn(3, 11, 6, dtype=torch.float64)
+    torch.manual_seed(3)
+    want = expected(model, x)
+    torch.manual_seed(3)
+    for a, b in zip(penalise(model, x), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_the_weights_of_heads_are_differentiated_too():
     """need_weights=True, whose second result a loss may use."""
     model = Tokens(nn.MultiheadAttention(24, 4, batch_first=True), lambda m, x: m(x, x, x)[1] @ x).double()

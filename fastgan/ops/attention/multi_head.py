@@ -10,9 +10,29 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.attention import scaled_dot_product_attention
+
+
+def attention_of_a_model(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """fastgan's attention, except with dropout on a CPU.
+
+    There PyTorch runs its plain form, which has every derivative, and draws its own random numbers.
+    """
+    reference = dropout_p > 0 and isinstance(query, Tensor) and query.is_cpu
+    attend = F.scaled_dot_product_attention if reference else scaled_dot_product_attention
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @cache
@@ -20,7 +40,7 @@ def _fused() -> FunctionType:
     reference = F.multi_head_attention_forward
     names = {
         **reference.__globals__,
-        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "scaled_dot_product_attention": attention_of_a_model,
         "has_torch_function": _has_no_torch_function,
     }
     fused = FunctionType(reference.__code__, names, reference.__name__, reference.__defaults__, reference.__closure__)
