@@ -14,7 +14,7 @@ from fastgan.ops.library import LIBRARY
 _TAGS = [torch.Tag.nondeterministic_seeded]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
     _TAGS.append(torch.Tag.cudagraph_unsafe)
-LIBRARY.define("uniform(int generator, SymInt[] size, ScalarType dtype, Device device) -> Tensor", tags=_TAGS)
+_SCHEMA = "uniform(int generator, SymInt[] size, ScalarType dtype, Device device) -> Tensor"
 _generators: dict[int, torch.Generator] = {}
 
 
@@ -40,7 +40,6 @@ def _remember(address: int) -> int:
 _remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.library.impl(LIBRARY, "uniform", "CompositeExplicitAutograd")
 def _uniform(generator: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.rand(size, dtype=dtype, device=device, generator=_generators[generator])
 
@@ -49,4 +48,10 @@ def _fake(generator: int, size: Sequence[int], dtype: torch.dtype, device: torch
     return torch.empty(size, dtype=dtype, device=device)
 
 
-torch.library.register_fake("fastgan::uniform", _fake, lib=LIBRARY)
+if hasattr(torch.ops.fastgan, "uniform"):  # an import that failed halfway has defined it: keep its generators
+    _generators = torch.ops.fastgan.uniform_generators
+else:
+    LIBRARY.define(_SCHEMA, tags=_TAGS)
+    LIBRARY.impl("uniform", _uniform, "CompositeExplicitAutograd")
+    torch.library.register_fake("fastgan::uniform", _fake, lib=LIBRARY)
+    torch.ops.fastgan.uniform_generators = _generators
