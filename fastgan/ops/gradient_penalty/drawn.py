@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,11 @@ def _fake(generator: int, size: Sequence[int], dtype: torch.dtype, device: torch
     return torch.empty(size, dtype=dtype, device=device)
 
 
-if hasattr(torch.ops.fastgan, "uniform"):  # an import that failed halfway has defined it: keep its generators
-    _generators = torch.ops.fastgan.uniform_generators
+_operators: Any = torch.ops.fastgan
+if hasattr(_operators, "uniform"):  # an import that failed halfway has defined it: keep its generators
+    _generators = _operators.uniform_generators
 else:
     LIBRARY.define(_SCHEMA, tags=_TAGS)
     LIBRARY.impl("uniform", _uniform, "CompositeExplicitAutograd")
     torch.library.register_fake("fastgan::uniform", _fake, lib=LIBRARY)
-    torch.ops.fastgan.uniform_generators = _generators
+    _operators.uniform_generators = _generators
