@@ -34,7 +34,7 @@ CASES = {
 }
 WAYS = BACKENDS[:2]
 FEW = ("one query", "primes", "grouped")
-OPTIONS = ("plain", "causal", "boolean", "padding", "additive", "bias a head", "masked rows", "scaled")
+OPTIONS = ("plain", "causal", "boolean", "padding", "additive", "bias a head", "masked rows", "additive masked rows", "scaled")
 
 
 @dataclass
@@ -87,6 +87,9 @@ def mask_of(option, shape, device):
     if option == "additive":
         mask = torch.randn(b, h, length, keys, dtype=torch.float64, device=device)
         return mask.masked_fill(torch.rand_like(mask) < 0.2, -math.inf)
+    if option == "additive masked rows":
+        mask = torch.randn(b, h, length, keys, dtype=torch.float64, device=device)
+        return mask.masked_fill(torch.arange(length, device=device).unsqueeze(-1) % 2 == 0, -math.inf)
     if option == "bias a head":
         return torch.randn(h, 1, keys, dtype=torch.float64, device=device)
     return None

@@ -31,11 +31,12 @@ def attention(
         scores = scores.masked_fill(~kept, -inf)
     elif mask is not None:
         scores = scores + mask
-    probabilities = scores.softmax(-1)
-    # A row whose keys are all masked gives 0, as in PyTorch.
-    empty = (scores.detach() == -inf).all(-1, keepdim=True) if kept is not None or mask is not None else None
-    if empty is not None:
-        probabilities = probabilities.masked_fill(empty, 0.0)
+    if kept is None and mask is None:
+        probabilities = scores.softmax(-1)
+    else:
+        # A row whose keys are all masked gives 0, and its gradients are 0, as in PyTorch.
+        empty = (scores.detach() == -inf).all(-1, keepdim=True)
+        probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     if dropout_p > 0:
         probabilities = torch.dropout(probabilities, dropout_p, True)
     return (probabilities @ v.to(acc)).to(q.dtype)
