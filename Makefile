@@ -26,7 +26,9 @@ export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test test-gpu-simulated examples lint bench gpu data build dist docs clean
+VERSIONS ?= 2.6.0 2.11.0+triton3.6.0 2.13.0+triton3.9.0 2.14.1
+
+.PHONY: help demo test test-gpu-simulated examples versions lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +36,7 @@ help:
 	@echo "make test    install, then run the tests"
 	@echo "make test-gpu-simulated   run tests on a simulated CUDA device; SIMULATED=all runs all of them"
 	@echo "make examples install accelerate and Lightning, then run the tests of every example"
+	@echo "make versions   run the core tests with the oldest supported torch, with 2.11 and with the newest (15 GB)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
 	@echo "make gpu     build, test, verify and time with the system's python3; needs an NVIDIA GPU, no network;"
@@ -64,6 +67,9 @@ test-gpu-simulated: build
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
 	$(PY) -m pytest tests/test_examples.py
+
+versions: build
+	$(PY) -m tools.versions $(VERSIONS)
 
 lint: $(VENV)/.deps-$(MODE)
 	$(VENV)/bin/ruff check .

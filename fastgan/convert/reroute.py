@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastgan import backends
 from fastgan.convert.replace import Replacement, become, can_become, is_converted, made_from
-from fastgan.ops.gradient_penalty.small import takes_less
+from fastgan.ops.gradient_penalty.small import MOST_SHAPES, takes_less
 from fastgan.ops.twice_differentiable import is_rerouting, twice_differentiable
 
 _LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; above it, a step on a CPU gets faster
@@ -23,12 +23,22 @@ class Rerouted(Replacement):
         if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
             return False
         images = next(_images((*args, *kwargs.values())), None)
-        return images is not None and images.is_cpu and not takes_less(self, images, _LEAST)
+        return images is not None and images.is_cpu and _is_large(self, images)
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
         base, _, _ = made_from(self)
         with twice_differentiable():
             return base.forward(self, *args, **kwargs)
+
+
+def _is_large(module: Any, images: Tensor) -> bool:
+    known: dict[torch.Size, bool] = module._fastgan.setdefault("is_large", {})
+    large = known.get(images.shape)
+    if large is None:
+        if len(known) == MOST_SHAPES:
+            known.clear()
+        large = known[images.shape] = not takes_less(module, images, _LEAST)
+    return large
 
 
 def _images(values: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -72,7 +72,8 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
-            _end_all()
+            if _open.regions:
+                _end_all()
             return function(*args, **kwargs)
         return (function if is_entered() else apart)(*args, **kwargs)
 

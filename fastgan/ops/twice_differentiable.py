@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.graph import Node
@@ -239,16 +238,23 @@ uncompiled = _Uncompiled()
 
 
 class Rerouting:
-    """``twice_differentiable`` from the call on that passes ``after`` multiplications."""
+    """``twice_differentiable`` from the call on that passes ``after`` multiplications.
 
-    def __init__(self, after: int = 0) -> None:
-        self._mode = Reroute(after=after)
-        self.late = after > 0
+    Before it, and throughout if ``after`` is None, only functions that PyTorch cannot differentiate twice are rerouted.
+    """
+
+    def __init__(self, after: int | None = 0) -> None:
+        self._mode = Reroute(_LACKING) if after is None else Reroute(after=after)
         self._inside = False
 
     @property
     def never_began(self) -> bool:
-        return self._mode.left > 0
+        return self._mode.left > 0 or not self._mode.is_whole
+
+    @property
+    def is_pytorchs(self) -> bool:
+        """Whether nothing was rerouted."""
+        return not self._mode.taken
 
     def __enter__(self) -> Rerouting:
         self._inside = not is_traced()  # the compiler's stance cannot change inside of a function that it traces
@@ -319,39 +325,3 @@ def twice_differentiable() -> Iterator[None]:
         return
     with Rerouting():
         yield
-
-
-# For each module, the kinds of calls (mode and input shapes) that used no route of _LACKING.
-_complete: WeakKeyDictionary[torch.nn.Module, set[Hashable]] = WeakKeyDictionary()
-
-
-@contextmanager
-def barely_rerouted(module: torch.nn.Module | None, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
-    """For one call of a function around a module, reroute only the functions that PyTorch cannot differentiate twice.
-
-    Intercepting every function costs a small module a tenth of its time. If a call has used none of these functions,
-    the next call of the same kind is not intercepted.
-    """
-    if is_complete(module, code, inputs):
-        with uncompiled:
-            yield
-        return
-    with uncompiled, Reroute(_LACKING) as mode:
-        yield
-    if module is not None and not mode.taken:
-        _complete.setdefault(module, set()).add(_kind(module, code, inputs))
-
-
-def is_complete(module: torch.nn.Module | None, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Return whether an earlier call of this kind has shown that PyTorch has all derivatives of it."""
-    return module is not None and _kind(module, code, inputs) in _complete.get(module, ())
-
-
-def forget(module: torch.nn.Module | None) -> None:
-    """Intercept the next call of the module, as if it were the first."""
-    if module is not None:
-        _complete.pop(module, None)
-
-
-def _kind(module: torch.nn.Module, code: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
-    return code, module.training, tuple(x.shape[1:] for x in inputs)

@@ -60,6 +60,8 @@ def test_large_batches_alone_are_rerouted(monkeypatch):
     fastgan.convert(model)
     assert convolutions_of(model, torch.randn(1, 3, 8, 8)) == PYTORCHS
     monkeypatch.setattr(reroute, "_LEAST", 2**10 * 28 * 64 - 1)  # a weight or bias at each position
+    assert convolutions_of(model, torch.randn(1, 3, 8, 8)) == PYTORCHS, "as before, without counting again"
+    fastgan.convert(fastgan.revert(model))
     assert convolutions_of(model, torch.randn(1, 3, 8, 8)) == OURS
     assert convolutions_of(model, torch.randn(1, 3, 7, 8)) == PYTORCHS
 

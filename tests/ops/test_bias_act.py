@@ -185,7 +185,7 @@ def saved_bytes(function):
 
 
 def test_what_is_linear_in_pieces_keeps_one_bit_an_element_and_two_if_it_is_cut_off():
-    x = torch.randn(4, 8, 512, requires_grad=True)  # of fewer elements, there are no bits
+    x = torch.randn(4, 8, 4096, requires_grad=True)  # of fewer elements, there are no bits
     bits = x.numel() // 8
     assert saved_bytes(lambda: ops.relu(x)) == bits
     assert saved_bytes(lambda: ops.bias_act(x)) == bits

@@ -34,7 +34,17 @@ CASES = {
 }
 WAYS = BACKENDS[:2]
 FEW = ("one query", "primes", "grouped")
-OPTIONS = ("plain", "causal", "boolean", "padding", "additive", "bias a head", "masked rows", "additive masked rows", "scaled")
+OPTIONS = (
+    "plain",
+    "causal",
+    "boolean",
+    "padding",
+    "additive",
+    "bias a head",
+    "masked rows",
+    "additive masked rows",
+    "scaled",
+)
 
 
 @dataclass

@@ -68,7 +68,7 @@ def test_a_result_may_be_written_over_where_pytorchs_may(name):
             y.sum().backward()
 
 
-@pytest.mark.parametrize("elements", [2**14 - 1, 2**14])
+@pytest.mark.parametrize("elements", [2**17 - 1, 2**17])
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_the_kernels_run_for_more_elements_and_where_they_are_asked_for(elements, backend, monkeypatch):
     calls = []
@@ -76,7 +76,7 @@ def test_the_kernels_run_for_more_elements_and_where_they_are_asked_for(elements
     monkeypatch.setattr(native_kernels, "piecewise_forward", lambda *a: calls.append(1) or whole(*a))
     with fastgan.use_backend(backend):
         ops.relu(torch.randn(elements, requires_grad=True))
-    assert bool(calls) == (backend == "cpu" or elements == 2**14)
+    assert bool(calls) == (backend == "cpu" or elements == 2**17)
 
 
 def test_a_negative_slope_is_for_the_kernels():

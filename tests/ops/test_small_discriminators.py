@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
+from fastgan import torch_private
 from fastgan.ops.gradient_penalty import small
 from fastgan.ops.gradient_penalty.small import Size, size_of
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition, gradients, images
@@ -260,3 +261,82 @@ def test_attention_in_a_function_around_a_small_module_is_differentiated_twice()
             fastgan.gradient_penalty(function, x, kind="r1").backward()
             logits, penalty = fastgan.logits_and_penalty(function, x)
             (logits.mean() + penalty).backward()
+
+
+class Watched(nn.Sequential):
+    """Notes which modes each of its forwards runs under."""
+
+    def forward(self, x, scale=1.0, extra=None):
+        self.modes.append(len(torch_private.function_modes()))
+        return super().forward(x) * scale
+
+
+def watched(width=16):
+    net = Watched(*mlp(width))
+    net.modes = []
+    return net
+
+
+@pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
+def test_a_call_that_was_left_to_pytorch_is_not_intercepted_again(call):
+    net, x, y = watched(), torch.randn(8, 2), torch.randn(8)
+    ways = [
+        net,
+        net.forward,
+        lambda v: net(v).squeeze(1),
+        lambda v: net(v, y[:, None]),
+    ]
+    for way in ways:
+        net.modes.clear()
+        for _ in range(3):
+            call(way, x, kind="r1")
+        assert net.modes == [1, 0, 0]
+    net.modes.clear()
+    for scale in (2.0, 2.0, 3.0, 2):
+        call(net, x, kind="r1", args=(scale,))
+    assert net.modes == [1, 0, 1, 1], "numbers may decide what runs"
+    net.modes.clear()
+    for _ in range(2):
+        call(net, x, kind="r1", kwargs={"extra": object()})
+    assert net.modes == [1, 1], "nothing is known of such an argument"
+
+
+def test_a_call_that_may_differ_is_looked_at_again():
+    net, x = watched(), torch.randn(8, 2)
+
+    def modes(x):
+        net.modes.clear()
+        fastgan.gradient_penalty(net, x, kind="r1")
+        return net.modes[0]
+
+    assert [modes(x), modes(x)] == [1, 0]
+    assert [modes(x[:4]), modes(x[:4]), modes(x)] == [1, 0, 0]
+    net.eval()
+    assert [modes(x), modes(x)] == [1, 0]
+    net.append(nn.Linear(1, 1))
+    assert [modes(x), modes(x)] == [1, 0]
+    with fastgan.use_backend("cpu"):
+        assert modes(x) == 1
+    with small.at_any_size():
+        assert modes(x) == 1
+    assert modes(x) == 0
+
+
+def test_a_layer_without_a_second_derivative_is_never_taken_for_pytorchs():
+    class Hard(Watched):
+        def forward(self, x):
+            return F.hardsigmoid(super().forward(x))
+
+    net, x = Hard(*mlp(16)), torch.randn(8, 2)
+    net.modes = []
+    for _ in range(3):
+        fastgan.gradient_penalty(net, x, kind="r1").backward()
+    assert net.modes == [1, 1, 1]
+
+
+def test_no_more_than_so_many_shapes_are_remembered(monkeypatch):
+    monkeypatch.setattr(small, "MOST_SHAPES", 3)
+    net = mlp(16)
+    for n in range(1, 12):
+        fastgan.gradient_penalty(net, torch.randn(n, 2), kind="r1")
+        assert 1 <= len(small._left_to_pytorch[net]) <= 3

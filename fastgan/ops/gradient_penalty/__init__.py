@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty import compiled
-from fastgan.ops.gradient_penalty.behind import code_of, sole_module
+from fastgan.ops.gradient_penalty.behind import Call, call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.general import gradients
+from fastgan.ops.gradient_penalty.general import gradients, plain_gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative
@@ -21,18 +21,21 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import gathering
-from fastgan.ops.gradient_penalty.small import LEAST, REASON, Size, remember, size_of, was_small
+from fastgan.ops.gradient_penalty.small import (
+    REASON,
+    Size,
+    forget,
+    is_left_to_pytorch,
+    leave_to_pytorch,
+    remember,
+    size_of,
+    was_small,
+)
 from fastgan.ops.gradient_penalty.zeros import leave_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import compilable, is_entered
-from fastgan.ops.twice_differentiable import (
-    Rerouting,
-    barely_rerouted,
-    forget,
-    is_complete,
-    twice_differentiable,
-)
+from fastgan.ops.twice_differentiable import Rerouting, twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -136,22 +139,20 @@ def gradient_penalty(
                 return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
         given = differentiable(point)
         x = floating(given)
-        size = size_of(discriminator, x)
+        call = call_of(discriminator, x, args, kwargs)
+        if is_left_to_pytorch(call, x):
+            with uncompiled:
+                returned = discriminator(given, *args, **(kwargs or {}))
+            part = penalty(plain_gradients(logits_of(returned, select, x[0].shape[0]), x))
+            total = part if total is None else total + part
+            continue
         with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
-            if size is Size.SMALL:
-                module, code = sole_module(discriminator), code_of(discriminator)
-                plain = is_complete(module, code, x)
-                with barely_rerouted(module, code, x):
-                    returned = discriminator(given, *args, **(kwargs or {}))
-                small = True
-            else:
-                with Rerouting(LEAST if size is Size.UNKNOWN else 0) as rerouting:
-                    returned = discriminator(given, *args, **(kwargs or {}))
-                small = rerouting.never_began
-                plain = small and was_small(discriminator, x)
-                if small and not plain:
-                    remember(discriminator, x, small)
-            part = _penalty(logits_of(returned, select, len(x[0])), x, penalty, ours=not small, plain=plain)
+            with Rerouting(size_of(discriminator, x).after) as rerouting:
+                returned = discriminator(given, *args, **(kwargs or {}))
+            small = rerouting.never_began
+            part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, ours=not small)
+        if small and call is not None and rerouting.is_pytorchs:
+            leave_to_pytorch(call)
         if not small:
             for tensor in x:
                 mark_unused(tensor)
@@ -207,19 +208,16 @@ def penalty_from_logits(
     x = floating(inputs)
     if is_entered():
         return penalty(compiled.gradients_of(logits, x, select))
-    return _penalty(logits_of(logits, select, len(x[0])), x, penalty)
+    return _penalty(logits_of(logits, select, x[0].shape[0]), x, penalty)
 
 
-def _penalty(
-    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False, plain: bool = False
-) -> Tensor:
+def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False) -> Tensor:
     """The penalty of the gradients of the logits' sum.
 
     Args:
         ours: nobody else has these logits, so what their forward saved may be freed.
-        plain: the forward was PyTorch's own.
     """
-    grads, path = gradients(logits, inputs, ours=ours, plain=plain)
+    grads, path = gradients(logits, inputs, ours=ours)
     value = penalty([grad for grad in grads if grad is not None])
     return leave_zeros(value, path, inputs) if path else value
 
@@ -241,7 +239,7 @@ def gradients_of_logits(
             returned = discriminator(given, *args, **kwargs)
         if not isinstance(returned, Tensor):
             raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
-        grads, _ = gradients(logits_of(returned, None, len(x[0])), x, create_graph=create_graph)
+        grads, _ = gradients(logits_of(returned, None, x[0].shape[0]), x, create_graph=create_graph)
     return returned, [grad for grad in grads if grad is not None]
 
 
@@ -302,10 +300,12 @@ def logits_and_penalty(
             _require_grad_mode()
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
         returned, logits, x, tracer, reason, plain = _forward(discriminator, inputs, select, args, kwargs)
+        if plain:
+            return returned, penalty(plain_gradients(logits, x))
         if tracer is not None and reason is None:
             return one_pass(returned, logits, x, tracer, penalty)
         with _naming(discriminator, inputs, select, args, kwargs):
-            value = _penalty(logits, x, penalty, plain=plain)
+            value = _penalty(logits, x, penalty)
     if tracer is not None:
         for tensor in x:
             mark_unused(tensor)
@@ -374,18 +374,17 @@ def _forward(
     def call() -> Any:
         return discriminator(given, *args, **(kwargs or {}))
 
-    size = size_of(discriminator, x)
-    if size is Size.SMALL:
-        module, code = sole_module(discriminator), code_of(discriminator)
-        plain = is_complete(module, code, x)
-        with barely_rerouted(module, code, x):
+    known = call_of(discriminator, x, args, kwargs)
+    if is_left_to_pytorch(known, x):
+        with uncompiled:
             returned = call()
-        return _Forward(returned, logits_of(returned, select, len(x[0])), x, None, REASON, plain)
-    if size is Size.UNKNOWN:
-        return _counted(discriminator, call, select, x)
+        return _Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
+    size = size_of(discriminator, x)
+    if size is not Size.LARGE:
+        return _maybe_small(discriminator, call, known, size, select, x)
     with Rerouting(), Tracer(*x) as tracer:
         returned = call()
-    logits = logits_of(returned, select, len(x[0]))
+    logits = logits_of(returned, select, x[0].shape[0])
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
 
 
@@ -418,24 +417,31 @@ def _naming(
         layers = Layers(discriminator)
         with layers.watched():
             forward = _forward(discriminator, inputs, select, args, kwargs)
-        forget(sole_module(discriminator))
+        forget(call_of(discriminator, floating(inputs), args, kwargs))
         raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
 
 
-def _counted(
-    discriminator: Callable[..., Any], call: Callable[[], Any], select: Select | None, x: tuple[Tensor, ...]
+def _maybe_small(
+    discriminator: Callable[..., Any],
+    call: Callable[[], Any],
+    known: Call | None,
+    size: Size,
+    select: Select | None,
+    x: tuple[Tensor, ...],
 ) -> _Forward:
-    """A forward whose work is counted while it runs."""
-    seen = was_small(discriminator, x)
+    """A forward whose work is counted while it runs, unless it is surely small."""
+    seen = size is Size.SMALL or was_small(discriminator, x)
     tracer = None if seen else Tracer(*x)
-    with Rerouting(LEAST) as rerouting, tracer or nullcontext():
+    with Rerouting(size.after) as rerouting, tracer or nullcontext():
         returned = call()
-    logits = logits_of(returned, select, len(x[0]))
+    logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_began
-    if small != (tracer is None):
+    if small and known is not None and rerouting.is_pytorchs:
+        leave_to_pytorch(known)
+    elif size is Size.UNKNOWN and small != seen:
         remember(discriminator, x, small)
     if small:
-        return _Forward(returned, logits, x, None, REASON, plain=seen)
+        return _Forward(returned, logits, x, None, REASON)
     if tracer is None:
         return _Forward(returned, logits, x, None, "the forward was a small one when it ran before")
     return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned, late=True))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from fastgan.ops.gradient_penalty.size import all_modules
 
 _DEPTH = 4  # functions within functions
 _MOST = 64  # elements of a list
@@ -43,17 +45,54 @@ def code_of(discriminator: Any) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def sole_module(discriminator: Any) -> nn.Module | None:
-    """The module, where a function refers to that alone and nothing else but its code can change what it computes."""
-    if isinstance(discriminator, nn.Module):
-        return discriminator
-    if not isinstance(discriminator, FunctionType) or discriminator.__defaults__ or discriminator.__kwdefaults__:
+class Call(NamedTuple):
+    """The only module that a call runs, and everything else that can decide which functions it calls."""
+
+    module: nn.Module
+    details: Hashable
+
+
+def call_of(
+    discriminator: Any, inputs: Sequence[Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Call | None:
+    """Identify a call of the discriminator, or return None where more than one module can decide what it runs."""
+    module, code = discriminator, None
+    values = [*args, *(value for item in kwargs.items() for value in item)] if kwargs else args
+    if not isinstance(discriminator, nn.Module):
+        around = _around(discriminator)
+        if around is None:
+            return None
+        module, code, more = around
+        values = [*values, *more]
+    given: list[Hashable] = [x.shape for x in inputs]
+    for value in values:
+        if isinstance(value, Tensor):
+            given.append(value.shape)
+        elif value is None or isinstance(value, int | float | str | type):
+            given.append((type(value), value))
+        else:
+            return None
+    return Call(module, (code, module.training, len(all_modules([module])), tuple(given)))
+
+
+def _around(function: Any) -> tuple[nn.Module, CodeType, list[Any]] | None:
+    """The module that a function or method refers to, its code, and the other values that it refers to."""
+    values = []
+    if isinstance(function, MethodType):
+        values, function = [function.__self__], function.__func__
+    if not isinstance(function, FunctionType):
         return None
-    values = [cell.cell_contents for cell in discriminator.__closure__ or ()]
-    values += [discriminator.__globals__[name] for name in _global_names(discriminator)]
-    if len(values) == 1 and isinstance(values[0], nn.Module):
-        return values[0]
-    return None
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    try:
+        values += [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # not yet assigned
+        return None
+    values += [function.__globals__[name] for name in _global_names(function)]
+    values = [value for value in values if not isinstance(value, ModuleType)]
+    modules = [value for value in values if isinstance(value, nn.Module)]
+    if len(modules) != 1:
+        return None
+    return modules[0], function.__code__, [value for value in values if value is not modules[0]]
 
 
 def _global_names(function: FunctionType) -> list[str]:

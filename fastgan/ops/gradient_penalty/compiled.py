@@ -165,7 +165,7 @@ def leave(
 def _gradients(
     logits: list[Tensor], inputs: tuple[Tensor, ...], ours: bool, leaves: Mapping[Node, Tensor]
 ) -> tuple[Tensor, ...]:
-    found, path = gradients(logits, inputs, ours=ours, plain=False)
+    found, path = gradients(logits, inputs, ours=ours)
     if any(type(node).__name__ in _OPAQUE for node in path):
         raise RuntimeError(
             "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of "

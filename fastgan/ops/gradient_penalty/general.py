@@ -11,7 +11,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from fastgan.ops.gradient_penalty.lacks import watched
 from fastgan.ops.gradient_penalty.let_go import may_let_go
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.gradient_penalty.sharding import may_be_sharded, refuse_sharded_graph
+from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
 
 INDEPENDENT = "the discriminator's output does not depend on its input, or was detached from it"
 
@@ -21,14 +21,12 @@ def gradients(
     inputs: tuple[Tensor, ...],
     *,
     ours: bool = False,
-    plain: bool = False,
     create_graph: bool = True,
 ) -> tuple[list[Tensor | None], set[Node]]:
     """The gradients of the logits' sum in the inputs, and the nodes that lead from the logits to the inputs.
 
     Args:
         ours: nobody else has these logits, so what their forward saved may be freed.
-        plain: the forward was PyTorch's own; there are no nodes to know then, except where FSDP is in use.
         create_graph: whether the gradients keep their graph.
 
     Raises:
@@ -37,12 +35,9 @@ def gradients(
     connected = [output for output in logits if output.requires_grad]
     if not connected:
         raise ValueError(INDEPENDENT)
-    path: set[Node] = set()
-    keep = create_graph
-    if not plain or may_be_sharded():
-        path = paths(connected, *inputs)
-        refuse_sharded_graph(path)
-        keep = keep and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
+    path = paths(connected, *inputs)
+    refuse_sharded_graph(path)
+    keep = create_graph and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
     with watched(path, inputs) as watch:
         ones = [watch.factor(output) for output in connected]
         grads = torch.autograd.grad(
@@ -53,3 +48,15 @@ def gradients(
     if all(grad is None for grad in grads):
         raise ValueError(INDEPENDENT)
     return list(grads), path
+
+
+def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same, of a forward that was PyTorch's own: it has every derivative, and nothing is to be freed."""
+    connected = [output for output in logits if output.requires_grad]
+    if connected:
+        ones = [torch.ones_like(output) for output in connected]
+        grads = torch.autograd.grad(connected, inputs, ones, create_graph=True, allow_unused=True)
+        found = [grad for grad in grads if grad is not None]
+        if found:
+            return found
+    raise ValueError(INDEPENDENT)

@@ -57,6 +57,8 @@ class Penalty:
     dims: Dims | None = None
     reduction: str = "mean"
     _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
+    _formula: _Formula = field(init=False, repr=False, compare=False, default=_SQUARED)
+    _sums_all: bool = field(init=False, repr=False, compare=False, default=False)  # norms are added up and no more
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -68,7 +70,11 @@ class Penalty:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
         if self.is_approximate and self.reduction == "none":
             raise ValueError(f"{self._name} differentiates the whole batch at once: reduction must be 'mean' or 'sum'")
+        formula = KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
         object.__setattr__(self, "_over", _checked_dims(self.dims))
+        object.__setattr__(self, "_formula", formula)
+        sums = formula.squared and not formula.largest and self.reduction != "none"
+        object.__setattr__(self, "_sums_all", sums and self._over is None and not isinstance(self.weight, Tensor))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
                 f"{self._name} has no target, got target={self.target}: the kinds with one are wgan-gp, "
@@ -78,10 +84,6 @@ class Penalty:
             raise ValueError(
                 f"{self._name} is the largest of the samples' penalties: leave reduction out, got {self.reduction!r}"
             )
-
-    @property
-    def _formula(self) -> _Formula:
-        return KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
 
     @property
     def is_approximate(self) -> bool:
@@ -101,7 +103,7 @@ class Penalty:
 
     def _of(self, grads: Sequence[Tensor]) -> Tensor:
         formula = self._formula
-        if formula.squared and self._sums_all and (total := sum_of_squares(grads)) is not None:
+        if self._sums_all and (total := sum_of_squares(grads)) is not None:
             samples = len(grads[0]) if self.reduction == "mean" else 1
             return total * (self._weight * (formula.factor / samples))
         target = formula.target if self.target is None else self.target
@@ -116,12 +118,6 @@ class Penalty:
     def _weight(self) -> float:
         assert not isinstance(self.weight, Tensor)
         return 10.0 if self.weight is None else self.weight
-
-    @property
-    def _sums_all(self) -> bool:
-        """Whether the norms are only added up, so that a sum over everything does."""
-        plain = self._over is None and self.reduction != "none" and not isinstance(self.weight, Tensor)
-        return plain and not self._formula.largest
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it.
