@@ -114,11 +114,13 @@ class _Walk:
         self.convolved: list[tuple[float, int]] = []  # the positions, and what each costs
         self.channels = 0
         self.kernels = False  # of more than one position
+        self.strides = False
         self.left: int | None = None  # elements of a sample after the convolutions
 
     def enter(self, module: nn.Module) -> None:
         if isinstance(module, _POOLS):
             self.positions /= _product(module.stride, len(self.sample) - 1)
+            self.strides = True
         each, whole = _normalized(module)
         if each or whole:
             self.layers += 1
@@ -135,6 +137,7 @@ class _Walk:
             if isinstance(module, _CONVS):
                 self._begin(module.in_channels)
                 self.positions /= prod(module.stride)
+                self.strides |= prod(module.stride) > 1
             self.convolved.append((max(self.positions, 1.0), weight.numel()))
             self.channels = weight.shape[0]
             self.kernels |= prod(weight.shape[2:]) > 1
@@ -162,8 +165,8 @@ class _Walk:
         shrunk = 1.0
         if self.convolved and self.left is not None and self.left % self.channels == 0:
             left = self.left / self.channels
-            if left == 1:  # a sum over all positions, of which there were more
-                left = _POOLED if self.kernels else inf
+            if left == 1:  # a sum over all positions, of which there were more: all that modules' strides have left
+                left = _POOLED if self.kernels and not self.strides else inf
             shrunk = min(1.0, left / self.convolved[-1][0])
         last = max(1, len(self.convolved) - 1)
         steps: float = sum(
