@@ -46,6 +46,8 @@ def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
 
 def differentiable(inputs: Inputs) -> Inputs:
     """The inputs, detached from what made them; every floating tensor requires a gradient."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().requires_grad_()
     return replaced(inputs, lambda tensor: tensor.detach().requires_grad_())
 
 

@@ -58,6 +58,7 @@ class Penalty:
     reduction: str = "mean"
     _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
     _formula: _Formula = field(init=False, repr=False, compare=False, default=_SQUARED)
+    is_approximate: bool = field(init=False, repr=False, compare=False, default=False)  # by differences of forwards
     _sums_all: bool = field(init=False, repr=False, compare=False, default=False)  # norms are added up and no more
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class Penalty:
             raise ValueError(f"weight must be a number or a tensor of shape (), got shape {tuple(self.weight.shape)}")
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        object.__setattr__(self, "is_approximate", self.kind == "r1-finite-difference")
         if self.is_approximate and self.reduction == "none":
             raise ValueError(f"{self._name} differentiates the whole batch at once: reduction must be 'mean' or 'sum'")
         formula = KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
@@ -84,11 +86,6 @@ class Penalty:
             raise ValueError(
                 f"{self._name} is the largest of the samples' penalties: leave reduction out, got {self.reduction!r}"
             )
-
-    @property
-    def is_approximate(self) -> bool:
-        """Whether its gradient is a difference of forwards."""
-        return self.kind == "r1-finite-difference"
 
     @property
     def _name(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum, auto
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from fastgan.torch_private import in_transform
 MOST_SHAPES = 256  # that are remembered of a module
 LEAST = 2**25  # multiplications in a forward, from which saving a third of a penalty's is worth its overhead
 
+_is_cpu = attrgetter("is_cpu")
 REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is the faster"
 
 _any_size: ContextVar[bool] = ContextVar("fastgan_any_size", default=False)
@@ -101,7 +103,7 @@ def forget(call: Call | None) -> None:
 def _depends_on_size(inputs: Sequence[Tensor]) -> bool:
     if _any_size.get() or backends.is_forced() or in_transform():
         return False
-    return all(x.is_cpu for x in inputs)
+    return all(map(_is_cpu, inputs))
 
 
 # Functions around unknown modules that were found to be small by counting a forward, and for which shapes. The next
