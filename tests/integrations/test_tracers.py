@@ -40,10 +40,12 @@ class Calls(nn.Module):
     def __init__(self, function, *shapes):
         super().__init__()
         self.function = function
-        self.tensors = nn.ParameterList(nn.Parameter(torch.randn(shape) * 0.3) for shape in shapes)
+        self.names = [f"tensor{i}" for i in range(len(shapes))]
+        for name, shape in zip(self.names, shapes, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.3))
 
     def forward(self, x):
-        return self.function(x, *self.tensors)
+        return self.function(x, *[getattr(self, name) for name in self.names])
 
 
 def scaled(function):
