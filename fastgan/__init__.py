@@ -4,6 +4,7 @@ from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
 from fastgan.convert import convert, revert
+from fastgan.graphs import graphed_step
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
@@ -13,6 +14,7 @@ __all__ = [
     "convert",
     "explain_penalty",
     "gradient_penalty",
+    "graphed_step",
     "info",
     "logits_and_penalty",
     "nn",
