@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastgan
 from fastgan import nn as fnn
 from fastgan import ops
+from tests.harness import needs_dynamo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),
@@ -236,6 +237,7 @@ def test_a_compiled_model_computes_in_pytorchs_form(model):
     assert not [name for name in names if "fastgan" in name]
 
 
+@needs_dynamo
 @pytest.mark.parametrize("op", OPS)
 def test_a_compiled_op_gives_the_same(op):
     make, shape = OPS[op]
