@@ -5,6 +5,7 @@ from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
 from fastgan.convert import convert, revert
 from fastgan.graphs import graphed_step
+from fastgan.launcher import enabled
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
@@ -12,6 +13,7 @@ __all__ = [
     "BackendUnavailable",
     "__version__",
     "convert",
+    "enabled",
     "explain_penalty",
     "gradient_penalty",
     "graphed_step",

@@ -1,4 +1,4 @@
-"""The command line: fastgan train, verify, tune, export, bench, info. Commands import their dependencies when run."""
+"""The command line: fastgan train, run, verify, tune, export, bench, info. Each imports what it needs."""
 
 from __future__ import annotations
 
@@ -189,6 +189,13 @@ def bench(arguments: Sequence[str]) -> int:
     return run.main(arguments)
 
 
+def run(arguments: Sequence[str]) -> int:
+    """Run a training script as python does, with fastgan's gradient penalties."""
+    from fastgan.launcher.command import main as run_script
+
+    return run_script(arguments)
+
+
 def info(arguments: Sequence[str]) -> int:
     """Show which backends can run on this machine, and why others cannot."""
     if arguments and arguments[0] in HELP:
@@ -204,6 +211,7 @@ def info(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "run": run,
     "verify": verify,
     "tune": tune,
     "export": export,

@@ -1,0 +1,48 @@
+"""Run at the start of every Python process below ``fastgan run``: once PyTorch is imported, the launcher begins."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _run_the_next() -> None:
+    """The sitecustomize.py that this one hides."""
+    elsewhere = [folder for folder in sys.path if os.path.abspath(folder or ".") != _HERE]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = module
+        spec.loader.exec_module(module)
+
+
+class _OnceImported(importlib.abc.MetaPathFinder):
+    """Find PyTorch as it is found anyway, and begin after it has run."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                try:
+                    from fastgan.launcher.children import begin
+                except ImportError:
+                    return  # an interpreter without fastgan
+                begin()
+
+            vars(spec.loader)["exec_module"] = exec_module
+        return spec
+
+
+if os.environ.get("FASTGAN_RUN") and os.environ.get("FASTGAN", "").lower() != "off":
+    sys.meta_path.insert(0, _OnceImported())
+_run_the_next()

@@ -1,0 +1,85 @@
+"""The command ``fastgan run``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+USAGE = """usage: fastgan run [--always] [--compare N] SCRIPT [ARGUMENTS]
+       fastgan run [--always] [--compare N] -m MODULE [ARGUMENTS]
+
+Run a training script as python does, with its gradient penalties computed by fastgan's operations.
+
+  --always     keep fastgan's way without timing it against PyTorch's
+  --compare N  take N penalized steps with PyTorch and N with fastgan, print how they differ, and stop
+
+FASTGAN=off in the environment runs the script without fastgan.
+
+example: fastgan run train.py --batch-size 64"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Args:
+    always: reroute without timing.
+    compare: the steps of a comparison; 0 for none.
+    """
+
+    always: bool = False
+    compare: int = 0
+
+
+@dataclass(frozen=True)
+class Command:
+    settings: Settings
+    module: bool
+    name: str
+    arguments: tuple[str, ...]
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Raises ValueError with what is wrong. What follows the script is the script's."""
+    settings, rest = Settings(), list(arguments)
+    while rest:
+        first = rest.pop(0)
+        name, given, value = first.partition("=")
+        if first == "--always":
+            settings = replace(settings, always=True)
+        elif name == "--compare":
+            value = value if given else rest.pop(0) if rest else ""
+            if not value.isdigit() or int(value) < 1:
+                raise ValueError(f"--compare needs a number of steps, got {value!r}")
+            settings = replace(settings, compare=int(value))
+        elif first == "-m":
+            if not rest:
+                raise ValueError("-m needs the name of a module")
+            return Command(settings, True, rest[0], tuple(rest[1:]))
+        elif first.startswith("-"):
+            raise ValueError(f"no option {first}: choose from --always, --compare N, -m MODULE; the script comes after")
+        else:
+            return Command(settings, False, first, tuple(rest))
+    raise ValueError("run needs a script or -m MODULE")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command. A script that ends by itself gives 0; its errors and its SystemExit pass through."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    try:
+        command = parse(arguments)
+    except ValueError as error:
+        print(f"fastgan: {error}", file=sys.stderr)
+        return 2
+
+    from fastgan.launcher import session
+    from fastgan.launcher.script import run_file, run_module
+
+    if command.settings.compare:
+        from fastgan.launcher.compare import compare
+
+        return compare(command)
+    session.begin_process(command.settings)
+    (run_module if command.module else run_file)(command.name, command.arguments)
+    return 0

@@ -1,0 +1,143 @@
+"""``fastgan run --compare N``: a script's steps with PyTorch's penalties and with fastgan's.
+
+The script starts four times with the same seeds, each time in a process of its own: with PyTorch's penalties, with
+fastgan's, with PyTorch's and another number of threads, and with both in turns, for the times. Each stops after the
+steps that are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.launcher.command import Command
+from fastgan.launcher.timing import Way
+
+VARIABLE = "FASTGAN_COMPARISON"
+ROLES = {"PyTorch": Way.PYTORCH, "fastgan": Way.FASTGAN, "threads": Way.PYTORCH, "turns": Way.TURNS}
+
+
+class Recorder:
+    """What one of the processes writes down."""
+
+    def __init__(self, role: str, steps: int, file: str, threads: int) -> None:
+        self.way = ROLES[role]
+        self._steps = 2 * steps + 2 if self.way is Way.TURNS else steps
+        self._file = file
+        self._losses: list[float] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._ended = False
+        random.seed(0)
+        torch.manual_seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
+        if role == "threads":
+            torch.set_num_threads(threads)
+
+    def loss(self, tensors: Any) -> None:
+        values = [tensors] if isinstance(tensors, Tensor) else tensors
+        self._losses += [float(value.detach().sum()) for value in values if isinstance(value, Tensor)]
+
+    def stepped(self, session: Any, optimizer: torch.optim.Optimizer) -> None:
+        if not any(optimizer is other for other in self._optimizers):
+            self._optimizers.append(optimizer)
+        if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
+            self.end(session)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    def end(self, session: Any) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        unit = max(session.units, key=lambda unit: unit.steps, default=None)
+        found = {
+            "losses": self._losses,
+            "parameters": [parameter.detach().cpu() for group in groups for parameter in group["params"]],
+            "steps": sum(unit.steps for unit in session.units),
+            "times": {} if unit is None else {way: unit.time(way) for way in (False, True)},
+            "refused": session.refused,
+            "memory": _peak_memory(),
+        }
+        torch.save(found, self._file)
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def recorder_of_this_process() -> Recorder | None:
+    """Removes what asks for it from the environment: processes that the script starts do not compare."""
+    given = os.environ.pop(VARIABLE, None)
+    return Recorder(**json.loads(given)) if given else None
+
+
+def compare(command: Command) -> int:
+    """Run the comparison, print it, and return the exit status."""
+    now = torch.get_num_threads()
+    other = 2 if now == 1 else max(1, now // 2)
+    found: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for role in ROLES:
+            file = Path(folder) / f"{role}.pt"
+            given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
+            start = [sys.executable, "-m", "fastgan", "run", *(["-m"] if command.module else [])]
+            result = subprocess.run(
+                [*start, command.name, *command.arguments],
+                env={**os.environ, VARIABLE: json.dumps(given)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if not file.exists():
+                print(result.stderr, end="", file=sys.stderr)
+                print(f"fastgan: {command.name} ended with status {result.returncode}", file=sys.stderr)
+                return result.returncode or 1
+            found[role] = torch.load(file)
+    print("\n".join(report(found, now, other)))
+    return 0
+
+
+def report(found: dict[str, Any], now: int, other: int) -> list[str]:
+    plain, lean = found["PyTorch"], found["fastgan"]
+    if not lean["steps"]:
+        reasons = "".join(f"\n  {where}: {reason}" for where, reason in lean["refused"].items())
+        return [f"fastgan: nothing to compare, no penalty was rerouted{reasons}"]
+    lines = [f"fastgan: {plain['steps']} steps with a penalty, with PyTorch's and with fastgan's, from the same seeds"]
+    before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
+    if before and after:
+        speed = f"{before / after:.2f} times as fast"
+        lines.append(f"  time per step, in turns: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
+    lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(lean['memory'])}")
+    noise = f"PyTorch with {other} threads instead of {now}"
+    for name in ("losses", "parameters"):
+        ours, pytorchs = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
+        lines.append(f"  largest difference of {name}: fastgan {ours:.2g}; {noise} {pytorchs:.2g}")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _difference(left: Any, right: Any) -> float:
+    pairs = ((torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(left, right, strict=False))
+    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)

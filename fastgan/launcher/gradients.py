@@ -1,0 +1,52 @@
+"""Which parameters an optimizer finds with zeros and which with None, in a plain step and in one of fastgan's.
+
+An optimizer with momentum or weight decay moves a parameter whose gradient is zeros, and leaves one without a gradient.
+fastgan's operations leave the zeros of PyTorch's double backward where their graph tells of them. What else differs is
+made good here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class Pattern:
+    """The parameters whose gradients were zeros, and those that had none, in a plain step."""
+
+    def __init__(self) -> None:
+        self._zeros: WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = WeakKeyDictionary()
+        self._none: WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = WeakKeyDictionary()
+
+    def note(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._zeros:
+            return
+        parameters = parameters_of(optimizer)
+        self._none[optimizer] = [ref(parameter) for parameter in parameters if parameter.grad is None]
+        self._zeros[optimizer] = [ref(parameter) for parameter in parameters if _is_zeros(parameter.grad)]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> int:
+        """Give zeros or None to what had them. The number of parameters that did not have them."""
+        changed = 0
+        for reference in self._zeros.get(optimizer, ()):
+            parameter = reference()
+            if parameter is not None and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+                changed += 1
+        for reference in self._none.get(optimizer, ()):
+            parameter = reference()
+            if parameter is not None and _is_zeros(parameter.grad):
+                parameter.grad = None
+                changed += 1
+        return changed
+
+
+def _is_zeros(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout == torch.strided and not grad.any()

@@ -1,0 +1,81 @@
+"""The table at the end: what was rerouted, its work and its time before and after, and what was not, and why."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import util
+
+from fastgan.launcher.timing import Unit, Way
+
+HEAD = ("penalized call", "module", "steps", "work, PyTorch", "work, fastgan", "PyTorch", "fastgan", "kept")
+
+
+def at_end(report: Callable[[], None]) -> None:
+    """Call it when this process ends. A worker of multiprocessing ends without atexit."""
+    owner = os.getpid()
+
+    def in_this_process() -> None:
+        if os.getpid() == owner:
+            report()
+
+    atexit.register(in_this_process)
+    if multiprocessing.parent_process() is not None:
+        util.Finalize(None, in_this_process, exitpriority=0)
+
+
+def print_table(units: Sequence[Unit], refused: Mapping[str, str]) -> None:
+    lines = table(units, refused)
+    if lines and sys.stderr is not None:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
+    """The lines, none if no penalty was seen."""
+    seen = [unit for unit in units if unit.steps]
+    if not seen and not refused:
+        return []
+    lines = ["fastgan: penalties of this run (work in forwards, time per step with a penalty)"]
+    if seen:
+        rows = [HEAD, *map(_row, seen)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines += [f"  not rerouted: {where}: {reason}" for where, reason in refused.items()]
+    return lines
+
+
+def _row(unit: Unit) -> tuple[str, ...]:
+    plain, lean = unit.time(False), unit.time(True)
+    return (
+        unit.place,
+        unit.name,
+        str(unit.steps),
+        _work(unit, False),
+        _work(unit, True),
+        _milliseconds(plain),
+        _milliseconds(lean),
+        _kept(unit, plain, lean),
+    )
+
+
+def _work(unit: Unit, is_lean: bool) -> str:
+    if not unit.forward_work or is_lean not in unit.work:
+        return "-"
+    return f"{unit.work[is_lean] / unit.forward_work:.1f} F"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _kept(unit: Unit, plain: float | None, lean: float | None) -> str:
+    if unit.way is not Way.FASTER:
+        return "fastgan (--always)"
+    if unit.choice is None:
+        return "too few steps to decide"
+    if unit.choice:
+        return f"fastgan, {plain / lean:.2f} times as fast" if plain and lean else "fastgan"
+    return "PyTorch, as fast or faster"

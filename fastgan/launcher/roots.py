@@ -1,0 +1,137 @@
+"""Root modules: whose calls are the outermost of all modules', and what hooks see of these calls.
+
+While something is to be learned, global hooks mark the output of every root module. What has been learned stays in
+hooks of the penalized modules alone. These hooks are left out of pickles and copies, and no class is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import local
+from typing import Any, cast
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from fastgan.launcher.sites import Site, place, site
+
+OUTPUT = "fastgan: the output of a root module"
+
+
+@dataclass
+class Call:
+    """One call of a root module."""
+
+    module: ReferenceType[nn.Module]
+    site: Site
+    place: str
+    takes_gradient: bool  # whether an input requires a gradient
+
+
+def requires_gradient(given: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(given))
+
+
+def mark(output: Any, key: str, value: object) -> None:
+    for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            cast(Any, tensor.grad_fn.metadata)[key] = value
+
+
+class GlobalHooks:
+    """Mark the outputs of all root modules, in every thread."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._depth = local()
+
+    @property
+    def are_on(self) -> bool:
+        return bool(self._handles)
+
+    def turn_on(self) -> None:
+        if not self._handles:
+            self._depth = local()
+            self._handles = [
+                torch_module.register_module_forward_pre_hook(self._before),
+                torch_module.register_module_forward_hook(self._after, always_call=True),
+            ]
+
+    def turn_off(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            stack = self._stack()
+            stack.append((module, requires_gradient(args)) if not stack else (module, False))
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        stack = self._stack()
+        while stack:
+            caller, takes_gradient = stack.pop()
+            if caller is module:
+                break
+        else:
+            return
+        if not stack and torch.is_grad_enabled():
+            mark(output, OUTPUT, Call(ref(module), site(), place(), takes_gradient))
+
+    def _stack(self) -> list[tuple[nn.Module, bool]]:
+        stack: list[tuple[nn.Module, bool]] = self._depth.__dict__.setdefault("stack", [])
+        return stack
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """A module's hooks, of which a pickle or a copy has those that are not the launcher's, in a plain dictionary."""
+
+    def _others(self) -> Iterator[tuple[int, Any]]:
+        ours = _ours
+        return ((key, value) for key, value in self.items() if key not in ours)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict, (), None, None, self._others()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(OrderedDict(self._others()), memo)
+
+
+_ours: set[int] = set()  # the numbers of the launcher's hooks
+_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None] | None:
+    """Hooks around every forward of this module, and how to remove them. None if it has hooks in the same places.
+
+    The handles of those refer to the dictionaries that would have to be replaced.
+    """
+    if any(vars(module).get(name) for name in _TABLES):
+        return None
+    for name in _TABLES:
+        vars(module)[name] = _Hooks()
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+    _ours.update(handle.id for handle in handles)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

@@ -1,0 +1,136 @@
+"""Run a script or a module as ``python`` does: ``__main__``, sys.argv, sys.path[0], exit status, tracebacks."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import io
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType, ModuleType, TracebackType
+from typing import Any, cast
+
+_OURS = str(Path(__file__).parent) + os.sep
+_kept: list[ModuleType] = []  # the __main__ that started the script: its functions are still on the stack
+
+
+def run_file(path: str, arguments: Sequence[str]) -> None:
+    """``python path arguments``."""
+    if os.path.isdir(path) or _is_archive(path):
+        sys.argv[:] = [path, *arguments]
+        _set_first_path(path)
+        _, spec, code = cast(Any, runpy)._get_main_module_details()
+        _run(code, _main_module(spec.origin or path, spec.loader, spec))
+        return
+    try:
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        print(f"{sys.executable}: can't open file {os.path.abspath(path)!r}: {_reason(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    sys.argv[:] = [path, *arguments]
+    _set_first_path(str(Path(path).resolve().parent))
+    absolute = os.path.abspath(path)
+    module = _main_module(absolute, importlib.machinery.SourceFileLoader("__main__", absolute), None)
+    _run(source, module)
+
+
+def run_module(name: str, arguments: Sequence[str]) -> None:
+    """``python -m name arguments``."""
+    sys.argv[:] = ["-m", *arguments]
+    _set_first_path(os.getcwd())
+    try:
+        _, spec, code = cast(Any, runpy)._get_module_details(name, _NotFound)
+    except _NotFound as error:
+        print(f"{sys.executable}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    sys.argv[0] = spec.origin
+    _run(code, _main_module(spec.origin, spec.loader, spec))
+
+
+class _NotFound(Exception):
+    pass
+
+
+def _reason(error: OSError) -> str:
+    return f"[Errno {error.errno}] {error.strerror}"
+
+
+def _is_archive(path: str) -> bool:
+    import zipfile
+
+    return os.path.isfile(path) and not path.endswith(".py") and zipfile.is_zipfile(path)
+
+
+def _set_first_path(folder: str) -> None:
+    if not sys.flags.safe_path if hasattr(sys.flags, "safe_path") else True:
+        sys.path[0:1] = [folder]
+
+
+def _main_module(path: str, loader: Any, spec: Any) -> ModuleType:
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __loader__=loader, __spec__=spec, __builtins__=__builtins__)
+    if spec is not None:
+        module.__dict__.update(__package__=spec.parent, __cached__=spec.cached)
+    else:
+        module.__dict__.update(__package__=None, __cached__=None)
+    return module
+
+
+def _run(code: bytes | CodeType, module: ModuleType) -> None:
+    before = sys.modules.get("__main__")
+    if before is not None:
+        _kept.append(before)
+    sys.modules["__main__"] = module
+    try:
+        if isinstance(code, bytes):
+            code = compile(code, module.__dict__["__file__"], "exec", dont_inherit=True)
+        exec(code, module.__dict__)
+    except SystemExit:
+        raise
+    except BaseException:
+        # The interpreter prints the error and chooses the exit status, as for any script.
+        sys.excepthook = _WithoutFrames(sys.excepthook)
+        raise
+
+
+class _WithoutFrames:
+    """A hook for uncaught errors that passes tracebacks on without the frames of the launcher."""
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        seen: set[int] = set()
+        waiting: list[BaseException | None] = [error]
+        while waiting:
+            one = waiting.pop()
+            if one is not None and id(one) not in seen:
+                seen.add(id(one))
+                one.__traceback__ = without_frames(one.__traceback__)
+                waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        self._hook(kind, error, error.__traceback__)
+
+
+def without_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback without what started the script and without the launcher's functions that the script calls."""
+    entry = traceback
+    while entry is not None:
+        if entry.tb_frame.f_code is _run.__code__:
+            traceback = entry.tb_next
+        entry = entry.tb_next
+    first: TracebackType | None = None
+    last: TracebackType | None = None
+    while traceback is not None:
+        if not traceback.tb_frame.f_code.co_filename.startswith(_OURS):
+            if last is None:
+                first = traceback
+            else:
+                last.tb_next = traceback
+            last = traceback
+        traceback = traceback.tb_next
+    if last is not None:
+        last.tb_next = None
+    return first

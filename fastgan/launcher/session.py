@@ -1,0 +1,376 @@
+"""Learn which calls are penalized, reroute these alone, and keep the faster way. ``enabled`` and ``fastgan run`` begin.
+
+``torch.autograd.grad`` and ``torch.autograd.backward`` are watched. A call with create_graph=True is traced back to the
+root modules whose outputs it differentiates. From then on, only their calls from the same place, with an input that
+requires a gradient, are rerouted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from threading import RLock, local
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fastgan import torch_private
+from fastgan.launcher import learning
+from fastgan.launcher.command import Settings
+from fastgan.launcher.report import at_end, print_table
+from fastgan.launcher.roots import OUTPUT, Call, GlobalHooks, add_hooks, mark, requires_gradient
+from fastgan.launcher.sites import Site, is_called_by_fastgan, place, site
+from fastgan.launcher.timing import Step, Unit, Way
+from fastgan.ops.gradient_penalty.paths import paths
+from fastgan.ops.gradient_penalty.zeros import leave_zeros
+from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
+
+PATIENCE = 200  # steps of optimizers with global hooks and no penalty
+TRIES = 4  # of learning about one call with create_graph=True
+
+_grad, _backward = torch.autograd.grad, torch.autograd.backward
+_session: Session | None = None
+
+
+class Root:
+    """A module with penalized calls."""
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        self.units: dict[Site, Unit] = {}
+        self._session = session
+        self.remove: Callable[[], None] | None = add_hooks(module, self._before, self._after)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._session.here.calls.append((self, self._open(module, (args, kwargs))))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls = self._session.here.calls
+        if torch.compiler.is_compiling() or not calls or calls[-1][0] is not self:
+            return
+        opened: _Opened | None = calls.pop()[1]
+        if opened is not None:
+            opened.close()
+            mark(output, OUTPUT, opened.call)
+
+    def _open(self, module: nn.Module, given: Any) -> _Opened | None:
+        if not torch.is_grad_enabled() or not self.units or not requires_gradient(given):
+            return None
+        unit = self.units.get(key := site())
+        if unit is None or torch_private.in_transform():
+            return None
+        step = self._session.here.step_of(unit)
+        return _Opened(step, Call(unit.module, key, unit.place, True), _may_reroute(given))
+
+
+class _Opened:
+    """A penalized call that runs."""
+
+    def __init__(self, step: Step, call: Call, may_reroute: bool) -> None:
+        self.call = call
+        self._step = step
+        self._before = step.count.total if step.count is not None else 0
+        self._inside = ExitStack()
+        self._inside.enter_context(step.counting())
+        if step.is_lean and may_reroute:
+            step.rerouted = True
+            self._inside.enter_context(Rerouting())
+
+    def close(self) -> None:
+        self._inside.close()
+        if self._step.count is not None:
+            self._step.forward_work += self._step.count.total - self._before
+
+
+def _may_reroute(given: Any) -> bool:
+    return not is_rerouting() and not any(x.is_meta for x in torch.utils._pytree.tree_leaves(given) if _is(x))
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _Here(local):
+    """What runs in this thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Root, Any]] = []
+        self.step: Step | None = None
+
+    def step_of(self, unit: Unit) -> Step:
+        step = self.step
+        if step is None or step.ended or unit.site in step.sites:
+            if step is not None:
+                step.end()
+            step = self.step = unit.begin()
+            step.start()
+        step.sites.add(unit.site)
+        return step
+
+
+class Session:
+    """What has been learned, and the hooks by which it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.here = _Here()
+        self.units: list[Unit] = []
+        self.refused: dict[str, str] = {}  # places, and why nothing is rerouted there
+        self.recorder: Any = None  # of a comparison
+        self.way = Way.FASTGAN if settings.always else Way.FASTER
+        self._roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
+        self._hooks = GlobalHooks()
+        self._known: dict[Site, list[Call]] = {}
+        self._tries: dict[Site, int] = {}
+        self._waited = 0
+        self._lock = RLock()
+        self._handles: list[Any] = []
+
+    def begin(self) -> None:
+        self._hooks.turn_on()
+        # The hooks see nothing of compiled modules, so that it does not matter how often they run.
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        _exchange({_grad: grad, _backward: backward})
+
+    def end(self) -> None:
+        _exchange({grad: _grad, backward: _backward})
+        self._hooks.turn_off()
+        for handle in self._handles:
+            handle.remove()
+        for root in self._roots.values():
+            if root.remove is not None:
+                root.remove()
+        self._roots.clear()
+
+    def before(self, outputs: Any, inputs: Any, key: Site, where: str, batched: bool) -> None:
+        """A call with create_graph=True begins."""
+        if key in self._known or torch_private.in_transform():
+            return
+        with self._lock:
+            found = learning.find(outputs, inputs, batched=batched)
+            calls = [call for call in found.calls if call.takes_gradient or found.reason]
+            if not calls and not self._hooks.are_on and self._tries.get(key, 0) < TRIES:
+                self._tries[key] = self._tries.get(key, 0) + 1
+                self._waited = 0
+                self._hooks.turn_on()  # for the next time
+                return
+            self._known[key] = calls
+            self._waited = max(0, PATIENCE - 2)  # the hooks stay for the other penalties of this step
+            if not calls:
+                self.refused[where] = "no module's output is differentiated"
+            for call in calls:
+                self._learn(call, found.reason)
+
+    def _learn(self, call: Call, reason: str | None) -> None:
+        module = call.module()
+        if module is None:
+            return
+        if reason is None and learning.is_compiled(module):
+            reason = learning.COMPILED
+        root = self._roots.get(module)
+        if reason is not None:
+            self.refused[f"{type(module).__name__} at {call.place}"] = reason
+            if root is not None:
+                self.units = [unit for unit in self.units if unit not in root.units.values()]
+                root.units.clear()
+            else:
+                root = self._roots[module] = Root.__new__(Root)
+                root.units, root.remove = {}, None
+            return
+        if root is None:
+            root = self._roots[module] = Root(module, self)
+        if root.remove is None:  # refused before, or hooks of its own
+            self.refused.setdefault(f"{type(module).__name__} at {call.place}", "it has hooks of its own")
+            return
+        if call.site not in root.units:
+            unit = Unit(module, call.site, call.place, self.way)
+            root.units[call.site] = unit
+            self.units.append(unit)
+
+    def after(self, outputs: Any, inputs: Any, result: Any, key: Site) -> Any:
+        """A call with create_graph=True has its result, which gets the zeros of PyTorch's."""
+        step = self.here.step
+        points = [x for x in tensors(inputs) if x.requires_grad]
+        if step is not None and step.rerouted and not step.ended and isinstance(result, tuple) and points:
+            made = [x for x in result if isinstance(x, Tensor) and x.grad_fn is not None]
+            if made:
+                connected = [x for x in tensors(outputs) if x.grad_fn is not None]
+                whole = leave_zeros(made[0], paths(connected, *points), points, made)
+                result = tuple(whole if x is made[0] else x for x in result)
+        mark(result, learning.GRADIENT, self._known.get(key, []))
+        return result
+
+    def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._hooks.are_on:
+            self._waited += 1
+            if self._waited >= PATIENCE:
+                self._hooks.turn_off()
+        step = self.here.step
+        if step is not None:
+            step.end()
+            if step.rerouted:
+                step.unit.pattern.restore(optimizer)
+            elif not step.is_lean:
+                step.unit.pattern.note(optimizer)
+
+    def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.stepped(self, optimizer)
+
+
+tensors = learning.tensors_in
+
+
+@wraps(_grad)
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    given = (outputs, inputs, grad_outputs, retain_graph, create_graph, *rest)
+    if torch.compiler.is_compiling() or not create_graph:
+        return _grad(*given, **named)
+    session = _session
+    if session is None or is_called_by_fastgan():
+        return _grad(*given, **named)
+    key = site()
+    session.before(outputs, inputs, key, place(), bool(named.get("is_grads_batched", rest[2:3] == (True,))))
+    with _counting(session):
+        result = _grad(*given, **named)
+    return session.after(outputs, inputs, result, key)
+
+
+@wraps(_backward)
+def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    given = (tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+    if torch.compiler.is_compiling() or _session is None:
+        return _backward(*given)
+    session = _session
+    if create_graph:
+        session.before(tensors, inputs, site(), place(), False)
+    if session.recorder is not None:
+        session.recorder.loss(tensors)
+    step = session.here.step
+    with _counting(session):
+        _backward(*given)
+    if step is not None:
+        step.lap()
+    return None
+
+
+def _counting(session: Session) -> Any:
+    step = session.here.step
+    return ExitStack() if step is None else step.counting()
+
+
+def _exchange(functions: dict[Any, Any]) -> None:
+    """In every module that is imported, also where a name was imported from another module."""
+    by_id = {id(function): new for function, new in functions.items()}
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        if type(names) is dict and not names.get("__name__", "").startswith("fastgan."):
+            for name, value in list(names.items()):
+                if id(value) in by_id:
+                    setattr(module, name, by_id[id(value)])
+
+
+def is_off() -> bool:
+    return os.environ.get("FASTGAN", "").lower() == "off"
+
+
+@contextmanager
+def enabled(*, always: bool = False) -> Iterator[None]:
+    """Context manager: gradient penalties of the code inside are computed by fastgan's operations, where it is faster.
+
+    The code stays as it is. The first step with a penalty is PyTorch's own. It shows which calls of which modules are
+    differentiated with ``create_graph=True``, and these alone are rerouted (see ``twice_differentiable``). A few steps
+    are timed both ways, and the faster way stays. Losses and gradients are equal to PyTorch's up to rounding, and a
+    parameter keeps its zeros or None.
+
+    At the end a table on stderr shows what was rerouted, what was not, and why. ``fastgan run train.py`` does the same
+    for a whole script. With ``FASTGAN=off`` in the environment, this does nothing. Contexts may be nested; the
+    outermost one counts.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    optimizer = torch.optim.Adam(discriminator.parameters())
+    with fastgan.enabled():
+        for _ in range(4):
+            images = torch.randn(4, 3, 16, 16, requires_grad=True)
+            (grad,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+            optimizer.zero_grad()
+            grad.square().sum().backward()
+            optimizer.step()
+    ```
+
+    Args:
+        always: reroute without timing.
+    """
+    if _session is not None or is_off():
+        yield
+        return
+    session = begin(Settings(always=always))
+    try:
+        yield
+    finally:
+        end()
+        print_table(session.units, session.refused)
+
+
+def begin(settings: Settings) -> Session:
+    global _session
+    _session = Session(settings)
+    _session.begin()
+    return _session
+
+
+def end() -> None:
+    global _session
+    if _session is not None:
+        _session.end()
+        _session = None
+
+
+def begin_process(settings: Settings) -> None:
+    """For this process and those that it starts, until they end."""
+    if is_off() or _session is not None:
+        return
+    from fastgan.launcher import children
+    from fastgan.launcher.compare import recorder_of_this_process
+
+    session = begin(settings)
+    recorder = recorder_of_this_process()
+    if recorder is not None:
+        session.recorder, session.way = recorder, recorder.way
+        at_end(lambda: recorder.end(session))
+    else:
+        children.include(settings)
+        at_end(lambda: print_table(session.units, session.refused))
+    patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
+    if patch is not None:
+        patch()

@@ -1,0 +1,29 @@
+"""Multiplications of operators that ran, counted one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Count(TorchDispatchMode):
+    """Count what runs inside. It can be entered again, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula: Any = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def is_counting_possible() -> bool:
+    """Whether no mode of the script intercepts operators."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is None

@@ -1,0 +1,265 @@
+"""What the launcher learns from scripts of each kind: the same losses, and the same None or zeros as without it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.launcher import session
+from fastgan.torch_private import function_modes
+
+STEPS = 14
+MAKERS = {}
+
+
+def script(function):
+    """A function that trains, and yields after each step what it computed."""
+    MAKERS[function.__name__] = function
+    return function
+
+
+class Discriminator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=2)
+        self.last = nn.Linear(8, 1)
+
+    def features(self, x):
+        return F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2)
+
+    def forward(self, x):
+        return self.last(self.features(x).mean((2, 3)))
+
+
+def penalty(discriminator, x):
+    (grad,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def data():
+    return torch.randn(4, 3, 8, 8), torch.randn(4, 5)
+
+
+def models():
+    return Discriminator(), nn.Sequential(nn.Linear(5, 3 * 64), nn.Unflatten(1, (3, 8, 8)))
+
+
+@script
+def wgan_gp(d, g, steps):
+    d_optimizer, g_optimizer = torch.optim.Adam(d.parameters(), 1e-3), torch.optim.Adam(g.parameters(), 1e-3)
+    for _ in range(steps):
+        real, z = data()
+        fake = g(z).detach()
+        x = (real + torch.rand(4, 1, 1, 1) * (fake - real)).requires_grad_()
+        loss = d(fake).mean() - d(real).mean() + 10 * penalty(d, x)
+        d_optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        d_optimizer.step()
+        g_optimizer.zero_grad()
+        g_loss = -d(g(z)).mean()
+        g_loss.backward()
+        g_optimizer.step()
+
+
+@script
+def a_backward_and_a_step_of_its_own(d, g, steps):
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9)
+    for number in range(steps):
+        real, z = data()
+        optimizer.zero_grad()
+        loss = F.softplus(d(g(z).detach())).mean() + F.softplus(-d(real)).mean()
+        loss.backward()
+        optimizer.step()
+        if number % 2 == 0:
+            optimizer.zero_grad()
+            x = real.detach().requires_grad_()
+            r1 = penalty(d, x)
+            r1.backward()
+            yield r1, d
+            optimizer.step()
+
+
+@script
+def r1_through_a_method(d, g, steps):
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        (grad,) = torch.autograd.grad(d.features(x).sum(), x, create_graph=True)
+        loss = grad.square().sum() + d(x.detach()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
+def r1_by_backward(d, g, steps):
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        optimizer.zero_grad()
+        d(x).sum().backward(create_graph=True)
+        loss = x.grad.square().sum()
+        x.grad = None
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
+def a_penalty_alone(d, g, steps):
+    optimizer = torch.optim.AdamW(d.parameters(), 1e-3)
+    for _ in range(steps):
+        loss = penalty(d, data()[0].requires_grad_())
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
+def hvp(d, g, steps):
+    optimizer = torch.optim.SGD(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        (grad,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
+        (product,) = torch.autograd.grad((grad * torch.ones_like(grad)).square().sum(), x, create_graph=True)
+        loss = product.square().sum() + d(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
+def nothing_to_gain(d, g, steps):
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        loss = F.relu(1 + d(g(data()[1]).detach())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+def pattern(d):
+    def kind(grad):
+        return None if grad is None else "zeros" if not grad.any() else "values"
+
+    return {name: kind(p.grad) for name, p in d.named_parameters()}
+
+
+def run(name, steps=STEPS):
+    torch.manual_seed(1)
+    d, g = models()
+    return [
+        (loss.item(), pattern(d), [None if p.grad is None else p.grad.clone() for p in d.parameters()])
+        for loss, d in MAKERS[name](d, g, steps)
+    ]
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """The session of the last context, after its end."""
+    sessions = []
+    begin = session.begin
+    monkeypatch.setattr(session, "begin", lambda settings: sessions.append(begin(settings)) or sessions[-1])
+    return sessions
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["always", "timed"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_losses_gradients_and_zeros_are_the_same(name, always, learned, capsys):
+    expected = run(name)
+    with fastgan.enabled(always=always):
+        actual = run(name)
+    for (loss, kinds, grads), (plain_loss, plain_kinds, plain_grads) in zip(actual, expected, strict=True):
+        assert loss == pytest.approx(plain_loss, rel=1e-4, abs=1e-5)
+        assert kinds == plain_kinds
+        for grad, plain in zip(grads, plain_grads, strict=True):
+            if plain is not None:
+                torch.testing.assert_close(grad, plain, rtol=1e-3, atol=1e-5)
+    units, refused = learned[0].units, learned[0].refused
+    if name == "hvp":
+        assert not units
+        assert "more than twice" in " ".join(refused.values())
+    elif name == "nothing_to_gain":
+        assert not units
+        assert not refused
+        assert capsys.readouterr().err == ""
+    else:
+        assert units
+        assert sum(len(unit.work) for unit in units) >= 2
+        assert "penalized call" in capsys.readouterr().err
+
+
+def test_only_the_penalized_calls_are_rerouted_and_do_less_work(learned):
+    with fastgan.enabled(always=True):
+        run("wgan_gp")
+    (unit,) = learned[0].units
+    assert unit.name == "Discriminator"
+    assert unit.steps == STEPS - 1  # the first step shows the penalty
+    assert unit.work[True] < unit.work[False]
+    assert torch.autograd.grad is session._grad
+    assert torch.autograd.backward is session._backward
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_pickles_copies_and_classes_of_a_rerouted_module_stay_clean(learned):
+    d, g = models()
+    with fastgan.enabled(always=True):
+        for _ in MAKERS["wgan_gp"](d, g, 4):
+            pass
+        assert d._forward_hooks
+        assert type(d) is Discriminator
+        data = pickle.dumps(nn.Sequential(d.first, nn.ReLU()))
+        buffer = io.BytesIO()
+        torch.save(d, buffer)
+        assert b"fastgan" not in data + buffer.getvalue()
+        assert not copy.deepcopy(d)._forward_hooks
+    assert not d._forward_hooks
+
+
+def test_an_error_in_the_model_passes_and_training_goes_on(learned):
+    d, g = models()
+    with fastgan.enabled(always=True):
+        losses = [loss.item() for loss, _ in MAKERS["a_penalty_alone"](d, g, 4)]
+        with pytest.raises(RuntimeError):
+            penalty(d, torch.randn(4, 5, 8, 8, requires_grad=True))
+        losses += [loss.item() for loss, _ in MAKERS["a_penalty_alone"](d, g, 4)]
+    assert len(losses) == 8
+    assert not function_modes()
+
+
+def test_a_compiled_model_stays_compiled(learned):
+    torch.manual_seed(1)
+    d, g = models()
+    compiled = torch.compile(d, backend="eager")
+
+    def train():
+        return [loss.item() for loss, _ in MAKERS["a_penalty_alone"](copy.deepcopy(compiled), g, 4)]
+
+    torch.manual_seed(2)
+    expected = train()
+    torch.manual_seed(2)
+    with fastgan.enabled(always=True):
+        assert train() == pytest.approx(expected)
+    assert not learned[0].units
+    assert "compiled" in " ".join(learned[0].refused.values())
+
+
+def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
+    monkeypatch.setenv("FASTGAN", "off")
+    with fastgan.enabled():
+        assert torch.autograd.grad is session._grad
+        run("wgan_gp", 3)
+    assert not learned

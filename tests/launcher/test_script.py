@@ -1,0 +1,130 @@
+"""``fastgan run`` runs a script or a module as python does: output, exit status, tracebacks, arguments, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgan.launcher.command import main, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+# What `fastgan run` is, of which only the start is replaced: it does not import PyTorch, which takes seconds.
+START = """
+import sys, types, pathlib
+for name in ("fastgan", "fastgan.launcher"):
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = [str(pathlib.Path({root!r}, *name.split(".")))]
+session = sys.modules["fastgan.launcher.session"] = types.ModuleType("session")
+session.begin_process = lambda settings: None
+sys.modules["fastgan.launcher"].session = session
+from fastgan.launcher.command import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+SCRIPTS = {
+    "argparse": """
+        import argparse, sys
+        import neighbor
+        if __name__ == "__main__":
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--width", type=int)
+            print(parser.parse_args(), sys.argv, sys.path[0], __file__, __name__, __spec__, __package__, neighbor.value)
+            print(sorted(globals()), sys.modules["__main__"].__file__)
+    """,
+    "raises": """
+        import neighbor
+        def inner():
+            try:
+                neighbor.fail()
+            except KeyError as error:
+                raise ValueError("out of order") from error
+        inner()
+    """,
+    "exits": "import sys; print('bye'); sys.exit(7)",
+    "exits_with_text": "raise SystemExit('no data')",
+    "syntax_error": "print('before')\nfor x in: pass",
+    "has_its_own_hook": """
+        import sys
+        sys.excepthook = lambda kind, error, traceback: print("mine", kind, error, traceback.tb_lineno)
+        raise ValueError("seen")
+    """,
+    "pickles": """
+        import pickle
+        class Mine: pass
+        print(type(pickle.loads(pickle.dumps(Mine()))) is Mine)
+    """,
+    "interrupted": "import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)",
+    "ends_at_exit": "import atexit; atexit.register(print, 'last'); print('first')",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "neighbor.py").write_text("value = 3\ndef fail():\n    return {}['key']\n")
+    for name, text in SCRIPTS.items():
+        lines = text.strip("\n").split("\n")
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        (tmp_path / f"{name}.py").write_text("\n".join(line[indent:] for line in lines) + "\n")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text("import sys; from package import part; print(sys.argv, __package__)\n")
+    (package / "part.py").write_text("import sys; print(sys.argv[1:], __name__, __spec__ and __spec__.name)\n")
+    return tmp_path
+
+
+def outcome(folder, *command):
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, env=environment)
+    return result.returncode, re.sub("0x[0-9a-f]+", "0x", result.stdout), result.stderr
+
+
+def assert_same(folder, *command):
+    start = folder / "start_of_fastgan.py"
+    start.write_text(START.format(root=str(ROOT)))
+    expected = outcome(folder, *command)
+    assert outcome(folder, str(start), *command) == expected
+    return expected
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_as_with_python(folder, name):
+    status, _, _ = assert_same(folder, f"{name}.py", *(["--width", "3"] if name == "argparse" else []))
+    assert status == {"raises": 1, "exits": 7, "interrupted": -signal.SIGINT}.get(name, status)
+
+
+@pytest.mark.parametrize("name", ["package", "package.part", "neighbor"])
+def test_a_module_runs_as_with_python(folder, name):
+    status, _, _ = assert_same(folder, "-m", name, "--flag", "value")
+    assert status == 0
+
+
+def test_a_script_elsewhere_and_one_that_is_missing(folder):
+    below = folder / "below"
+    below.mkdir()
+    (below / "script.py").write_text("import sys; print(sys.argv, sys.path[0], __file__)")
+    assert_same(folder, "below/script.py", "-m", "--always")
+    (below / "__main__.py").write_text("import sys, script; print(sys.argv, sys.path[0], __name__)")
+    assert assert_same(folder, "below", "x")[0] == 0
+    assert assert_same(folder, "nothing.py")[0] == 2
+    assert assert_same(folder, "-m", "nothing.at.all")[0] == 1
+
+
+def test_options_before_the_script_are_the_launchers():
+    command = parse(["--always", "--compare=5", "train.py", "--always", "-m"])
+    assert command.settings.always
+    assert command.settings.compare == 5
+    assert (command.module, command.name, command.arguments) == (False, "train.py", ("--always", "-m"))
+    assert parse(["-m", "package", "x"]).module
+
+
+@pytest.mark.parametrize("arguments", [["--fast", "x.py"], ["--compare", "many", "x.py"], ["-m"], ["--always"]])
+def test_wrong_options_are_an_error_in_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("fastgan: ")
