@@ -45,5 +45,5 @@ def test_no_page_asks_the_network_for_anything(site):
 
 def test_the_page_on_the_command_line_shows_every_command(site):
     page = (site / "cli" / "index.html").read_text()
-    for command in ("train", "verify", "bench", "tune", "export", "info"):
+    for command in ("train", "run", "verify", "bench", "tune", "export", "info"):
         assert f"fastgan {command}" in page

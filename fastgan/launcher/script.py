@@ -20,7 +20,7 @@ def run_file(path: str, arguments: Sequence[str]) -> None:
     """``python path arguments``."""
     if os.path.isdir(path) or _is_archive(path):
         sys.argv[:] = [path, *arguments]
-        _set_first_path(path)
+        _set_first_path(os.path.abspath(path))
         _, spec, code = cast(Any, runpy)._get_main_module_details()
         _run(code, _main_module(spec.origin or path, spec.loader, spec))
         return

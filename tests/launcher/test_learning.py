@@ -263,3 +263,49 @@ def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
         assert torch.autograd.grad is session._grad
         run("wgan_gp", 3)
     assert not learned
+
+
+def test_a_slower_way_is_not_kept():
+    from fastgan.launcher.timing import LEAST_GAIN, PAIRS, Unit, Way
+
+    def decided(lean):
+        unit = Unit(nn.Linear(1, 1), (), "here", Way.FASTER)
+        ways = []
+        for _ in range(2 + 2 * PAIRS + 1):
+            step = unit.begin()
+            ways.append(step.is_lean)
+            step.first, step.last = 0.0, lean if step.is_lean else 1.0
+            step.end()
+        assert ways[:2] == [False, True]
+        assert sum(ways[2:-1]) == PAIRS
+        return ways[-1]
+
+    assert decided(0.7)
+    assert not decided(1.5)
+    assert not decided(1 / LEAST_GAIN + 0.001)
+
+
+def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):
+    monkeypatch.setattr(session, "PATIENCE", 3)
+    with fastgan.enabled(always=True):
+        run("nothing_to_gain", 6)
+        assert not torch.nn.modules.module._global_forward_hooks
+        run("a_penalty_alone", 6)
+        assert not torch.nn.modules.module._global_forward_hooks
+    (unit,) = learned[0].units
+    assert unit.steps == 4  # after one that finds the hooks off, and one that is learned from
+
+
+def test_zeros_and_none_are_restored_for_an_optimizer():
+    from fastgan.launcher.gradients import Pattern
+
+    zeros, none, values = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = torch.optim.SGD([zeros, none, values], 0.1)
+    zeros.grad, values.grad = torch.zeros(2), torch.ones(2)
+    pattern = Pattern()
+    pattern.note(optimizer)
+    zeros.grad, none.grad, values.grad = None, torch.zeros(2), None
+    assert pattern.restore(optimizer) == 2
+    assert not zeros.grad.any()
+    assert none.grad is None
+    assert values.grad is None  # a layer that this step has left out
