@@ -9,6 +9,7 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from fastgan.ops.pool import avg_pool1d, avg_pool2d, avg_pool3d
 from fastgan.ops.spectral_norm import spectral_norm
+from fastgan.ops.upfirdn2d import downsample2d, filter2d, upfirdn2d, upsample2d
 
 __all__ = [
     "avg_pool1d",
@@ -22,6 +23,8 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "downsample2d",
+    "filter2d",
     "group_norm",
     "instance_norm",
     "layer_norm",
@@ -32,4 +35,6 @@ __all__ = [
     "relu",
     "scaled_dot_product_attention",
     "spectral_norm",
+    "upfirdn2d",
+    "upsample2d",
 ]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastgan.ops.gradient_penalty.call import Call
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.upfirdn2d import upfirdn2d
 
 
 def _reshape(call: Call, input: Tensor, *shape: Any, **named: Any) -> Layout:
@@ -257,6 +258,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), _resample),
     **dict.fromkeys(functions("grid_sample", "channel_shuffle", "native_channel_shuffle"), _of_rows),
     **dict.fromkeys(functions("pixel_shuffle", "pixel_unshuffle"), _trailing(3)),
+    upfirdn2d: _trailing(2),
     F.pad: _pad,
     **dict.fromkeys((F.unfold, F.fold), _of_rows),
     **dict.fromkeys(functions("repeat", "tile"), _repeat),
