@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastgan.ops.gradient_penalty.call import Call
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.grid_sample import grid_sample
 from fastgan.ops.upfirdn2d import upfirdn2d
 
 
@@ -256,6 +257,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
         for function in functions(form)
     },
     **dict.fromkeys(functions("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), _resample),
+    grid_sample: _of_rows,
     **dict.fromkeys(functions("grid_sample", "channel_shuffle", "native_channel_shuffle"), _of_rows),
     **dict.fromkeys(functions("pixel_shuffle", "pixel_unshuffle"), _trailing(3)),
     upfirdn2d: _trailing(2),

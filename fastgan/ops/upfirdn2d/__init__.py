@@ -80,9 +80,9 @@ def upfirdn2d(
     """
     _check_tensors(input, filter)
     (ux, uy), (dx, dy) = _factor("up", up), _factor("down", down)
-    left, right, top, bottom = _padding(padding)
+    left, right, top, bottom = padding_of(padding)
     in_size = input.shape[2], input.shape[3]
-    taps = _shape_of(filter)
+    taps = shape_of(filter)
     up_size, down_size, start = (uy, ux), (dy, dx), (top, left)
     total = in_size[0] * uy + top + bottom, in_size[1] * ux + left + right
     if any(total[i] < taps[i] for i in (0, 1)):
@@ -133,7 +133,7 @@ def upsample2d(
         (N, C, H * up, W * up) without padding, dtype of the input.
     """
     ux, uy = _factor("up", up)
-    h, w = _shape_of(filter)
+    h, w = shape_of(filter)
     around = (w + ux - 1) // 2, (w - ux) // 2, (h + uy - 1) // 2, (h - uy) // 2
     return upfirdn2d(input, filter, (ux, uy), 1, _sum(padding, around), flip_filter, gain * ux * uy, backend=backend)
 
@@ -171,7 +171,7 @@ def downsample2d(
         (N, C, H / down, W / down) without padding, dtype of the input.
     """
     dx, dy = _factor("down", down)
-    h, w = _shape_of(filter)
+    h, w = shape_of(filter)
     around = (w - dx + 1) // 2, (w - dx) // 2, (h - dy + 1) // 2, (h - dy) // 2
     return upfirdn2d(input, filter, 1, (dx, dy), _sum(padding, around), flip_filter, gain, backend=backend)
 
@@ -206,13 +206,13 @@ def filter2d(
     Returns:
         (N, C, H, W) without padding, dtype of the input.
     """
-    h, w = _shape_of(filter)
+    h, w = shape_of(filter)
     around = w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
     return upfirdn2d(input, filter, 1, 1, _sum(padding, around), flip_filter, gain, backend=backend)
 
 
 def _sum(padding: Factor, around: tuple[int, int, int, int]) -> list[int]:
-    return [given + own for given, own in zip(_padding(padding), around, strict=True)]
+    return [given + own for given, own in zip(padding_of(padding), around, strict=True)]
 
 
 def _check_tensors(input: Tensor, filter: Tensor | None) -> None:
@@ -222,10 +222,11 @@ def _check_tensors(input: Tensor, filter: Tensor | None) -> None:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.ndim != 4:
         raise ValueError(f"input must have shape (N, C, H, W), got {tuple(input.shape)}")
-    _shape_of(filter)
+    shape_of(filter)
 
 
-def _shape_of(filter: Tensor | None) -> Pair:
+def shape_of(filter: Tensor | None) -> Pair:
+    """(h, w); without a filter (1, 1)"""
     if filter is None:
         return 1, 1
     if not isinstance(filter, Tensor):
@@ -245,7 +246,7 @@ def _factor(name: str, given: Factor) -> Pair:
     return sizes[0], sizes[-1]
 
 
-def _padding(given: Factor) -> tuple[int, int, int, int]:
+def padding_of(given: Factor) -> tuple[int, int, int, int]:
     """(left, right, top, bottom)"""
     sizes = _numbers("padding", given)
     if len(sizes) == 4:

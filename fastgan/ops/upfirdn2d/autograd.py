@@ -33,7 +33,7 @@ def apply(x: Tensor, plan: Plan) -> Tensor:
     """The result, differentiable to any order."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return run(x, plan)
-    result: Tensor = _Upfirdn2d.apply(x, plan)  # type: ignore[no-untyped-call]
+    result: Tensor = _Upfirdn2d.apply(x, plan)
     return result
 
 
