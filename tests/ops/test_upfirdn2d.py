@@ -395,3 +395,32 @@ def test_a_compiled_function_may_call_it():
     x, f = torch.randn(2, 2, 6, 6), FILTERS["1-D"]
     compiled = torch.compile(lambda v: ops.upfirdn2d(v, f, up=2, padding=2), backend="eager", fullgraph=True)
     assert_close(compiled(x), defined(x.double(), f, up=2, padding=2), order=0)
+
+
+def test_a_compiled_penalty_through_it_has_the_gradients_of_the_eager_one():
+    model, x = Blocks(ops.upfirdn2d), torch.randn(4, 3, 16, 16)
+
+    def step(x):
+        logits, penalty = fastgan.logits_and_penalty(model, x, kind="r1", weight=10.0)
+        return nn.functional.softplus(-logits).mean() + penalty
+
+    step(x).backward()
+    expected = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(step, backend="aot_eager", fullgraph=True)(x).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], order=1)
+
+
+def test_a_recorded_model_has_pytorchs_operations_alone():
+    class Half(nn.Module):
+        def forward(self, x):
+            return ops.upfirdn2d(x, FILTERS["1-D"], down=2, padding=1)
+
+    x = torch.randn(2, 3, 8, 8)
+    expected = defined(x.double(), FILTERS["1-D"], down=2, padding=1)
+    traced = torch.jit.trace(Half(), x)
+    assert "fastgan::" not in str(traced.inlined_graph)
+    exported = torch.export.export(Half(), (x,)).module()
+    for recorded in (traced, exported, torch.fx.experimental.proxy_tensor.make_fx(Half())(x)):
+        assert_close(recorded(x), expected, order=0)

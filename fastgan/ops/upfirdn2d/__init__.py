@@ -13,7 +13,7 @@ from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import reference
 from fastgan.ops.upfirdn2d.autograd import DTYPES, apply
 from fastgan.ops.upfirdn2d.filters import plane_of, taps_of
-from fastgan.ops.upfirdn2d.plan import Pair, Plan, Taps
+from fastgan.ops.upfirdn2d.plan import Pair, Plan, Taps, image_size
 
 __all__ = ["downsample2d", "filter2d", "upfirdn2d", "upsample2d"]
 
@@ -81,7 +81,7 @@ def upfirdn2d(
     _check_tensors(input, filter)
     (ux, uy), (dx, dy) = _factor("up", up), _factor("down", down)
     left, right, top, bottom = padding_of(padding)
-    in_size = input.shape[2], input.shape[3]
+    in_size = image_size(input)
     taps = shape_of(filter)
     up_size, down_size, start = (uy, ux), (dy, dx), (top, left)
     total = in_size[0] * uy + top + bottom, in_size[1] * ux + left + right
@@ -233,9 +233,10 @@ def shape_of(filter: Tensor | None) -> Pair:
         raise TypeError(f"filter must be a tensor or None, got {type(filter).__name__}")
     if not filter.is_floating_point():
         raise TypeError(f"filter must be floating-point, got {filter.dtype}")
-    if filter.ndim not in (1, 2) or 0 in filter.shape:
+    h, w = image_size(filter[None] if filter.ndim == 1 else filter) if filter.ndim in (1, 2) else (0, 0)
+    if h == 0 or w == 0:
         raise ValueError(f"filter must have shape (h, w) or (k,), got {tuple(filter.shape)}")
-    return filter.shape[0], filter.shape[-1]
+    return (w, w) if filter.ndim == 1 else (h, w)
 
 
 def _factor(name: str, given: Factor) -> Pair:

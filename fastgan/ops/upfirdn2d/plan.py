@@ -6,10 +6,13 @@ Its transpose is the same with u and d exchanged, the taps in reverse order and 
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastgan import torch_private
 
 Pair = tuple[int, int]  # (y, x)
 
@@ -53,6 +56,16 @@ class Plan(NamedTuple):
         start = taps.shape[0] - 1 - self.start[0], taps.shape[1] - 1 - self.start[1]
         flipped = taps.flip((0, 1)) if isinstance(taps, Tensor) else taps.flipped()
         return Plan(flipped, self.down, self.up, start, self.out_size, self.in_size, self.backend)
+
+
+def image_size(x: Tensor) -> Pair:
+    """(H, W), the last two sizes; constants of the graph that torch.jit.trace records."""
+    h, w = x.shape[-2:]
+    if not torch_private.is_jit_tracing():
+        return h, w
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an int is one
+        return int(h), int(w)
 
 
 def is_channels_last(x: Tensor) -> bool:
