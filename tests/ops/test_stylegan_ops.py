@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import backends, ops
+from fastgan.ops.filtered_lrelu import native_kernels as filtered_kernels
 from tests.harness import DTYPES, assert_close
 from tests.ops.one_pass_problem import work
 from tests.ops.test_upfirdn2d import defined
@@ -58,6 +59,80 @@ def test_filtered_lrelu_equals_its_steps(options, backend):
         return ops.filtered_lrelu(x, FU, FD, bias, **options, backend=backend)
 
     same_orders(ours, steps, torch.randn(2, 3, 7, 8).double(), torch.randn(3).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_filtered_lrelu_keeps_no_upsampled_image_on_a_cpu(dtype, clamp):
+    """The kernel's values and derivatives are those of the steps, and so are its bits' where an image is left over."""
+    x = torch.randn(3, 5, 9, 13).to(dtype)
+    options = dict(up=2, down=2, padding=(5, 4, 6, 3), clamp=clamp)
+    by = torch.randn_like(ops.filtered_lrelu(x, FU, FD, **options, backend="reference"))
+    h = torch.randn_like(x)
+
+    def results(x, by, h, backend):
+        x, by = x.clone().requires_grad_(), by.clone().requires_grad_()
+        y = ops.filtered_lrelu(x, FU, FD, **options, backend=backend)
+        (dx,) = torch.autograd.grad(y, x, by, create_graph=True)
+        return [y, dx, *torch.autograd.grad(dx, by, h)]
+
+    exact = results(x.double(), by.double(), h.double(), "reference")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        actual = results(x, by, h, None)
+    assert max(kept) == 15 * 22 * 4  # 15 planes of 22 rows of 30 bits
+    reference = results(x, by, h, "reference")
+    for order, (a, e, r) in enumerate(zip(actual, exact, reference, strict=True)):
+        assert_close(a, e, order=order, reference=r)
+
+
+def test_filtered_lrelu_runs_its_kernel_where_it_can(monkeypatch):
+    calls = []
+    kernel = filtered_kernels.filtered_lrelu
+    monkeypatch.setattr(filtered_kernels, "filtered_lrelu", lambda *a: calls.append(a[4]) or kernel(*a))
+    x = torch.randn(2, 3, 8, 8)
+
+    def ran(x, **options):
+        calls.clear()
+        ops.filtered_lrelu(x.requires_grad_(), FU, FD, up=2, padding=5, **options).sum().backward()
+        return list(calls)
+
+    assert ran(x) == [False, True]  # whether the slopes are read
+    assert ran(x, clamp=1.0) == [False, True]
+    assert ran(x.detach().to(memory_format=torch.channels_last)) == []
+    assert ran(x, backend="reference") == []
+    with backends.use_backend("reference"):
+        assert ran(x) == []
+    with pytest.raises(ValueError, match="clamp"):
+        ran(x, clamp=-1.0)
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.filtered_lrelu(x, FU, torch.ones(99))
+
+
+def test_filtered_lrelu_passes_a_nan_on():
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = torch.nan
+    assert ops.filtered_lrelu(x, clamp=1.0).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_filtered_lrelu_gives_the_same_on_every_instruction_set(isa):
+    x, y = torch.randn(4, 9, 30), torch.full((4, 17, 59), torch.nan)
+    signs = torch.zeros(4 * 17 * 8, dtype=torch.uint8)
+    first, second = (4, 1, 9, 30, 17, 59, 2, 2, 1, 1, 1, 1, 3, 3), (4, 1, 17, 59, 17, 59, 1, 1, 1, 1, 0, 0, 1, 1)
+    steps = first, True, [1.0, 2.0, 1.0] * 2, second, True, [1.0, 1.0]
+    options = 0.2, 1.5, float("inf"), 2
+    try:
+        backends.native().filtered_lrelu(
+            "float32", x.data_ptr(), y.data_ptr(), signs.data_ptr(), 0, False, *steps, *options, isa
+        )
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    f = torch.tensor([1.0, 2.0, 1.0])
+    u = defined(x[None].double(), f, up=2, padding=(1, 0, 1, 0))
+    assert_close(y[None], F.leaky_relu(u, 0.2) * 1.5, order=0)
+    unpacked = (signs.view(4, 17, 8, 1) >> torch.arange(8)).bitwise_and(1).view(4, 17, 64)
+    assert torch.equal(unpacked[:, :, :59].bool(), u[0] > 0)
 
 
 def test_filtered_lrelu_without_filters_is_a_leaky_relu():

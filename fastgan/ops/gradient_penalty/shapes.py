@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call
 from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
@@ -260,7 +261,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     grid_sample: _of_rows,
     **dict.fromkeys(functions("grid_sample", "channel_shuffle", "native_channel_shuffle"), _of_rows),
     **dict.fromkeys(functions("pixel_shuffle", "pixel_unshuffle"), _trailing(3)),
-    upfirdn2d: _trailing(2),
+    **dict.fromkeys((upfirdn2d, in_one), _trailing(2)),
     F.pad: _pad,
     **dict.fromkeys((F.unfold, F.fold), _of_rows),
     **dict.fromkeys(functions("repeat", "tile"), _repeat),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,25 +80,44 @@ def upfirdn2d(
         BackendUnavailable: the requested backend cannot run here.
     """
     _check_tensors(input, filter)
+    geometry = geometry_of(image_size(input), filter, up, down, padding)
+    if not is_constant(filter) or torch.compiler.is_compiling() or not backends.is_plain():
+        return reference.upfirdn2d(input, _plane(filter, input, flip_filter, gain), *geometry)
+    chosen = backends.select("upfirdn2d", input.device, input.dtype, backend)
+    return apply(input, plan_of(image_size(input), geometry, filter, input, flip_filter, gain, chosen))
+
+
+class Geometry(NamedTuple):
+    """(y, x) each"""
+
+    up: Pair
+    down: Pair
+    start: Pair
+    out_size: Pair
+
+
+def geometry_of(in_size: Pair, filter: Tensor | None, up: Factor, down: Factor, padding: Factor) -> Geometry:
     (ux, uy), (dx, dy) = _factor("up", up), _factor("down", down)
     left, right, top, bottom = padding_of(padding)
-    in_size = image_size(input)
-    taps = shape_of(filter)
-    up_size, down_size, start = (uy, ux), (dy, dx), (top, left)
+    h, w = shape_of(filter)
     total = in_size[0] * uy + top + bottom, in_size[1] * ux + left + right
-    if any(total[i] < taps[i] for i in (0, 1)):
+    if total[0] < h or total[1] < w:
         raise ValueError(
-            f"filter of shape {taps} does not fit into the padded image of shape {total}: "
+            f"filter of shape {(h, w)} does not fit into the padded image of shape {total}: "
             "the filter must be smaller or the padding larger"
         )
-    out_size = (total[0] - taps[0]) // dy + 1, (total[1] - taps[1]) // dx + 1
-    own_gradient = filter is not None and filter.requires_grad and torch.is_grad_enabled()
-    if own_gradient or torch.compiler.is_compiling() or not backends.is_plain():
-        plane = _plane(filter, input, flip_filter, gain)
-        return reference.upfirdn2d(input, plane, up_size, down_size, start, out_size)
-    chosen = backends.select("upfirdn2d", input.device, input.dtype, backend)
-    plan_taps = _taps(filter, input, flip_filter, float(gain))
-    return apply(input, Plan(plan_taps, up_size, down_size, start, in_size, out_size, chosen))
+    return Geometry((uy, ux), (dy, dx), (top, left), ((total[0] - h) // dy + 1, (total[1] - w) // dx + 1))
+
+
+def plan_of(
+    in_size: Pair, geometry: Geometry, filter: Tensor | None, like: Tensor, flip: bool, gain: float, backend: str
+) -> Plan:
+    up, down, start, out_size = geometry
+    return Plan(_taps(filter, like, flip, float(gain)), up, down, start, in_size, out_size, backend)
+
+
+def is_constant(filter: Tensor | None) -> bool:
+    return filter is None or not (filter.requires_grad and torch.is_grad_enabled())
 
 
 def upsample2d(
