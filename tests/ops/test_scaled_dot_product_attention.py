@@ -32,7 +32,7 @@ CASES = {
     "odd": (1, 2, 2, 127, 127, 16, 16),
     "long": (1, 1, 1, 200, 1000, 8, 8),
 }
-WAYS = BACKENDS[:2]
+WAYS = BACKENDS[:3]
 FEW = ("one query", "primes", "grouped")
 OPTIONS = (
     "plain",
