@@ -18,7 +18,9 @@ _TILE = 2**13  # bytes of a tile of an operand, of which a double backward holds
 
 _FIRST = "g", "q", "k", "v", "o", "lse"
 _SECOND = "gq", "gk", "gv", *_FIRST
-_SIZES = dict.fromkeys(("length", "keys", "heads", "repeats", "mask_sample", "mask_head", "mask_row", "mask_key"), "i32")
+_SIZES = dict.fromkeys(
+    ("length", "keys", "heads", "repeats", "mask_sample", "mask_head", "mask_row", "mask_key"), "i32"
+)
 _PLAIN = {"SCALE": 0.125, "CAUSAL": False, "BOOLEAN": False, "DROPOUT": 0.0, "PRECISION": "ieee"}
 _SMALL = {"E": 64, "EV": 64, "PADDED": 64, "PADDED_V": 64, "ROWS": 32, "KEYS": 32}
 _WIDE = {"E": 200, "EV": 256, "PADDED": 256, "PADDED_V": 256, "ROWS": 16, "KEYS": 16}
@@ -88,8 +90,8 @@ def backward(
     options: Options,
 ) -> None:
     sizes, constants, mask = _call(q, k, v, mask, options)
-    with _Contiguous([g, q, k, v, o], [dq, dk, dv]) as ((*operands, o), (dq, dk, dv)), device_of(q):
-        given = *operands, mask, seed, o, lse
+    with _Contiguous([g, q, k, v, o], [dq, dk, dv]) as (operands, (dq, dk, dv)), device_of(q):
+        given = *operands[:-1], mask, seed, operands[-1], lse
         if dq is not None:
             grad_rows[_grid(q, constants["ROWS"])](*given, dq, *sizes, **constants)
         if dk is not None or dv is not None:

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from fastgan.ops.attention.triton_tiles import deltas, factors_of, load_tile, mask_of_head, probabilities, plus_product, scores_of, store_tile
+from fastgan.ops.attention.triton_tiles import (
+    deltas,
+    factors_of,
+    load_tile,
+    mask_of_head,
+    plus_product,
+    probabilities,
+    scores_of,
+    store_tile,
+)
 
 
 @triton.jit
@@ -113,13 +122,13 @@ def grad_grad_rows(
         gv = v
         if GV:
             gv = load_tile(gv_ptr + group * keys * EV, key0, keys, DTYPE, KEYS, EV, PADDED_V)
-        p = probabilities(q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION)
+        p = probabilities(
+            q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+        )
         factors = p
         if DROPS:
             factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
-        apart, t, r = _second(
-            q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION
-        )
+        apart, t, r = _second(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
         tau += tl.sum(p * t, 1)
         of_both += tl.sum(p * apart * t, 1)
         of_apart += tl.sum(p * apart, 1)
@@ -139,15 +148,29 @@ def grad_grad_rows(
             gv = v
             if GV:
                 gv = load_tile(gv_ptr + group * keys * EV, key0, keys, DTYPE, KEYS, EV, PADDED_V)
-            p = probabilities(q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION)
+            p = probabilities(
+                q,
+                k,
+                lse,
+                mask_ptr,
+                row0,
+                key0,
+                length,
+                keys,
+                mask_row,
+                mask_key,
+                SCALE,
+                CAUSAL,
+                BOOLEAN,
+                ACC,
+                PRECISION,
+            )
             factors = p
             weights = p
             if DROPS:
                 factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
                 weights = p * factors
-            apart, t, r = _second(
-                q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION
-            )
+            apart, t, r = _second(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
             t = t - tau[:, None]
             if by_g_ptr is not None:
                 by_g = plus_product(weights * t, v, by_g, PRECISION)
@@ -221,7 +244,7 @@ def grad_grad_keys(
     by_k = tl.zeros([KEYS, PADDED], ACC)
     by_v = tl.zeros([KEYS, PADDED_V], ACC)
     first = key0 // ROWS * ROWS if CAUSAL else 0
-    for repeat in range(0, repeats):
+    for repeat in range(repeats):
         head = group * repeats + repeat
         of_head = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
         for row0 in range(first, length, ROWS):
@@ -235,7 +258,9 @@ def grad_grad_keys(
             lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
             tau = tl.load(tau_ptr + head * length + row, mask=row < length, other=0.0)
             mu = tl.load(mu_ptr + head * length + row, mask=row < length, other=0.0)
-            p = probabilities(q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION)
+            p = probabilities(
+                q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+            )
             factors = p
             weights = p
             if DROPS:

@@ -6,10 +6,10 @@
     grad_grad_rows      tau and mu of each row, by_g and by_q
     grad_grad_keys      by_k and by_v
 
-A program of a ``rows`` kernel handles a tile of rows of one head and loops over the keys. A program of a ``keys`` kernel
-handles a tile of keys of one group and loops over the rows of every head in it. Each computes the tiles of P again from
-the log-sum-exp, and adds in a fixed order without atomics. Scores are never stored: bytes are proportional to L + S for
-each tile of the other dimension, from L2 as long as the operands of a head fit there.
+A program of a ``rows`` kernel handles a tile of rows of one head and loops over the keys. A program of a ``keys``
+kernel handles a tile of keys of one group and loops over the rows of every head in it. Each computes the tiles of P
+again from the log-sum-exp, and adds in a fixed order without atomics. Scores are never stored. Bytes: each program
+reads its own tile once and all tiles of the other side, from L2 as long as the operands of a head fit there.
 
 tau and mu are the sums of P T and P M over a row. With M = (dP - delta) (T - tau) + R, one pass adds up
 P (dP - delta) T, P (dP - delta) and P R beside P T, and mu is the first - tau times the second + the third.
@@ -65,9 +65,7 @@ def plus_product(weights, operand, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def masked(
-    scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr
-):
+def masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr):
     """Scores with the masks applied; -inf outside of the matrix too."""
     row = (row0 + tl.arange(0, scores.shape[0]))[:, None]
     key = (key0 + tl.arange(0, scores.shape[1]))[None, :]
@@ -248,7 +246,9 @@ def grad_rows(
     for key0 in range(0, last, KEYS):
         k = load_tile(k_ptr, key0, keys, DTYPE, KEYS, E, PADDED)
         v = load_tile(v_ptr, key0, keys, DTYPE, KEYS, EV, PADDED_V)
-        p = probabilities(q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION)
+        p = probabilities(
+            q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+        )
         dp = scores_of(g, v, ACC, PRECISION)
         if seed_ptr is not None:
             dp *= factors_of(seed_ptr, head, row0, key0, dp, DROPOUT)
@@ -299,7 +299,7 @@ def grad_keys(
     by_k = tl.zeros([KEYS, PADDED], ACC)
     by_v = tl.zeros([KEYS, PADDED_V], ACC)
     first = key0 // ROWS * ROWS if CAUSAL else 0
-    for repeat in range(0, repeats):
+    for repeat in range(repeats):
         head = group * repeats + repeat
         of_head = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
         for row0 in range(first, length, ROWS):
@@ -307,7 +307,9 @@ def grad_keys(
             q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
             g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
             lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
-            p = probabilities(q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION)
+            p = probabilities(
+                q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+            )
             weights = p
             if seed_ptr is not None:
                 factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
