@@ -24,7 +24,6 @@ R = TypeVar("R")
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 _OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
 
-WIDEST = 256  # head that Triton's kernels take
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
 
@@ -33,12 +32,6 @@ def _triton() -> Any:
     from fastgan.ops.attention import triton_kernels  # Triton is optional
 
     return triton_kernels
-
-
-def _fits_triton(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the kernels take the heads and do not have to differentiate the mask."""
-    differentiated = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    return not differentiated and max(q.shape[-1], v.shape[-1]) <= WIDEST
 
 
 def _exactly(run: Callable[P, R]) -> Callable[P, R]:
@@ -100,8 +93,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _backward(*arguments: Any) -> None:
     g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
     options = Options(scale, is_causal, dropout_p)
-    if backend == "triton" and dmask is None:
-        _triton().backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, options)
+    if backend == "triton":
+        _triton().backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
         return
     blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
 
@@ -118,11 +111,8 @@ def _double_backward(*arguments: Any) -> None:
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    if backend == "triton" and tensors[3] is None and results[4] is None:
-        _triton().double_backward(*grads[:3], stored(g), *operands, seed, *results[:4], options)
-        return
-    everything: list[Any] = [*grads, stored(g), *operands, seed, *results, options]
-    blocks.double_backward(*everything)
+    run: Any = _triton().double_backward if backend == "triton" else blocks.double_backward
+    run(*grads, stored(g), *operands, seed, *results, options)
 
 
 class _Attention(torch.autograd.Function):
@@ -217,7 +207,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Option
     if backend == "reference":
         return _exactly(reference.attention)(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
-    if backend == "triton" and not _fits_triton(q, v, mask):
+    if backend == "triton" and not _triton().fits(q, v):
         backend = "blocks"  # for all orders, which must draw the same dropout
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,15 +10,20 @@ import triton
 from torch import Tensor
 
 from fastgan.ops.attention.layout import Options
+from fastgan.ops.attention.triton_mask import grad_mask
 from fastgan.ops.attention.triton_second import grad_grad_keys, grad_grad_rows
 from fastgan.ops.attention.triton_tiles import attend, grad_keys, grad_rows
 from fastgan.ops.library import accumulation_dtype, copy_back
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
-_TILE = 2**13  # bytes of a tile of an operand, of which a double backward holds nine
+_WIDEST = 256  # head
+_LEAST = 16  # rows and columns of a tile: what a product on tensor cores takes
+_TILE = 2**13  # bytes of a tile of an operand
+_SHARED = 10  # tiles that a program holds in shared memory at most, as compiled for NVIDIA
+_LEAST_SHARED = 99 * 2**10
 
 _FIRST = "g", "q", "k", "v", "o", "lse"
-_SECOND = "gq", "gk", "gv", *_FIRST
+_SECOND = "gq", "gk", "gv", "gmask", *_FIRST
 _SIZES = dict.fromkeys(
     ("length", "keys", "heads", "repeats", "mask_sample", "mask_head", "mask_row", "mask_key"), "i32"
 )
@@ -42,6 +48,11 @@ _FORMS: list[dict[str, Any]] = [
 ]
 _BOOLEAN: dict[str, Any] = _PLAIN | _SMALL | {"BOOLEAN": True} | _absent("seed")
 
+_FORMS_OF_SECOND = [_FORMS[0] | _absent("gmask"), _FORMS[1], _FORMS[2] | _absent("gmask")]
+_FEW = _FORMS_OF_SECOND[0] | _absent("gk", "gv")
+_FOR_MASK = {"SECOND": False, "EVERY_ROW": True, "EVERY_KEY": False}
+_ON_SECOND = _absent("gq", "gk", "gv", "gmask", "seed", "tau", "mu")
+
 # For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
 # combinations of its constants, without DTYPE, the dtype of the operands.
 AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
@@ -54,16 +65,36 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         grad_grad_rows,
         _with_mask("*A", *_SECOND, "by_g", "by_q", "tau", "mu"),
-        [*_FORMS, _FORMS[0] | _absent("gk", "gv", "by_q")],
+        [*_FORMS_OF_SECOND, _FEW | _absent("by_q")],
     ),
-    (grad_grad_rows, _with_mask("*u8", *_SECOND, "by_g", "by_q", "tau", "mu"), [_BOOLEAN]),
+    (grad_grad_rows, _with_mask("*u8", *_SECOND, "by_g", "by_q", "tau", "mu"), [_BOOLEAN | _absent("gmask")]),
     (
         grad_grad_keys,
         _with_mask("*A", *_SECOND, "by_k", "by_v", "tau", "mu"),
-        [*_FORMS, _FORMS[0] | _absent("gk", "gv", "by_v")],
+        [*_FORMS_OF_SECOND, _FEW | _absent("by_v")],
     ),
-    (grad_grad_keys, _with_mask("*u8", *_SECOND, "by_k", "by_v", "tau", "mu"), [_BOOLEAN]),
+    (grad_grad_keys, _with_mask("*u8", *_SECOND, "by_k", "by_v", "tau", "mu"), [_BOOLEAN | _absent("gmask")]),
+    (
+        grad_mask,
+        _with_mask("*A", *_SECOND, "tau", "mu", "out")
+        | dict.fromkeys(("samples", "mask_samples", "mask_heads"), "i32"),
+        [
+            _PLAIN | _SMALL | _FOR_MASK | _ON_SECOND,
+            _FORMS[1] | _FOR_MASK | {"SECOND": True, "EVERY_ROW": False, "EVERY_KEY": True},
+        ],
+    ),
 ]
+
+
+def fits(q: Tensor, v: Tensor) -> bool:
+    """Return whether heads of this width fit into a program's shared memory."""
+    width = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
+    if width > _WIDEST:
+        return False
+    if not q.is_cuda or torch.version.hip is not None:
+        return True
+    room: int = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", _LEAST_SHARED)
+    return _SHARED * _LEAST * width * accumulation_dtype(q.dtype).itemsize <= room
 
 
 def forward(
@@ -87,21 +118,26 @@ def backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    dmask: Tensor | None,
     options: Options,
 ) -> None:
     sizes, constants, mask = _call(q, k, v, mask, options)
-    with _Contiguous([g, q, k, v, o], [dq, dk, dv]) as (operands, (dq, dk, dv)), device_of(q):
+    with _Contiguous([g, q, k, v, o], [dq, dk, dv, dmask]) as (operands, (dq, dk, dv, dmask)), device_of(q):
         given = *operands[:-1], mask, seed, operands[-1], lse
         if dq is not None:
             grad_rows[_grid(q, constants["ROWS"])](*given, dq, *sizes, **constants)
         if dk is not None or dv is not None:
             grad_keys[_grid(k, constants["KEYS"])](*given, dk, dv, *sizes, **constants)
+        if dmask is not None:
+            grid, more, tile = _of_mask(dmask, q, k, constants)
+            grad_mask[grid](*(None,) * 4, *given, None, None, dmask, *sizes, *more, **constants, **tile, SECOND=False)
 
 
 def double_backward(
     gq: Tensor | None,
     gk: Tensor | None,
     gv: Tensor | None,
+    gmask: Tensor | None,
     g: Tensor,
     q: Tensor,
     k: Tensor,
@@ -114,19 +150,26 @@ def double_backward(
     by_q: Tensor | None,
     by_k: Tensor | None,
     by_v: Tensor | None,
+    by_mask: Tensor | None,
     options: Options,
 ) -> None:
-    """Run the double backward. gq, gk and gv are the gradients of the backward's results, None for zeros."""
+    """Run the double backward. gq, gk, gv and gmask are the gradients of the backward's results, None for zeros."""
+    if gmask is not None and mask is not None:
+        mask = mask.contiguous()  # both are read with the same strides
     sizes, constants, mask = _call(q, k, v, mask, options)
     tau, mu = torch.empty_like(lse), torch.empty_like(lse)
     with (
-        _Contiguous([gq, gk, gv, g, q, k, v, o], [by_g, by_q, by_k, by_v]) as (operands, (by_g, by_q, by_k, by_v)),
+        _Contiguous([gq, gk, gv, gmask, g, q, k, v, o], [by_g, by_q, by_k, by_v, by_mask]) as (operands, results),
         device_of(q),
     ):
+        by_g, by_q, by_k, by_v, by_mask = results
         given = *operands[:-1], mask, seed, operands[-1], lse
         grad_grad_rows[_grid(q, constants["ROWS"])](*given, by_g, by_q, tau, mu, *sizes, **constants)
         if by_k is not None or by_v is not None:
             grad_grad_keys[_grid(k, constants["KEYS"])](*given, by_k, by_v, tau, mu, *sizes, **constants)
+        if by_mask is not None:
+            grid, more, tile = _of_mask(by_mask, q, k, constants)
+            grad_mask[grid](*given, tau, mu, by_mask, *sizes, *more, **constants, **tile, SECOND=True)
 
 
 class _Contiguous:
@@ -159,8 +202,9 @@ def _call(
     if mask is not None:
         strides = mask.expand(batch, heads, length, keys).stride()
         mask = mask.view(torch.uint8) if boolean else mask
-    padded, padded_wide = (max(16, triton.next_power_of_2(size)) for size in (width, wide))
-    side = max(16, min(64, _TILE // (max(padded, padded_wide) * accumulation_dtype(q.dtype).itemsize)))
+    padded, padded_wide = _padded(width), _padded(wide)
+    row = max(padded, padded_wide) * accumulation_dtype(q.dtype).itemsize
+    side = max(_LEAST, min(64, _TILE // row))
     constants = {
         "SCALE": options.scale,
         "CAUSAL": options.is_causal,
@@ -194,3 +238,17 @@ def _precision(dtype: torch.dtype) -> str:
 def _grid(t: Tensor, tile: int) -> tuple[int]:
     """Return one program for each tile of tokens of each head or group of t (B, H, L, E)."""
     return (t.shape[0] * t.shape[1] * triton.cdiv(t.shape[2], tile),)
+
+
+def _of_mask(
+    gradient: Tensor, q: Tensor, k: Tensor, constants: dict[str, Any]
+) -> tuple[tuple[int], tuple[int, int, int], dict[str, bool]]:
+    """Return the grid, the sizes and the constants of grad_mask for the gradient of a mask."""
+    samples, heads, rows, keys = gradient.shape
+    tiles = (triton.cdiv(size, constants[side]) for size, side in ((rows, "ROWS"), (keys, "KEYS")))
+    tile = {"EVERY_ROW": rows == 1, "EVERY_KEY": keys == 1}
+    return (samples * heads * math.prod(tiles),), (q.shape[0], samples, heads), tile
+
+
+def _padded(width: int) -> int:
+    return max(_LEAST, int(triton.next_power_of_2(width)))

@@ -8,6 +8,7 @@ from fastgan.ops.attention.triton_tiles import (
     factors_of,
     load_tile,
     mask_of_head,
+    mask_tile,
     plus_product,
     probabilities,
     scores_of,
@@ -16,7 +17,7 @@ from fastgan.ops.attention.triton_tiles import (
 
 
 @triton.jit
-def _second(
+def second_tile(
     q,
     g,
     gq,
@@ -56,6 +57,7 @@ def grad_grad_rows(
     gq_ptr,
     gk_ptr,
     gv_ptr,
+    gmask_ptr,
     g_ptr,
     q_ptr,
     k_ptr,
@@ -99,6 +101,7 @@ def grad_grad_rows(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     group = head // repeats
     mask_ptr = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
+    gmask_ptr = mask_of_head(gmask_ptr, head // heads, head % heads, mask_sample, mask_head)
     row = row0 + tl.arange(0, ROWS)
     q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
     g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
@@ -128,7 +131,9 @@ def grad_grad_rows(
         factors = p
         if DROPS:
             factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
-        apart, t, r = _second(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+        apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+        if gmask_ptr is not None:
+            t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_row, mask_key, t)
         tau += tl.sum(p * t, 1)
         of_both += tl.sum(p * apart * t, 1)
         of_apart += tl.sum(p * apart, 1)
@@ -170,7 +175,9 @@ def grad_grad_rows(
             if DROPS:
                 factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
                 weights = p * factors
-            apart, t, r = _second(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+            apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+            if gmask_ptr is not None:
+                t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_row, mask_key, t)
             t = t - tau[:, None]
             if by_g_ptr is not None:
                 by_g = plus_product(weights * t, v, by_g, PRECISION)
@@ -192,6 +199,7 @@ def grad_grad_keys(
     gq_ptr,
     gk_ptr,
     gv_ptr,
+    gmask_ptr,
     g_ptr,
     q_ptr,
     k_ptr,
@@ -247,6 +255,7 @@ def grad_grad_keys(
     for repeat in range(repeats):
         head = group * repeats + repeat
         of_head = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
+        g_of_head = mask_of_head(gmask_ptr, head // heads, head % heads, mask_sample, mask_head)
         for row0 in range(first, length, ROWS):
             row = row0 + tl.arange(0, ROWS)
             q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
@@ -267,7 +276,9 @@ def grad_grad_keys(
                 factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
                 weights = p * factors
             delta = deltas(g, o, ACC)
-            apart, t, r = _second(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+            apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
+            if gmask_ptr is not None:
+                t += mask_tile(g_of_head, row0, key0, length, keys, mask_row, mask_key, t)
             t = t - tau[:, None]
             if by_v_ptr is not None:
                 by_v = plus_product(tl.trans(weights * t), g, by_v, PRECISION)

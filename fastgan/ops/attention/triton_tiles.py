@@ -5,6 +5,7 @@
     grad_keys           dk and dv
     grad_grad_rows      tau and mu of each row, by_g and by_q
     grad_grad_keys      by_k and by_v
+    grad_mask           dmask, or by_mask
 
 A program of a ``rows`` kernel handles a tile of rows of one head and loops over the keys. A program of a ``keys``
 kernel handles a tile of keys of one group and loops over the rows of every head in it. Each computes the tiles of P
@@ -115,6 +116,15 @@ def probabilities(
     scores = scores * tl.full(scores.shape, SCALE, ACC)
     scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL, BOOLEAN)
     return tl.exp(scores - lse[:, None])
+
+
+@triton.jit
+def mask_tile(ptr, row0, key0, length, keys, mask_row, mask_key, like):
+    """Load the tile of a mask or of its gradient, which adds to the scores."""
+    row = (row0 + tl.arange(0, like.shape[0]))[:, None]
+    key = (key0 + tl.arange(0, like.shape[1]))[None, :]
+    at = row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+    return tl.load(ptr + at, mask=(row < length) & (key < keys), other=0.0).to(like.dtype)
 
 
 @triton.jit
