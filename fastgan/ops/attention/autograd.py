@@ -202,13 +202,16 @@ class _AttentionBackward(torch.autograd.Function):
         return *results, None, None, None, None, None, None
 
 
+def fits_triton(q: Tensor, v: Tensor) -> bool:
+    """Return whether Triton's kernels take heads of this width on this device."""
+    return bool(_triton().fits(q, v))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:
     """Run the op on canonical operands on the chosen backend."""
     if backend == "reference":
         return _exactly(reference.attention)(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
-    if backend == "triton" and not _triton().fits(q, v):
-        backend = "blocks"  # for all orders, which must draw the same dropout
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)
     return result
