@@ -1,4 +1,4 @@
-"""Discriminators in the forms of well-known families, in small sizes: what they are built of, and what that costs."""
+"""Small discriminators with the architectures of well-known families, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def act(x: Tensor) -> Tensor:
 
 
 class Convolutions(nn.Module):
-    """Strided convolutions down to 4 x 4 and one logit, each as ``layer`` makes it, with what ``norm`` makes behind."""
+    """Strided convolutions down to 4 x 4, and one logit. ``layer`` wraps each layer, and ``norm`` follows it."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Convolutions(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual blocks with mean pooling, a sum over positions and, with classes, a projection on their embedding."""
+    """Residual blocks with average pooling, a sum over positions and an optional class projection."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of every position to pooled ones, with a learned gate."""
+    """Attention from all positions to pooled positions, with a learned gate."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Equalized(nn.Module):
-    """A convolution or a product whose weight is scaled by its fan-in when it is used, and a bias that is added."""
+    """A convolution or linear layer whose weight is scaled by its fan-in in the forward, plus a bias."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 0) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Equalized(nn.Module):
 
 
 def blur(x: Tensor, down: int = 1) -> Tensor:
-    """A fixed filter on every channel by itself."""
+    """Apply a fixed filter to each channel."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(F.pad(x, (1, 1, 1, 1) if down > 1 else (2, 1, 2, 1)), kernel, stride=down, groups=x.shape[1])
@@ -123,7 +123,7 @@ class Blur(nn.Module):
 
 
 class Style(nn.Module):
-    """Equalized residual blocks, smoothed before each step down; with minibatch standard deviation or without."""
+    """Equalized residual blocks that blur before downsampling, with optional minibatch standard deviation."""
 
     def __init__(self, width: int, *, stddev: bool = False, smooth: bool = True, tables: bool = False) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Style(nn.Module):
 
 
 class UNet(nn.Module):
-    """A logit a pixel."""
+    """One logit per pixel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class UNet(nn.Module):
 
 
 def patches(width: int, layer: Callable[[nn.Module], nn.Module], norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """A logit a patch."""
+    """One logit per patch."""
     return nn.Sequential(
         *(layer(nn.Conv2d(3, width, 4, 2, 1)), nn.LeakyReLU(0.2)),
         *(layer(nn.Conv2d(width, 2 * width, 4, 2, 1)), norm(2 * width), nn.LeakyReLU(0.2)),
@@ -174,7 +174,7 @@ def patches(width: int, layer: Callable[[nn.Module], nn.Module], norm: Callable[
 
 
 class Scales(nn.Module):
-    """Patch logits of the image and of a smaller one."""
+    """Patch logits of the image and of a downsampled image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Scales(nn.Module):
 
 
 class Heads(nn.Module):
-    """Logits of patches, and of classes."""
+    """Patch logits and class logits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Heads(nn.Module):
 
 
 class Periods(nn.Module):
-    """A waveform, folded by periods: a row of logits each."""
+    """A waveform folded by several periods. Each gives one row of logits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Periods(nn.Module):
 
 
 class Waves(nn.Module):
-    """A waveform and a smoothed one, through grouped convolutions: a row of logits each."""
+    """Grouped convolutions of a waveform and of a smoothed waveform. Each gives one row of logits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Waves(nn.Module):
 
 
 class Points(nn.Module):
-    """Points in space, each by itself, and the largest of each feature."""
+    """A point cloud: an MLP per point, and a maximum over the points."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Points(nn.Module):
 
 
 class Mixing(nn.Module):
-    """A product over the tokens, and one over their features."""
+    """A linear layer over the tokens, and one over their features."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

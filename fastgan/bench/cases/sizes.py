@@ -1,4 +1,4 @@
-"""Penalties and whole steps of discriminators from tiny to large: what fastgan must not slow down."""
+"""Penalties and whole steps of discriminators from tiny to large. fastgan must not slow down any of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Make = Callable[[], nn.Module]
 
 
 class Positions(nn.Module):
-    """Points or tokens, each by itself, and their mean."""
+    """An MLP per point or token, and a mean over them."""
 
     def __init__(self, inputs: int, width: int, norm: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Positions(nn.Module):
 
 
 def norms_alone(make: Callable[[int, int], nn.Module], channels: int, side: int) -> nn.Module:
-    """Two normalizations, and a sum."""
+    """Two normalizations and a linear layer."""
     layers = [part for _ in range(2) for part in (make(channels, side), nn.LeakyReLU(0.2))]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, 1))
 
