@@ -320,7 +320,7 @@ def logits_and_penalty(
     (torch.nn.functional.softplus(-logits).mean() + penalty).backward()
     ```
 
-    one_pass.py derives the arithmetic.
+    docs/how_it_works.md explains the arithmetic.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     if is_entered():
@@ -364,9 +364,9 @@ def explain_penalty(
         discriminator, inputs, select, args, kwargs: as for ``logits_and_penalty``.
 
     Returns:
-        One of three reports. "one pass": the loss and the penalty cost as much as four forwards; if this holds only for
-        some losses, a condition follows. "general path": followed by the operation that prevents one pass, with the
-        file and line of its call. "no penalty": followed by all layers without a second derivative.
+        "one pass" if the loss and the penalty cost as much as four forwards, followed by a condition if this depends on
+        the loss. "general path" with the operation that prevents one pass, and the file and line of its call. Or
+        "no penalty" with all layers that have no second derivative.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in ``logits_and_penalty``.
