@@ -16,7 +16,10 @@ PUBLIC = {
     if not inspect.ismodule(getattr(namespace, name))
 } | {
     f"fastgan.{name}": getattr(fastgan, name)
-    for name in ("convert", "patch_torch_utils", "revert", "twice_differentiable")
+    for name in (
+        *("convert", "explain_penalty", "gradient_penalty", "graphed_step", "logits_and_penalty"),
+        *("patch_torch_utils", "penalty_from_logits", "revert", "twice_differentiable"),
+    )
 }
 
 
