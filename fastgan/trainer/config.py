@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.data.size import sides
 from fastgan.trainer.data.sources import DatasetName
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.game.augment import AugmentName
@@ -28,6 +30,8 @@ RESUME_MAY_CHANGE = {
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
 }
 
+NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
+PICTURES = ("folder", "emoji")  # data sets of pictures of any size
 
 _NEW_NAMES = {"optimiser": "optimizer"}  # old names of settings, as older runs wrote them
 
@@ -91,8 +95,8 @@ class TrainConfig:
     dataset: DatasetName = "fashion-mnist"  # training data
     name: str = "fashion-mnist"  # name of the run's folder in --runs
     runs: Path = Path("runs")
-    data: Path | None = None  # folder with the data; default: $FASTGAN_DATA (IDX), then the cache, then Debian's folder
-    image_size: int = 32  # width and height in pixels for data without a fixed size (folder, emoji)
+    data: Path | None = None  # folder or zip with the data; default: $FASTGAN_DATA (IDX), the cache, Debian's folder
+    image_size: int | str = 32  # pixels for data without a fixed size (folder, emoji): 128, or 64x192 (height x width)
     steps: int = 20_000  # stop after this many generator steps
     minutes: float | None = None  # stop after this much training time, including earlier sessions, if that is sooner
     seed: int = 0
@@ -106,15 +110,24 @@ class TrainConfig:
     scored: int = 1000  # number of real and of generated images for the final scores
     tensorboard: bool = False  # also write metrics and samples for TensorBoard
     resume: bool = False  # continue from the newest checkpoint; flags that are not given keep the run's values
+    data_changed_ok: bool = False  # resume although the pictures are not those that the run trained on
     overwrite: bool = False  # replace an existing run with this name
+    pictures: PictureConfig = field(default_factory=PictureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
         _require_positive(self, "equilibrium_every", "scored")
-        if self.image_size not in (32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"image_size must be a power of two from 32 to 1024, got {self.image_size}")
+        sides(self.image_size)
+        if self.dataset not in PICTURES:
+            settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}
+            usual = {"image_size": 32, **dataclasses.asdict(PictureConfig())}
+            if changed := [name for name, value in settings.items() if value != usual[name]]:
+                raise ValueError(
+                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)}, which apply to "
+                    f"{' and '.join(PICTURES)}"
+                )
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
         parts = self.model.pack * self.optim.accumulate
@@ -132,7 +145,8 @@ class TrainConfig:
         values["runs"] = str(self.runs)
         values["data"] = None if self.data is None else str(self.data)
         values["optim"]["betas"] = list(self.optim.betas)
-        del values["resume"], values["overwrite"]
+        for key in NOT_SAVED:
+            del values[key]
         return values
 
     @classmethod
@@ -140,6 +154,8 @@ class TrainConfig:
         values = dict(values)
         values["runs"] = Path(values["runs"])
         values["data"] = None if values["data"] is None else Path(values["data"])
+        values.pop("class_names", None)  # a run's folder lists them for the reader
+        values["pictures"] = PictureConfig(**values.get("pictures", {}))
         values["model"] = ModelConfig(**values["model"])
         optim = {_NEW_NAMES.get(key, key): value for key, value in values["optim"].items()}
         optim["betas"] = tuple(optim["betas"])
@@ -197,7 +213,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(dataset="discs", name="discs", steps=2000),
     ),
     "folder": (
-        "Images of any size from a folder (--data PATH), cropped to squares; residual networks with R1 + R2.",
+        "Pictures of any size from a folder or zip file (--data PATH); residual networks with R1 + R2.",
         TrainConfig(dataset="folder", name="folder", model=RESIDUAL, optim=R3GAN),
     ),
     "emoji": (

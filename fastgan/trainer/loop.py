@@ -18,8 +18,10 @@ from tqdm import tqdm
 from fastgan import strict_json
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data.held_out import hold_out
-from fastgan.trainer.data.sources import load_source
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.data.held_out import hold_out, require_batch
+from fastgan.trainer.data.record import DataRecord, check_same, record_of
+from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import NonFiniteLossError
 from fastgan.trainer.gan import GAN
@@ -55,9 +57,19 @@ class Trainer:
         self.writes = self.ranks.rank == 0  # every rank computes and measures, only rank 0 writes
         # Each run has four random streams: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
-        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
+        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size, config.pictures)
+        self._describe(source)
         check_scoring(config.extractor, source, self.device)  # fail now, not after hours of training
-        self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
+        state = self._newest_state() if config.resume else None
+        self.data = record_of(source)
+        known = DataRecord.read(self.run.data) if state else None
+        digest = state["data"].get("digest") if state and "data" in state else None
+        same = check_same(digest, known, self.data, config.data_changed_ok)
+        kept = known.held_out if known is not None and not same else ()
+        self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING, kept)
+        require_batch(source, config.optim.batch_size)
+        if self.data is not None and isinstance(self.held_out, Images):
+            self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
@@ -73,10 +85,10 @@ class Trainer:
         self.pending: list[Tensor] = []  # losses since the last record, still on the device
         self.recorded_at = 0.0
         if config.resume:
-            self._resume()
+            self._resume(state)
         self.ranks.wait()  # until every rank has read the folder
         if self.writes:
-            self.run.open(config)
+            self.run.open(config, self.data)
         self.board = Board(self.run.tensorboard, self.step) if config.tensorboard and self.writes else None
         self._log(report.header(config, self.device, self.step))
 
@@ -176,6 +188,7 @@ class Trainer:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
         source = self.gan.source
         data = {"shape": list(source.shape), "scale": source.scale, "classes": self.gan.classes}
+        data |= {"class_names": source.class_names, "digest": self.data.digest if self.data else None}
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": data}
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state)
@@ -188,15 +201,29 @@ class Trainer:
         if self.board:
             self.board.write(record)
 
-    def _resume(self) -> None:
-        if not checkpoint.any_in(self.run.checkpoints):
-            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
-            self.run.forget_after(0)
+    def _describe(self, source: Source) -> None:
+        """Print what was found in the user's folder."""
+        if not self.writes or not source.notes:
             return
+        print(f"data: {'; '.join(source.notes)}")
+        if source.classes and not self.config.model.conditional:
+            print("the networks do not use the classes: --conditional gives the labels to both")
+
+    def _newest_state(self) -> dict[str, Any] | None:
+        if not checkpoint.any_in(self.run.checkpoints):
+            return None
         state, damaged = checkpoint.load_newest(self.run.checkpoints)
         for message in damaged:
             print(f"{message}; continuing from step {state['step']}")
+        return state
+
+    def _resume(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
+            self.run.forget_after(0)
+            return
         self.gan.load_state_dict(state["gan"])
+        checkpoint.restore_rng(state)
         self.step, self.seconds = state["step"], state["seconds"]
         self.ranks.wait()  # until every rank has read the checkpoint
         if self.writes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig, refuse_changes
+from fastgan.trainer.data.record import DataRecord
 from fastgan.trainer.errors import RunFolderError
 
 
@@ -23,6 +24,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.folder
         self.config = self.path / "config.json"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.png"
         self.history = self.path / "samples"
@@ -45,11 +47,14 @@ class RunFolder:
         elif in_use and not config.overwrite:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 
-    def open(self, config: TrainConfig) -> None:
+    def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
         if config.overwrite:
             self._clear()
         make_folder(self.path)
-        replace_text(self.config, strict_json.dumps(config.to_json(), indent=2) + "\n")
+        if data is not None:
+            replace_text(self.data, data.text())
+        class_names = {"class_names": data.class_names} if data is not None and data.class_names else {}
+        replace_text(self.config, strict_json.dumps(config.to_json() | class_names, indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
@@ -61,7 +66,7 @@ class RunFolder:
 
     def _files(self) -> tuple[Path, ...]:
         pictures = self.samples, self.losses, self.interpolations, self.nearest
-        return *pictures, self.config, self.metrics, self.quality, self.report, self.html
+        return *pictures, self.config, self.data, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:

@@ -47,7 +47,11 @@ class Augment:
         if u is None:
             return x
         for change, (taken, *how) in zip(CHANGES, u.to(x.dtype).permute(1, 2, 0), strict=True):
-            if change is not LEFT_OUT.get(self.kind):
+            if change is LEFT_OUT.get(self.kind):
+                continue
+            if x.shape[1] == 4 and change in COLORS:  # the fourth channel is alpha
+                x = torch.cat([change(x[:, :3], taken < self.p, *how), x[:, 3:]], 1)
+            else:
                 x = change(x, taken < self.p, *how)
         return x
 
@@ -127,6 +131,7 @@ def column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+COLORS = (brightness, saturation, contrast)
 CHANGES = (mirror, brightness, saturation, contrast, translation, cutout)
 # Cutout lowers the discriminator's confidence on memorized images. ADA's p follows that confidence and stayed too low.
 LEFT_OUT = {"diffaugment": mirror, "ada": cutout}

@@ -1,7 +1,8 @@
 """Image features for metrics that compare sets of images. An extractor is any callable (N, C, H, W) -> (N, F).
 
-Images are in [-1, 1], of any size, with one channel or three. Values from different extractors are not comparable, so
-each metric's name includes its extractor. None of these extractors is Inception, and none of the distances is an FID.
+Images are in [-1, 1], of any size, with one, three or four channels; the fourth is alpha. Values from different
+extractors are not comparable, so each metric's name includes its extractor. None of these extractors is
+Inception, and none of the distances is an FID.
 """
 
 from __future__ import annotations
@@ -224,7 +225,10 @@ def relu6(x: Tensor) -> Tensor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Expand images (N, 1 or 3, H, W) to (N, 3, H, W)."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    """Expand images (N, 1, 3 or 4, H, W) to (N, 3, H, W). The fourth channel is alpha; the background is white."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
+        raise ValueError(f"images must be (N, 1, 3 or 4, H, W), got {tuple(images.shape)}")
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:].clamp(-1, 1) + 1) / 2
+        return 1 + alpha * (images[:, :3] - 1)
     return images.expand(-1, 3, -1, -1)

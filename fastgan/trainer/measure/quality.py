@@ -38,18 +38,31 @@ def score(
     if isinstance(gan.source, Stacked):
         samples = torch.cat([gan.samples(batch) for batch in latents(gan, STACKED, seed).split(gan.optim.batch_size)])
         return {"n": STACKED, **count_modes(stacked_modes(samples, gan.source), STACKED)._asdict()}
-    if not measures_images(gan.source.shape) or held_out is None:
-        return {}
+    if reason := why_unscored(gan.source, held_out):
+        return {"unscored": reason}
+    assert held_out is not None
     n = min(images, gan.source.size or images, held_out.size or images)
-    if n < LEAST:
-        return {}
     real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
     fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
     return compare(real, other, fake, load_extractor(extractor, gan.device), label(extractor), gan.device)
 
 
+def why_unscored(source: Source, held_out: Source | None) -> str | None:
+    """Return why samples of this data have no scores, or None."""
+    if not measures_images(source.shape):
+        return f"no score compares samples of shape {source.shape}"
+    held = 0 if held_out is None else held_out.size
+    if held is not None and held < LEAST:
+        of = f", of {source.size + held} pictures" if source.size is not None else ""
+        return (
+            f"scores need at least {LEAST} held-out pictures, but this run holds out {held}{of}; with "
+            f"{10 * LEAST} pictures or more, a tenth is held out"
+        )
+    return None
+
+
 def measures_images(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3)
+    return len(shape) == 3 and shape[0] in (1, 3, 4)
 
 
 def check_scoring(extractor: str, source: Source, device: torch.device) -> None:

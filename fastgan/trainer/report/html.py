@@ -134,6 +134,8 @@ def charts(records: list[Record]) -> list[str]:
 
 
 def quality_table(quality: Record) -> str:
+    if "unscored" in quality:
+        return f"<h2>Quality</h2><p>No scores: {escape(quality['unscored'])}.</p>"
     if "floor" not in quality:
         return ""
     floor: Record = quality["floor"]

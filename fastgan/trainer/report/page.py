@@ -63,6 +63,12 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     ]
     if where["commit"]:
         rows.append(("commit", where["commit"]))
+    if gan.source.class_names:
+        rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {', '.join(gan.source.class_names)}"))
+    for note in gan.source.notes:
+        rows.insert(1, ("data", note))
+    if "unscored" in quality:
+        rows.append(("scores", f"none: {quality['unscored']}"))
     if "covered" in quality:
         rows.append(("modes", covered(quality)))
     rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]

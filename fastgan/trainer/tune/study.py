@@ -64,7 +64,7 @@ def tune(config: TuneConfig) -> TrainConfig:
         share(config)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
-    best = settings(config.start, study.best_params)
+    best = config.best(settings(config.start, study.best_params))
     (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
@@ -76,7 +76,7 @@ def check(config: TuneConfig) -> None:
         import_module("scipy")  # optuna imports it only after the random trials
     start = config.start
     device = choose_device(start.device)
-    source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    source = load_source(start.dataset, 0, device, start.data, start.image_size, start.pictures)
     if not measures_images(source.shape) and not isinstance(source, Mixture):
         raise TrainerError(NO_SCORE)
     check_scoring(config.extractor, source, device)
@@ -291,7 +291,7 @@ class Game:
     def __init__(self, config: TrainConfig, seed: int, extractor: str) -> None:
         device = choose_device(config.device)
         self.config, self.extractor, self.seed = config, extractor, seed
-        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size)
+        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size, config.pictures)
         self.held_out = hold_out(source, config.optim.batch_size, seed)
         self.gan = GAN(config.model, config.optim, source, 4 * seed, device)
         self.step, self.diverged = 0, False
