@@ -1,4 +1,4 @@
-"""The command line: fastgan train, verify, tune, export, bench, info. Commands import their dependencies when run."""
+"""The command line: fastgan train, generate, evaluate and others. Commands import their dependencies when run."""
 
 from __future__ import annotations
 
@@ -67,15 +67,16 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     from fastgan.trainer.config import PRESETS, TrainConfig
 
     arguments, file = take_config(arguments)
-    settings = None if file is None else TrainConfig.load(file)
-    if settings and (not arguments or arguments[0].startswith("-")):
-        arguments = [settings.dataset, *arguments]
+    if file is not None and (not arguments or arguments[0].startswith("-")):
+        arguments = [preset_in(file), *arguments]
     if not arguments or arguments[0] not in PRESETS:
         wrong = arguments and not arguments[0].startswith("-")
         got = f"no preset {arguments[0]!r}" if wrong else "train needs a preset as its first argument"
         raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
     name, *flags = arguments
     text, preset = PRESETS[name]
+    if file is not None:
+        preset = TrainConfig.load(file, preset)
 
     def parse(settings: TrainConfig) -> TrainConfig:
         # Parse one preset at a time. With all presets as subcommands, messages would mention the other presets' flags.
@@ -88,7 +89,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
 
-    config = parse(settings or preset)
+    config = parse(preset)
     if not config.resume:
         return config
     # Parse again with the run's settings as defaults, so that only given flags count as changes.
@@ -98,11 +99,28 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
 
 
+def preset_in(file: Path) -> str:
+    """Return the preset that a settings file is for: its data set."""
+    import json
+
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not a valid configuration: {error}") from error
+    name = values.get("dataset") if isinstance(values, dict) else None
+    if name is None:
+        raise ValueError(f"{file} does not contain 'dataset': give the preset too, fastgan train PRESET --config FILE")
+    return str(name)
+
+
 def presets() -> str:
     from fastgan.trainer.config import PRESETS
 
     lines = [f"  {name:15}{text}" for name, (text, _) in PRESETS.items()]
-    about = f"{train.__doc__} --config FILE starts from the settings in a file, such as fastgan tune's best.json."
+    about = (
+        f"{train.__doc__} --config FILE takes settings from a file, such as fastgan tune's best.json. The file may "
+        "contain only some."
+    )
     example = "example: fastgan train fashion-mnist --name demo --minutes 4"
     return "\n".join(["usage: fastgan train PRESET [--help] [FLAGS]", "", about, "", example, "", *lines])
 
@@ -182,6 +200,59 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def generate(arguments: Sequence[str]) -> int:
+    """Make samples, grids and animated interpolations with a trained generator."""
+    import tyro
+
+    from fastgan.trainer.use.generate import GenerateConfig
+    from fastgan.trainer.use.generate import generate as run
+
+    config = tyro.cli(
+        GenerateConfig,
+        prog="fastgan generate",
+        description=f"{generate.__doc__}\n\nexample: fastgan generate runs/demo --grid 4x8 --interpolate 120",
+        args=list(arguments),
+    )
+    written = run(config)
+    print(*(written if len(written) <= 4 else [*written[:2], "...", *written[-2:]]), sep="\n")
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Compute the scores of a trained generator, or of a folder of samples."""
+    import tyro
+
+    from fastgan.trainer.use.evaluate import EvaluateConfig, lines
+    from fastgan.trainer.use.evaluate import evaluate as run
+
+    config = tyro.cli(
+        EvaluateConfig,
+        prog="fastgan evaluate",
+        description=f"{evaluate.__doc__}\n\nexample: fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
+        args=list(arguments),
+    )
+    print("\n".join(lines(run(config))))
+    return 0
+
+
+def project(arguments: Sequence[str]) -> int:
+    """Find the latent whose sample is nearest to a picture."""
+    import tyro
+
+    from fastgan.trainer.use.project import ProjectConfig
+    from fastgan.trainer.use.project import project as run
+
+    config = tyro.cli(
+        ProjectConfig,
+        prog="fastgan project",
+        description=f"{project.__doc__}\n\nexample: fastgan project runs/demo picture.png",
+        args=list(arguments),
+    )
+    for key, value in run(config).items():
+        print(f"{key:32}{value:.4g}" if isinstance(value, float) else f"{key:32}{value}")
+    return 0
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Time the kernels against plain PyTorch."""
     from fastgan.bench import run
@@ -207,13 +278,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": verify,
     "tune": tune,
     "export": export,
+    "generate": generate,
+    "evaluate": evaluate,
+    "project": project,
     "bench": bench,
     "info": info,
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: fastgan COMMAND [--help]", "       fastgan --version", "", *lines])
 
 

@@ -52,7 +52,7 @@ TRAINER = [
     {"models"},
     {"gan"},
     {"measure", "run"},
-    {"report", "tune", "verify", "export"},
+    {"report", "tune", "verify", "export", "use"},
     {"loop"},
 ]
 

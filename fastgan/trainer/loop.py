@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,19 +26,20 @@ from fastgan.trainer.data.record import DataRecord, check_same, record_of
 from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import NonFiniteLossError
+from fastgan.trainer.export import read_export, write_export
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure import alarms
 from fastgan.trainer.measure.diagnostics import Diagnostics
 from fastgan.trainer.measure.equilibrium import duality_gap
-from fastgan.trainer.measure.quality import check_scoring, score
+from fastgan.trainer.measure.quality import check_scoring, cost, score
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
-from fastgan.trainer.run import RunFolder
+from fastgan.trainer.run import MEASURING, RunFolder
 
 GRID_SAMPLES = 64
 POINT_SAMPLES = 2000
-MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
+PROBLEMS = 12  # weights that do not fit, to name
 LOSS_NAMES = ("discriminator", "generator")
 
 
@@ -48,6 +51,8 @@ class Trainer:
             from fastgan.trainer.report.tensorboard import (
                 Board,  # import it before anything is written: its package may be missing
             )
+        if config.score_every or (config.init_from and config.init_from.is_file()):
+            import_module("safetensors")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -71,6 +76,8 @@ class Trainer:
         if self.data is not None and isinstance(self.held_out, Images):
             self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
+        if config.init_from and not config.resume:
+            self._start_from(config.init_from)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
@@ -124,6 +131,8 @@ class Trainer:
                     self._record(bar)
                 if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
                     self._measure_equilibrium()
+                if self.config.score_every and self.step % self.config.score_every == 0:
+                    self._score()
                 if self.writes and self.step % self.config.sample_every == 0:
                     self._draw()
                 if self.step % self.config.checkpoint_every == 0:
@@ -184,12 +193,61 @@ class Trainer:
             seed = 4 * self.config.seed + MEASURING + self.step
             self._log({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
+    def _score(self) -> None:
+        """Score the averaged generator on held-out data, and keep it if it is the best one so far."""
+        seed = 4 * self.config.seed + MEASURING
+        scores = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
+        found = cost(scores)
+        if found is None:
+            return
+        best = (
+            min((record["cost"] for record in self.run.read_metrics() if "cost" in record), default=math.inf)
+            if self.writes
+            else math.inf
+        )
+        numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+        if self.writes and found < best:
+            data, weights = self._about_data(), self.gan.ema.module.state_dict()
+            write_export(self.run.best, self.config, data, self.step, weights)
+        self._log({"step": self.step, "cost": found, "scores": numbers})
+
+    def _about_data(self) -> dict[str, Any]:
+        source = self.gan.source
+        return {
+            "shape": list(source.shape),
+            "scale": source.scale,
+            "classes": self.gan.classes,
+            "class_names": source.class_names,
+            "digest": self.data.digest if self.data else None,
+        }
+
+    def _start_from(self, path: Path) -> None:
+        """Copy the weights of a run or of an exported generator."""
+        if path.is_file():
+            generator, discriminator = read_export(path)[3], None
+        else:
+            state, _ = checkpoint.load_newest(path / "checkpoints")
+            generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
+        total = len(self.gan.generator.state_dict()) + len(self.gan.discriminator.state_dict())
+        torch.manual_seed(4 * self.config.seed)  # loading a checkpoint has set the random state
+        problems = self.gan.start_from(generator, discriminator)
+        if not self.writes:
+            return
+        print(
+            f"starting from {path}: {len(problems)} of {total} tensors do not fit"
+            if problems
+            else f"starting from {path}: all tensors fit"
+        )
+        for line in problems[:PROBLEMS]:
+            print(f"  {line}")
+        if len(problems) > PROBLEMS:
+            print(f"  and {len(problems) - PROBLEMS} more")
+        if discriminator is None:
+            print("  the file has no discriminator: its weights are new")
+
     def _save(self, bar: tqdm[Any]) -> None:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
-        source = self.gan.source
-        data = {"shape": list(source.shape), "scale": source.scale, "classes": self.gan.classes}
-        data |= {"class_names": source.class_names, "digest": self.data.digest if self.data else None}
-        state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": data}
+        state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state)
         if self.board:

@@ -8,10 +8,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig, refuse_changes
-from fastgan.trainer.data.record import DataRecord
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.record import DataRecord, record_of
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.errors import RunFolderError
+
+MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
+
+
+def run_data(config: TrainConfig, device: torch.device) -> tuple[Source, Source | None]:
+    """Return the samples that a run trains on, and those that it holds out, or None."""
+    seed = 4 * config.seed
+    source = load_source(config.dataset, seed + 2, device, config.data, config.image_size, config.pictures)
+    known = DataRecord.read(config.folder / "data.json")
+    now = record_of(source)
+    same = known is None or now is None or known.digest == now.digest
+    names = () if known is None or same else known.held_out
+    return source, hold_out(source, config.optim.batch_size, seed + MEASURING, names)
 
 
 class RunFolder:
@@ -30,6 +48,7 @@ class RunFolder:
         self.history = self.path / "samples"
         self.losses = self.path / "losses.png"
         self.interpolations = self.path / "interpolations.png"
+        self.best = self.path / "best.safetensors"  # written with --score-every
         self.nearest = self.path / "nearest.png"
         self.quality = self.path / "quality.json"
         self.report = self.path / "report.md"
@@ -66,7 +85,7 @@ class RunFolder:
 
     def _files(self) -> tuple[Path, ...]:
         pictures = self.samples, self.losses, self.interpolations, self.nearest
-        return *pictures, self.config, self.data, self.metrics, self.quality, self.report, self.html
+        return *pictures, self.config, self.data, self.best, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:

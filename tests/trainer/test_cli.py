@@ -149,10 +149,41 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert capsys.readouterr().err == "fastgan: runs/ring8 is a run on ring8, not on grid25\n"
 
 
-def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):
-    Path("half.json").write_text('{"dataset": "ring8"}')
-    assert cli.main(["train", "--config", "half.json"]) == 2
-    assert capsys.readouterr().err == "fastgan: half.json is not a valid configuration: 'runs' is missing\n"
+def test_a_file_may_contain_only_some_settings(in_tmp_path):
+    Path("some.json").write_text('{"steps": 7, "optim": {"d_lr": 0.5}, "width": 3}')
+    config = cli.parse_train(["grid25", "--config", "some.json", "--seed", "4"])
+    preset = PRESETS["grid25"][1]
+    assert (config.steps, config.optim.d_lr, config.model.width, config.seed) == (7, 0.5, 3, 4)
+    assert config.optim.g_lr == preset.optim.g_lr
+    Path("other.json").write_text('{"dataset": "ring8", "steps": 9}')
+    config = cli.parse_train(["--config", "other.json"])
+    assert (config.dataset, config.steps, config.name) == ("ring8", 9, "ring8")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"stpes": 3}', "no setting 'stpes': did you mean 'steps'?"),
+        ('{"model": {"widht": 3}}', "no setting 'widht': did you mean 'width'?"),
+        ('{"optim": {"batchsize": 3}}', "no setting 'batchsize': did you mean 'batch_size'?"),
+        ("[1]", "it is not a table of settings"),
+        ("{", "Expecting property name"),
+        ('{"optim": 3}', "optim"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line_that_names_the_right_setting(in_tmp_path, capsys, content, says):
+    Path("wrong.json").write_text(content)
+    assert cli.main(["train", "ring8", "--config", "wrong.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgan: wrong.json is not a valid configuration: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_without_a_data_set_needs_a_preset(in_tmp_path, capsys):
+    Path("some.json").write_text('{"steps": 7}')
+    assert cli.main(["train", "--config", "some.json"]) == 2
+    assert "give the preset too" in capsys.readouterr().err
 
 
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):

@@ -124,6 +124,7 @@ def charts(records: list[Record]) -> list[str]:
             log=True,
             note="Norm of one step's change relative to the weights' norm; about 1e-3 is usual.",
         ),
+        *score_charts(records),
         line_chart(
             "Duality gap",
             series(gap="duality_gap", discriminator_gains="d_gain", generator_gains="g_gain"),
@@ -133,18 +134,35 @@ def charts(records: list[Record]) -> list[str]:
     ]
 
 
+def score_charts(records: list[Record]) -> list[str]:
+    """Return the curves of `--score-every`: distances, fractions and counts each have their own scale."""
+    scored = [record for record in records if "scores" in record]
+    names = {name for record in scored for name in record["scores"]}
+    fractions = sorted(names & {"density", "coverage", "recall", "precision", "high_quality"})
+    distances = sorted(name for name in names if "-" in name)
+
+    def curves(chosen: list[str]) -> dict[str, Series]:
+        return {name: [(r["step"], r["scores"][name]) for r in scored if name in r["scores"]] for name in chosen}
+
+    charts = [line_chart(f"{name} on held-out pictures", curves([name])) for name in distances]
+    charts.append(line_chart("Modes covered", curves(["covered"] if "covered" in names else [])))
+    return [*charts, line_chart("Quality of the samples", curves(fractions))]
+
+
 def quality_table(quality: Record) -> str:
     if "unscored" in quality:
         return f"<h2>Quality</h2><p>No scores: {escape(quality['unscored'])}.</p>"
     if "floor" not in quality:
         return ""
     floor: Record = quality["floor"]
+    note = f"{quality['note']}. " if "note" in quality else ""
     rows = "".join(
         f'<tr><td>{escape(key)}</td><td class="n">{quality[key]:.4g}</td><td class="n">{floor[key]:.4g}</td></tr>'
         for key in floor
     )
     return (
         f"<h2>Quality</h2><p>{quality['n']:,} samples against equally many held-out reals; features: "
-        f"{escape(quality['extractor'])}. The floor is the score of training reals in place of samples.</p>"
+        f"{escape(quality['extractor'])}. {escape(note)}The floor is the score of training reals in place of "
+        "samples.</p>"
         f"<table><tr><th>metric</th><th>samples</th><th>floor</th></tr>{rows}</table>"
     )

@@ -69,6 +69,10 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         rows.insert(1, ("data", note))
     if "unscored" in quality:
         rows.append(("scores", f"none: {quality['unscored']}"))
+    if "note" in quality:
+        rows.append(("scores", quality["note"]))
+    if best := best_of(run.read_metrics()):
+        rows.append(("best generator", f"step {best['step']:,}, cost {best['cost']:.4g}, in {run.best.name}"))
     if "covered" in quality:
         rows.append(("modes", covered(quality)))
     rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
@@ -87,6 +91,11 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
         encoding="utf-8",
     )
+
+
+def best_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the first record with the lowest cost, or None without scores during training."""
+    return min((record for record in records if "cost" in record), key=lambda record: record["cost"], default=None)
 
 
 def parameters(model: nn.Module) -> int:

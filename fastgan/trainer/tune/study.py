@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import multiprocessing
 import os
 import signal
@@ -31,14 +30,13 @@ from fastgan.trainer.data.toys import Stacked
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.measure.quality import LEAST, check_scoring, measures_images, score
+from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost, measures_images, score
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
 
 RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
 CHECK_EVERY = 50  # steps between checks for a loss that is not finite
-DIVERGED = 10.0  # far above the cost of any completed training run, but finite, so that the optimizer can use it
 NO_SCORE = "this preset cannot be tuned, because its samples have no score: use one with points or images"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -307,20 +305,7 @@ class Game:
         if self.diverged:
             return DIVERGED
         self.scores = score(self.gan, self.held_out, self.seed, self.extractor)
-        return cost(self.scores)
-
-
-def cost(scores: dict[str, Any]) -> float:
-    """Return the cost of scores. It is the KID for images.
-
-    For points it is the fraction of missed modes, plus a tenth of the fraction of samples that are not of high quality.
-
-    Raises:
-        TrainerError: the data has no score.
-    """
-    if "covered" in scores:
-        return float(1 - scores["covered"] / scores["total"] + 0.1 * (1 - scores["high_quality"]))
-    for key, value in scores.items():
-        if key.startswith("KID"):
-            return min(float(value), DIVERGED) if math.isfinite(value) else DIVERGED
-    raise TrainerError(NO_SCORE)
+        found = cost(self.scores)
+        if found is None:
+            raise TrainerError(NO_SCORE)
+        return found

@@ -106,7 +106,7 @@ class TestNeighbours:
         assert found.density > 0.7
 
     def test_fakes_elsewhere_score_nothing(self):
-        assert neighbors(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0)
+        assert neighbors(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("metric", [kid, frechet_distance, neighbors])
