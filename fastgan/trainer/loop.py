@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgan import strict_json
 from fastgan.trainer import checkpoint
@@ -32,6 +31,7 @@ from fastgan.trainer.measure import alarms
 from fastgan.trainer.measure.diagnostics import Diagnostics
 from fastgan.trainer.measure.equilibrium import duality_gap
 from fastgan.trainer.measure.quality import check_scoring, cost, score
+from fastgan.trainer.progress import Progress
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
@@ -94,10 +94,17 @@ class Trainer:
         if config.resume:
             self._resume(state)
         self.ranks.wait()  # until every rank has read the folder
-        if self.writes:
-            self.run.open(config, self.data)
-        self.board = Board(self.run.tensorboard, self.step) if config.tensorboard and self.writes else None
-        self._log(report.header(config, self.device, self.step))
+        self.board = None
+        try:
+            if self.writes:
+                self.run.open(config, self.data)
+            if config.tensorboard and self.writes:
+                self.board = Board(self.run.tensorboard, self.step)
+            self._log(report.header(config, self.device, self.step))
+        except BaseException:
+            if self.writes:
+                self.run.undo()
+            raise
 
     def train(self) -> int | None:
         """Train until a limit or a signal, then write a checkpoint, pictures and a report.
@@ -110,16 +117,11 @@ class Trainer:
         """
         started = time.monotonic() - self.seconds
         self.recorded_at = self.seconds
-        bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        images = self.config.optim.batch_size
         with (
             received_signals() as signals,
-            tqdm(
-                total=1.0,
-                initial=self.progress(),
-                desc=self.config.name,
-                bar_format=bar_format,
-                disable=not self.writes,
-            ) as bar,
+            self._locked(),
+            Progress(self.config.name, images, self.progress(), self.device, self.writes) as bar,
         ):
             while not self.ranks.any(self.progress() >= 1 or bool(signals)):
                 if (self.step + 1) % self.config.log_every == 0:
@@ -127,6 +129,7 @@ class Trainer:
                 self.pending.append(self.gan.step())
                 self.step += 1
                 self.seconds = time.monotonic() - started
+                bar.step(self.step, self.progress(), self.pending[-1])
                 if self.step % self.config.log_every == 0:
                     self._record(bar)
                 if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
@@ -148,6 +151,19 @@ class Trainer:
             self.ranks.wait()
         return signals[0] if signals else None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Give the lock back in the end. If the first step of a new run fails, remove the run."""
+        first = self.step
+        try:
+            yield
+        except Exception:
+            if self.step == first and self.writes:
+                self.run.undo()
+            raise
+        finally:
+            self.run.lock.release()
+
     def progress(self) -> float:
         """Return the fraction of the run that is done. It is 1 when either limit is reached."""
         share = self.step / self.config.steps
@@ -155,7 +171,7 @@ class Trainer:
             share = max(share, self.seconds / (60 * self.config.minutes))
         return min(share, 1.0)
 
-    def _record(self, bar: tqdm[Any]) -> None:
+    def _record(self, bar: Progress) -> None:
         """Check the losses since the last record and write their means. Only this waits for the device."""
         if not self.pending:
             return
@@ -183,8 +199,6 @@ class Trainer:
             self._log(alarm)
             if self.writes:
                 bar.write(alarms.describe(alarm))
-        bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
-        bar.update(self.progress() - bar.n)
         self.pending.clear()
         self.recorded_at = self.seconds
 
@@ -245,7 +259,7 @@ class Trainer:
         if discriminator is None:
             print("  the file has no discriminator: its weights are new")
 
-    def _save(self, bar: tqdm[Any]) -> None:
+    def _save(self, bar: Progress) -> None:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
         if self.writes:

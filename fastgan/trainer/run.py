@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from fastgan.trainer.data.held_out import hold_out
 from fastgan.trainer.data.record import DataRecord, record_of
 from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.lock import Lock
 
 MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
 
@@ -56,25 +58,41 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
+        self.lock = Lock(self.path / "lock")
+        self.fresh = not config.resume
+        self.created: list[Path] = []  # folders that this run made, the innermost first
 
         try:
-            in_use = self.path.exists() and any(entry != self.verify for entry in self.path.iterdir())
+            others = (self.verify, self.lock.path)
+            in_use = self.path.exists() and any(entry not in others for entry in self.path.iterdir())
         except PermissionError as error:
             raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
+        self.lock.check()
         if config.resume:
             refuse_changes(TrainConfig.load(self.config), config)
         elif in_use and not config.overwrite:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 
     def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
+        self.created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        make_folder(self.path)
+        self.lock.take()
         if config.overwrite:
             self._clear()
-        make_folder(self.path)
         if data is not None:
             replace_text(self.data, data.text())
         class_names = {"class_names": data.class_names} if data is not None and data.class_names else {}
         replace_text(self.config, strict_json.dumps(config.to_json() | class_names, indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
+
+    def undo(self) -> None:
+        """Remove what a start that failed has made, and give the lock back."""
+        if self.fresh:
+            self._clear()
+        self.lock.release()
+        for folder in self.created:
+            with contextlib.suppress(OSError):  # it contains something else
+                folder.rmdir()
 
     def _clear(self) -> None:
         """Delete the files that a run writes, and no other files in the folder."""

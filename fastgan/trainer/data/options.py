@@ -1,10 +1,11 @@
-"""How pictures are read: the settings of the data sets `folder` and `emoji`."""
+"""Names of data sets, and how pictures are read. This module does not import PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 Crop = Literal["center", "none", "random"]
 Channels = Literal[1, 3, 4]
 LabelRule = Literal["auto", "folders", "json", "none"]

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgan.trainer.data.drawn import ALL, Drawn, Source
+from fastgan.trainer.data.options import DatasetName as DatasetName
 from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import DataError
@@ -22,7 +23,6 @@ FASHION_MNIST_CLASSES = (
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
 
 FASHION_MNIST_IMAGES = "train-images-idx3-ubyte.gz"
 FASHION_MNIST_LABELS = "train-labels-idx1-ubyte.gz"

@@ -8,13 +8,13 @@ differentiated any number of times. Penalties use the gradient with respect to t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-AugmentName = Literal["none", "diffaugment", "ada"]
+from fastgan.trainer.game.names import AugmentName as AugmentName
 
 EVERY = 4  # batches between updates of p
 SHIFT, CUT = 1 / 8, 1 / 2  # as fractions of a side: the largest translation, and the side of the cutout square

@@ -13,16 +13,16 @@ for a piecewise-affine D:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastgan
 from fastgan.ops.gradient_penalty.kinds import penalize
+from fastgan.trainer.game.names import Kernels as Kernels
+from fastgan.trainer.game.names import PenaltyName as PenaltyName
 
-PenaltyName = Literal["none", "wgan-gp", "wgan-lp", "r1", "r2", "r1+r2", "dragan", "zero-centered", "max-gp"]
-Kernels = Literal["fastgan", "torch"]
 Discriminator = Callable[..., Tensor]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from fastgan.trainer.config import TrainConfig
@@ -23,35 +22,10 @@ from fastgan.trainer.measure.extractors import TorchScript, check_extractor, loa
 from fastgan.trainer.measure.metrics import inception_score
 from fastgan.trainer.measure.quality import LEAST, compare, measures_images
 from fastgan.trainer.run import make_folder, run_data
+from fastgan.trainer.use.config import EvaluateConfig
 from fastgan.trainer.use.trained import Trained, load_trained, write_json
 
 PROBABILITIES = 64  # samples in a batch of the Inception Score
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    run: tyro.conf.Positional[Path | None] = None  # folder of a run; or --images
-    images: Path | None = None  # folder or zip file with samples to score, instead of a run's
-    against: Path | None = None  # folder or zip file with real pictures; default: those that the run holds out
-    training: bool = False  # score against the pictures that the run trained on
-    samples: int = 5000  # number of samples and of real pictures; fewer if there are fewer
-    seed: int = 0
-    extractor: str | None = None  # a TorchScript file such as inception-2015-12-05.pt, or as for fastgan train
-    best: bool = False  # the best generator of --score-every instead of the newest
-    image_size: int | str | None = None  # with --images: size to read at; default: that of the first sample
-    pictures: tyro.conf.OmitArgPrefixes[PictureConfig] = field(default_factory=PictureConfig)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path | None = None  # file to write; default: evaluation.json in the run's folder
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.images is None):
-            raise ValueError("evaluate needs the folder of a run, or --images PATH and --against PATH")
-        if self.images is not None and self.against is None:
-            raise ValueError("--images needs --against PATH, the real pictures")
-        if self.training and self.against is not None:
-            raise ValueError("training and against exclude each other")
-        if self.samples < LEAST:
-            raise ValueError(f"samples must be at least {LEAST}, got {self.samples}")
 
 
 @dataclass

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.report.pictures import as_picture, grid_of
 from fastgan.trainer.run import make_folder
+from fastgan.trainer.use.config import GenerateConfig as GenerateConfig
 from fastgan.trainer.use.trained import Trained, load_trained
 
 MILLISECONDS = 40  # of a frame
 STOPS = 4  # latents that an interpolation visits
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    run: tyro.conf.Positional[Path]  # folder of a run, such as runs/demo, or a file of fastgan export
-    samples: int = 16  # number of samples, each a PNG file
-    seed: int = 0
-    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # name or number; default: all in turn
-    truncation: float = 1.0  # factor of the latents: below 1, samples are more alike and often better
-    grid: str | None = None  # also write grid.png of ROWSxCOLUMNS samples, such as 4x8; the interpolation's size too
-    interpolate: int | None = None  # also write a looped animation of this many frames
-    animation: Literal["webp", "gif"] = "webp"  # its format
-    npz: bool = False  # also write samples.npz: samples (N, H, W, C) in bytes, latents and labels
-    best: bool = False  # the best generator of --score-every instead of the newest
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path | None = None  # folder to write to; default: generated in the run's folder
-
-    def __post_init__(self) -> None:
-        if self.samples < 0 or (self.interpolate is not None and self.interpolate < 2):
-            raise ValueError("samples must not be negative, and an interpolation needs at least 2 frames")
-        if not self.truncation >= 0:
-            raise ValueError(f"truncation must not be negative, got {self.truncation}")
-        self.rows_and_columns()
-
-    def rows_and_columns(self) -> tuple[int, int] | None:
-        if self.grid is None:
-            return None
-        parts = self.grid.lower().split("x")
-        if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise ValueError(f"grid must be ROWSxCOLUMNS, such as 4x8, got {self.grid!r}")
-        return int(parts[0]), int(parts[1])
 
 
 def generate(config: GenerateConfig) -> list[Path]:

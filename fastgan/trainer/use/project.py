@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from fastgan.trainer.data.pixels import UNREADABLE, open_image, pixels_of
@@ -19,25 +16,11 @@ from fastgan.trainer.measure.extractors import Extractor, label, load_extractor
 from fastgan.trainer.measure.quality import measures_images
 from fastgan.trainer.report.pictures import as_picture, grid_of
 from fastgan.trainer.run import make_folder
+from fastgan.trainer.use.config import ProjectConfig
 from fastgan.trainer.use.evaluate import layout_of
 from fastgan.trainer.use.trained import Trained, load_trained, write_json
 
 NOISE = 0.1  # of the latent at the start, so that the search leaves poor minima
-
-
-@dataclass(frozen=True)
-class ProjectConfig:
-    run: tyro.conf.Positional[Path]  # folder of a run, or a file of fastgan export
-    picture: tyro.conf.Positional[Path]  # picture to find the latent of
-    class_name: str | None = None  # class of a conditional generator; default: the one that fits best
-    steps: int = 300
-    starts: int = 256  # random latents, of which the nearest one is the start
-    lr: float = 0.05
-    extractor: str | None = None  # features of the perceptual distance; default: the run's
-    seed: int = 0
-    best: bool = False  # the best generator of --score-every instead of the newest
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path | None = None  # folder to write to; default: projected/<picture> in the run's folder
 
 
 class Distance:

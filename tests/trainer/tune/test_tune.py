@@ -301,7 +301,7 @@ class TestBeforeTheFirstTrial:
     @pytest.mark.parametrize(
         ("extractor", "says"),
         [
-            ("inception", "extractor must be one of random-conv, efficientnet-lite0, or module:callable"),
+            ("inception", "extractor must be one of random-conv, efficientnet-lite0, FILE.pt, or module:callable"),
             (f"{__name__}:broken_extractor", r"must return features \(2, F\)"),
             (f"{__name__}:nothing", "got .*nothing"),
         ],
