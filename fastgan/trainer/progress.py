@@ -57,11 +57,9 @@ class Progress:
             self.steps.popleft()
         if now - self.drawn >= REDRAW:
             self.drawn = now
-            d_loss, g_loss = losses.tolist()
-            self.bar.set_postfix_str(
-                f"step {number:,}  D {d_loss:.3f}  G {g_loss:.3f}  {self.rate():.3g} images/s  {memory(self.device)}",
-                False,
-            )
+            losses_now = "  ".join(f"{name} {loss:.3f}" for name, loss in zip("DG", losses.tolist(), strict=True))
+            rate = f"{plain(self.rate())} images/s  {memory(self.device)}"
+            self.bar.set_postfix_str(f"step {number:,}  {losses_now}  {rate}", refresh=False)
         self.bar.update(done - self.bar.n)
         if not self.judged and now - self.started[0] > JUDGED_AFTER:
             self.judged = True

@@ -15,6 +15,7 @@ import fastgan_command
 from fastgan import __version__, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
+COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
 ROOT = Path(__file__).resolve().parents[2]
 RING = ["train", "ring8", "--steps", "3", "--width", "8", "--batch-size", "16", "--device", "cpu"]
 
@@ -110,6 +111,56 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     assert f"(default: {config.model.width})" in words
     assert f"example: fastgan train {preset}" in words
     assert ("--data PATH --steps 500" in words) == (preset == "folder")
+
+
+HELPS = [[], ["--help"], ["--version"], ["train", "--help"], ["train", "folder", "--help"], *COMMAND_HELPS]
+MEASURED = """
+import sys, time
+
+sys.argv[1:] = {arguments!r}
+import fastgan_command
+
+try:
+    fastgan_command.main()
+except SystemExit as end:
+    assert not end.code
+print([time.process_time(), "torch" in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help_takes_little_time_because_pytorch_is_not_imported(in_tmp_path, arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEASURED.format(arguments=arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    seconds, imported = json.loads(done.stderr.replace("False", "false").replace("True", "true"))
+    assert not imported
+    assert seconds < 0.7
+    assert done.stdout.startswith(("usage: ", "fastgan "))
+
+
+def test_idle_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.setattr(fastgan_command, "needs_no_kernels", lambda _: sys.exit(0))
+    for given, wanted in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        with pytest.raises(SystemExit):
+            fastgan_command.main()
+        assert os.environ["OMP_WAIT_POLICY"] == wanted
+
+
+@pytest.mark.parametrize("flag", cli.OTHER_FLAGS)
+def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
+    assert cli.main(["train", "folder", flag, "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fastgan: fastgan train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "folder", "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert flag not in known
+    named = set(re.findall(r"--[a-z][a-z-]*", cli.OTHER_FLAGS[flag])) - {"--nproc-per-node", "--help"}
+    assert named <= known
 
 
 def test_flags_change_the_preset():

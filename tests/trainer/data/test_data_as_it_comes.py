@@ -196,9 +196,11 @@ def test_a_crop_keeps_the_proportions_and_none_keeps_the_whole_picture(tmp_path)
     image = Image.new("RGB", (96, 32), "red")
     image.paste("blue", (32, 0, 64, 32))
     assert (pixels_of(image, Layout(16, 16))[0] < 20).all()
-    assert pixels_of(image, Layout(16, 48))[0, 8, ::8].tolist() == [255, 255, 0, 0, 255, 255]
+    middle = pixels_of(image, Layout(16, 48))[0, 8]
+    assert (middle[[0, 8, 14]] > 200).all()
+    assert (middle[[18, 24, 30]] < 50).all()
     whole = pixels_of(image, Layout(16, 16, crop="none"))
-    assert whole[0, 8, [2, 8, 13]].tolist() == [255, 0, 255]
+    assert (whole[0, 8, [2, 8, 13]] > 127).tolist() == [True, False, True]
 
 
 def test_a_random_crop_and_mirrors_change_every_epoch_and_resume_to_the_same_bits(tmp_path):
