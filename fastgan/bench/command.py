@@ -66,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--compare", type=Path, metavar="OLD.json", help="report changes since OLD; exit with 1 on a regression")
     add("--resume", type=Path, metavar="FILE.json", help="continue an interrupted run, on the same commit and machine")
-    add("--model", metavar="MODULE:FUNCTION", help="benchmark the discriminator that the function returns")
+    add(
+        "--model",
+        metavar="MODULE:NAME",
+        help="benchmark a discriminator: a module, a class, or a function that returns one",
+    )
     add("--input", type=_shape, metavar="SIZES", help="shape of one sample for --model, such as 3,64,64")
     add("--batch", type=_positive, help=f"batch size for --model (default: {BATCH})")
     return made

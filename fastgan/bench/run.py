@@ -79,7 +79,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     if options.model and (options.suite or options.case):
         raise ValueError("--model defines its own cases: leave out --suite and --case")
     if not options.model and (options.input or options.batch):
-        raise ValueError("--input and --batch describe the model of --model MODULE:FUNCTION, which is missing")
+        raise ValueError("--input and --batch describe the model of --model MODULE:NAME, which is missing")
     if options.suite == measure.UNTIMED and options.rounds:
         raise ValueError(f"--suite {measure.UNTIMED} times only one call: leave out --rounds")
 

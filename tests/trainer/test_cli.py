@@ -329,6 +329,8 @@ from fastgan import cli
 
 for packages in (cli.TRAIN, *([package] for package in cli.TRAIN if package != "fontTools")):
     present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in packages}
+    for name in [name for name in sys.modules if name.startswith("fastgan.trainer")]:
+        del sys.modules[name]  # a module that is there already does not import its packages again
     sys.modules.update(dict.fromkeys(packages))
     assert cli.main(["train", "fashion-mnist", "--device", "cpu", "--data", sys.argv[1]]) == 2
     for package in packages:

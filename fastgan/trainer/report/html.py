@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.bench import html_page
+from fastgan.trainer.progress import plain
 from fastgan.trainer.report.charts import Series, line_chart
 from fastgan.trainer.run import RunFolder
 
@@ -53,7 +54,7 @@ def cards(last: Record, quality: Record) -> str:
     shown = [
         ("steps", f"{last['step']:,}"),
         ("minutes", f"{last['seconds'] / 60:.1f}"),
-        ("images/s", f"{images_per_s:,.0f}"),
+        ("pictures a second", plain(images_per_s)),
         ("diversity", f"{last['diversity']:.2f}"),
     ]
     if "covered" in quality:
@@ -96,15 +97,17 @@ def charts(records: list[Record]) -> list[str]:
         name: [(r["step"], r["sigma"][name]) for r in records if name in r.get("sigma", {})] for name in sorted(layers)
     }
     return [
-        line_chart("Losses", series(discriminator="d_loss", generator="g_loss")),
+        line_chart("Losses", series(discriminator="d_loss", generator="g_loss"), unit="loss"),
         line_chart(
             "Accuracy of the discriminator",
             series(reals="d_real_accuracy", fakes="d_fake_accuracy"),
+            unit="fraction",
             note="Both near 1: the discriminator has won. Both near 0.5: it cannot tell reals from fakes.",
         ),
         line_chart(
             "Mean logits",
             series(training_reals="d_train", held_out_reals="d_held_out", fakes="d_fake"),
+            unit="logit",
             note="Held-out reals that drop toward the fakes indicate overfitting.",
         ),
         line_chart(
@@ -117,7 +120,9 @@ def charts(records: list[Record]) -> list[str]:
             series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
             note="ADA augments more while the discriminator's mean sign on training images is above the target.",
         ),
-        line_chart("Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True),
+        line_chart(
+            "Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True, unit="norm"
+        ),
         line_chart(
             "Update over weight",
             series(discriminator="d_update_ratio", generator="g_update_ratio"),
@@ -128,9 +133,10 @@ def charts(records: list[Record]) -> list[str]:
         line_chart(
             "Duality gap",
             series(gap="duality_gap", discriminator_gains="d_gain", generator_gains="g_gain"),
+            unit="loss",
             note="What each network gains in twenty steps alone, on held-out data. 0 at an equilibrium.",
         ),
-        line_chart("Spectral norms of the raw weights", sigma),
+        line_chart("Spectral norms of the raw weights", sigma, unit="largest singular value"),
     ]
 
 

@@ -12,7 +12,9 @@ from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.alarms import describe
+from fastgan.trainer.progress import plain
 from fastgan.trainer.report import html as html_report
+from fastgan.trainer.report.charts import counted
 from fastgan.trainer.run import RunFolder
 
 SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
@@ -40,7 +42,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     where = environment(gan.device)
     images = config.optim.batch_size * last["step"]
     rows = [
-        ("trained on", f"{config.dataset}, {images:,} real samples in batches of {config.optim.batch_size}"),
+        ("trained on", f"{config.dataset}, {counted(images)} real samples in batches of {config.optim.batch_size}"),
         ("generator", f"{parameters(gan.generator):,} parameters, width {config.model.width}"),
         (
             "discriminator",
@@ -55,7 +57,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
         (
             "speed",
-            f"{images / last['seconds']:.0f} images/s for the whole loop, including pictures and checkpoints",
+            f"{plain(images / last['seconds'])} images/s for the whole loop, including pictures and checkpoints",
         ),
         ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
         ("device", f"{where['device']}, {where['threads']} threads"),
