@@ -80,7 +80,7 @@ class EvaluateConfig:
 class ProjectConfig:
     run: tyro.conf.Positional[Path]  # folder of a run, or a file of fastgan export
     picture: tyro.conf.Positional[Path]  # picture to find the latent of
-    class_name: str | None = None  # class of a conditional generator; default: the one that fits best
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # default: the class that fits best
     steps: int = 300
     starts: int = 256  # random latents, of which the nearest one is the start
     lr: float = 0.05

@@ -18,7 +18,7 @@ def test_a_sample_is_found_again(run, config, tmp_path, capsys):
     z = trained.latents(1, 99)
     picture = tmp_path / "sample.png"
     as_picture(trained.samples(z, trained.labels(1, "dog"))[0]).save(picture)
-    flags = ["--steps", "150", "--starts", "32", "--device", "cpu", "--class-name", "dog"]
+    flags = ["--steps", "150", "--starts", "32", "--device", "cpu", "--class", "dog"]
     assert cli.main(["project", str(config.folder), str(picture), *flags]) == 0
     out = config.folder / "projected" / "sample"
     numbers = json.loads((out / "projection.json").read_text())
