@@ -30,7 +30,7 @@ small { display: block; font-size: .8rem; line-height: 1.35; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: .9rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
 figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--faint); font-size: 11px; } svg .grid { stroke: var(--line); }
+svg text { fill: var(--faint); font-size: 12px; } svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
 img { max-width: 100%; border-radius: 6px; display: block; } img.pixels { image-rendering: pixelated; }

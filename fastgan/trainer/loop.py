@@ -240,6 +240,7 @@ class Trainer:
         if path.is_file():
             generator, discriminator = read_export(path)[3], None
         else:
+            TrainConfig.load(path / "config.json")  # raises RunFolderError if there is no run
             state, _ = checkpoint.load_newest(path / "checkpoints")
             generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
         total = len(self.gan.generator.state_dict()) + len(self.gan.discriminator.state_dict())

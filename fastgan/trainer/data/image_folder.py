@@ -67,7 +67,8 @@ def read_pictures(
     found = kept_pictures(where, layout, opened)
     found.notes = [f"{len(found.names):,} pictures" + (f" in {about_split}" if about_split else "")]
     if others := sum(container.endings().values()) - len(listed) - (JSON in names_of(container)):
-        found.notes.append(f"{others:,} files are not pictures{other_endings(container)}")
+        are = "file is no picture" if others == 1 else "files are not pictures"
+        found.notes.append(f"{others:,} {are}{other_endings(container)}")
     if labels.of is not None:
         unlabeled = [name for name in found.names if name not in labels.of]
         found.skipped += [f"{name}: it has no label" for name in unlabeled]

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from fastgan.trainer.data.cache import Pixels
 from fastgan.trainer.data.options import Channels, Crop
@@ -66,6 +66,8 @@ def open_image(file: Path | bytes) -> Image.Image:
             image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from None
+        except UnidentifiedImageError:
+            raise ValueError("Pillow does not recognize it as a picture") from None
     if image.width * image.height > LARGEST:
         raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {LARGEST}")
     return image

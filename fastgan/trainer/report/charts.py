@@ -8,7 +8,7 @@ from html import escape
 
 Series = Sequence[tuple[float, float]]  # (step, value)
 
-WIDTH, HEIGHT = 460, 220
+WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 18, 40
 
 

@@ -67,8 +67,8 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         rows.append(("commit", where["commit"]))
     if gan.source.class_names:
         rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {', '.join(gan.source.class_names)}"))
-    for note in gan.source.notes:
-        rows.insert(1, ("data", note))
+    if gan.source.notes:
+        rows.insert(1, ("data", "; ".join(gan.source.notes)))
     if "unscored" in quality:
         rows.append(("scores", f"none: {quality['unscored']}"))
     if "note" in quality:

@@ -51,7 +51,7 @@ def test_an_exported_generator_is_a_start_too_and_layers_that_do_not_fit_are_nam
 
 
 def test_a_run_that_is_not_there_is_an_error_and_leaves_nothing(config):
-    with pytest.raises(RuntimeError, match="no checkpoint"):
+    with pytest.raises(RuntimeError, match="nowhere does not contain a run"):
         Trainer(dataclasses.replace(config, init_from=Path("nowhere")))
     assert not config.folder.exists()
 

@@ -21,6 +21,7 @@ from PIL import Image  # noqa: E402
 
 from fastgan import cli  # noqa: E402
 from fastgan.trainer.config import PRESETS, TrainConfig  # noqa: E402
+from fastgan.trainer.data.options import PictureConfig  # noqa: E402
 from fastgan.trainer.errors import TrainerError  # noqa: E402
 from fastgan.trainer.gan import GAN  # noqa: E402
 from fastgan.trainer.tune import study as tuning  # noqa: E402
@@ -352,3 +353,11 @@ class TestConfigFlag:
     def test_a_missing_file_is_named(self, arguments, capsys):
         assert cli.main(["train", *arguments]) == 2
         assert "--config needs an existing settings file" in capsys.readouterr().err
+
+
+def test_the_flags_of_pictures_reach_the_trials_and_the_best_settings(tmp_path):
+    pictures = PictureConfig(channels=1, mirror=True)
+    config = TuneConfig("folder", steps=3, data=tmp_path, image_size="16x32", pictures=pictures)
+    for start in (config.start, config.best(config.start)):
+        assert (start.data, start.image_size, start.pictures) == (tmp_path, "16x32", pictures)
+    assert (config.start.steps, config.best(config.start).steps) == (3, PRESETS["folder"][1].steps)
