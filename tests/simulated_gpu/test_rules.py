@@ -130,6 +130,37 @@ def test_copies_of_page_locked_memory_need_no_wait(no_waiting):
     torch.empty(3, pin_memory=True).copy_(device, non_blocking=True)
 
 
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_the_cpus(recurrent):
+    layer, x = recurrent(3, 4, num_layers=2).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        layer, inputs = layer.to(device), x.to(device).requires_grad_()
+        value = layer(inputs)[0]
+        (grad,) = torch.autograd.grad(value.square().sum(), inputs, create_graph=True)
+        found.append([value, grad, *torch.autograd.grad(grad.square().sum(), list(layer.parameters()))])
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a.cpu(), e.cpu())
+
+
+def test_a_process_ends_well_with_a_graph_that_was_never_reset(tmp_path):
+    pytest.importorskip("triton")
+    script = tmp_path / "script.py"  # Triton reads the source
+    script.write_text("""
+import torch, triton, triton.language as tl
+@triton.jit
+def double(x):
+    tl.store(x, 2 * tl.load(x))
+x, graph = torch.ones(1, device="cuda"), torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    double[(1,)](x)
+graph.replay()
+assert x.item() == 2
+""")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         torch.randn(3, device="cuda:7")
