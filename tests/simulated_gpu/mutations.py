@@ -28,6 +28,7 @@ class Mutation:
     after: str
     tests: tuple[str, ...]
     devices: int = 1
+    deferred: bool = False
 
 
 MUTATIONS = {
@@ -50,11 +51,18 @@ MUTATIONS = {
         'dm = torch.empty_like(m, device="cpu")',
         ("test_ops.py", "-k", "both_orders and minibatch_discrimination"),
     ),
-    "default": Mutation(  # page-locked memory is asked of the default device
+    "default": Mutation(  # memory of the host is asked of the default device
         "fastgan/ops/spectral_norm/triton_plan.py",
-        'pin_memory=True, device="cpu")',
-        "pin_memory=True)",
+        'zip(addresses, rows, strict=True)], device="cpu")',
+        "zip(addresses, rows, strict=True)])",
         ("test_ops.py", "-k", "default_device"),
+    ),
+    "stream": Mutation(  # memory that another stream reads is given back at once
+        "fastgan/ops/spectral_norm/triton_plan.py",
+        "tensor.record_stream(stream)",
+        "pass",
+        ("test_deferred.py", "-k", "outlives"),
+        deferred=True,
     ),
 }
 
@@ -88,6 +96,7 @@ def _run(mutation: Mutation, copy: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "SIMULATED_GPU": "1",
         "SIMULATED_GPU_DEVICES": str(mutation.devices),
+        "SIMULATED_GPU_DEFERRED": str(int(mutation.deferred)),
         "SIMULATED_GPU_BUILD": str(ROOT / "build" / "simulated_gpu"),
         "PYTHONPATH": os.pathsep.join((str(own / "python"), str(copy))),
     }

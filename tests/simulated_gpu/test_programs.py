@@ -65,7 +65,7 @@ def test_the_fused_model_keeps_in_step(folder):
 def test_a_case_is_measured_if_the_hosts_times_will_do(folder):
     """In a process of its own: the rehearsal changes the module that measures."""
     script = Path(__file__).with_name("rehearse_bench.py")
-    case = "spectral_norm/small/forward"
+    case = "norm/instance_norm/r1"
     command = [sys.executable, script, "--device", "cuda", "--rounds", "1", "--case", case, "--output", "ops.json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
