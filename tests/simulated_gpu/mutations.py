@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,11 +82,15 @@ def is_found(name: str) -> bool:
         text = path.read_text()
         if text.count(mutation.before) != 1:
             raise SystemExit(f"{mutation.file} has {mutation.before!r} {text.count(mutation.before)} times, not once")
+        sound = _run(mutation, copy)
+        if sound.returncode:
+            raise SystemExit(f"{name}: the tests fail without the fault too:\n{sound.stdout}")
         path.write_text(text.replace(mutation.before, mutation.after))
         result = _run(mutation, copy)
     found = result.returncode == TESTS_FAILED
-    said = [line for line in result.stdout.splitlines() if line.strip()][-1:]
-    print(f"{'found' if found else 'MISSED':<7} {name:<11} {mutation.file}: {''.join(said)}", flush=True)
+    # With --tb=line: "FILE:LINE: ERROR".
+    said = [line.partition(": ")[2] for line in result.stdout.splitlines() if re.match(r"\S+\.py:\d+: ", line)]
+    print(f"{'found' if found else 'MISSED':<7} {name:<11} {mutation.file}: {''.join(said[:1])}", flush=True)
     return found
 
 
