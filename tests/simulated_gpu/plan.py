@@ -45,12 +45,15 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 
 # In two minutes on two cores; the longest first.
 SHORT = (
+    Part("trainer", ("tests/trainer",), ("--without-triton",)),
     _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
     _host_logic("penalties", "tests/ops/test_penalty_kinds.py"),
     _on_cuda("one pass", "tests/ops/test_logits_and_penalty.py"),
+    _on_cuda("gradient penalty", "tests/ops/test_gradient_penalty.py"),
     Part("graphs, host logic", ("tests/integrations/test_cuda_graphs.py",), ("--without-triton",)),
     _own("ops", "ops"),
     Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
+    Part("compile", (f"{OWN}/test_compile.py",), ("--without-triton",)),
     _own("rules", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
     _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),
@@ -58,7 +61,6 @@ SHORT = (
 
 # By hand: as long as the interpreter takes.
 LONG = (
-    Part("trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
     Part("graphs", ("tests/integrations/test_cuda_graphs.py",), ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,11 @@ def test_a_library_that_cannot_be_built_says_why(tmp_path):
     environment = {**os.environ, "SIMULATED_GPU": "0", "SIMULATED_GPU_BUILD": str(tmp_path), "CXX": "no-such-compiler"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "there is no C++ compiler 'no-such-compiler'" in result.stderr
+
+
+def test_sources_that_do_not_compile_are_a_failure_and_no_reason_to_skip(tmp_path):
+    runner = Path(__file__).with_name("run.py")
+    environment = {**os.environ, "SIMULATED_GPU": "0", "SIMULATED_GPU_BUILD": str(tmp_path), "CXX": "false"}
+    result = subprocess.run([sys.executable, runner, "ops"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "the compiler failed" in result.stderr
