@@ -43,7 +43,7 @@ def _own(name: str, *files: str, **environment: str) -> Part:
     return Part(name, tuple(f"{OWN}/test_{file}.py" for file in files), environment=environment)
 
 
-# In two minutes on two cores; the longest first.
+# About three minutes of the CPU, on two cores; the longest first.
 SHORT = (
     Part("trainer", ("tests/trainer",), ("--without-triton",)),
     _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
