@@ -17,7 +17,7 @@ from fastgan.trainer.game.losses import LossName
 from fastgan.trainer.game.optimizers import OptimizerName
 from fastgan.trainer.game.regularizer import Kernels, PenaltyName
 
-Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
+Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]

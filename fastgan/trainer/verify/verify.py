@@ -17,7 +17,7 @@ from fastgan.trainer.config import PRESETS, Architecture, MinibatchStatistic, Mo
 from fastgan.trainer.data.sources import DatasetName, load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.game.losses import LossName
-from fastgan.trainer.game.regularizer import Kernels, PenaltyName
+from fastgan.trainer.game.regularizer import APPROXIMATE, Kernels, PenaltyName
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.verify.lockstep import TOLERANCES, Errors, Step, lockstep
@@ -55,6 +55,10 @@ class VerifyConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.quick and not self.matrix:
             raise ValueError("quick needs matrix: it selects a third of the matrix")
+        if self.penalty in APPROXIMATE:
+            raise ValueError(
+                f"penalty {self.penalty} is an approximation whose rounding exceeds the tolerances: choose an exact one"
+            )
         if self.matrix:
             kept = ("device", "threads", "backend", "matrix", "quick")
             others = [f for f in dataclasses.fields(self) if f.name not in kept]
