@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.bias_act.layout import ALIASES, PIECEWISE
 from fastgan.ops.gradient_penalty.call import Call
-from fastgan.ops.gradient_penalty.layout import Layout, Ineligible
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 
 
 def split_bias(
