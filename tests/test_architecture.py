@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastgan"
 # Imports run downwards only.
-FLOORS = ["backends", "ops", "nn", "convert", "bench", "trainer", "cli"]
+FLOORS = ["backends", "ops", "drop_in", "nn", "convert", "bench", "trainer", "cli"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

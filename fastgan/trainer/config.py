@@ -19,7 +19,7 @@ from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
 
-Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
+Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]

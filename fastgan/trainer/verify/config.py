@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastgan.trainer.config import PRESETS, Architecture, MinibatchStatistic, ModelConfig, OptimConfig
 from fastgan.trainer.data.options import DatasetName
-from fastgan.trainer.game.names import LossName, PenaltyName
+from fastgan.trainer.game.names import APPROXIMATE, LossName, PenaltyName
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class VerifyConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.quick and not self.matrix:
             raise ValueError("quick needs matrix: it selects a third of the matrix")
+        if self.penalty in APPROXIMATE:
+            raise ValueError(
+                f"penalty {self.penalty} is an approximation whose rounding exceeds the tolerances: choose an exact one"
+            )
         if self.matrix:
             kept = ("device", "threads", "backend", "matrix", "quick")
             others = [f for f in dataclasses.fields(self) if f.name not in kept]

@@ -51,6 +51,8 @@ def forked(monkeypatch):
     """Workers that start at once, and know what a test has replaced."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used a GPU cannot be forked")
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
