@@ -21,7 +21,7 @@ STOPS = 4  # latents that an interpolation visits
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Write samples and return the files. Sample number i depends on the run, the seed and i only.
+    """Write samples and return the files. The latent of sample number i depends on the seed and i only.
 
     Raises:
         TrainerError: there is no trained generator.
