@@ -4,8 +4,9 @@ from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
 from fastgan.convert import convert, revert
+from fastgan.drop_in import patch_torch_utils
 from fastgan.graphs import graphed_step
-from fastgan.launcher import enabled
+from fastgan.launcher.session import enabled
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
@@ -21,6 +22,7 @@ __all__ = [
     "logits_and_penalty",
     "nn",
     "ops",
+    "patch_torch_utils",
     "penalty_from_logits",
     "revert",
     "twice_differentiable",

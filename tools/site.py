@@ -19,10 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 KATEX = ROOT / "build" / "katex" / "package" / "dist"
 COMMANDS = {
     "train": ["train", "fashion-mnist"],
+    "run": ["run"],
     "verify": ["verify"],
     "bench": ["bench"],
     "tune": ["tune", "fashion-mnist"],
     "export": ["export"],
+    "generate": ["generate"],
+    "evaluate": ["evaluate"],
+    "project": ["project"],
     "info": ["info"],
 }
 

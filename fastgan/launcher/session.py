@@ -29,7 +29,7 @@ from fastgan.launcher.roots import OUTPUT, Call, GlobalHooks, add_hooks, mark, r
 from fastgan.launcher.sites import Site, is_called_by_fastgan, place, site
 from fastgan.launcher.timing import Step, Unit, Way
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.gradient_penalty.zeros import leave_zeros
+from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
 
 PATIENCE = 200  # steps of optimizers with global hooks and no penalty
@@ -206,7 +206,7 @@ class Session:
             made = [x for x in result if isinstance(x, Tensor) and x.grad_fn is not None]
             if made:
                 connected = [x for x in tensors(outputs) if x.grad_fn is not None]
-                whole = leave_zeros(made[0], paths(connected, *points), points, made)
+                whole = fill_zeros(made[0], paths(connected, *points), points, made)
                 result = tuple(whole if x is made[0] else x for x in result)
         mark(result, learning.GRADIENT, self._known.get(key, []))
         return result
