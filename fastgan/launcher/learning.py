@@ -15,6 +15,7 @@ GRADIENT = "fastgan: a gradient with a graph"
 NESTED = "it is differentiated more than twice (a gradient of a gradient, with create_graph=True)"
 IN_PARAMETERS = "it is differentiated in its parameters with create_graph=True"
 BATCHED = "its gradients are batched (is_grads_batched=True)"
+HOOKED = "it has forward hooks of its own"
 COMPILED = "it is compiled by torch.compile"
 
 

@@ -43,6 +43,11 @@ def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
         rows = [HEAD, *map(_row, seen)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines += [
+        f"  {unit.place}  {unit.name}: in the steps of {unit.within}"
+        for unit in units
+        if unit.within and not unit.steps
+    ]
     lines += [f"  not rerouted: {where}: {reason}" for where, reason in refused.items()]
     return lines
 

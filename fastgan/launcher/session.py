@@ -46,6 +46,7 @@ class Root:
         self.units: dict[Site, Unit] = {}
         self._session = session
         self.remove: Callable[[], None] | None = add_hooks(module, self._before, self._after)
+        self.reason = None if self.remove is not None else learning.HOOKED  # why its calls are not rerouted
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -106,12 +107,13 @@ class _Here(local):
 
     def step_of(self, unit: Unit) -> Step:
         step = self.step
-        if step is None or step.ended or unit.site in step.sites:
+        if step is None or step.ended or id(unit) in step.units:
             if step is not None:
                 step.end()
             step = self.step = unit.begin()
             step.start()
-        step.sites.add(unit.site)
+        step.units.add(id(unit))
+        unit.within = step.unit.place
         return step
 
 
@@ -155,7 +157,7 @@ class Session:
 
     def before(self, outputs: Any, inputs: Any, key: Site, where: str, batched: bool) -> None:
         """A call with create_graph=True begins."""
-        if key in self._known or torch_private.in_transform():
+        if (key in self._known and not self._hooks.are_on) or torch_private.in_transform():
             return
         with self._lock:
             found = learning.find(outputs, inputs, batched=batched)
@@ -165,8 +167,9 @@ class Session:
                 self._waited = 0
                 self._hooks.turn_on()  # for the next time
                 return
+            if key not in self._known:
+                self._waited = max(0, PATIENCE - 2)  # the hooks stay for the other penalties of this step
             self._known[key] = calls
-            self._waited = max(0, PATIENCE - 2)  # the hooks stay for the other penalties of this step
             if not calls:
                 self.refused[where] = "no module's output is differentiated"
             for call in calls:
@@ -179,19 +182,13 @@ class Session:
         if reason is None and learning.is_compiled(module):
             reason = learning.COMPILED
         root = self._roots.get(module)
-        if reason is not None:
-            self.refused[f"{type(module).__name__} at {call.place}"] = reason
-            if root is not None:
-                self.units = [unit for unit in self.units if unit not in root.units.values()]
-                root.units.clear()
-            else:
-                root = self._roots[module] = Root.__new__(Root)
-                root.units, root.remove = {}, None
-            return
         if root is None:
             root = self._roots[module] = Root(module, self)
-        if root.remove is None:  # refused before, or hooks of its own
-            self.refused.setdefault(f"{type(module).__name__} at {call.place}", "it has hooks of its own")
+        root.reason = root.reason or reason
+        if root.reason is not None:
+            self.refused.setdefault(f"{type(module).__name__} at {call.place}", root.reason)
+            self.units = [unit for unit in self.units if unit not in root.units.values()]
+            root.units.clear()
             return
         if call.site not in root.units:
             unit = Unit(module, call.site, call.place, self.way)

@@ -42,6 +42,7 @@ class Unit:
         self.name = type(module).__name__
         self.way = way
         self.steps = 0
+        self.within = ""  # where the steps begin that have its calls
         self.times: dict[bool, list[float]] = {False: [], True: []}  # by whether it was fastgan's
         self.work: dict[bool, int] = {}
         self.forward_work = 0
@@ -89,7 +90,7 @@ class Step:
     is_lean: bool
     timed: bool = False
     count: Count | None = None
-    sites: set[Site] = field(default_factory=set)
+    units: set[int] = field(default_factory=set)  # ids of those whose calls it has
     rerouted: bool = False
     forward_work: int = 0
     first: float = 0.0

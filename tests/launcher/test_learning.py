@@ -127,6 +127,34 @@ def a_penalty_alone(d, g, steps):
 
 
 @script
+def two_discriminators_of_one_loop(d, g, steps):
+    both = nn.ModuleList([d, Discriminator()])
+    optimizers = [torch.optim.Adam(one.parameters(), 1e-3) for one in both]
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        loss = sum(penalty(one, x) + one(x.detach()).mean() for one in both)
+        both.zero_grad()
+        loss.backward()
+        yield loss, both
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@script
+def a_gradient_of_a_gradient_in_a_loop(d, g, steps):
+    optimizer = torch.optim.SGD(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        y = torch.tanh(d(x)).sum()
+        for _ in range(2):
+            y = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
+        optimizer.zero_grad()
+        y.backward()
+        yield y, d
+        optimizer.step()
+
+
+@script
 def hvp(d, g, steps):
     optimizer = torch.optim.SGD(d.parameters(), 1e-3)
     for _ in range(steps):
@@ -162,7 +190,7 @@ def run(name, steps=STEPS):
     torch.manual_seed(1)
     d, g = models()
     return [
-        (loss.item(), pattern(d), [None if p.grad is None else p.grad.clone() for p in d.parameters()])
+        (loss.item(), pattern(d), [p.grad if p.grad is None else p.grad.clone() for p in d.parameters()])
         for loss, d in MAKERS[name](d, g, steps)
     ]
 
@@ -189,7 +217,7 @@ def test_losses_gradients_and_zeros_are_the_same(name, always, learned, capsys):
             if plain is not None:
                 torch.testing.assert_close(grad, plain, rtol=1e-3, atol=1e-5)
     units, refused = learned[0].units, learned[0].refused
-    if name == "hvp":
+    if name in ("hvp", "a_gradient_of_a_gradient_in_a_loop"):
         assert not units
         assert "more than twice" in " ".join(refused.values())
     elif name == "nothing_to_gain":
@@ -212,6 +240,16 @@ def test_only_the_penalized_calls_are_rerouted_and_do_less_work(learned):
     assert torch.autograd.grad is session._grad
     assert torch.autograd.backward is session._backward
     assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_each_of_two_discriminators_is_learned(learned, capsys):
+    with fastgan.enabled(always=True):
+        run("two_discriminators_of_one_loop")
+    first, second = learned[0].units
+    assert first.module is not second.module
+    assert first.steps == STEPS - 1
+    assert second.steps == 0
+    assert "Discriminator: in the steps of" in capsys.readouterr().err
 
 
 def test_pickles_copies_and_classes_of_a_rerouted_module_stay_clean(learned):
