@@ -295,6 +295,58 @@ def test_a_compiled_model_stays_compiled(learned):
     assert "compiled" in " ".join(learned[0].refused.values())
 
 
+def test_a_process_of_fastgan_run_has_the_operations_for_stylegans_code(monkeypatch):
+    from fastgan.launcher import children
+
+    called = []
+    monkeypatch.setattr(fastgan, "patch_torch_utils", lambda: called.append(True))
+    monkeypatch.setattr(children, "include", called.append)
+    monkeypatch.setattr(session, "at_end", called.append)
+    try:
+        session.begin_process(session.Settings(always=True))
+        assert called[0] == session.Settings(always=True)
+        assert called[-1] is True
+        assert torch.autograd.grad is session.grad
+    finally:
+        session.end()
+
+
+def test_a_lightning_module_trains_the_same(learned, tmp_path):
+    lightning = pytest.importorskip("lightning", reason="needs lightning")
+
+    class Gan(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.d = Discriminator()
+            self.automatic_optimization = False
+            self.losses = []
+
+        def training_step(self, batch, number):
+            loss = penalty(self.d, batch[0].requires_grad_()) + self.d(batch[0].detach()).mean()
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.losses.append(loss.item())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.d.parameters(), 1e-2)
+
+    def train():
+        images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=4)
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        gan = Gan()
+        lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(gan, loader)
+        return gan.losses
+
+    expected = train()
+    with fastgan.enabled(always=True):
+        assert train() == pytest.approx(expected, rel=1e-4)
+    assert [unit.name for unit in learned[0].units] == ["Discriminator"]
+
+
 def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
     monkeypatch.setenv("FASTGAN", "off")
     with fastgan.enabled():
