@@ -38,7 +38,7 @@ class Rerouted(Replacement):
                 return base.forward(self, *args, **kwargs)
         with Rerouting(None) as rerouting:
             returned = base.forward(self, *args, **kwargs)
-        _remember(self, "may_lack", _form(self, values), not rerouting.is_pytorchs)
+        _remember(self, "may_lack", _form(self, values), not rerouting.only_pytorch_ran)
         return returned
 
 

@@ -9,12 +9,14 @@ import torch
 
 import fastgan
 from fastgan.trainer.config import PRESETS, ModelConfig, TrainConfig
+from fastgan.trainer.data.size import sides
 from fastgan.trainer.data.sources import Images
 from fastgan.trainer.gan import GAN, packed
 from fastgan.trainer.models import build_models, sagan
 from fastgan.trainer.models.layers import Shape
 
 CPU = torch.device("cpu")
+SHAPES = ((2, 64), (3, 32, 32), (1, 8, 8, 8), (4, 16, 48), (1, 40, 24), (3, 48, 48))
 IMAGE_NETWORKS = ["dcgan", "resnet", "residual", "sagan"]
 
 
@@ -28,7 +30,7 @@ def config(architecture: str, **changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("architecture", "shape"),
     [
-        *((name, shape) for name in IMAGE_NETWORKS for shape in ((2, 64), (3, 32, 32), (1, 8, 8, 8))),
+        *((name, shape) for name in IMAGE_NETWORKS for shape in SHAPES),
         *(("mlp", (2,)), ("pacgan", (2,)), ("auto", (3,)), ("auto", (1, 16))),
     ],
 )
@@ -54,10 +56,25 @@ def test_networks_reach_from_32_to_1024_pixels(architecture, size):
         assert discriminator(samples).shape == (1, 1)
 
 
-@pytest.mark.parametrize("shape", [(3, 48, 48), (3, 32, 64), (3, 4, 4), (1, 2048), (1, 8, 8, 8, 8)])
+@pytest.mark.parametrize("shape", [(3, 50, 50), (3, 32, 60), (3, 4, 4), (1, 2048), (1, 8, 8, 8, 8)])
 def test_other_shapes_are_refused_by_name(shape):
     with pytest.raises(ValueError, match="no model supports samples of shape"):
         build_models(shape, 1.0, config("dcgan"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((3, 100, 100), "multiple of 16, because the networks halve it 4 times; the next sizes that work: 96 and 112"),
+        ((3, 64, 100), "the next sizes that work: 64x96 and 64x112"),
+        ((3, 33, 64), "the next sizes that work: 32x64 and 40x64"),
+    ],
+)
+def test_the_next_sizes_that_work_are_named_and_do_work(shape, says):
+    with pytest.raises(ValueError, match=says):
+        build_models(shape, 1.0, config("dcgan"))
+    for size in says.rpartition(": ")[2].split(" and "):
+        assert build_models((3, *sides(size)), 1.0, config("dcgan"))
 
 
 @pytest.mark.parametrize(("architecture", "shape"), [("pacgan", (1, 32, 32)), ("resnet", (2,))])

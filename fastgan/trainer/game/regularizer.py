@@ -14,7 +14,7 @@ for a piecewise-affine D:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgan
 from fastgan.ops.gradient_penalty.kinds import penalize
+from fastgan.trainer.game.names import APPROXIMATE as APPROXIMATE
+from fastgan.trainer.game.names import Kernels as Kernels
+from fastgan.trainer.game.names import PenaltyName as PenaltyName
 
-PenaltyName = Literal[
-    "none",
-    "wgan-gp",
-    "wgan-lp",
-    "r1",
-    "r2",
-    "r1+r2",
-    "dragan",
-    "zero-centered",
-    "max-gp",
-    "r1-finite-difference",
-]
-APPROXIMATE = ("r1-finite-difference",)  # by differences of forwards
-Kernels = Literal["fastgan", "torch"]
 Discriminator = Callable[..., Tensor]
 
 

@@ -1,5 +1,4 @@
-"""Generators and discriminators for samples (N, C, *S), where S has one to three equal powers of two, and for points
-(N, F)."""
+"""Generators and discriminators for samples (N, C, *S), where S has one to three sides, and for points (N, F)."""
 
 from __future__ import annotations
 
