@@ -17,8 +17,8 @@ PUBLIC = {
 } | {
     f"fastgan.{name}": getattr(fastgan, name)
     for name in (
-        *("convert", "explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits", "revert"),
-        "twice_differentiable",
+        *("convert", "explain_penalty", "gradient_penalty", "graphed_step", "logits_and_penalty"),
+        *("patch_torch_utils", "penalty_from_logits", "revert", "twice_differentiable"),
     )
 }
 

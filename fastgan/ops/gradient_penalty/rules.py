@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.bias_act import bias_act
+from fastgan.ops.gradient_penalty import fused
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
@@ -224,6 +226,7 @@ RULES: dict[Any, Rule] = {
     ),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
+    bias_act: Rule(fused.bias_act, fused.split_bias),
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.grid_sample import grid_sample
+from fastgan.ops.upfirdn2d import upfirdn2d
 
 
 def _reshape(call: Call, input: Tensor, *shape: Any, **named: Any) -> Layout:
@@ -255,8 +258,10 @@ SHAPES: dict[Any, Callable[..., Any]] = {
         for function in functions(form)
     },
     **dict.fromkeys(functions("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), _resample),
+    grid_sample: _of_rows,
     **dict.fromkeys(functions("grid_sample", "channel_shuffle", "native_channel_shuffle"), _of_rows),
     **dict.fromkeys(functions("pixel_shuffle", "pixel_unshuffle"), _trailing(3)),
+    **dict.fromkeys((upfirdn2d, in_one), _trailing(2)),
     F.pad: _pad,
     **dict.fromkeys((F.unfold, F.fold), _of_rows),
     **dict.fromkeys(functions("repeat", "tile"), _repeat),
