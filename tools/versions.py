@@ -64,12 +64,18 @@ def environment(version: str) -> Path:
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         torch, _, triton = version.partition("+triton")
-        numpy = "numpy<2.4" if torch < "2.12" else "numpy"  # older Triton's interpreter uses what numpy 2.4 removed
+        numpy = (
+            "numpy<2.4" if _numbers(torch) < [2, 12] else "numpy"
+        )  # older Triton's interpreter uses what numpy 2.4 removed
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         wanted = [f"torch=={torch}", *([f"triton=={triton}"] if triton else []), numpy, *PACKAGES]
         subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *wanted], check=True)
         (folder / "complete").touch()
     return python
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def run(version: str) -> dict[str, str]:
@@ -108,7 +114,7 @@ def write(rows: list[dict[str, str]]) -> None:
     table, after = rest.split(END)
     old = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
     by_torch = {cells[0]: cells for cells in old} | {row["torch"]: list(row.values()) for row in rows}
-    ordered = sorted(by_torch.values(), key=lambda cells: [int(part) for part in re.findall(r"\d+", cells[0])[:3]])
+    ordered = sorted(by_torch.values(), key=lambda cells: _numbers(cells[0]))
     lines = [list(rows[0]), ["---"] * len(rows[0]), *ordered]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")

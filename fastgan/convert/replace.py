@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import update_wrapper
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -91,6 +91,7 @@ def _class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> t
 def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str) -> type[nn.Module]:
     original = getattr(base, attribute)
     own: Any = original.fget if isinstance(original, property) else original
+    defaults = _Defaults.of(own)  # outside of `chosen`, because Dynamo of torch 2.6 cannot read them
 
     def around(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_traced():
@@ -98,8 +99,10 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
         return mixin.around(self, base.forward, *args, **kwargs)
 
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given, named = _without_defaults(own, args, kwargs)
-        if is_traced() or not self.is_as_compared(*given, **named):
+        if is_traced():
+            return own(self, *args, **kwargs)
+        given, named = defaults.left_out(args, kwargs)
+        if not self.is_as_compared(*given, **named):
             return own(self, *args, **kwargs)
         return mixin.replacement(self, *given, **named)
 
@@ -164,20 +167,28 @@ def _with_signature_of(own: Any, chosen: Callable[..., Any]) -> Any:
     return update_wrapper(call, own)
 
 
-def _without_defaults(
-    own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Remove trailing positional arguments and keyword arguments that equal the function's defaults."""
-    if not isinstance(own, FunctionType):
+class _Defaults(NamedTuple):
+    """The defaults of a method."""
+
+    required: int  # positional parameters without a default, apart from self
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    @classmethod
+    def of(cls, method: Any) -> _Defaults:
+        if not isinstance(method, FunctionType):
+            return cls(0, (), {})
+        positional = method.__defaults__ or ()
+        return cls(method.__code__.co_argcount - 1 - len(positional), positional, method.__kwdefaults__ or {})
+
+    def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Remove trailing positional arguments and keyword arguments that equal the defaults."""
+        if len(args) <= self.required + len(self.positional):
+            while len(args) > self.required and args[-1] is self.positional[len(args) - 1 - self.required]:
+                args = args[:-1]
+        if kwargs and self.named:
+            kwargs = {n: v for n, v in kwargs.items() if n not in self.named or v is not self.named[n]}
         return args, kwargs
-    defaults = own.__defaults__ or ()
-    required = own.__code__.co_argcount - 1 - len(defaults)  # without self
-    if len(args) <= required + len(defaults):
-        while len(args) > required and args[-1] is defaults[len(args) - 1 - required]:
-            args = args[:-1]
-    if kwargs and own.__kwdefaults__:
-        kwargs = {n: v for n, v in kwargs.items() if n not in own.__kwdefaults__ or v is not own.__kwdefaults__[n]}
-    return args, kwargs
 
 
 def made_from(module: nn.Module) -> tuple[type[nn.Module], type[Replacement], str]:

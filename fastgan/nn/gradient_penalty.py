@@ -123,6 +123,11 @@ class GradientPenalty(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        if self.every > 1 and _is_captured():
+            raise RuntimeError(
+                f"GradientPenalty(every={self.every}) counts calls on the host, and a graph would repeat this one: "
+                "graph a step with the penalty and one without it, and choose between them"
+            )
         due = self._turn.is_due
         self._turn = self._turn.next
         if not due:
@@ -155,3 +160,10 @@ class GradientPenalty(nn.Module):
         chosen = [f", {name}={value!r}" for name, value in optional.items() if value is not None]
         chosen += [f", reduction={self.reduction!r}"] if self.reduction != "mean" else []
         return f"{self.kind!r}, weight={self.weight}, every={self.every}{''.join(chosen)}"
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being captured, other than by torch.compile, whose graphs keep this apart."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()

@@ -120,3 +120,13 @@ def test_what_is_no_result_is_refused(tmp_path, results, capsys):
             load(path)
         assert report.main([str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_formulas_stay_text_and_backticks_become_code():
+    assert html_page.words("`fastgan bench` and <g, v> & more") == (
+        "<code>fastgan bench</code> and &lt;g, v&gt; &amp; more"
+    )
+    assert html_page.words("one ` only <g>") == "one ` only &lt;g&gt;"
+    shown = html_page.grid(["a"], [["<g, v>", "`x < y`"]])
+    assert "&lt;g, v&gt;" in shown
+    assert "<code>x &lt; y</code>" in shown

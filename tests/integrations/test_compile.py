@@ -11,6 +11,7 @@ from torch import nn
 import fastgan
 from fastgan import nn as fnn
 from fastgan.nn.utils import fuse_spectral_norm
+from tests.harness import needs_dynamo
 from tests.integrations.players import (
     LATENT,
     SHAPE,
@@ -52,6 +53,7 @@ def assert_trains_alike(loss, compiled_loss, players, twins, inputs):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+@needs_dynamo
 def test_a_discriminator_step_is_one_graph():
     discriminator = make_discriminator()
     twin = copy.deepcopy(discriminator)
@@ -60,6 +62,7 @@ def test_a_discriminator_step_is_one_graph():
     assert_trains_alike(discriminator_loss, compiled, [discriminator], [twin], images)
 
 
+@needs_dynamo
 def test_a_generator_step_is_one_graph():
     players = [Generator(), make_discriminator(minibatch=False)]
     twins = copy.deepcopy(players)
@@ -82,6 +85,7 @@ def converted():
     return model
 
 
+@needs_dynamo
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms_of_spectral_norm_are_one_graph(form):
     model = FORMS[form]()

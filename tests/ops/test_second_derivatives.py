@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from tools import second_derivatives as sweep
@@ -21,5 +22,6 @@ def test_a_penalty_takes_it_or_names_it(name):
     assert (sweep.judged(name, *CASES[name]) == sweep.REFUSED) == (name in LACKING)
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the page is of torch 2.13")
 def test_the_page_has_the_table():
     assert sweep.table() in sweep.PAGE.read_text()

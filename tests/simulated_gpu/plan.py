@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 OWN = "tests/simulated_gpu"
+GRAPHS = ("tests/integrations/test_cuda_graphs.py", "tests/integrations/test_graphed_step.py")
 
 # Tests whose subject is the CPU; with cuda as the default device they test nothing, or something else.
 ABOUT_THE_CPU = {
@@ -50,7 +51,7 @@ SHORT = (
     _host_logic("penalties", "tests/ops/test_penalty_kinds.py"),
     _on_cuda("one pass", "tests/ops/test_logits_and_penalty.py"),
     _on_cuda("gradient penalty", "tests/ops/test_gradient_penalty.py"),
-    Part("graphs, host logic", ("tests/integrations/test_cuda_graphs.py",), ("--without-triton",)),
+    Part("graphs, host logic", GRAPHS, ("--without-triton",)),
     _own("ops", "ops"),
     Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
     Part("compile", (f"{OWN}/test_compile.py",), ("--without-triton",)),
@@ -61,6 +62,6 @@ SHORT = (
 
 # By hand: as long as the interpreter takes.
 LONG = (
-    Part("graphs", ("tests/integrations/test_cuda_graphs.py",), ("--test-seconds=900",), seconds=7200),
+    Part("graphs", GRAPHS, ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )

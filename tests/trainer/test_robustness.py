@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from fastgan.trainer import checkpoint
-from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.errors import CheckpointError, RunFolderError
+from fastgan.trainer.export import read_export
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.run import replace_text
+from tests.trainer.use.conftest import write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -290,3 +293,46 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
         export(ExportConfig(toy.folder))
     train(toy, resume=True)
     export(ExportConfig(toy.folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, seed):
+    """With random crops, mirrors, ADA, scores while training, frozen layers, a lock and a record of the data."""
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    preset = PRESETS["folder"][1]
+    config = dataclasses.replace(
+        preset,
+        runs=tmp_path / "runs",
+        data=write_pictures(tmp_path / "pictures", 120),
+        image_size="8x16",
+        device="cpu",
+        steps=6,
+        log_every=1,
+        checkpoint_every=2,
+        score_every=2,
+        equilibrium_every=None,
+        pictures=PictureConfig(crop="random", channels=4, mirror=True),
+        model=dataclasses.replace(preset.model, width=4, latent_dim=8, conditional=True),
+        optim=dataclasses.replace(preset.optim, batch_size=8, augment="ada", freeze_d=1),
+    )
+    whole, parts = (dataclasses.replace(config, name=name) for name in ("whole", "parts"))
+    calls = calls_of(whole)
+    draw = random.Random(seed)
+    for _ in range(4):
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(parts, draw.randrange(1, calls)))
+        child.start()
+        child.join()
+        assert child.exitcode in (-signal.SIGKILL, 0)
+    torch.manual_seed(999)
+    go_on(parts)
+    wanted, got = bits(whole), bits(parts)
+    assert len(got) == len(wanted) > 50
+    assert all(map(torch.equal, got, wanted))
+    assert read_export(parts.folder / "best.safetensors")[2] == read_export(whole.folder / "best.safetensors")[2]
+    costs = [
+        [r["cost"] for r in Trainer(dataclasses.replace(c, resume=True)).run.read_metrics() if "cost" in r]
+        for c in (whole, parts)
+    ]
+    assert costs[0] == costs[1]
+    assert len(costs[0]) == 3

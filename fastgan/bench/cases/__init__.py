@@ -15,6 +15,7 @@ from fastgan.bench.cases import (
     norm,
     sizes,
     spectral_norm,
+    upfirdn2d,
     whole_steps,
 )
 
@@ -29,6 +30,7 @@ _FILES = (
     attention,
     conv,
     bias_act,
+    upfirdn2d,
     growth,
     forms,
     sizes,

@@ -92,9 +92,9 @@ def read(module: nn.Module, name: str, original: Tensor | None, training: bool) 
     A weight of a training forward serves a single read, because PyTorch updates u and v at each read. If it is not
     valid for this read, u and v are restored, and the caller iterates from the restored values.
     """
-    stored: Ready | None = module.__dict__.get(_key(name))
+    stored = _look(module, name)
     if stored is not None and stored.vectors is not None:
-        stored = module.__dict__.pop(_key(name), None)  # only one of two threads gets it
+        stored = _take(module, name)
     if stored is None:
         return None
     if stored.is_valid(original, training):
@@ -109,7 +109,9 @@ def discard(module: nn.Module, name: str, *, any_thread: bool = False) -> bool:
 
     If a training weight was not read, restore u and v and return True.
     """
-    stored: Ready | None = module.__dict__.pop(_key(name), None)
+    if _look(module, name) is None:
+        return False
+    stored = _take(module, name)
     if stored is None:
         return False
     if not (any_thread or stored.is_mine()):
@@ -118,6 +120,22 @@ def discard(module: nn.Module, name: str, *, any_thread: bool = False) -> bool:
     if stored.vectors is not None:
         stored.vectors.restore()
     return stored.vectors is not None
+
+
+def _look(module: nn.Module, name: str) -> Ready | None:
+    if torch.compiler.is_compiling():
+        return getattr(module, _key(name), None)  # Dynamo before torch 2.12 cannot trace __dict__
+    stored: Ready | None = module.__dict__.get(_key(name))
+    return stored
+
+
+def _take(module: nn.Module, name: str) -> Ready | None:
+    if torch.compiler.is_compiling():
+        stored = _look(module, name)
+        setattr(module, _key(name), None)
+        return stored
+    taken: Ready | None = module.__dict__.pop(_key(name), None)  # only one of two threads gets it
+    return taken
 
 
 def _key(name: str) -> str:
