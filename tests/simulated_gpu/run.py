@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,8 @@ def main(names: list[str]) -> int:
         return 0
     failed = 0
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for outcome in pool.map(run, parts):
+        for future in as_completed([pool.submit(run, part) for part in parts]):
+            outcome = future.result()
             if outcome.status:
                 failed += 1
                 print(outcome.output)
