@@ -110,7 +110,7 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
-    extractor: str = "random-conv"  # features for the final scores; also efficientnet-lite0 or module:callable
+    extractor: str = "random-conv"  # features for the scores; also efficientnet-lite0, FILE.pt or module:callable
     scored: int = 1000  # number of real and of generated images for the scores; at most the held-out tenth
     score_every: int | None = None  # steps between scores; the best generator is kept as best.safetensors
     init_from: Path | None = None  # run's folder or exported generator whose weights to start from (fine-tuning)

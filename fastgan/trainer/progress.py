@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from collections import deque
@@ -63,7 +65,8 @@ class Progress:
         self.bar.update(done - self.bar.n)
         if not self.judged and now - self.started[0] > JUDGED_AFTER:
             self.judged = True
-            if line := why_slow(time.thread_time() - self.started[1], now - self.started[0], torch.get_num_threads()):
+            computed = time.thread_time() - self.started[1]
+            if line := why_slow(computed, now - self.started[0], torch.get_num_threads(), load()):
                 self.write(line)
 
     def rate(self) -> float:
@@ -77,13 +80,26 @@ def plain(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
-def why_slow(computed: float, passed: float, threads: int) -> str | None:
-    """Return a line if this thread computed for a small part of the time that passed, in seconds."""
+def why_slow(computed: float, passed: float, threads: int, load: float) -> str | None:
+    """Return a line if this thread computed for a small part of the time, because the cores are busy.
+
+    Args:
+        computed, passed: seconds that the thread computed, and seconds that passed.
+        threads: of PyTorch.
+        load: programs that wait for a core or use one, for each core.
+    """
     share = computed / passed
-    if share >= BUSY:
+    if share >= BUSY or load < BUSY:
         return None
     fewer = f": --threads {max(1, threads // 2)} may be faster" if threads > 1 else ""
     return f"steps are slow, because other programs use the cores: this one computed {share:.0%} of the time{fewer}"
+
+
+def load() -> float:
+    """Return the average load of a core over the last minute, or infinity if the system does not say."""
+    if not hasattr(os, "getloadavg"):
+        return math.inf
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def memory(device: torch.device) -> str:

@@ -23,11 +23,11 @@ from fastgan.trainer.lock import Lock
 MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
 
 
-def run_data(config: TrainConfig, device: torch.device) -> tuple[Source, Source | None]:
-    """Return the samples that a run trains on, and those that it holds out, or None."""
+def run_data(config: TrainConfig, folder: Path, device: torch.device) -> tuple[Source, Source | None]:
+    """Return the samples that the run in `folder` trains on, and those that it holds out, or None."""
     seed = 4 * config.seed
     source = load_source(config.dataset, seed + 2, device, config.data, config.image_size, config.pictures)
-    known = DataRecord.read(config.folder / "data.json")
+    known = DataRecord.read(folder / "data.json")
     now = record_of(source)
     same = known is None or now is None or known.digest == now.digest
     names = () if known is None or same else known.held_out

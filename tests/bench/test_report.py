@@ -102,6 +102,10 @@ def test_pictures_by_resolution_and_batch_join_the_cases_of_a_family(found):
     found["cases"] += [stepped("a", 64, 2, 1.2)]
     figures = plots.figures(found)
     assert set(figures) == {"speed-up", "resolution", "batch", "memory"}
+    (axes,) = figures["memory"].picture.axes
+    assert axes.get_xscale() == "log"
+    assert "logarithmic scale" in axes.get_xlabel()
+    assert "logarithmic scale" in figures["memory"].caption
     (axes,) = figures["resolution"].picture.axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[64, 1.5], [64, 1.2], [256, 3.0]]
     panels = [axes for axes in figures["batch"].picture.axes if axes.get_visible()]

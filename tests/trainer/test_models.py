@@ -128,6 +128,15 @@ def test_attention_is_at_the_largest_side_of_at_most_1024_positions(shape, side)
     assert sides == [side, side]
 
 
+@pytest.mark.parametrize(
+    ("shape", "attended"),
+    [((3, 64, 64), (32, 32)), ((3, 64, 192), (16, 48)), ((3, 48, 48), (24, 24)), ((1, 1024, 8), (512, 4))],
+)
+def test_attention_counts_the_positions_of_pictures_that_are_not_square(shape, attended):
+    found = Shape.of(shape)
+    assert found.sides_at(sagan.attended_size(found)) == attended
+
+
 def test_attention_is_softmax_of_products_times_a_factor_that_starts_at_zero():
     torch.manual_seed(0)
     layer = sagan.SelfAttention(Shape(1, 8, 2), 16).double()

@@ -7,6 +7,7 @@ from fastgan.bench.cases import (
     attention,
     bias_act,
     conv,
+    filtered_steps,
     forms,
     gradient_penalty,
     growth,
@@ -23,6 +24,7 @@ from fastgan.bench.cases import (
 _FILES = (
     spectral_norm,
     whole_steps,
+    filtered_steps,
     gradient_penalty,
     minibatch_discrimination,
     minibatch_stddev,

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from fastgan import backends, ops
 from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+from fastgan.bench.filtered import TAPS, resample
 
 SHAPE = (8, 64, 128, 128)  # a layer of StyleGAN2's discriminator for 128 px
 FILTERED = (4, 32, 64, 64)  # a layer of StyleGAN3's generator
-TAPS = (1.0, 3.0, 3.0, 1.0)
 _RESAMPLE: dict[str, dict[str, Any]] = {
     "up": {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0},
     "down": {"down": 2, "padding": (1, 1, 1, 1)},
@@ -26,20 +26,9 @@ _Filter = Callable[[Tensor, Tensor], Tensor]  # of an image and taps
 _AROUND: dict[str, Any] = {"up": 2, "down": 2, "padding": (5, 4, 5, 4)}
 
 
-def _plain(
-    x: Tensor, f: Tensor, up: int = 1, down: int = 1, padding: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0
-) -> Tensor:
-    """The definition in PyTorch: zeros, padding, a convolution of each channel, every n-th element."""
-    n, c, h, w = x.shape
-    if up > 1:
-        x = F.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
-    plane = (torch.outer(f, f) * gain).expand(c, 1, len(f), len(f))
-    return F.conv2d(F.pad(x, list(padding)), plane, groups=c)[:, :, ::down, ::down]
-
-
 def _plain_filtered(x: Tensor, f: Tensor, up: int, down: int, padding: Sequence[int]) -> Tensor:
-    y = F.leaky_relu(_plain(x, f, up=up, padding=padding, gain=float(up * up)), 0.2) * 2**0.5
-    return _plain(y, f, down=down)
+    y = F.leaky_relu(resample(x, f, up=up, padding=padding, gain=float(up * up)), 0.2) * 2**0.5
+    return resample(y, f, down=down)
 
 
 def _penalized(
@@ -62,7 +51,7 @@ def _penalized(
 def setup(
     op: str, options: dict[str, Any], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Make]:
-    plain = partial(_plain if op == "upfirdn2d" else _plain_filtered, **options)
+    plain = partial(resample if op == "upfirdn2d" else _plain_filtered, **options)
     ours: _Filter
     if op == "upfirdn2d":
         ours = partial(ops.upfirdn2d, **options)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan.trainer.data.cache import cache_folder, cache_path, stamp
-from fastgan.trainer.data.image_folder import is_kept, kept_pictures
+from fastgan.trainer.data.image_folder import Pictures, is_kept, kept_pictures
 from fastgan.trainer.data.options import Channels
 from fastgan.trainer.data.pixels import Layout
 from fastgan.trainer.errors import DataError
@@ -33,7 +33,12 @@ def find_emoji(folder: Path | None = None) -> Path:
 
 
 def read_emoji(font: Path, size: int, channels: Channels = 3) -> Tensor:
-    """Return each distinct bitmap of a color font, (N, channels, size, size) uint8, in the font's order.
+    """Return the images (N, channels, size, size) uint8 of `emoji_pictures`."""
+    return emoji_pictures(font, size, channels).images
+
+
+def emoji_pictures(font: Path, size: int, channels: Channels = 3) -> Pictures:
+    """Return each distinct bitmap of a color font, in the font's order.
 
     The font's 136x128 pictures are padded to squares and resized. The background is white, or transparent with alpha.
 
@@ -46,7 +51,7 @@ def read_emoji(font: Path, size: int, channels: Channels = 3) -> Tensor:
     found = kept_pictures(path, layout, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
     if not found.names:
         raise DataError(f"{font} contains no color bitmaps")
-    return found.images
+    return found
 
 
 def bitmaps_of(font: Path) -> list[bytes]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -22,10 +23,11 @@ from fastgan.trainer.data.cache import cache_path, mapped, write, written
 from fastgan.trainer.data.containers import Container, open_container
 from fastgan.trainer.data.labels import JSON, chosen_split, find_labels
 from fastgan.trainer.data.options import LabelRule
-from fastgan.trainer.data.pixels import UNREADABLE, Layout, endings, open_image, pixels_of
+from fastgan.trainer.data.pixels import UNREADABLE, Layout, endings, large_pictures_refused, open_image, pixels_of
 from fastgan.trainer.errors import DataError
 
 REPORTED = 5  # skipped files to report by name
+MOST_THREADS, AHEAD = 8, 64  # threads that convert pictures, and pictures that they convert at a time
 MANY = 2000  # pictures whose first reading takes long enough to announce it
 
 
@@ -128,13 +130,10 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
     def parts() -> Iterator[bytes]:
         for values in (good, hashes, bad):
             values.clear()
-        for name, opened in images:
-            try:
-                pixels = pixels_of(opened(), layout)
-            except UNREADABLE as error:
-                bad.append(f"{name}: {error}")
+        for name, content in converted(images, layout):
+            if isinstance(content, str):
+                bad.append(f"{name}: {content}")
                 continue
-            content = pixels.tobytes()
             good.append(name)
             hashes.append(blake2b(content, digest_size=8).hexdigest())
             yield content
@@ -145,6 +144,25 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
         with contextlib.suppress(OSError):  # without this file the next run reads the images again
             write(beside, [json.dumps(about).encode()])
     return Pictures(found, None, good, hashes, skipped=bad)
+
+
+def converted(
+    images: Sequence[tuple[str, Callable[[], Image.Image]]], layout: Layout
+) -> Iterator[tuple[str, bytes | str]]:
+    """Yield each picture's name, and its pixels or the reason why it cannot be read, in order. Threads convert them."""
+
+    def convert(opened: Callable[[], Image.Image]) -> bytes | str:
+        try:
+            return pixels_of(opened(), layout).tobytes()
+        except UNREADABLE as error:
+            return str(error)
+
+    with large_pictures_refused(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        for start in range(0, len(images), AHEAD):
+            part = images[start : start + AHEAD]
+            yield from zip(
+                (name for name, _ in part), threads.map(convert, (opened for _, opened in part)), strict=True
+            )
 
 
 def is_kept(path: Path) -> bool:

@@ -6,6 +6,8 @@ import io
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ LARGEST = 100_000_000  # pixels; a small file can declare an image that exceeds 
 MARGIN = 8  # random crops are cut from pictures whose sides are larger by an eighth
 UNREADABLE = (  # errors that Pillow and zipfile raise
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, Image.DecompressionBombWarning),
 )
 
 
@@ -60,17 +62,21 @@ def open_image(file: Path | bytes) -> Image.Image:
     Raises:
         One of UNREADABLE: the file is not a picture, or too large.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from None
-        except UnidentifiedImageError:
-            raise ValueError("Pillow does not recognize it as a picture") from None
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except UnidentifiedImageError:
+        raise ValueError("Pillow does not recognize it as a picture") from None
     if image.width * image.height > LARGEST:
         raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {LARGEST}")
     return image
+
+
+@contextmanager
+def large_pictures_refused() -> Iterator[None]:
+    """Turn Pillow's warning of large pictures into an error, in all threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def pixels_of(image: Image.Image, layout: Layout) -> Pixels:

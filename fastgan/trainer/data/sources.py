@@ -291,13 +291,15 @@ def load_source(
     if dataset == "folder":
         return pictures_of(seed, device, folder, image_size, pictures)
     if dataset == "emoji":
-        from fastgan.trainer.data.emoji import find_emoji, read_emoji
+        from fastgan.trainer.data.emoji import emoji_pictures, find_emoji
 
         height, width = sides(image_size)
         if height != width:
             raise ValueError(f"emoji are square: image_size must be one number, got {image_size}")
-        images = read_emoji(find_emoji(folder), height, pictures.channels)
-        return Images(images, seed, device, mirror=pictures.mirror)
+        found = emoji_pictures(find_emoji(folder), height, pictures.channels)
+        emoji = Images(found.images, seed, device, mirror=pictures.mirror)
+        emoji.names, emoji.hashes = found.names, found.hashes
+        return emoji
     if dataset == "fashion-mnist":
         return fashion_mnist(seed, device, folder)
     if dataset == "stacked":

@@ -109,7 +109,7 @@ def neighbors(real: Tensor, fake: Tensor, k: int = NEIGHBORS) -> Neighbors:
     real_radius, fake_radius = (
         torch.cat([torch.cdist(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(ROWS)]) for x in (real, fake)
     )
-    inside, covered, recalled = torch.zeros(len(fake), dtype=torch.long), 0, 0
+    inside, covered, recalled = torch.zeros(len(fake), dtype=torch.long, device=fake.device), 0, 0
     for rows, radius in zip(real.split(ROWS), real_radius.split(ROWS), strict=True):
         distance = torch.cdist(rows, fake)  # (R, M); all pairs at once would need 20 GB for 50,000 samples
         inside += (distance <= radius[:, None]).sum(0)

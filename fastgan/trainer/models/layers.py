@@ -43,8 +43,12 @@ class Shape:
         return [SMALLEST << i for i in range((self.size // SMALLEST).bit_length())]
 
     def smallest(self, channels: int) -> tuple[int, ...]:
+        return (channels, *self.sides_at(SMALLEST))
+
+    def sides_at(self, size: int) -> tuple[int, ...]:
+        """Return the sides at a resolution, which is one of ``sizes``."""
         sides = self.sides or (self.size,) * self.dims
-        return (channels, *[side * SMALLEST // self.size for side in sides])
+        return tuple(side * size // self.size for side in sides)
 
     def conv(self, inputs: int, outputs: int, kernel: int, **options: Any) -> Conv:
         """Return a convolution in this number of dimensions."""

@@ -6,6 +6,8 @@ learned factor that starts at zero, so that a network first learns from its neig
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,8 +40,9 @@ class SelfAttention(nn.Module):
 
 
 def attended_size(shape: Shape) -> int:
-    """Return the largest side below the sample's that has at most MOST_TOKENS positions."""
-    return max(size for size in shape.sizes[:-1] if size == SMALLEST or size**shape.dims <= MOST_TOKENS)
+    """Return the largest resolution below the sample's that has at most MOST_TOKENS positions."""
+    fits = [size for size in shape.sizes[:-1] if math.prod(shape.sides_at(size)) <= MOST_TOKENS]
+    return max([SMALLEST, *fits])
 
 
 def generator(latent_dim: int, width: int, shape: Shape) -> nn.Sequential:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data.labels import shown
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.alarms import describe
@@ -66,7 +67,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     if where["commit"]:
         rows.append(("commit", where["commit"]))
     if gan.source.class_names:
-        rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {', '.join(gan.source.class_names)}"))
+        rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {shown(gan.source.class_names)}"))
     if gan.source.notes:
         rows.insert(1, ("data", "; ".join(gan.source.notes)))
     if "unscored" in quality:

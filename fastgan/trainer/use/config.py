@@ -25,7 +25,7 @@ class GenerateConfig:
     samples: int = 16  # number of samples, each a PNG file
     seed: int = 0
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # name or number; default: all in turn
-    truncation: float = 1.0  # factor of the latents: below 1, samples are more alike and often better
+    truncation: float = 1.0  # factor of the latents: below 1, samples are more alike
     grid: str | None = None  # also write grid.png of ROWSxCOLUMNS samples, such as 4x8; the interpolation's size too
     interpolate: int | None = None  # also write a looped animation of this many frames
     animation: Literal["webp", "gif"] = "webp"  # its format

@@ -78,7 +78,8 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
         real, floor = reals_of(config.against, layout, config.samples, config.seed)
         what = f"{len(real):,} pictures of {config.against}"
     else:
-        source, held_out = run_data(settings, trained.device)
+        assert config.run is not None
+        source, held_out = run_data(settings, config.run if config.run.is_dir() else config.run.parent, trained.device)
         if config.training:
             real = some(source, config.samples, config.seed)
             what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"

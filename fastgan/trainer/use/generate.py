@@ -21,7 +21,7 @@ STOPS = 4  # latents that an interpolation visits
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Write samples and return the files. Sample number i depends on the run, the seed and i only.
+    """Write samples and return the files. The latent of sample number i depends on the seed and i only.
 
     Raises:
         TrainerError: there is no trained generator.
@@ -40,7 +40,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     written: list[Path] = []
     z = config.truncation * trained.latents(config.samples, config.seed)
     labels = trained.labels(config.samples, config.class_name)
-    samples = trained.samples(z, labels) if config.samples else torch.empty(0, *trained.data["shape"])
+    samples = trained.samples(z, labels) if config.samples else torch.empty(0, *trained.data["shape"], device="cpu")
     if is_picture:
         digits = max(4, len(str(config.samples - 1)))
         for number, sample in enumerate(samples):

@@ -54,8 +54,11 @@ class Trained:
         raise ValueError(f"no class {name!r}: choose from {', '.join(self.class_names)}")
 
     def latents(self, count: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(count, self.config.model.latent_dim, generator=generator, device="cpu")
+        """Draw latents (count, latent_dim). The first ones are the same for every count."""
+        length, generator = self.config.model.latent_dim, torch.Generator().manual_seed(seed)
+        # One draw of all numbers would give other numbers for other counts.
+        drawn = [torch.randn(length, generator=generator, device="cpu") for _ in range(count)]
+        return torch.stack(drawn) if drawn else torch.empty(0, length, device="cpu")
 
     def labels(self, count: int, name: str | None = None) -> Tensor | None:
         """Return labels (count,) of one class, or of all classes in turn; None without classes."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgan import cli
 from fastgan.trainer.measure.extractors import TorchScript, load_extractor
 from fastgan.trainer.measure.metrics import frechet_distance, inception_score, neighbors
+from fastgan.trainer.run import run_data
 from tests.trainer.use.conftest import write_pictures
 
 CPU = torch.device("cpu")
@@ -124,6 +125,16 @@ def test_a_runs_scores_are_against_held_out_pictures_with_n_extractor_digest_and
     assert {"precision", "recall", "density", "coverage", "IS"} <= found.keys()
     assert "5,000 samples were asked for, but there are only 12 pictures" in output
     assert digest in output
+
+
+def test_a_run_that_was_moved_still_holds_out_the_same_pictures_after_its_data_grew(run, config, tmp_path):
+    write_pictures(config.data / "more", 40, seed=7)
+    kept = set(run.held_out.member_names())
+    moved = config.folder.rename(tmp_path / "moved")
+    _, held_out = run_data(config, moved, CPU)
+    assert set(held_out.member_names()) == kept
+    assert cli.main(["evaluate", str(moved), "--device", "cpu"]) == 0
+    assert json.loads((moved / "evaluation.json").read_text())["n"] == len(kept) == 12
 
 
 def test_training_pictures_are_used_only_when_asked_and_named(run, config):

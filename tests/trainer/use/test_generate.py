@@ -46,6 +46,13 @@ def test_pictures_a_grid_and_an_array_are_written(run, config, capsys):
     assert (pixels.permute(0, 2, 3, 1).numpy() == saved["samples"]).all()
 
 
+def test_the_first_latents_are_the_same_for_every_number_of_samples(run, config):
+    trained = load_trained(config.folder, CPU)
+    for count in (1, 2, 3, 5):
+        assert torch.equal(trained.latents(count, 3), trained.latents(7, 3)[:count])
+    assert not torch.equal(trained.latents(7, 3), trained.latents(7, 4))
+
+
 def test_a_class_is_chosen_by_its_name_or_number(run, config, tmp_path):
     def samples(name: str) -> np.ndarray:
         flags = ["--class", name, "--samples", "2", "--npz", "--device", "cpu", "--out", str(tmp_path / name)]
