@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 OWN = "tests/simulated_gpu"
+TRAINER = (
+    "tests/trainer/game",
+    "tests/trainer/verify",
+    "tests/trainer/test_loop.py",
+    "tests/trainer/test_robustness.py",
+)
 GRAPHS = ("tests/integrations/test_cuda_graphs.py", "tests/integrations/test_graphed_step.py")
 
 # Tests whose subject is the CPU; with cuda as the default device they test nothing, or something else.
@@ -12,7 +18,7 @@ ABOUT_THE_CPU = {
     "tests/nn/test_minibatch_discrimination.py::test_autocast_keeps_the_dtype_of_the_input": "autocast of the CPU",
     "tests/nn/test_spectral_norm.py::test_autocast_multiplies_in_half_precision_and_normalises_in_single": "the same",
     "tests/nn/test_spectral_norm.py::test_a_fused_model_takes_one_call_a_forward": "counts calls of a kernel",
-    "tests/ops/test_logits_and_penalty.py::test_under_autocast_it_is_as_near_as_autograd_is": "the same",
+    "tests/ops/test_logits_and_penalty.py::test_under_autocast_it_is_as_accurate_as_autograd": "the same",
     "tests/convert/test_reroute.py": "models on the CPU alone are rerouted",
     "tests/convert/test_families.py::test_a_family_is_what_it_was[transformer": "a GPU's attention has its own dropout",
 }
@@ -46,7 +52,7 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 
 # About three minutes of the CPU, on two cores; the longest first.
 SHORT = (
-    Part("trainer", ("tests/trainer",), ("--without-triton",)),
+    Part("trainer", TRAINER, ("--without-triton",)),
     _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
     _host_logic("penalties", "tests/ops/test_penalty_kinds.py"),
     _on_cuda("one pass", "tests/ops/test_logits_and_penalty.py"),
@@ -62,6 +68,7 @@ SHORT = (
 
 # By hand: as long as the interpreter takes.
 LONG = (
+    Part("whole trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
     Part("graphs", GRAPHS, ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )

@@ -297,7 +297,7 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, seed):
+def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, child, seed):
     """With random crops, mirrors, ADA, scores while training, frozen layers, a lock and a record of the data."""
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
     preset = PRESETS["folder"][1]
@@ -320,10 +320,7 @@ def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(
     calls = calls_of(whole)
     draw = random.Random(seed)
     for _ in range(4):
-        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(parts, draw.randrange(1, calls)))
-        child.start()
-        child.join()
-        assert child.exitcode in (-signal.SIGKILL, 0)
+        assert child(killed_at, parts, draw.randrange(1, calls)) in (-signal.SIGKILL, 0)
     torch.manual_seed(999)
     go_on(parts)
     wanted, got = bits(whole), bits(parts)

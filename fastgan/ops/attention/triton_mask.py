@@ -8,7 +8,6 @@ from fastgan.ops.attention.triton_tiles import (
     deltas,
     factors_of,
     load_tile,
-    mask_of_head,
     mask_tile,
     probabilities,
     scores_of,
@@ -83,8 +82,7 @@ def grad_mask(
             of_sample = first_head + j * mask_heads
             head = sample * heads + of_sample
             group = head // repeats
-            of_head = mask_of_head(mask_ptr, sample, of_sample, mask_sample, mask_head)
-            g_of_head = mask_of_head(gmask_ptr, sample, of_sample, mask_sample, mask_head)
+            mask_first = sample * mask_sample + of_sample * mask_head
             for row0 in range(first_row, last_row, ROWS):
                 row = row0 + tl.arange(0, ROWS)
                 q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
@@ -108,11 +106,12 @@ def grad_mask(
                         q,
                         k,
                         lse,
-                        of_head,
+                        mask_ptr,
                         row0,
                         key0,
                         length,
                         keys,
+                        mask_first,
                         mask_row,
                         mask_key,
                         SCALE,
@@ -129,7 +128,7 @@ def grad_mask(
                             q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION
                         )
                         if gmask_ptr is not None:
-                            t += mask_tile(g_of_head, row0, key0, length, keys, mask_row, mask_key, t)
+                            t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, t)
                         tau = tl.load(tau_ptr + head * length + row, mask=row < length, other=0.0)
                         mu = tl.load(mu_ptr + head * length + row, mask=row < length, other=0.0)
                         total += p * (apart * (t - tau[:, None]) + r - mu[:, None])

@@ -7,7 +7,6 @@ from fastgan.ops.attention.triton_tiles import (
     deltas,
     factors_of,
     load_tile,
-    mask_of_head,
     mask_tile,
     plus_product,
     probabilities,
@@ -100,8 +99,7 @@ def grad_grad_rows(
     row0 = tl.program_id(0) % tiles * ROWS
     head = (tl.program_id(0) // tiles).to(tl.int64)
     group = head // repeats
-    mask_ptr = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
-    gmask_ptr = mask_of_head(gmask_ptr, head // heads, head % heads, mask_sample, mask_head)
+    mask_first = head // heads * mask_sample + head % heads * mask_head
     row = row0 + tl.arange(0, ROWS)
     q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
     g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
@@ -126,14 +124,29 @@ def grad_grad_rows(
         if GV:
             gv = load_tile(gv_ptr + group * keys * EV, key0, keys, DTYPE, KEYS, EV, PADDED_V)
         p = probabilities(
-            q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+            q,
+            k,
+            lse,
+            mask_ptr,
+            row0,
+            key0,
+            length,
+            keys,
+            mask_first,
+            mask_row,
+            mask_key,
+            SCALE,
+            CAUSAL,
+            BOOLEAN,
+            ACC,
+            PRECISION,
         )
         factors = p
         if DROPS:
             factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
         apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
         if gmask_ptr is not None:
-            t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_row, mask_key, t)
+            t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, t)
         tau += tl.sum(p * t, 1)
         of_both += tl.sum(p * apart * t, 1)
         of_apart += tl.sum(p * apart, 1)
@@ -162,6 +175,7 @@ def grad_grad_rows(
                 key0,
                 length,
                 keys,
+                mask_first,
                 mask_row,
                 mask_key,
                 SCALE,
@@ -177,7 +191,7 @@ def grad_grad_rows(
                 weights = p * factors
             apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
             if gmask_ptr is not None:
-                t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_row, mask_key, t)
+                t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, t)
             t = t - tau[:, None]
             if by_g_ptr is not None:
                 by_g = plus_product(weights * t, v, by_g, PRECISION)
@@ -254,8 +268,7 @@ def grad_grad_keys(
     first = key0 // ROWS * ROWS if CAUSAL else 0
     for repeat in range(repeats):
         head = group * repeats + repeat
-        of_head = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
-        g_of_head = mask_of_head(gmask_ptr, head // heads, head % heads, mask_sample, mask_head)
+        mask_first = head // heads * mask_sample + head % heads * mask_head
         for row0 in range(first, length, ROWS):
             row = row0 + tl.arange(0, ROWS)
             q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
@@ -268,7 +281,22 @@ def grad_grad_keys(
             tau = tl.load(tau_ptr + head * length + row, mask=row < length, other=0.0)
             mu = tl.load(mu_ptr + head * length + row, mask=row < length, other=0.0)
             p = probabilities(
-                q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+                q,
+                k,
+                lse,
+                mask_ptr,
+                row0,
+                key0,
+                length,
+                keys,
+                mask_first,
+                mask_row,
+                mask_key,
+                SCALE,
+                CAUSAL,
+                BOOLEAN,
+                ACC,
+                PRECISION,
             )
             factors = p
             weights = p
@@ -278,7 +306,7 @@ def grad_grad_keys(
             delta = deltas(g, o, ACC)
             apart, t, r = second_tile(q, g, gq, k, v, gk, gv, factors, delta, GQ, GK, GV, DROPS, SCALE, ACC, PRECISION)
             if gmask_ptr is not None:
-                t += mask_tile(g_of_head, row0, key0, length, keys, mask_row, mask_key, t)
+                t += mask_tile(gmask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, t)
             t = t - tau[:, None]
             if by_v_ptr is not None:
                 by_v = plus_product(tl.trans(weights * t), g, by_v, PRECISION)

@@ -66,7 +66,19 @@ def plus_product(weights, operand, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr):
+def masked(
+    scores,
+    mask_ptr,
+    row0,
+    key0,
+    length,
+    keys,
+    mask_first,
+    mask_row,
+    mask_key,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+):
     """Scores with the masks applied; -inf outside of the matrix too."""
     row = (row0 + tl.arange(0, scores.shape[0]))[:, None]
     key = (key0 + tl.arange(0, scores.shape[1]))[None, :]
@@ -74,7 +86,7 @@ def masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSA
     if CAUSAL:
         inside = inside & (key <= row)
     if mask_ptr is not None:
-        at = row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+        at = mask_first + row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
         if BOOLEAN:
             inside = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
         else:
@@ -104,6 +116,7 @@ def probabilities(
     key0,
     length,
     keys,
+    mask_first,
     mask_row,
     mask_key,
     SCALE: tl.constexpr,
@@ -114,24 +127,17 @@ def probabilities(
 ):
     scores = scores_of(q, k, ACC, PRECISION)
     scores = scores * tl.full(scores.shape, SCALE, ACC)
-    scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL, BOOLEAN)
+    scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, CAUSAL, BOOLEAN)
     return tl.exp(scores - lse[:, None])
 
 
 @triton.jit
-def mask_tile(ptr, row0, key0, length, keys, mask_row, mask_key, like):
+def mask_tile(ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, like):
     """Load the tile of a mask or of its gradient, which adds to the scores."""
     row = (row0 + tl.arange(0, like.shape[0]))[:, None]
     key = (key0 + tl.arange(0, like.shape[1]))[None, :]
-    at = row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+    at = mask_first + row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
     return tl.load(ptr + at, mask=(row < length) & (key < keys), other=0.0).to(like.dtype)
-
-
-@triton.jit
-def mask_of_head(mask_ptr, sample, head, mask_sample, mask_head):
-    if mask_ptr is not None:
-        mask_ptr += sample * mask_sample + head * mask_head
-    return mask_ptr
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def attend(
     row0 = tl.program_id(0) % tiles * ROWS
     head = (tl.program_id(0) // tiles).to(tl.int64)  # of all samples
     group = head // repeats
-    mask_ptr = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
+    mask_first = head // heads * mask_sample + head % heads * mask_head
     k_ptr += group * keys * E
     v_ptr += group * keys * EV
     q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
@@ -187,7 +193,7 @@ def attend(
         v = load_tile(v_ptr, key0, keys, DTYPE, KEYS, EV, PADDED_V)
         scores = scores_of(q, k, ACC, PRECISION)
         scores = scores * tl.full(scores.shape, SCALE, ACC)
-        scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_row, mask_key, CAUSAL, BOOLEAN)
+        scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, CAUSAL, BOOLEAN)
         higher = tl.maximum(largest, tl.max(scores, 1))
         near = tl.where(higher == _NEVER, 0.0, higher)
         p = tl.exp(scores - near[:, None])
@@ -242,7 +248,7 @@ def grad_rows(
     row0 = tl.program_id(0) % tiles * ROWS
     head = (tl.program_id(0) // tiles).to(tl.int64)
     group = head // repeats
-    mask_ptr = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
+    mask_first = head // heads * mask_sample + head % heads * mask_head
     k_ptr += group * keys * E
     v_ptr += group * keys * EV
     row = row0 + tl.arange(0, ROWS)
@@ -257,7 +263,22 @@ def grad_rows(
         k = load_tile(k_ptr, key0, keys, DTYPE, KEYS, E, PADDED)
         v = load_tile(v_ptr, key0, keys, DTYPE, KEYS, EV, PADDED_V)
         p = probabilities(
-            q, k, lse, mask_ptr, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+            q,
+            k,
+            lse,
+            mask_ptr,
+            row0,
+            key0,
+            length,
+            keys,
+            mask_first,
+            mask_row,
+            mask_key,
+            SCALE,
+            CAUSAL,
+            BOOLEAN,
+            ACC,
+            PRECISION,
         )
         dp = scores_of(g, v, ACC, PRECISION)
         if seed_ptr is not None:
@@ -311,14 +332,29 @@ def grad_keys(
     first = key0 // ROWS * ROWS if CAUSAL else 0
     for repeat in range(repeats):
         head = group * repeats + repeat
-        of_head = mask_of_head(mask_ptr, head // heads, head % heads, mask_sample, mask_head)
+        mask_first = head // heads * mask_sample + head % heads * mask_head
         for row0 in range(first, length, ROWS):
             row = row0 + tl.arange(0, ROWS)
             q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
             g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
             lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
             p = probabilities(
-                q, k, lse, of_head, row0, key0, length, keys, mask_row, mask_key, SCALE, CAUSAL, BOOLEAN, ACC, PRECISION
+                q,
+                k,
+                lse,
+                mask_ptr,
+                row0,
+                key0,
+                length,
+                keys,
+                mask_first,
+                mask_row,
+                mask_key,
+                SCALE,
+                CAUSAL,
+                BOOLEAN,
+                ACC,
+                PRECISION,
             )
             weights = p
             if seed_ptr is not None:

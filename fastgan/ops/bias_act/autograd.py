@@ -22,7 +22,7 @@ from fastgan.ops.bias_act.layout import (
     is_dense,
     layout_of,
 )
-from fastgan.ops.bias_act.small import is_small
+from fastgan.ops.bias_act.small import LEAST_SMOOTH, is_small
 from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
 from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
@@ -119,7 +119,7 @@ def activate(
         backends.select("bias_act_unfused", x.device, x.dtype, backend)
         return _unfused(x, bias, dim, options, inplace)
     chosen = backends.select("bias_act", x.device, x.dtype, backend)
-    small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x)
+    small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x, LEAST_SMOOTH)
     if chosen == "reference" or x.numel() == 0 or small:
         return reference.bias_act(x, bias, dim, options, inplace)
     call, dense = _call(x, bias, dim, options, chosen)
