@@ -347,6 +347,28 @@ def test_a_lightning_module_trains_the_same(learned, tmp_path):
     assert [unit.name for unit in learned[0].units] == ["Discriminator"]
 
 
+def test_a_step_of_accelerate_trains_the_same(learned):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+
+    def train():
+        accelerator = accelerate.Accelerator(cpu=True)
+        torch.manual_seed(1)
+        d, optimizer = accelerator.prepare(d := Discriminator(), torch.optim.SGD(d.parameters(), 1e-2))
+        losses = []
+        for _ in range(STEPS):
+            loss = penalty(d, data()[0].requires_grad_())
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    expected = train()
+    with fastgan.enabled(always=True):
+        assert train() == pytest.approx(expected, rel=1e-4)
+    assert [unit.name for unit in learned[0].units] == ["Discriminator"]
+
+
 def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
     monkeypatch.setenv("FASTGAN", "off")
     with fastgan.enabled():
