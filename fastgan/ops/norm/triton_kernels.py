@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
@@ -22,6 +23,8 @@ from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows,
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
+_TILE = 2048  # elements of a tile of channels
+_SUMS = 2048  # programs of the sums over channels: what those in flight read fits into L2 for a second pass
 _PROGRAMS = 512  # programs of a sum over samples or positions; enough to fill any GPU
 _SMALL = 256  # values of a sum over parts
 _LONGEST = 65535  # largest number of programs on the second axis of a grid
@@ -33,10 +36,10 @@ def _integers(*names: str) -> dict[str, str]:
 
 _SIZES = _integers("size", "channels", "inner", "groups")
 _STRIDES = _integers("by_sample", "by_channel", "by_segment", "by_position")
-_TILED = _integers("positions", "channels", "inner", "groups") | _STRIDES
+_TILED = _integers("segments", "channels", "inner", "groups") | _STRIDES
 _BY_ROW = _integers("positions", "parts", "channels", "groups")
-_TALL: dict[str, Any] = {"TILE_C": 1, "TILE_Q": 1024}
-_WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
+_TALL: dict[str, Any] = {"TILE_C": 1, "TILE_S": 2, "TILE_Q": 1024, "INDEX": tl.int32}
+_WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_S": 1, "TILE_Q": 32, "INDEX": tl.int64}
 
 # For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
 # combinations of its constants, without DTYPE, the dtype of the input.
@@ -71,7 +74,7 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     ),
     (
         channel_moments,
-        addresses("x", "moments") | _integers("positions", "channels", "inner") | _STRIDES,
+        addresses("x", "moments") | _integers("segments", "channels", "inner") | _STRIDES,
         [_TALL, _WIDE],
     ),
     (
@@ -118,8 +121,8 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
             normalize_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
             return
         tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
-        moments = t.statistics.new_empty(2, layout.samples, tiles[1], layout.channels)
-        sizes = _positions(layout), layout.channels, layout.inner
+        moments = t.statistics.new_empty(3, layout.samples, tiles[1], layout.channels)
+        sizes = layout.segments, layout.channels, layout.inner
         channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **constants)
         small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
         row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
@@ -228,7 +231,7 @@ def _by_row(tiles: tuple[int, int], layout: Layout) -> tuple[int, int, int, int]
 
 
 def _tiled(layout: Layout) -> tuple[int, ...]:
-    return _positions(layout), layout.channels, layout.inner, layout.groups, *_strides(layout)
+    return layout.segments, layout.channels, layout.inner, layout.groups, *_strides(layout)
 
 
 def _strides(layout: Layout) -> tuple[int, int, int, int]:
@@ -244,15 +247,25 @@ def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
     of_channels = min(64, triton.next_power_of_2(layout.channels))
     if not layout.channels_last:
         of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
-    return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": DTYPES[x.dtype]}
+    positions = min(_TILE // of_channels, triton.next_power_of_2(layout.inner))
+    segments = min(_TILE // of_channels // positions, triton.next_power_of_2(layout.segments))
+    size = of_channels * segments * positions
+    return {
+        "TILE_C": of_channels,
+        "TILE_S": segments,
+        "TILE_Q": positions,
+        "INDEX": tl.int32 if layout.inner < 2**31 - _TILE else tl.int64,
+        "DTYPE": DTYPES[x.dtype],
+        "num_warps": max(1, min(8, size // 256)),
+    }
 
 
 def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
-    """Return the grid (tiles of channels of each sample, parts of the positions).
+    """Return the grid (tiles of channels of each sample, parts of their segments and positions).
 
     For sums, it has few programs, since their partial sums must be added. With ``every``, it covers all tiles.
     """
     tile = _tile(x, layout)
     tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
-    parts = triton.cdiv(_positions(layout), tile["TILE_Q"])
-    return tiles, min(triton.cdiv(parts, 4), _LONGEST) if every else min(parts, triton.cdiv(_PROGRAMS, tiles))
+    parts = triton.cdiv(layout.segments, tile["TILE_S"]) * triton.cdiv(layout.inner, tile["TILE_Q"])
+    return tiles, min(triton.cdiv(parts, 4), _LONGEST) if every else min(parts, triton.cdiv(_SUMS, tiles))
