@@ -19,6 +19,8 @@ CASES = {
     "layer, images": ("layer_norm", (3, 4, 5, 6), (4, 5, 6)),
     "layer, many rows": ("layer_norm", (70, 33), (33,)),
     "layer, long rows": ("layer_norm", (2, 10007), (10007,)),
+    "layer, rows of several programs": ("layer_norm", (2, 20011), (20011,)),
+    "group, rows of several programs": ("group_norm", (1, 4, 97, 91), 2),
     "group, vectors": ("group_norm", (6, 12), 3),
     "group, 1-D": ("group_norm", (2, 15, 13), 5),
     "group, 2-D": ("group_norm", (3, 12, 5, 5), 4),

@@ -8,11 +8,11 @@ fastgan's own launch code runs on CPU tensors with a recorder in the launcher's 
 those of a launch. Each kernel is compiled for an architecture and disassembled with line information.
 
 Counted: instructions, subroutine calls and barriers in the hot loop, spills, widths of global accesses, registers,
-shared memory. Derived: instructions per element. A loop's elements are the bytes that its loads and stores move, divided
-by the bytes that ``model.py`` states for each ``for`` of the source; a loop belongs to the ``for`` on the line of its
-backward branch. Both sides of a branch are counted, except remainders of an unrolled loop that the size skips and
-64-bit divisions behind a test of whether 32 bits do. "?" marks rows where this derivation fails, "~" rows whose elements
-are stated by hand.
+shared memory. Derived: instructions per element. A loop's elements are the bytes that its loads and stores move,
+divided by the bytes that ``model.py`` states for each ``for`` of the source; a loop belongs to the ``for`` on the line
+of its backward branch. Both sides of a branch are counted, except remainders of an unrolled loop that the size skips
+and 64-bit divisions behind a test of whether 32 bits do. "?" marks rows where this derivation fails, "~" rows whose
+elements are stated by hand.
 
 Predicted, in microseconds on an H200:
 

@@ -207,11 +207,13 @@ def _parts(
     share = max(1, tile / threads)
     notes = "?" if len(inner) != len(work.passes) else ""
     run = _AROUND[name](a) / threads if around and name in _AROUND else each  # elements before a loop starts again
-    parts, skip = [], set()
+    wide = name == "norm.affine_sums"  # narrow loads are the statistics of a row
+    parts: list[Part] = []
+    skip: set[int] = set()
     for index, (_, same) in enumerate(sorted(inner.items())):
         loop = max(same, key=function.moved)  # the one that ptxas unrolled
         operands = work.passes[min(index, len(work.passes) - 1)]
-        elements = function.moved(loop) / size(operands)
+        elements = function.moved(loop, wide and function.moved(loop, True) > 0) / size(operands)
         notes += "?" if elements % share else ""
         times, left = divmod(run, elements) if elements > share else (run / elements, 0)
         for places, moves in function.remainders(loop) if elements > share else []:

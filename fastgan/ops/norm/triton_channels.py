@@ -8,9 +8,9 @@
     grad_channels      dx
     grad_grad_channels    by_dy and by_x
 
-Element (n, c, s, q) is ``x[n * by_sample + c * by_channel + s * by_segment + q * by_position]``. A program walks through
-tiles of TILE_C channels, TILE_S segments and TILE_Q positions. The offsets within a tile stay in registers, and only
-scalars advance: a division for each element would cost more than all the rest.
+Element (n, c, s, q) is ``x[n * by_sample + c * by_channel + s * by_segment + q * by_position]``. A program walks
+through tiles of TILE_C channels, TILE_S segments and TILE_Q positions. The offsets within a tile stay in registers, and
+only scalars advance: a division for each element would cost more than all the rest.
 
 Bytes: the forward reads x twice for its sums, the second time from L2, and once for y. The derivatives read their
 operands once for the sums and once for the results; weight and bias need no further read. The parts depend on the shape
@@ -44,14 +44,22 @@ def _tile(c, by_channel, by_segment, by_position, TILE_S: tl.constexpr, TILE_Q: 
 
 
 @triton.jit
+def _along(inner, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
+    return tl.cdiv(tl.cast(inner, INDEX), TILE_Q).to(tl.int32)
+
+
+@triton.jit
 def _part(segments, inner, TILE_S: tl.constexpr, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
-    """Return this program's range of tiles, and the segment and position where it starts."""
-    along = tl.cdiv(inner, TILE_Q)
+    """Return this program's range of tiles, and the segment and position where it starts. The launch leaves none out.
+
+    Numbers of tiles have 32 bits: divisions in 64 bits would take longer than the elements of a small range.
+    """
+    along = _along(inner, TILE_Q, INDEX)
     tiles = tl.cdiv(segments, TILE_S) * along
-    part = tl.program_id(1).to(tl.int64)
-    begin = part * tiles // tl.num_programs(1)
-    end = (part + 1) * tiles // tl.num_programs(1)
-    return begin, end, begin // along * TILE_S, (begin % along).to(INDEX) * TILE_Q
+    each = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, tiles)
+    return begin, end, (begin // along).to(tl.int64) * TILE_S, (begin % along).to(INDEX) * TILE_Q
 
 
 @triton.jit
@@ -64,11 +72,22 @@ def _inside(s, q, s0, q0, segments, inner, TILE_S: tl.constexpr):
 
 
 @triton.jit
-def _next(s0, q0, inner, TILE_S: tl.constexpr, TILE_Q: tl.constexpr):
-    q0 += TILE_Q
-    s0 = tl.where(q0 < inner, s0, s0 + TILE_S)
-    q0 = tl.where(q0 < inner, q0, 0)
-    return s0, tl.multiple_of(q0, TILE_Q)
+def _next(first, s0, q0, inner, by_segment, by_position, TILE_S: tl.constexpr, TILE_Q: tl.constexpr):
+    """Return the offset of the next tile, its segment and its position."""
+    ends = q0 + TILE_Q >= inner
+    along = tl.cast(by_position, tl.int64) * TILE_Q
+    first += tl.where(ends, tl.cast(by_segment, tl.int64) * TILE_S - q0 * tl.cast(by_position, tl.int64), along)
+    s0 += tl.where(ends, TILE_S, 0)
+    return first, s0, tl.multiple_of(tl.where(ends, 0, q0 + TILE_Q), TILE_Q)
+
+
+@triton.jit
+def _positions_before(tile, segments, inner, TILE_S: tl.constexpr, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
+    """Return the number of positions in the tiles before one."""
+    along = _along(inner, TILE_Q, INDEX)
+    s = (tile // along).to(tl.int64) * TILE_S
+    of_tile = tl.minimum(TILE_S, tl.maximum(segments - s, 0))
+    return tl.minimum(s, segments) * inner + of_tile * tl.minimum((tile % along).to(INDEX) * TILE_Q, inner)
 
 
 @triton.jit
@@ -107,29 +126,25 @@ def channel_moments(
     x = typed(x_ptr, DTYPE)
     at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
     begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
-    s_begin = s0
-    q_begin = q0
-    positions = tl.full([], 0, tl.int64)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     total = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         total += tl.load(x + first + at, mask=inside, other=0.0).to(ACC)
-        positions += tl.minimum(segments - s0, TILE_S) * tl.minimum(inner - q0, TILE_Q)
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
-    count = positions.to(ACC)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
+    before = _positions_before(begin, segments, inner, TILE_S, TILE_Q, INDEX)
+    count = (_positions_before(end, segments, inner, TILE_S, TILE_Q, INDEX) - before).to(ACC)
     near = tl.sum(total, 1) / count
-    s0 = s_begin
-    q0 = q_begin
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     rest = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     squares = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         apart = tl.where(inside, tl.load(x + first + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
         rest += apart
         squares += apart * apart
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
     off = tl.sum(rest, 1) / count  # the rounding error of `near`
     to = moments_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(to, near + off, mask=c < channels)
@@ -213,13 +228,13 @@ def normalize_channels(
     bias = _parameter(bias_ptr, c, channels, 0.0, TILE_C, ACC)
     at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
     begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         x = tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
         y = (x - mean) * scale + bias
         tl.store(typed(y_ptr, DTYPE) + first + at, rounded(y, DTYPE), mask=inside)
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
 
 
 @triton.jit
@@ -248,13 +263,13 @@ def channel_products(
     mean = _column(statistics_ptr, row, c, channels)
     at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
     begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     dy_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     dyd_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     h_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     hd_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     hdy_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         d = tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean
         dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
@@ -265,7 +280,7 @@ def channel_products(
             h_sum += h
             hd_sum += h * d
             hdy_sum += h * dy
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
     to = sums_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     step = rows // groups * tl.num_programs(1) * channels
     tl.store(to, tl.sum(dy_sum, 1), mask=c < channels)
@@ -402,13 +417,13 @@ def grad_channels(
     w = _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
     at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
     begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         xh = (tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean) * r
         dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
         tl.store(typed(dx_ptr, DTYPE) + first + at, rounded(r * (w * dy - g_mean - xh * gx_mean), DTYPE), mask=inside)
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
 
 
 @triton.jit
@@ -451,8 +466,8 @@ def grad_grad_channels(
     hb = _parameter(h_bias_ptr, c, channels, 0.0, TILE_C, ACC)
     at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
     begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
     for _ in range(begin, end):
-        first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
         inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
         xh = (tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean) * r
         dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
@@ -466,4 +481,4 @@ def grad_grad_channels(
             e = hw * dy - r * (h * gx_mean + w * dy * hx_mean)
             by_x = r * (e - e_mean - xh * of_xh)
             tl.store(typed(by_x_ptr, DTYPE) + first + at, rounded(by_x, DTYPE), mask=inside)
-        s0, q0 = _next(s0, q0, inner, TILE_S, TILE_Q)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
