@@ -230,7 +230,7 @@ def _sum_over_samples(
     sums = [None if s is None else mean.new_empty(parts, layout.channels) for s in results]
     sizes = layout.samples, layout.channels, layout.inner, layout.channels // layout.groups
     constants: dict[str, Any] = {"SECOND": h is not None, "ONE_ROW": layout.groups == 1}
-    constants |= {"TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype]}
+    constants |= {"TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype], "num_warps": 8}
     affine_sums[(tiles, parts)](t.dy, t.x, h, mean, rstd, h_means, *sums, *sizes, **constants)
     _add_up(sums, results)
 

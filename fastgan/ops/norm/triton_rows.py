@@ -308,7 +308,8 @@ def affine_sums(
     row = begin * rows
     if not ONE_ROW:
         row += c // of_row
-    column = begin * channels + c
+    first = begin * channels * inner
+    column = c.to(tl.int64)[:, None] * inner
     weight_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     bias_sum = tl.zeros([TILE_C, TILE_Q], ACC)
     for _ in range(begin, end):
@@ -319,7 +320,7 @@ def affine_sums(
             hx_mean = _statistic(h_means_ptr, 2 * row + 1, c, channels, ONE_ROW)
         for q0 in range(0, inner, TILE_Q):
             q = q0 + tl.arange(0, TILE_Q)[None, :]
-            at = column[:, None] * inner + q
+            at = first + column + q
             inside = (c < channels)[:, None] & (q < inner)
             dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
             xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
@@ -330,7 +331,7 @@ def affine_sums(
                 weight_sum += dy * xh
                 bias_sum += dy
         row += rows
-        column += channels
+        first += tl.cast(channels, tl.int64) * inner
     to = part * channels + c
     if weight_sums_ptr is not None:
         tl.store(weight_sums_ptr + to, tl.sum(weight_sum, 1), mask=c < channels)
