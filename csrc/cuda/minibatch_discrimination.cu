@@ -99,10 +99,12 @@ class Block {
     each_tile([&](std::int64_t j0) {
       A d[kOwnEach][kEach], a[kOwnEach][kEach];
       compare(j0, d, a);
+      const Limits limits = limits_of(j0, t_.exclude_self);
+#pragma unroll
       for (int r = 0; r < kOwnEach; ++r)
 #pragma unroll
         for (int k = 0; k < kEach; ++k)
-          if (compared(r, k, j0, t_.exclude_self)) sums[r] += exponential(-d[r][k]);
+          if (compared(r, k, limits)) sums[r] += exponential(-d[r][k]);
     });
     write_sample(t_.o, sum_of_lanes(sums));
   }
@@ -114,11 +116,12 @@ class Block {
     each_tile([&](std::int64_t j0) {
       A q[kOwnEach][kEach], a[kOwnEach][kEach];
       compare(j0, q, a);
+      const Limits limits = limits_of(j0, true);
 #pragma unroll
       for (int r = 0; r < kOwnEach; ++r)
 #pragma unroll
         for (int k = 0; k < kEach; ++k) {
-          A e = compared(r, k, j0, true) ? -exponential(-q[r][k]) : A{0};
+          A e = compared(r, k, limits) ? -exponential(-q[r][k]) : A{0};
           const A both = shared_.own_h[own_at() + r] + shared_.other_h[other_at(k)];
           if (kSecond) {
             e *= a[r][k];
@@ -151,9 +154,19 @@ class Block {
     }
   }
 
-  __device__ bool compared(int r, int k, std::int64_t j0, bool exclude_self) const {
-    const std::int64_t i = t_.first + row_ + own_at() + r, j = j0 + other_at(k);
-    if (j >= t_.samples || (exclude_self && i == j)) return false;
+  // Within a tile, 32 bits count: the number of its samples j, and the place that own sample 0 has or would have in it.
+  struct Limits {
+    int samples, self;
+  };
+
+  __device__ Limits limits_of(std::int64_t j0, bool exclude_self) const {
+    const std::int64_t left = t_.samples - j0, self = t_.first + row_ - j0;
+    const bool meet = exclude_self && -kOwn < self && self < kTile;
+    return {left < kTile ? static_cast<int>(left) : kTile, meet ? static_cast<int>(self) : kTile};
+  }
+
+  __device__ bool compared(int r, int k, const Limits& limits) const {
+    if (other_at(k) >= limits.samples || limits.self + own_at() + r == other_at(k)) return false;
     return t_.segments == nullptr || shared_.own_segment[own_at() + r] == shared_.other_segment[other_at(k)];
   }
 

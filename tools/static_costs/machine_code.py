@@ -68,9 +68,10 @@ class Function:
     def within(self, loop: tuple[int, int]) -> list[tuple[int, int]]:
         return [other for other in self.loops if other != loop and loop[0] <= other[0] and other[1] <= loop[1]]
 
-    def moved(self, loop: tuple[int, int], wide: bool = False) -> int:
-        """Return the bytes that a thread moves in an iteration; with ``wide``, in a loop's 128-bit accesses only."""
-        return sum(i.moves for i in self.main[loop[0] : loop[1] + 1] if not wide or i.width == 16)
+    def moved(self, loop: tuple[int, int], scalars: bool = True) -> int:
+        """Return the bytes that a thread moves in an iteration, with or without its loads of 32 bits."""
+        body = self.main[loop[0] : loop[1] + 1]
+        return sum(i.moves for i in body if scalars or i.base == "STG" or i.width != 4)
 
     def trace(self, loop: tuple[int, int] | None = None, skip: set[int] | None = None) -> list[Instruction]:
         """Return what an iteration executes, without the loops within. Without a loop: what no loop contains."""

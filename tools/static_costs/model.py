@@ -156,11 +156,19 @@ def cost(launch: Launch, metadata: Any, cubin: Path) -> dict[str, Any]:
 
 
 def staged(work: Work, a: dict[str, Any]) -> Work:
-    """Return the work of a kernel of rows that computes only the sums, or only the results."""
+    """Return the work of a launch: only a row's sums or results, or no operands that a tile has only one of."""
+    if _by_channel(a):
+        of_elements = (o for o in work.passes[0].split() if o not in ("k", "bias"))
+        work = work._replace(passes=(" ".join(of_elements),))
     if a.get("STAGE") == "sums":
         reads = " ".join(operand for operand in work.once.split() if operand not in _RESULTS)
         return work._replace(once=reads, passes=work.passes[:-1])
     return work._replace(passes=work.passes[-1:]) if a.get("STAGE") == "results" else work
+
+
+def _by_channel(a: dict[str, Any]) -> bool:
+    """Tell whether a tile of an activation loads one value of a bias per channel."""
+    return bool(a.get("BY_CHANNEL") and a["TILE_Q"] > 1)
 
 
 def resident_programs(registers: int, shared: int, warps: int) -> int:
@@ -207,13 +215,16 @@ def _parts(
     share = max(1, tile / threads)
     notes = "?" if len(inner) != len(work.passes) else ""
     run = _AROUND[name](a) / threads if around and name in _AROUND else each  # elements before a loop starts again
-    wide = name == "norm.affine_sums"  # narrow loads are the statistics of a row
+    # Elsewhere, loads of 32 bits are one value of a row or a channel.
+    scalars = name != "norm.affine_sums" and not _by_channel(
+        a
+    )
     parts: list[Part] = []
     skip: set[int] = set()
     for index, (_, same) in enumerate(sorted(inner.items())):
         loop = max(same, key=function.moved)  # the one that ptxas unrolled
         operands = work.passes[min(index, len(work.passes) - 1)]
-        elements = function.moved(loop, wide and function.moved(loop, True) > 0) / size(operands)
+        elements = (function.moved(loop, scalars) or function.moved(loop)) / size(operands)
         notes += "?" if elements % share else ""
         times, left = divmod(run, elements) if elements > share else (run / elements, 0)
         for places, moves in function.remainders(loop) if elements > share else []:
