@@ -35,6 +35,7 @@ CASES = {
     "batch, 1-D": ("batch_norm", (3, 5, 17), None),
     "batch, 2-D": ("batch_norm", (5, 3, 7, 5), None),
     "batch, long channels": ("batch_norm", (2, 2, 41, 31), None),
+    "batch, channels of several tiles": ("batch_norm", (3, 2, 61, 53), None),
     "batch, many vectors": ("batch_norm", (1031, 40), None),
     "group, channels_last": ("group_norm", (3, 12, 5, 7), 4, torch.channels_last),
     "group, channels_last, wide": ("group_norm", (2, 1034, 3, 3), 2, torch.channels_last),

@@ -216,9 +216,7 @@ def _parts(
     notes = "?" if len(inner) != len(work.passes) else ""
     run = _AROUND[name](a) / threads if around and name in _AROUND else each  # elements before a loop starts again
     # Elsewhere, loads of 32 bits are one value of a row or a channel.
-    scalars = name != "norm.affine_sums" and not _by_channel(
-        a
-    )
+    scalars = name != "norm.affine_sums" and not _by_channel(a)
     parts: list[Part] = []
     skip: set[int] = set()
     for index, (_, same) in enumerate(sorted(inner.items())):
