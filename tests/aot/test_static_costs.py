@@ -54,8 +54,9 @@ def test_no_kernel_spills_registers(rows):
     assert [name_of(row) for row in rows if row["spills"]] == []
 
 
-def test_no_kernel_over_data_divides_in_a_subroutine_for_each_element(rows):
-    data = [row for row in rows if row["floor_us"]]
+def test_no_kernel_calls_a_division_in_its_loop(rows):
+    # minibatch_stddev has no loop over its data: its only divisions are those of a program.
+    data = [row for row in rows if row["floor_us"] and "stddev" not in row["kernel"]]
     assert data
     assert [name_of(row) for row in data if row["calls"]] == []
 

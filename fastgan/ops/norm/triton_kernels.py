@@ -24,6 +24,7 @@ from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
 _LONG_BLOCK = 4096
+_WIDE_ROW = 20000  # bytes of a row, of which too many in flight would leave L2 before their second read
 _FEW_ROWS = 256  # of which one program each would not fill a GPU
 _TILE = 2048  # elements of a tile of channels
 _SUMS = 1024  # programs of the sums over channels: what those in flight read fits into L2 for a second pass
@@ -199,8 +200,12 @@ def _launch_rows(
 
 
 def _row_block(x: Tensor, layout: Layout) -> dict[str, Any]:
-    long = _sizes(layout)[0] > 2 * _BLOCK
-    return {"BLOCK": _LONG_BLOCK if long else _BLOCK, "num_warps": 16 if long else 4, "DTYPE": DTYPES[x.dtype]}
+    """Return the block. Wide ones keep fewer rows in flight, so that L2 holds them, and each thread has less to do."""
+    if _row_parts(layout) > 1:
+        block = _LONG_BLOCK
+    else:
+        block = 2 * _BLOCK if _sizes(layout)[0] * x.element_size() > _WIDE_ROW else _BLOCK
+    return {"BLOCK": block, "num_warps": block // 256, "DTYPE": DTYPES[x.dtype]}
 
 
 def _row_parts(layout: Layout) -> int:

@@ -21,11 +21,15 @@ from fastgan.ops.triton_language import rounded, typed
 
 
 @triton.jit
-def _part(size, BLOCK: tl.constexpr):
+def _part(size, STAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Return this program's range of a row, in whole blocks. Only the last range ends at ``size``."""
-    each = tl.cdiv(tl.cdiv(size, BLOCK), tl.num_programs(1)) * BLOCK
-    begin = tl.program_id(1) * each
-    return begin, tl.minimum(begin + each, size)
+    begin = 0
+    end = size
+    if STAGE != "whole":
+        each = tl.cdiv(tl.cdiv(size, BLOCK), tl.num_programs(1)) * BLOCK
+        begin = tl.program_id(1) * each
+        end = tl.minimum(begin + each, size)
+    return begin, end
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def normalize_rows(
     x_row = typed(x_ptr, DTYPE) + row * size
     y_row = typed(y_ptr, DTYPE) + row * size
     first = row % groups * channels
-    begin, end = _part(size, BLOCK)
+    begin, end = _part(size, STAGE, BLOCK)
     if STAGE == "results":
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
@@ -118,7 +122,7 @@ def grad_rows(
     first = row % groups * channels
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
-    begin, end = _part(size, BLOCK)
+    begin, end = _part(size, STAGE, BLOCK)
     if STAGE == "results":
         g_total = _kept(sums_ptr, 0, row)
         gx_total = _kept(sums_ptr, 1, row)
@@ -181,7 +185,7 @@ def grad_grad_rows(
     first = row % groups * channels
     mean = tl.load(mean_ptr + row)
     r = tl.load(rstd_ptr + row)
-    begin, end = _part(size, BLOCK)
+    begin, end = _part(size, STAGE, BLOCK)
     if STAGE == "results":
         h_total = _kept(sums_ptr, 0, row)
         hx_total = _kept(sums_ptr, 1, row)
