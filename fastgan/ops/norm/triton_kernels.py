@@ -27,7 +27,9 @@ _LONG_BLOCK = 4096
 _WIDE_ROW = 20000  # bytes of a row, of which too many in flight would leave L2 before their second read
 _FEW_ROWS = 256  # of which one program each would not fill a GPU
 _TILE = 2048  # elements of a tile of channels
-_SUMS = 1024  # programs of the sums over channels: what those in flight read fits into L2 for a second pass
+_SUMS = 1024  # programs of the sums over samples
+_SHARE = 65536  # bytes of a program of the sums over channels: L2 holds those of all in flight for a second read
+_MOST_SUMS = 4096
 _PROGRAMS = 512  # programs of a sum over samples or positions; enough to fill any GPU
 _SMALL = 256  # values of a sum over parts
 _LONGEST = 65535  # largest number of programs on the second axis of a grid
@@ -320,5 +322,9 @@ def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
     tile = _tile(x, layout)
     tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
     count = triton.cdiv(layout.segments, tile["TILE_S"]) * triton.cdiv(layout.inner, tile["TILE_Q"])
-    parts = min(triton.cdiv(count, 4), _LONGEST) if every else min(count, triton.cdiv(_SUMS, tiles))
+    if every:
+        parts = min(triton.cdiv(count, 4), _LONGEST)
+    else:
+        programs = triton.cdiv(layout.samples * layout.channels * _positions(layout) * x.element_size(), _SHARE)
+        parts = min(count, triton.cdiv(max(_PROGRAMS, min(programs, _MOST_SUMS)), tiles))
     return tiles, triton.cdiv(count, triton.cdiv(count, parts))  # without programs that have no tile
