@@ -32,7 +32,7 @@ VERSIONS ?= 2.6.0 2.11.0+triton3.6.0 2.13.0+triton3.9.0 2.14.1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, write runs/demo/"
+	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, interpolate, write runs/demo/"
 	@echo "make test    install, then run the tests"
 	@echo "make test-gpu-simulated   run tests on a simulated CUDA device; SIMULATED=all runs all of them"
 	@echo "make examples install accelerate and Lightning, then run the tests of every example"
@@ -55,6 +55,7 @@ demo: build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
 	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
+	$(VENV)/bin/fastgan generate runs/demo --samples 0 --grid 4x8 --interpolate 100
 
 # One file per worker, in the order of tests/conftest.py. Idle threads sleep, because the workers share the cores.
 test: build

@@ -10,6 +10,7 @@ benchmarks/results/<device>/tune-<preset>.json, the study to --study.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -78,7 +79,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + options.fresh_seeds)
-    fresh = {"preset": judge(config.start, seeds), "best": judge(best, seeds)}
+    fresh = {"preset": judge(config.start, seeds), "best": judge(dataclasses.replace(best, steps=options.steps), seeds)}
     study = open_study(config)
     trials = [
         {

@@ -37,4 +37,5 @@ PYBIND11_MODULE(_native, m) {
   fastgan::bind_bias_act(m);
   fastgan::bind_norm(m);
   fastgan::bind_spectral_norm(m);
+  fastgan::bind_upfirdn2d(m);
 }

@@ -4,6 +4,7 @@ from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend
 from fastgan.convert import convert, revert
+from fastgan.drop_in import patch_torch_utils
 from fastgan.graphs import graphed_step
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
@@ -19,6 +20,7 @@ __all__ = [
     "logits_and_penalty",
     "nn",
     "ops",
+    "patch_torch_utils",
     "penalty_from_logits",
     "revert",
     "twice_differentiable",

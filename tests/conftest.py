@@ -1,4 +1,4 @@
-"""Triton through its interpreter where there is no GPU, and memory that is never zero by luck."""
+"""Run Triton in its interpreter if there is no GPU, and fill uninitialized memory with NaN."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch._dynamo import trace_rules  # imports Triton
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every uninitialised floating tensor starts as NaN: an element that a kernel forgets to write shows."""
-    trace_rules.get_torch_obj_rule_map()  # Dynamo looks PyTorch's functions up once, and anew after init_process_group
+    """Fill uninitialized floating-point tensors with NaN, which exposes elements that a kernel does not write."""
+    trace_rules.get_torch_obj_rule_map()  # Dynamo looks up PyTorch's functions once, and again after init_process_group
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
@@ -40,8 +40,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_discriminator_is_small(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Penalties of the tests' discriminators, small as they are, are fastgan's own; marked ``small``, as users' are."""
-    from fastgan.ops.gradient_penalty.small import at_any_size  # once Triton knows that it interprets
+    """Use fastgan's functions for the small discriminators of the tests. The marker ``small`` restores the default."""
+    from fastgan.ops.gradient_penalty.small import at_any_size  # after TRITON_INTERPRET is set
 
     with nullcontext() if request.node.get_closest_marker("small") else at_any_size():
         yield
@@ -54,14 +54,14 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def exact_products() -> None:
-    """On a GPU these round their operands to TF32, and add up in any order, unless they are told not to."""
+    """Disable TF32 and nondeterministic sums in cuDNN and cuBLAS."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)
 def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After an error in a kernel a process can do nothing more on its GPU: of several, the others go on."""
+    """End this process if an error in a kernel has made its GPU unusable. Other pytest-xdist workers continue."""
     yield
     if torch.cuda.is_available() and request.node.get_closest_marker("gpu"):
         try:
@@ -72,7 +72,7 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.exit(f"the GPU is lost: {error}".partition("\n")[0])
 
 
-# Large tables, of which a run takes one row in so many, always the same ones; FASTGAN_TESTS=all takes them whole.
+# Files with large tables. A run takes one row in this many, always the same ones. FASTGAN_TESTS=all runs all rows.
 THINNED = {
     "test_compiled_penalties.py": 4,
     "test_one_pass_idioms.py": 2,
@@ -92,11 +92,11 @@ LONG = ("aot", "cuda", "native", "install", "distributed")  # folders whose test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", metavar="I/N", help="of the tests chosen, the I-th of N parts, next to each other")
+    parser.addoption("--share", metavar="I/N", help="run the I-th of N consecutive parts of the selected tests")
 
 
 def thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect rows of the large tables by a hash of their names, so that no argument's values fall in step with it."""
+    """Deselect rows of the large tables by a hash of their names, so that all values of each argument remain."""
     left_out = [
         item
         for item in items
@@ -108,9 +108,9 @@ def thin(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item not in chosen]
 
 
-@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests first: of files that are shared out among processes, a long one at the end keeps the others idle."""
+    """Run the long files first. A long file at the end would leave the other workers idle."""
     if os.environ.get("FASTGAN_TESTS") != "all":
         thin(config, items)
     if config.option.share:

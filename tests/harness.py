@@ -1,4 +1,4 @@
-"""The table that every op is tested over, and what counts as equal."""
+"""The backends and dtypes with which every op is tested, and the tolerances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
 
-# Each backend where this machine can run it: Triton through its interpreter on CPU tensors if there is no GPU.
+# The backends. Without a GPU, Triton's interpreter runs kernels on CPU tensors.
 BACKENDS = [
     "reference",
     "cpu",
@@ -20,13 +20,13 @@ COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 needs_dynamo = pytest.mark.skipif(not COMPILES, reason="torch.compile before 2.11 cannot trace fastgan's operations")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
-# Relative to the norm of the float64 result, by order of derivative (0: values).
+# Tolerances relative to the norm of the float64 result, by order of derivative (0: values).
 _FLOAT32 = {0: 1e-5, 1: 1e-4, 2: 1e-3}
-_FLOAT64 = 1e-11  # the float64 result against itself, summed in another order
+_FLOAT64 = 1e-11  # rounding of float64 sums in a different order
 
 
 def backend_name(backend: object) -> str:
-    """The name in an entry of BACKENDS, which may carry marks."""
+    """Return the name in an entry of BACKENDS, which may have marks."""
     return backend if isinstance(backend, str) else backend.values[0]  # type: ignore[attr-defined]
 
 
@@ -42,10 +42,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, exact: Tensor, *, order: int, reference: Tensor | None = None) -> None:
-    """`actual` against the float64 result `exact`.
+    """Compare `actual` with the float64 result `exact`.
 
-    Half precision is compared with the error of the PyTorch `reference` in the same dtype: at most twice that, where
-    an error below half a unit in the last place, which rounding the exact result makes already, counts as that.
+    In half precision, the error may be twice that of the PyTorch `reference` in the same dtype, or twice the rounding
+    error of the exact result if that is larger.
     """
     error = relative_error(actual, exact)
     if actual.dtype == torch.float64:

@@ -14,7 +14,13 @@ PUBLIC = {
     for namespace in (fastgan.ops, fastgan.nn, fastgan.nn.utils)
     for name in namespace.__all__
     if not inspect.ismodule(getattr(namespace, name))
-} | {f"fastgan.{name}": getattr(fastgan, name) for name in ("convert", "revert", "twice_differentiable")}
+} | {
+    f"fastgan.{name}": getattr(fastgan, name)
+    for name in (
+        *("convert", "explain_penalty", "gradient_penalty", "graphed_step", "logits_and_penalty"),
+        *("patch_torch_utils", "penalty_from_logits", "revert", "twice_differentiable"),
+    )
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -130,7 +130,7 @@ few_ops='' few_steps='' more='tests/bench/test_cases.py tests/bench/test_timing.
 verify_on="discs $out 32" train_on="discs $out 2000"
 if [ -n "$simulated" ]; then
     bench_with=tests/simulated_gpu/rehearse_bench.py
-    few_ops='--case spectral_norm/small/*' few_steps='--case d-step/wgan-gp/dcgan64-batch16' more='tests/integrations/test_cuda_graphs.py -k loss_alone'
+    few_ops='--case norm/instance_norm/*' few_steps='--case d-step/wgan-gp/critic64-batch4' more='tests/integrations/test_cuda_graphs.py -k loss_alone'
     verify_on="ring8 $out 2" train_on="ring8 $out 3"
 fi
 

@@ -19,7 +19,7 @@ from fastgan.ops.gradient_penalty.small import at_any_size
 
 PAGE = Path(__file__).parents[1] / "docs" / "second_derivatives.md"
 BEGIN, END = "<!-- begin table -->", "<!-- end table -->"
-PYTORCH, OURS, REFUSED = "PyTorch's", "fastgan's", "refused"
+PYTORCH, FASTGAN, REFUSED = "PyTorch's", "fastgan's", "refused"
 ROW, SEQUENCE, IMAGE, VOLUME = (4, 6), (4, 6, 8), (4, 6, 8, 8), (2, 6, 4, 4, 4)
 Call = Callable[[Tensor], Any]
 
@@ -216,30 +216,30 @@ class _Layer(nn.Module):
         return self.call(x)
 
 
-def judged(name: str, call: Call, shape: tuple[int, ...]) -> str:
-    """Whose second derivative a penalty through this takes. An AssertionError where two differ."""
+def classify(name: str, call: Call, shape: tuple[int, ...]) -> str:
+    """Return whose second derivative a penalty of this layer uses. Raise AssertionError if two differ."""
     torch.manual_seed(1)
     x = torch.randn(shape).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        call(x)  # what is lazy becomes itself
+        call(x)  # initialize lazy modules
         model = Discriminator(call, shape[1])
         try:
-            theirs = _plain(model, x)
+            expected = _plain(model, x)
         except (RuntimeError, NotImplementedError):
-            theirs = None
+            expected = None
         torch.manual_seed(2)
         try:
             with at_any_size():
                 penalty = fastgan.gradient_penalty(model, x, kind="r1")
-                (ours,) = torch.autograd.grad(penalty, model.scale)
+                (found,) = torch.autograd.grad(penalty, model.scale)
         except RuntimeError as error:
             if "layer (_Layer)" not in str(error) and f"{name}:" not in str(error):
                 raise
             return REFUSED
-    if theirs is None:
-        return OURS
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    if expected is None:
+        return FASTGAN
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     return PYTORCH
 
 
@@ -252,9 +252,9 @@ def _plain(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def table() -> str:
-    by: dict[str, list[str]] = {OURS: [], REFUSED: [], PYTORCH: []}
+    by: dict[str, list[str]] = {FASTGAN: [], REFUSED: [], PYTORCH: []}
     for name, case in cases().items():
-        by[judged(name, *case)].append(f"`{name}`")
+        by[classify(name, *case)].append(f"`{name}`")
     rows = [f"| {whose} | {', '.join(sorted(names))} |" for whose, names in by.items()]
     return "\n".join(["| second derivative | layers |", "|---|---|", *rows])
 

@@ -23,6 +23,9 @@ COMMANDS = {
     "bench": ["bench"],
     "tune": ["tune", "fashion-mnist"],
     "export": ["export"],
+    "generate": ["generate"],
+    "evaluate": ["evaluate"],
+    "project": ["project"],
     "info": ["info"],
 }
 

@@ -23,5 +23,6 @@ void bind_minibatch_stddev(py::module_& m);
 void bind_bias_act(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_spectral_norm(py::module_& m);
+void bind_upfirdn2d(py::module_& m);
 
 }  // namespace fastgan

@@ -24,6 +24,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "common/cuda_block.cuh"
 #include "common/cuda_host.h"
@@ -387,6 +388,20 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   Worker<T>(arguments, memory).backward();
 }
 
+// All blocks of a cooperative launch must be resident at the same time.  Returns how many are, and takes slots from
+// `slot_bytes` while none is: other users of the device may hold shared memory.
+template <class Kernel>
+int resident_blocks(Kernel kernel, const DeviceOf& device, std::int64_t small_bytes, std::int64_t& slot_bytes) {
+  for (;; slot_bytes -= kBlock.tile_bytes) {
+    int per_multiprocessor = 0;
+    FASTGAN_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads,
+                                                               static_cast<std::size_t>(small_bytes + slot_bytes)));
+    if (per_multiprocessor > 0) return per_multiprocessor * device.attribute(cudaDevAttrMultiProcessorCount);
+    if (slot_bytes < 3 * kBlock.tile_bytes)
+      throw std::runtime_error("spectral_norm: a multiprocessor has no room for a block of the kernel");
+  }
+}
+
 template <class T>
 void launch(const SpectralNormLayer* layers, std::int64_t count, const SpectralNormOptions* options,
             cudaStream_t stream) {
@@ -394,12 +409,13 @@ void launch(const SpectralNormLayer* layers, std::int64_t count, const SpectralN
   const bool backward = options == nullptr;
   const auto kernel = backward ? &backward_kernel<T> : &forward_kernel<T>;
   const DeviceOf device(layers[0].weight);
-  const Machine machine{device.attribute(cudaDevAttrMultiProcessorCount),
-                        device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSmallBytes<T>,
-                        device.attribute(cudaDevAttrL2CacheSize)};
+  const int shared_bytes_of_block = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   // Set the maximum, not what this launch needs: another thread may set and launch in between.
-  FASTGAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
+  FASTGAN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_of_block));
+  std::int64_t slot_bytes = shared_bytes_of_block - kSmallBytes<T>;
+  const int resident = resident_blocks(kernel, device, kSmallBytes<T>, slot_bytes);
+  const Machine machine{std::min(resident, device.attribute(cudaDevAttrMultiProcessorCount)), slot_bytes,
+                        device.attribute(cudaDevAttrL2CacheSize)};
   for (std::int64_t first = 0; first < count; first += kMaxLayers) {
     const int now = static_cast<int>(std::min<std::int64_t>(count - first, kMaxLayers));
     Plan plan = make_plan(layers + first, now, sizeof(T), machine, backward);

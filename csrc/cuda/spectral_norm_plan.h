@@ -77,7 +77,7 @@ static_assert(sizeof(Arguments) <= (kMaxLayers > 30 ? 32764 : 4096), "arguments 
 static_assert(std::is_trivially_copyable<Arguments>::value, "arguments must be copyable as bytes");
 
 struct Machine {
-  int multiprocessors;
+  int multiprocessors;                  // that hold a block
   std::int64_t shared_bytes, l2_bytes;  // shared_bytes: for the slots of one block
 };
 

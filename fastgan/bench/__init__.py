@@ -1,1 +1,1 @@
-"""Benchmarks: what is timed, how it is timed, and how results are reported."""
+"""Benchmarks: the cases, the timing, and the reports."""

@@ -30,7 +30,7 @@ small { display: block; font-size: .8rem; line-height: 1.35; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: .9rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
 figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--faint); font-size: 11px; } svg .grid { stroke: var(--line); }
+svg text { fill: var(--faint); font-size: 12px; } svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
 img { max-width: 100%; border-radius: 6px; display: block; } img.pixels { image-rendering: pixelated; }
@@ -56,26 +56,33 @@ def page(title: str, sections: Sequence[str]) -> str:
     return head + "\n".join(filter(None, sections)) + "\n</body></html>\n"
 
 
+def words(text: str) -> str:
+    """Escape a text for HTML, and show what is between backticks as code."""
+    parts = escape(text).split("`")
+    if len(parts) % 2 == 0:  # an odd number of backticks
+        return escape(text)
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+
+
 def picture(path: Path, caption: str, kind: str = "") -> str:
     """Embed a PNG, or return "" if the file does not exist. ``kind`` is a class of the style, such as pixels."""
     if not path.exists():
         return ""
     data, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
     of = f' class="{kind}"' if kind else ""
-    return f'<figure><img{of} alt="{text}" src="data:image/png;base64,{data}"><small>{text}</small></figure>'
+    shown = words(caption)
+    return f'<figure><img{of} alt="{text}" src="data:image/png;base64,{data}"><small>{shown}</small></figure>'
 
 
 def properties(rows: Sequence[Sequence[str]]) -> str:
     """Format names and values as a table."""
-    return (
-        f"<table>{''.join(f'<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)}</table>"
-    )
+    return f"<table>{''.join(f'<tr><th>{escape(key)}</th><td>{words(value)}</td></tr>' for key, value in rows)}</table>"
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Format a table. Columns after the first ``words`` are numbers. A table that is too wide scrolls."""
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Format a table. Columns after the first ``labels`` are numbers. A table that is too wide scrolls."""
     body = [
-        "".join(f"<td{'' if column < words else ' class=n'}>{escape(cell)}</td>" for column, cell in enumerate(row))
+        "".join(f"<td{'' if column < labels else ' class=n'}>{words(cell)}</td>" for column, cell in enumerate(row))
         for row in rows
     ]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)

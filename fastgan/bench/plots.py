@@ -152,9 +152,15 @@ def memory(results: Results) -> Plot | None:
         positions, megabytes = zip(*points, strict=True)
         axes.barh(positions, megabytes, height, color=COLORS[name], label=name)
     axes.set_yticks([position + 0.4 - height / 2 for position in range(len(cases))], [case["name"] for case in cases])
-    axes.set(xscale="log", xlabel="peak MB, minus the memory before the call", title=_where(results))
+    axes.set(
+        xscale="log", xlabel="peak MB, minus the memory before the call, on a logarithmic scale", title=_where(results)
+    )
     axes.legend()
-    return Plot(figure, "Peak memory of one call. Each allocation that PyTorch sees counts once.")
+    return Plot(
+        figure,
+        "Peak memory of one call, on a logarithmic scale: a bar of half the length is not half the memory. "
+        "Each allocation that PyTorch sees counts once.",
+    )
 
 
 def growing(results: Results) -> Plot | None:

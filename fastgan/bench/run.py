@@ -15,29 +15,12 @@ import torch
 from fastgan.bench import comparison, measure, record, report, user_model
 from fastgan.bench.case import Case
 from fastgan.bench.cases import CASES, SUITES
+from fastgan.bench.command import BESIDE, ROUNDS, parser
 from fastgan.bench.heap import GIVEN_BACK, KEPT, keep_freed_memory
 from fastgan.bench.provenance import ROOT, commit_of, slug
 from fastgan.bench.record import Results
 
-ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 9, "model": 7}
 INTERRUPTED = 130
-
-EPILOG = """\
-suites:
-  ops      each operation alone, up to the derivative that training needs
-  steps    whole discriminator and generator steps, and their penalties, by resolution and batch size
-  memory   peak and saved bytes of those steps and of minibatch discrimination; times one call of each
-  growth   time and memory as one size doubles, with fitted and theoretical exponents
-  forms    loss + R1 of discriminators in the forms of well-known families: work in forwards, path, speed-up
-  sizes    penalties and whole steps from tiny to large discriminators, where fastgan must never be slower
-
-examples:
-  fastgan bench --case 'spectral_norm/small/*' --device cpu
-  fastgan bench --suite steps --report                    # also writes CSV, Markdown, pictures and one HTML page
-  fastgan bench --suite ops --compare old.json            # exit status 1 if something became slower beyond noise
-  fastgan bench --resume benchmarks/results/DEVICE/ops-COMMIT.json
-  fastgan bench --model my_module:build --input 3,64,64 --batch 16
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ValueError: an unknown suite, case or device; a file that does not match; a model that cannot be benchmarked.
         ArithmeticError: a variant's result differs from its baseline's.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _refuse_contradictions(options)
     if options.report is not None:
         import_module("matplotlib")  # if it is missing, fail now and not after the measurements
@@ -75,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.table(results))
     print(f"\n{path}")
     if options.report is not None:
-        folder = path.parent if options.report is _BESIDE else options.report
+        folder = path.parent if options.report is BESIDE else options.report
         print("\n".join(map(str, report.write(results, folder, path.stem))))
     failed = bool(results.get("failed")) or any(case.get("failed") for case in results["cases"])
     if old is None:
@@ -83,74 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = comparison.changes(old, results)
     print(f"\nAgainst {options.compare}:\n\n{comparison.table(found)}")
     return int(failed or comparison.regressed(found))
-
-
-_BESIDE = Path()  # --report without a folder writes next to the JSON
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastgan bench",
-        description="Time fastgan's operations and whole training steps against PyTorch's, in turns in one process.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    rounds = ", ".join(f"{count} for {suite}" for suite, count in ROUNDS.items())
-    add = parser.add_argument
-    add("--suite", help=f"group of cases: {', '.join(SUITES)} (default: ops)")
-    add("--case", metavar="PATTERN", help="cases whose names match a shell pattern (default: all)")
-    add("--device", default="auto", help="cpu, cuda, or auto: cuda if available (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR|FILE.json",
-        help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
-    )
-    add("--rounds", type=_positive, help=f"samples per variant (default: {rounds})")
-    add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
-    add(
-        "--give-memory-back",
-        action="store_true",
-        help="let glibc return freed memory to the system; timings then depend on earlier work (default: keep it)",
-    )
-    add("--compile", action="store_true", help="also time torch.compile of the baseline; it takes minutes")
-    add("--minutes", type=_minutes, metavar="M", help="start no case after this time; --resume runs the others")
-    add("--keep-going", action="store_true", help="skip failures; the exit status is then 1, or 75 to resume")
-    add(
-        "--report",
-        type=Path,
-        nargs="?",
-        const=_BESIDE,
-        metavar="DIR",
-        help="also write CSV, Markdown, pictures and an HTML page, to DIR or next to the JSON (needs matplotlib)",
-    )
-    add("--compare", type=Path, metavar="OLD.json", help="report changes since OLD; exit with 1 on a regression")
-    add("--resume", type=Path, metavar="FILE.json", help="continue an interrupted run, on the same commit and machine")
-    add("--model", metavar="MODULE:FUNCTION", help="benchmark the discriminator that the function returns")
-    add("--input", type=_shape, metavar="SIZES", help="shape of one sample for --model, such as 3,64,64")
-    add("--batch", type=_positive, help=f"batch size for --model (default: {user_model.BATCH})")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"must be positive sizes, such as 3,64,64, got {text!r}")
-    return tuple(map(int, sizes))
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
@@ -164,7 +79,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     if options.model and (options.suite or options.case):
         raise ValueError("--model defines its own cases: leave out --suite and --case")
     if not options.model and (options.input or options.batch):
-        raise ValueError("--input and --batch describe the model of --model MODULE:FUNCTION, which is missing")
+        raise ValueError("--input and --batch describe the model of --model MODULE:NAME, which is missing")
     if options.suite == measure.UNTIMED and options.rounds:
         raise ValueError(f"--suite {measure.UNTIMED} times only one call: leave out --rounds")
 

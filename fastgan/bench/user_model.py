@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 
 import fastgan
 from fastgan.bench.case import COUNTS, Case, Make
+from fastgan.bench.command import BATCH as BATCH
 from fastgan.bench.steps import NEGLIGIBLE, OBJECTIVES, PRECISIONS, d_step
 
-BATCH = 16
 STEPS = {  # name -> objective
     "no penalty": "d-step/non-saturating",
     "R1": "d-step/r1",
@@ -39,13 +39,15 @@ class _Conditioned(nn.Module):
 
 
 def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """Load the discriminator of "module:function", called with one tensor, and a batch for it. Dropout is off.
+    """Load the discriminator of "module:name", called with one tensor, and a batch for it. Dropout is off.
+
+    The name is that of a module, of a class, or of a function that returns a module or (module, example_input).
 
     Raises:
-        ValueError: the module or function does not exist; it returns neither a module nor a module and its inputs; the
-            input is missing or given twice; the model rejects the input, or returns no tensor that depends on it.
+        ValueError: the name does not exist; it is or returns neither a module nor a module and its inputs; the input is
+            missing or given twice; the model rejects the input, or returns no tensor that depends on it.
     """
-    built = _function(spec)()
+    built = _built(spec)
     model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} must return a torch.nn.Module or (module, example_input), got {type(model).__name__}")
@@ -76,10 +78,23 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
     return model, first.detach()
 
 
-def _function(spec: str) -> Any:
+def _built(spec: str) -> Any:
+    """Return an instance or a pair as it is; call a class or a function without arguments."""
+    found = _attribute(spec)
+    if isinstance(found, nn.Module | tuple):
+        return found
+    try:
+        return found()
+    except Exception as error:  # user code can raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        hint = ": name a function without arguments that returns the model" if isinstance(error, TypeError) else ""
+        raise ValueError(f"--model {spec} failed when called without arguments ({reason}){hint}") from error
+
+
+def _attribute(spec: str) -> Any:
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"--model must be MODULE:FUNCTION, such as my_module:build, got {spec!r}")
+        raise ValueError(f"--model must be MODULE:NAME, such as my_module:build, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an installed command does not search the current folder
     try:
@@ -88,10 +103,13 @@ def _function(spec: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"--model {spec}: no module {error.name!r} in this folder or on PYTHONPATH") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--model {spec}: {module_name} has no function {name!r}")
-    return function
+    except Exception as error:  # user code can raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"--model {spec}: {module_name} cannot be imported ({reason})") from error
+    found = getattr(module, name, None)
+    if not (callable(found) or isinstance(found, tuple)):
+        raise ValueError(f"--model {spec}: {module_name} has no module, class or function {name!r}")
+    return found
 
 
 def _try(spec: str, model: nn.Module, x: Tensor) -> None:

@@ -32,6 +32,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     | minibatch standard deviation | a layer with a matching class name |
     | minibatch discrimination | a layer with a parameter T (in_features, B, C) |
     | a large convolutional model | its forward runs inside ``twice_differentiable()`` on a CPU |
+    | a model with attention or another function without a second derivative | the function, if an input requires grad |
 
     A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
     values and in derivatives up to the second. The report states how much they differ. If such a layer is called in a
@@ -40,7 +41,8 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     Convolutions, activations and norms stay PyTorch modules. ``gradient_penalty`` and ``twice_differentiable`` reroute
     their calls. On a CPU, the forward of a converted model reroutes them too if it has about 2^36 multiplications or
     more, gradients are enabled, no backend is requested by name, and no tracer records the call. A hand-written penalty
-    then creates no dense zeros either.
+    then creates no dense zeros either. Where an input requires a gradient, on any device and at any size, the functions
+    that PyTorch cannot differentiate twice are rerouted, such as attention, so that a hand-written penalty can follow.
 
     A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is not replaced,
     and the report states what is wrong. A wrapper with weight_bar is such a layer. It overwrites u and v in each
@@ -96,8 +98,9 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
             outcome = found or _left_alone(module)
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
-    if reroute.convert(model):
-        rows.insert(0, Row("", _name_of(model), None, "calls in its forward are rerouted on a CPU, for large batches"))
+    rerouted = reroute.convert(model)
+    if rerouted is not None:
+        rows.insert(0, Row("", _name_of(model), None, rerouted))
     return Report(model, rows)
 
 

@@ -17,10 +17,10 @@ from fastgan.ops.regions import compilable
 
 
 class _Turn:
-    """A place in a ring of ``every`` calls.
+    """One of ``every`` calls, linked in a ring.
 
-    torch.compile makes a graph for every value of a number that changes. Of this it sees what it reads: whether a
-    penalty is due, and which turn is next. That makes two graphs, one with a penalty and one without.
+    torch.compile would compile one graph for each value of a counter. It guards only the attributes of a turn that it
+    reads, so it compiles two graphs: one with a penalty and one without.
     """
 
     next: _Turn
@@ -52,11 +52,11 @@ class GradientPenalty(nn.Module):
     """Compute ``fastgan.gradient_penalty`` at every ``every``-th call and zero at all others (lazy regularization).
 
     The first call computes the penalty. The result is multiplied by ``every``, so that the mean over calls equals that
-    of ``every=1``. The number of calls since the last penalty is
-    part of the state_dict. The zero of the other calls can be added to a loss,
-    and ``backward`` can be called on it alone outside torch.compile; it gives no parameter a gradient.
+    of ``every=1``. The number of calls since the last penalty is part of the state_dict. The zero of the other calls
+    can be added to a loss. Outside torch.compile, ``backward`` can also be called on it alone; parameters get no
+    gradient.
 
-    Order of derivative: one, in the discriminator's parameters.
+    Order of derivative: one, with respect to the parameters of the discriminator.
 
     Source of lazy regularization: Karras et al., StyleGAN2 (2020).
 

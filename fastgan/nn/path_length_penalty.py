@@ -27,7 +27,7 @@ class PathLengthPenalty(nn.Module):
 
     generator = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.ConvTranspose2d(8, 3, 4), nn.Tanh())
     penalty = PathLengthPenalty()
-    latents = torch.randn(4, 8, requires_grad=True)  # or what a mapping network returns
+    latents = torch.randn(4, 8, requires_grad=True)  # or the output of a mapping network
     with fastgan.twice_differentiable():
         images = generator(latents)
     penalty(images, latents).backward()
@@ -35,20 +35,22 @@ class PathLengthPenalty(nn.Module):
 
     Args:
         weight: factor.
-        decay: of the average: ``a`` moves by this part of the way to the batch's mean length.
-        process_group: the ranks whose lengths are averaged; None: the default group, if there is one. Each rank must
-            call the module as often.
+        decay: the step of the moving average: ``a += decay * (mean length of the batch - a)``.
+        process_group: the ranks over which lengths are averaged. Default: the default group, if there is one. All ranks
+            must call the module equally often.
 
-    Shape: images (N, C, ...), latents (N, D), or (N, L, D), of which the squared length is the mean over L of the sums
-    over D. The result is (), float32 or better.
+    Shape: images (N, C, ...), latents (N, D) or (N, L, D). For (N, L, D), the squared length is the sum over D and the
+    mean over L. The result has shape () and is float32 or float64.
 
-    Buffer: ``average`` (), ``a``, which starts at 0 and is in the state_dict.
+    Buffer: ``average`` (), the moving average ``a``. It starts at 0 and is in the state_dict.
 
     Raises:
-        ValueError: latents of another shape, that require no gradient, or that the images were not made from.
-        RuntimeError: gradients are off.
+        ValueError: the latents have another shape or require no gradient, or the images do not depend on them.
+        RuntimeError: gradients are disabled.
 
-    Differentiable once in the generator's parameters, and in the latents. Source: Karras et al., StyleGAN2 (2020).
+    The penalty can be differentiated once, with respect to the parameters of the generator and the latents.
+
+    Source: Karras et al., StyleGAN2 (2020).
     """
 
     average: Tensor

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastgan import backends, torch_private
 from fastgan.torch_private import is_batched as is_batched
@@ -38,6 +38,24 @@ def symbolic(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else None
         if isinstance(first, Tensor) or not hasattr(type(first), "__torch_function__"):
+            return function(*args, **kwargs)
+        return handle_torch_function(call, (first,), *args, **kwargs)
+
+    return call
+
+
+def visible(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a function so that modes and tensor subclasses see its calls, as they see those of PyTorch's functions.
+
+    The one pass of a penalty then has a rule for the function (gradient_penalty/rules.py) and does not look inside.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() and not backends.is_lowered():
+            return function(*args, **kwargs)
+        first = args[0] if args else kwargs.get("input")
+        if not has_torch_function((first,)):
             return function(*args, **kwargs)
         return handle_torch_function(call, (first,), *args, **kwargs)
 

@@ -1,10 +1,12 @@
-"""Parts of a graph that torch.compile makes, in which fastgan's reroutes hold while the graph is recorded.
+"""Regions of a torch.compile graph in which fastgan reroutes functions.
 
-Dynamo makes a graph of torch functions. AOTAutograd then runs it on tensors that record every operator. A region begins
-and ends by two functions in that graph. What runs between them is under torch function modes, as an eager penalty is;
-the record holds what the modes made of it. The backend "eager" makes no record: there each step runs under the modes.
+Dynamo builds a graph of torch functions. AOTAutograd then runs the graph on tensors that record each operator. Two
+functions in the graph begin and end a region. Between them, torch function modes are active, as in an eager penalty,
+and the record holds the operators that these modes call. The backend "eager" makes no record, so the modes are active
+at each step.
 
-Dynamo itself runs every function of the graph once, on fake tensors, to know the shapes of the results: a rehearsal.
+Dynamo also runs each function of the graph once on fake tensors to get the shapes of the results. This is called a
+rehearsal.
 """
 
 from __future__ import annotations
@@ -24,49 +26,49 @@ from fastgan import backends, torch_private
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OLDEST = (2, 11)  # the oldest PyTorch that this is tested with; with older ones the graph breaks
-_OURS = tuple(str(Path(__file__).parents[1] / room) for room in ("ops", "nn"))
+_OLDEST = (2, 11)  # the oldest PyTorch with which this is tested; with older ones, the graph breaks
+_FASTGAN_FILES = tuple(str(Path(__file__).parents[1] / folder) for folder in ("ops", "nn"))
 _in_graph: list[Callable[..., Any]] = []
 
 
 def in_graph(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose call is one node of a graph that Dynamo makes."""
+    """Decorator: a call of the function becomes one node of Dynamo's graph."""
     _in_graph.append(function)
     return function
 
 
 def is_entered(*, whole: bool = False) -> bool:
-    """Whether what is called now becomes a region of the graph that Dynamo makes.
+    """Return whether the current call becomes a region of Dynamo's graph.
 
     Args:
-        whole: only if all is one graph (``fullgraph=True``).
+        whole: require that there is one graph only (``fullgraph=True``).
     """
     return torch.compiler.is_dynamo_compiling() and _may_enter(whole)
 
 
 def _may_enter(whole: bool) -> bool:
-    """Called while Dynamo traces: whether no graph can end inside of a region.
+    """Return whether a region can be entered, while Dynamo traces. No graph may end inside a region.
 
-    If Dynamo cannot trace a discriminator, it ends the graph before the call that led there, in the function that it
-    was given. Later it tries what that call runs, by itself. There a graph could end inside of the discriminator.
+    If Dynamo cannot trace a discriminator, it ends the graph before the call in the user's compiled function. Later it
+    traces the called function separately. A graph that starts there could end inside the discriminator.
     """
     allow_in_graph, config, translator = torch_private.dynamo()
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST or torch.compiler.is_exporting():
         return False
     _end_all()
-    while _in_graph:  # at first use: this imports the compiler
+    while _in_graph:  # at the first use, because this imports the compiler
         allow_in_graph(_in_graph.pop())
     root: Any = translator.current_tx().output.root_tx
     if root.one_graph or whole:
         return bool(root.one_graph)
-    return not (root.f_code.co_filename.startswith(_OURS) or getattr(config, "nested_graph_breaks", False))
+    return not (root.f_code.co_filename.startswith(_FASTGAN_FILES) or getattr(config, "nested_graph_breaks", False))
 
 
 _may_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which torch.compile traces where a region can be in its graph, and breaks its graph around."""
+    """Decorator: torch.compile traces the function if a region is possible, and otherwise breaks the graph there."""
     apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
@@ -95,7 +97,7 @@ _open = _Open()
 
 
 def begin(modes: Sequence[TorchFunctionMode]) -> None:
-    """Enter the modes, the outermost first, with gradients on."""
+    """Enter the modes, the outermost first, and enable gradients."""
     lowered = is_recorded()
     _open.regions.append(_Region(list(modes), lowered, torch.is_grad_enabled()))
     backends.set_lowered(int(lowered))
@@ -105,7 +107,7 @@ def begin(modes: Sequence[TorchFunctionMode]) -> None:
 
 
 def end() -> list[TorchFunctionMode]:
-    """Leave what was entered last. The modes that it had."""
+    """End the region that was entered last and return its modes."""
     region = _open.regions.pop()
     for mode in reversed(region.modes):
         if any(mode is other for other in _get_current_function_mode_stack()):
@@ -116,14 +118,14 @@ def end() -> list[TorchFunctionMode]:
 
 
 def _end_all() -> None:
-    """End the regions that an error has left. Called where none can be open."""
+    """End regions that an error left open. This is called at places where no region can be open."""
     while _open.regions:
         end()
 
 
 @contextmanager
 def lowering() -> Iterator[bool]:
-    """Inside, operations are chosen as in a region. Whether they are recorded."""
+    """Inside this context, choose operations as in a region. Yield whether they are recorded."""
     lowered = is_recorded()
     backends.set_lowered(int(lowered))
     try:
@@ -133,12 +135,12 @@ def lowering() -> Iterator[bool]:
 
 
 def is_recorded() -> bool:
-    """Whether AOTAutograd records the graph that runs now."""
+    """Return whether AOTAutograd records the current run of the graph."""
     return any(type(mode).__name__ in _RECORDERS for mode in torch_private.dispatch_modes())
 
 
 def is_rehearsal() -> bool:
-    """Whether a function of the graph runs for the shapes of its results alone."""
+    """Return whether a function of the graph runs only for the shapes of its results."""
     modes = [type(mode).__name__ for mode in torch_private.dispatch_modes()]
     return "FakeTensorMode" in modes and not _RECORDERS.intersection(modes)
 

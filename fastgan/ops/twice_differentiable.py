@@ -252,7 +252,7 @@ class Rerouting:
         return self._mode.left > 0 or not self._mode.is_whole
 
     @property
-    def is_pytorchs(self) -> bool:
+    def only_pytorch_ran(self) -> bool:
         """Whether nothing was rerouted."""
         return not self._mode.taken
 

@@ -1,4 +1,4 @@
-"""What a call of a torch function costs, in multiplications, told by the shapes of its arguments before it runs."""
+"""Compute the number of multiplications in a call of a torch function from the shapes of its arguments."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NORMALIZED = 2**8  # for an element: PyTorch's second derivative of a normalization goes over it many times
-CALL = 2**22  # what a Python function costs at each order of derivative
+NORMALIZED = 2**8  # per element: PyTorch's second derivative of a normalization makes many passes
+CALL = 2**22  # the overhead of one Python function, for all orders of derivatives
 
 
 def work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Multiplications of this call, or 0 where it has few or they are not known."""
+    """Return the multiplications of a call, or 0 if there are few or the function is not known."""
     formula = _FORMULAS.get(func)
     if formula is None:
         return 0
     try:
         return formula(*args, **kwargs)
     except (AttributeError, IndexError, TypeError, ZeroDivisionError):
-        return 0  # a call that PyTorch refuses, in its own words
+        return 0  # an invalid call, for which PyTorch raises its own error
 
 
 def _conv(input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *rest: Any, **named: Any) -> int:

@@ -52,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        rng = state.pop("rng")
+        rng = state["rng"]
         state["step"] = int(state["step"])
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -60,6 +60,11 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__})") from error
     _set_rng_state(rng)
     return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Restore PyTorch's global random generators from a loaded checkpoint again, after something else used them."""
+    _set_rng_state(state["rng"])
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -1,23 +1,25 @@
-"""The configuration of a training run. `fastgan train PRESET` starts from a preset; every field is a flag."""
+"""The configuration of a training run. `fastgan train PRESET` starts from a preset; every field is a flag.
+
+This module does not import PyTorch, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastgan.trainer.data.sources import DatasetName
+from fastgan.trainer.data.options import DatasetName, PictureConfig
+from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import RunFolderError
-from fastgan.trainer.game.augment import AugmentName
-from fastgan.trainer.game.losses import LossName
-from fastgan.trainer.game.optimizers import OptimizerName
-from fastgan.trainer.game.regularizer import Kernels, PenaltyName
+from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
 
-Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual"]
+Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]
@@ -26,8 +28,11 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
+    *("score_every", "init_from"),
 }
 
+NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
+PICTURES = ("folder", "emoji")  # data sets of pictures of any size
 
 _NEW_NAMES = {"optimiser": "optimizer"}  # old names of settings, as older runs wrote them
 
@@ -73,6 +78,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.5, 0.999)  # for every variant of Adam
     d_steps: int = 1  # discriminator steps for each generator step
     ema_decay: float = 0.995  # decay of the averaged generator, which makes the samples
+    freeze_d: int = 0  # layers of the discriminator, from the image on, that are not trained; for fine-tuning
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
@@ -80,6 +86,8 @@ class OptimConfig:
         for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
+        if self.freeze_d < 0:
+            raise ValueError(f"freeze_d must not be negative, got {self.freeze_d}")
         if self.optimizer == "extra-adam" and self.precision == "float16":
             raise ValueError("extra-adam extrapolates with unscaled gradients: choose precision bfloat16 or float32")
         if self.optimizer == "extra-adam" and self.d_steps != 1:
@@ -91,8 +99,8 @@ class TrainConfig:
     dataset: DatasetName = "fashion-mnist"  # training data
     name: str = "fashion-mnist"  # name of the run's folder in --runs
     runs: Path = Path("runs")
-    data: Path | None = None  # folder with the data; default: $FASTGAN_DATA (IDX), then the cache, then Debian's folder
-    image_size: int = 32  # width and height in pixels for data without a fixed size (folder, emoji)
+    data: Path | None = None  # folder or zip with the data; default: $FASTGAN_DATA (IDX), the cache, Debian's folder
+    image_size: int | str = 32  # pixels for data without a fixed size (folder, emoji): 128, or 64x192 (height x width)
     steps: int = 20_000  # stop after this many generator steps
     minutes: float | None = None  # stop after this much training time, including earlier sessions, if that is sooner
     seed: int = 0
@@ -102,19 +110,30 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 1000
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
-    extractor: str = "random-conv"  # features for the final scores; also efficientnet-lite0 or module:callable
-    scored: int = 1000  # number of real and of generated images for the final scores
+    extractor: str = "random-conv"  # features for the scores; also efficientnet-lite0, FILE.pt or module:callable
+    scored: int = 1000  # number of real and of generated images for the scores; at most the held-out tenth
+    score_every: int | None = None  # steps between scores; the best generator is kept as best.safetensors
+    init_from: Path | None = None  # run's folder or exported generator whose weights to start from (fine-tuning)
     tensorboard: bool = False  # also write metrics and samples for TensorBoard
     resume: bool = False  # continue from the newest checkpoint; flags that are not given keep the run's values
+    data_changed_ok: bool = False  # resume although the pictures are not those that the run trained on
     overwrite: bool = False  # replace an existing run with this name
+    pictures: PictureConfig = field(default_factory=PictureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
-        _require_positive(self, "equilibrium_every", "scored")
-        if self.image_size not in (32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"image_size must be a power of two from 32 to 1024, got {self.image_size}")
+        _require_positive(self, "equilibrium_every", "scored", "score_every")
+        sides(self.image_size)
+        if self.dataset not in PICTURES:
+            settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}
+            usual = {"image_size": 32, **dataclasses.asdict(PictureConfig())}
+            if changed := [name for name, value in settings.items() if value != usual[name]]:
+                raise ValueError(
+                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)}, which apply to "
+                    f"{' and '.join(PICTURES)}"
+                )
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
         parts = self.model.pack * self.optim.accumulate
@@ -130,32 +149,84 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["runs"] = str(self.runs)
-        values["data"] = None if self.data is None else str(self.data)
+        for key in ("data", "init_from"):
+            values[key] = None if values[key] is None else str(values[key])
         values["optim"]["betas"] = list(self.optim.betas)
-        del values["resume"], values["overwrite"]
+        for key in NOT_SAVED:
+            del values[key]
         return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """Build a configuration from a file's values. Those that an older run did not know take their defaults.
+
+        Raises:
+            ValueError: a key is unknown, or a value is wrong.
+            KeyError: a key is missing.
+        """
         values = dict(values)
         values["runs"] = Path(values["runs"])
-        values["data"] = None if values["data"] is None else Path(values["data"])
-        values["model"] = ModelConfig(**values["model"])
+        for key in ("data", "init_from"):
+            values[key] = Path(value) if (value := values.get(key)) is not None else None
+        values.pop("class_names", None)  # a run's folder lists them for the reader
         optim = {_NEW_NAMES.get(key, key): value for key, value in values["optim"].items()}
+        check_keys(cls, values)
+        check_keys(OptimConfig, optim)
+        check_keys(ModelConfig, values["model"])
+        check_keys(PictureConfig, values.get("pictures", {}))
+        values["pictures"] = PictureConfig(**values.get("pictures", {}))
+        values["model"] = ModelConfig(**values["model"])
         optim["betas"] = tuple(optim["betas"])
         values["optim"] = OptimConfig(**optim)
         return cls(**values)
 
     @classmethod
-    def load(cls, path: Path) -> TrainConfig:
+    def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
+        """Read a configuration. With a `base`, the file may contain only some settings."""
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise TypeError("it is not a table of settings")
+            return cls.from_json(values if base is None else merged(base.to_json(), values))
         except FileNotFoundError:
             raise RunFolderError(f"{path.parent} does not contain a run") from None
         except KeyError as error:
             raise RunFolderError(f"{path} is not a valid configuration: {error} is missing") from error
         except (ValueError, TypeError) as error:
             raise RunFolderError(f"{path} is not a valid configuration: {error}") from error
+
+
+def merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with other values. Those of a group may stand in the group or outside of all groups."""
+    groups = {key: dict(value) for key, value in base.items() if isinstance(value, dict)}
+    found = dict(base)
+    for key, value in values.items():
+        if key in groups:
+            if not isinstance(value, dict):
+                raise TypeError(f"{key} must be a table of settings, got {value!r}")
+            groups[key].update({_NEW_NAMES.get(name, name): setting for name, setting in value.items()})
+            continue
+        for group in groups.values():
+            if key in group and key not in base:
+                group[key] = value
+                break
+        else:
+            found[key] = value
+    return found | groups
+
+
+def check_keys(kind: type[Any], values: dict[str, Any]) -> None:
+    """Raise ValueError if a key is no field of `kind`, and name the one that is meant."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, [*known, *all_settings()], 1, 0.5)
+            raise ValueError(f"no setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+
+
+def all_settings() -> list[str]:
+    kinds = (TrainConfig, ModelConfig, OptimConfig, PictureConfig)
+    return [field.name for kind in kinds for field in dataclasses.fields(kind)]
 
 
 def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
@@ -197,7 +268,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(dataset="discs", name="discs", steps=2000),
     ),
     "folder": (
-        "Images of any size from a folder (--data PATH), cropped to squares; residual networks with R1 + R2.",
+        "Pictures of any size from a folder or zip file (--data PATH); residual networks with R1 + R2.",
         TrainConfig(dataset="folder", name="folder", model=RESIDUAL, optim=R3GAN),
     ),
     "emoji": (

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import CheckpointError
 from fastgan.trainer.models import build_models
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo
-    out: Path | None = None  # default: generator.safetensors in the run's folder
+from fastgan.trainer.use.config import ExportConfig as ExportConfig
 
 
 def export(config: ExportConfig) -> Path:
@@ -29,20 +23,48 @@ def export(config: ExportConfig) -> Path:
         CheckpointError: it has no intact checkpoint, or an old version wrote the checkpoint without the data's shape.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save
-
-    settings = TrainConfig.load(config.run / "config.json").to_json()
+    settings = TrainConfig.load(config.run / "config.json")
     state, _ = checkpoint.load_newest(config.run / "checkpoints")
     if "data" not in state:
         raise CheckpointError(f"an earlier version wrote {config.run}: rewrite it with fastgan train --resume")
-    weights = {name: tensor.contiguous().clone() for name, tensor in state["gan"]["ema"]["module"].items()}
     path = config.out or config.run / "generator.safetensors"
+    write_export(path, settings, state["data"], state["step"], state["gan"]["ema"]["module"])
+    return path
+
+
+def write_export(
+    path: Path, settings: TrainConfig, data: dict[str, Any], step: int, weights: dict[str, Tensor]
+) -> None:
+    """Write weights and what is needed to build the generator, atomically."""
+    from safetensors.torch import save
+
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     partial = path.with_name(path.name + ".partial")
-    about = {"step": state["step"], "config": settings, "data": state["data"]}
+    about = {"step": step, "config": settings.to_json(), "data": data}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in about.items()}
     partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
     partial.replace(path)
-    return path
+
+
+def read_export(path: str | Path) -> tuple[TrainConfig, dict[str, Any], int, dict[str, Tensor]]:
+    """Return the settings, the data's shape and classes, the step and the weights of an exported generator.
+
+    Raises:
+        OSError: the file does not exist.
+        CheckpointError: the file was not written by `export`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if not metadata or not {"config", "data", "step"} <= metadata.keys():
+        raise CheckpointError(f"{path} was not written by fastgan export")
+    config, data, step = (json.loads(metadata[key]) for key in ("config", "data", "step"))
+    return TrainConfig.from_json(config), data, step, weights
 
 
 def load_generator(path: str | Path) -> nn.Module:
@@ -50,14 +72,9 @@ def load_generator(path: str | Path) -> nn.Module:
 
     Raises:
         OSError: the file does not exist.
-        KeyError: the file was not written by `export`.
+        CheckpointError: the file was not written by `export`.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    settings, data = TrainConfig.from_json(json.loads(metadata["config"])), json.loads(metadata["data"])
+    settings, data, _, weights = read_export(path)
     generator, _ = build_models(tuple(data["shape"]), data["scale"], settings.model, data["classes"])
     generator.load_state_dict(weights)
     return generator.eval().requires_grad_(False)

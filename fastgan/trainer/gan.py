@@ -15,6 +15,7 @@ from fastgan.trainer.config import ModelConfig, OptimConfig
 from fastgan.trainer.data.drawn import Source
 from fastgan.trainer.game.augment import NUMBERS, Augment
 from fastgan.trainer.game.ema import EMA
+from fastgan.trainer.game.fine_tuning import copy_weights, first_layers
 from fastgan.trainer.game.losses import LOSSES
 from fastgan.trainer.game.optimizers import ExtraAdam, make_optimizer
 from fastgan.trainer.game.regularizer import Regularizer
@@ -80,6 +81,8 @@ class GAN:
         if self.channels_last:
             for network in (self.generator, self.discriminator):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.frozen = first_layers(discriminator, optim.freeze_d) if optim.freeze_d else []
+        self._train_discriminator()
         self.ema = EMA(self.generator, optim.ema_decay)
         self.ranks.join(self.generator)
         self.ranks.join(self.discriminator)
@@ -202,7 +205,7 @@ class GAN:
             loss = self.loss.generator(real_logits, fake_logits) / len(parts)
             self.g_scaler.scale(loss).backward()
             total = total + loss.detach()
-        self.discriminator.requires_grad_(True)
+        self._train_discriminator()
         self.ranks.average(self.generator)
         return self.ranks.mean(total)
 
@@ -229,6 +232,19 @@ class GAN:
             if precision is not None:
                 stack.enter_context(torch.autocast(self.device.type, precision))
             yield
+
+    def _train_discriminator(self) -> None:
+        self.discriminator.requires_grad_(True)
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def start_from(self, generator: dict[str, Tensor], discriminator: dict[str, Tensor] | None) -> list[str]:
+        """Copy the weights of other networks, as far as they fit, and return what does not, one line each."""
+        problems = [f"generator.{line}" for line in copy_weights(self.generator, generator)]
+        if discriminator is not None:
+            problems += [f"discriminator.{line}" for line in copy_weights(self.discriminator, discriminator)]
+        self.ema.restart(self.generator)
+        return problems
 
     def _as_images(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x

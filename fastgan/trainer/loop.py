@@ -8,33 +8,38 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgan import strict_json
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.data.held_out import hold_out
-from fastgan.trainer.data.sources import load_source
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.data.held_out import hold_out, require_batch
+from fastgan.trainer.data.record import DataRecord, check_same, record_of
+from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import NonFiniteLossError
+from fastgan.trainer.export import read_export, write_export
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure import alarms
 from fastgan.trainer.measure.diagnostics import Diagnostics
 from fastgan.trainer.measure.equilibrium import duality_gap
-from fastgan.trainer.measure.quality import check_scoring, score
+from fastgan.trainer.measure.quality import check_scoring, cost, score
+from fastgan.trainer.progress import Progress
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
-from fastgan.trainer.run import RunFolder
+from fastgan.trainer.run import MEASURING, RunFolder
 
 GRID_SAMPLES = 64
 POINT_SAMPLES = 2000
-MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
+PROBLEMS = 12  # weights that do not fit, to name
 LOSS_NAMES = ("discriminator", "generator")
 
 
@@ -46,6 +51,8 @@ class Trainer:
             from fastgan.trainer.report.tensorboard import (
                 Board,  # import it before anything is written: its package may be missing
             )
+        if config.score_every or (config.init_from and config.init_from.is_file()):
+            import_module("safetensors")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -55,10 +62,22 @@ class Trainer:
         self.writes = self.ranks.rank == 0  # every rank computes and measures, only rank 0 writes
         # Each run has four random streams: seed * 4 + (weights, latents, data, pictures).
         seed = 4 * config.seed
-        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size)
+        source = load_source(config.dataset, seed + 2, self.device, config.data, config.image_size, config.pictures)
+        self._describe(source)
         check_scoring(config.extractor, source, self.device)  # fail now, not after hours of training
-        self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING)
+        state = self._newest_state() if config.resume else None
+        self.data = record_of(source)
+        known = DataRecord.read(self.run.data) if state else None
+        digest = state["data"].get("digest") if state and "data" in state else None
+        same = check_same(digest, known, self.data, config.data_changed_ok)
+        kept = known.held_out if known is not None and not same else ()
+        self.held_out = hold_out(source, config.optim.batch_size, seed + MEASURING, kept)
+        require_batch(source, config.optim.batch_size)
+        if self.data is not None and isinstance(self.held_out, Images):
+            self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
+        if config.init_from and not config.resume:
+            self._start_from(config.init_from)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
@@ -73,12 +92,19 @@ class Trainer:
         self.pending: list[Tensor] = []  # losses since the last record, still on the device
         self.recorded_at = 0.0
         if config.resume:
-            self._resume()
+            self._resume(state)
         self.ranks.wait()  # until every rank has read the folder
-        if self.writes:
-            self.run.open(config)
-        self.board = Board(self.run.tensorboard, self.step) if config.tensorboard and self.writes else None
-        self._log(report.header(config, self.device, self.step))
+        self.board = None
+        try:
+            if self.writes:
+                self.run.open(config, self.data)
+            if config.tensorboard and self.writes:
+                self.board = Board(self.run.tensorboard, self.step)
+            self._log(report.header(config, self.device, self.step))
+        except BaseException:
+            if self.writes:
+                self.run.undo()
+            raise
 
     def train(self) -> int | None:
         """Train until a limit or a signal, then write a checkpoint, pictures and a report.
@@ -91,16 +117,11 @@ class Trainer:
         """
         started = time.monotonic() - self.seconds
         self.recorded_at = self.seconds
-        bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        images = self.config.optim.batch_size
         with (
             received_signals() as signals,
-            tqdm(
-                total=1.0,
-                initial=self.progress(),
-                desc=self.config.name,
-                bar_format=bar_format,
-                disable=not self.writes,
-            ) as bar,
+            self._locked(),
+            Progress(self.config.name, images, self.progress(), self.device, self.writes) as bar,
         ):
             while not self.ranks.any(self.progress() >= 1 or bool(signals)):
                 if (self.step + 1) % self.config.log_every == 0:
@@ -108,10 +129,13 @@ class Trainer:
                 self.pending.append(self.gan.step())
                 self.step += 1
                 self.seconds = time.monotonic() - started
+                bar.step(self.step, self.progress(), self.pending[-1])
                 if self.step % self.config.log_every == 0:
                     self._record(bar)
                 if self.config.equilibrium_every and self.step % self.config.equilibrium_every == 0:
                     self._measure_equilibrium()
+                if self.config.score_every and self.step % self.config.score_every == 0:
+                    self._score()
                 if self.writes and self.step % self.config.sample_every == 0:
                     self._draw()
                 if self.step % self.config.checkpoint_every == 0:
@@ -127,6 +151,19 @@ class Trainer:
             self.ranks.wait()
         return signals[0] if signals else None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Give the lock back in the end. If the first step of a new run fails, remove the run."""
+        first = self.step
+        try:
+            yield
+        except Exception:
+            if self.step == first and self.writes:
+                self.run.undo()
+            raise
+        finally:
+            self.run.lock.release()
+
     def progress(self) -> float:
         """Return the fraction of the run that is done. It is 1 when either limit is reached."""
         share = self.step / self.config.steps
@@ -134,7 +171,7 @@ class Trainer:
             share = max(share, self.seconds / (60 * self.config.minutes))
         return min(share, 1.0)
 
-    def _record(self, bar: tqdm[Any]) -> None:
+    def _record(self, bar: Progress) -> None:
         """Check the losses since the last record and write their means. Only this waits for the device."""
         if not self.pending:
             return
@@ -162,8 +199,6 @@ class Trainer:
             self._log(alarm)
             if self.writes:
                 bar.write(alarms.describe(alarm))
-        bar.set_postfix_str(f"step {self.step}  D {d_loss:.3f}  G {g_loss:.3f}  {rate:.0f} images/s", False)
-        bar.update(self.progress() - bar.n)
         self.pending.clear()
         self.recorded_at = self.seconds
 
@@ -172,11 +207,62 @@ class Trainer:
             seed = 4 * self.config.seed + MEASURING + self.step
             self._log({"step": self.step, **duality_gap(self.gan, self.held_out, seed)})
 
-    def _save(self, bar: tqdm[Any]) -> None:
-        self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
+    def _score(self) -> None:
+        """Score the averaged generator on held-out data, and keep it if it is the best one so far."""
+        seed = 4 * self.config.seed + MEASURING
+        scores = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
+        found = cost(scores)
+        if found is None:
+            return
+        best = (
+            min((record["cost"] for record in self.run.read_metrics() if "cost" in record), default=math.inf)
+            if self.writes
+            else math.inf
+        )
+        numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+        if self.writes and found < best:
+            data, weights = self._about_data(), self.gan.ema.module.state_dict()
+            write_export(self.run.best, self.config, data, self.step, weights)
+        self._log({"step": self.step, "cost": found, "scores": numbers})
+
+    def _about_data(self) -> dict[str, Any]:
         source = self.gan.source
-        data = {"shape": list(source.shape), "scale": source.scale, "classes": self.gan.classes}
-        state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": data}
+        return {
+            "shape": list(source.shape),
+            "scale": source.scale,
+            "classes": self.gan.classes,
+            "class_names": source.class_names,
+            "digest": self.data.digest if self.data else None,
+        }
+
+    def _start_from(self, path: Path) -> None:
+        """Copy the weights of a run or of an exported generator."""
+        if path.is_file():
+            generator, discriminator = read_export(path)[3], None
+        else:
+            TrainConfig.load(path / "config.json")  # raises RunFolderError if there is no run
+            state, _ = checkpoint.load_newest(path / "checkpoints")
+            generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
+        total = len(self.gan.generator.state_dict()) + len(self.gan.discriminator.state_dict())
+        torch.manual_seed(4 * self.config.seed)  # loading a checkpoint has set the random state
+        problems = self.gan.start_from(generator, discriminator)
+        if not self.writes:
+            return
+        print(
+            f"starting from {path}: {len(problems)} of {total} tensors do not fit"
+            if problems
+            else f"starting from {path}: all tensors fit"
+        )
+        for line in problems[:PROBLEMS]:
+            print(f"  {line}")
+        if len(problems) > PROBLEMS:
+            print(f"  and {len(problems) - PROBLEMS} more")
+        if discriminator is None:
+            print("  the file has no discriminator: its weights are new")
+
+    def _save(self, bar: Progress) -> None:
+        self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
+        state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state)
         if self.board:
@@ -188,15 +274,29 @@ class Trainer:
         if self.board:
             self.board.write(record)
 
-    def _resume(self) -> None:
-        if not checkpoint.any_in(self.run.checkpoints):
-            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
-            self.run.forget_after(0)
+    def _describe(self, source: Source) -> None:
+        """Print what was found in the user's folder."""
+        if not self.writes or not source.notes:
             return
+        print(f"data: {'; '.join(source.notes)}")
+        if source.classes and not self.config.model.conditional:
+            print("the networks do not use the classes: --conditional gives the labels to both")
+
+    def _newest_state(self) -> dict[str, Any] | None:
+        if not checkpoint.any_in(self.run.checkpoints):
+            return None
         state, damaged = checkpoint.load_newest(self.run.checkpoints)
         for message in damaged:
             print(f"{message}; continuing from step {state['step']}")
+        return state
+
+    def _resume(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
+            self.run.forget_after(0)
+            return
         self.gan.load_state_dict(state["gan"])
+        checkpoint.restore_rng(state)
         self.step, self.seconds = state["step"], state["seconds"]
         self.ranks.wait()  # until every rank has read the checkpoint
         if self.writes:

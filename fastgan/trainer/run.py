@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig, refuse_changes
+from fastgan.trainer.data.drawn import Source
+from fastgan.trainer.data.held_out import hold_out
+from fastgan.trainer.data.record import DataRecord, record_of
+from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.lock import Lock
+
+MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
+
+
+def run_data(config: TrainConfig, folder: Path, device: torch.device) -> tuple[Source, Source | None]:
+    """Return the samples that the run in `folder` trains on, and those that it holds out, or None."""
+    seed = 4 * config.seed
+    source = load_source(config.dataset, seed + 2, device, config.data, config.image_size, config.pictures)
+    known = DataRecord.read(folder / "data.json")
+    now = record_of(source)
+    same = known is None or now is None or known.digest == now.digest
+    names = () if known is None or same else known.held_out
+    return source, hold_out(source, config.optim.batch_size, seed + MEASURING, names)
 
 
 class RunFolder:
@@ -23,11 +44,13 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.folder
         self.config = self.path / "config.json"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.png"
         self.history = self.path / "samples"
         self.losses = self.path / "losses.png"
         self.interpolations = self.path / "interpolations.png"
+        self.best = self.path / "best.safetensors"  # written with --score-every
         self.nearest = self.path / "nearest.png"
         self.quality = self.path / "quality.json"
         self.report = self.path / "report.md"
@@ -35,22 +58,41 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
+        self.lock = Lock(self.path / "lock")
+        self.fresh = not config.resume
+        self.created: list[Path] = []  # folders that this run made, the innermost first
 
         try:
-            in_use = self.path.exists() and any(entry != self.verify for entry in self.path.iterdir())
+            others = (self.verify, self.lock.path)
+            in_use = self.path.exists() and any(entry not in others for entry in self.path.iterdir())
         except PermissionError as error:
             raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
+        self.lock.check()
         if config.resume:
             refuse_changes(TrainConfig.load(self.config), config)
         elif in_use and not config.overwrite:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 
-    def open(self, config: TrainConfig) -> None:
+    def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
+        self.created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        make_folder(self.path)
+        self.lock.take()
         if config.overwrite:
             self._clear()
-        make_folder(self.path)
-        replace_text(self.config, strict_json.dumps(config.to_json(), indent=2) + "\n")
+        if data is not None:
+            replace_text(self.data, data.text())
+        class_names = {"class_names": data.class_names} if data is not None and data.class_names else {}
+        replace_text(self.config, strict_json.dumps(config.to_json() | class_names, indent=2) + "\n")
         self.history.mkdir(exist_ok=True)
+
+    def undo(self) -> None:
+        """Remove what a start that failed has made, and give the lock back."""
+        if self.fresh:
+            self._clear()
+        self.lock.release()
+        for folder in self.created:
+            with contextlib.suppress(OSError):  # it contains something else
+                folder.rmdir()
 
     def _clear(self) -> None:
         """Delete the files that a run writes, and no other files in the folder."""
@@ -61,7 +103,7 @@ class RunFolder:
 
     def _files(self) -> tuple[Path, ...]:
         pictures = self.samples, self.losses, self.interpolations, self.nearest
-        return *pictures, self.config, self.metrics, self.quality, self.report, self.html
+        return *pictures, self.config, self.data, self.best, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:

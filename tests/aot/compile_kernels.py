@@ -1,4 +1,7 @@
-"""Compile what a module of Triton kernels declares in AOT: compile_kernels.py MODULE TARGET=DTYPE,DTYPE..."""
+"""Compile what a module of Triton kernels declares in AOT: compile_kernels.py MODULE TARGET=DTYPE,DTYPE...
+
+``TARGET=DTYPE/1`` compiles only the first combination of constants of each entry.
+"""
 
 import importlib
 import sys
@@ -33,8 +36,8 @@ def main(module, *wanted):
     """Print a line for each that compiled; the first that does not ends it."""
     for target, dtypes in (each.split("=") for each in wanted):
         for kernel, pointers, variants in importlib.import_module(module).AOT:
-            for constants in variants:
-                for dtype in dtypes.split(","):
+            for dtype, _, most in (each.partition("/") for each in dtypes.split(",")):
+                for constants in variants[: int(most) if most else None]:
                     size = compile_kernel(kernel, pointers, constants, dtype, target)
                     print(target, kernel.__name__, dtype, constants, f"{size} bytes", flush=True)
 

@@ -13,8 +13,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("fastgan/ops/*/triton_kernels.py"))
-# How a target is compiled for does not depend on the storage type.
-TARGETS = {"sm_80": "fp32", "sm_90": "fp32,bf16", "sm_100": "fp32", "sm_120": "fp32", "gfx942": "fp32"}
+# How a target is compiled for does not depend on the storage type. Only one target gets every combination of constants,
+# and the others the first ("/1"), unless FASTGAN_TESTS=all.
+TARGETS = {"sm_80": "fp32/1", "sm_90": "fp32,bf16/1", "sm_100": "fp32/1", "sm_120": "fp32/1", "gfx942": "fp32/1"}
+if os.environ.get("FASTGAN_TESTS") == "all":
+    TARGETS = {target: dtypes.replace("/1", "") for target, dtypes in TARGETS.items()}
 
 
 def launched_kernels(tree):
@@ -58,7 +61,7 @@ def compilations(tmp_path_factory):
 def test_every_kernel_compiles_ahead_of_time(compilations, source, target):
     result = compilations[source]
     made = [line.split() for line in result.stdout.splitlines()]
-    for dtype in TARGETS[target].split(","):
+    for dtype in TARGETS[target].replace("/1", "").split(","):
         compiled = {kernel for where, kernel, stored, *_ in made if where == target and stored == dtype}
         assert compiled == launched_kernels(ast.parse(source.read_text())), result.stderr
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ import torch
 
 from fastgan.bench import cases
 from fastgan.bench.case import BASELINE, OPTIONAL, TooLarge, prepare
-from fastgan.bench.cases import CASES, SUITES, minibatch_discrimination
+from fastgan.bench.cases import CASES, SUITES, attention, minibatch_discrimination
 from fastgan.bench.cases.spectral_norm import LARGE, SMALL, SNGAN128
 
 CPU = torch.device("cpu")
@@ -145,3 +145,18 @@ def test_the_floor_counts_each_input_and_each_result_once():
     assert forward.bytes == 4 * (2 * elements + rows + 2 * columns)
     assert both.bytes - forward.bytes == 4 * (3 * elements + rows + columns)
     assert (forward.operations, both.operations) == (5 * elements, 10 * elements)
+
+
+def test_attention_is_compared_with_pytorchs_form_in_time_and_peak_unless_its_matrices_do_not_fit(monkeypatch):
+    small = partial(attention.setup_if_it_fits, 1, 48)
+    case = dataclasses.replace(CASES["memory/attention/4x1024/r1"], setup=small)
+    assert "memory/attention/4x4096/r1" in SUITES["memory"]
+    assert "peak" in case.counted
+    variants, errors, left_out = prepare(case, CPU)
+    assert list(variants) == [BASELINE, "fastgan"]
+    assert 0 < errors["fastgan"] <= case.tolerance
+    assert not left_out
+    monkeypatch.setattr(attention, "_free_bytes", lambda device: 1e5)
+    variants, _, left_out = prepare(case, CPU)
+    assert list(variants) == ["fastgan"]
+    assert "do not fit" in left_out[BASELINE]

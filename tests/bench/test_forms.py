@@ -67,7 +67,7 @@ def test_the_table_of_forms_is_made_from_the_record(tmp_path, monkeypatch):
     fast = {"seconds": {"median": 0.01}, "ratio": {"median": 2.0}, "flops": 400}
     paths = {
         "a": "one pass",
-        "b": "one pass, where all logits of a sample have the same gradient",
+        "b": "one pass, if the loss has the same gradient for all logits of a sample",
         "c": "general path: x",
     }
     record = {

@@ -102,6 +102,10 @@ def test_pictures_by_resolution_and_batch_join_the_cases_of_a_family(found):
     found["cases"] += [stepped("a", 64, 2, 1.2)]
     figures = plots.figures(found)
     assert set(figures) == {"speed-up", "resolution", "batch", "memory"}
+    (axes,) = figures["memory"].picture.axes
+    assert axes.get_xscale() == "log"
+    assert "logarithmic scale" in axes.get_xlabel()
+    assert "logarithmic scale" in figures["memory"].caption
     (axes,) = figures["resolution"].picture.axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[64, 1.5], [64, 1.2], [256, 3.0]]
     panels = [axes for axes in figures["batch"].picture.axes if axes.get_visible()]
@@ -120,3 +124,13 @@ def test_what_is_no_result_is_refused(tmp_path, results, capsys):
             load(path)
         assert report.main([str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_formulas_stay_text_and_backticks_become_code():
+    assert html_page.words("`fastgan bench` and <g, v> & more") == (
+        "<code>fastgan bench</code> and &lt;g, v&gt; &amp; more"
+    )
+    assert html_page.words("one ` only <g>") == "one ` only &lt;g&gt;"
+    shown = html_page.grid(["a"], [["<g, v>", "`x < y`"]])
+    assert "&lt;g, v&gt;" in shown
+    assert "<code>x &lt; y</code>" in shown

@@ -203,7 +203,7 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
         (["--resume", "x.json", "--suite", "ops"], "--resume uses the settings of the file: leave out --suite"),
         (["--resume", "nowhere.json"], "nowhere.json"),
-        (["--batch", "4"], "--input and --batch describe the model of --model MODULE:FUNCTION, which is missing"),
+        (["--batch", "4"], "--input and --batch describe the model of --model MODULE:NAME, which is missing"),
         (["--suite", "memory", "--rounds", "3"], "--suite memory times only one call: leave out --rounds"),
     ],
 )

@@ -35,6 +35,24 @@ class Conditional(nn.Module):
         return self.head(h) + (self.embed(y) * h).sum(1, keepdim=True)
 
 
+class NeedsWidth(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
+
+def raises():
+    raise KeyError("weights")
+
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(12, 1))
+
+
+instance = Plain()
+pair = Plain(), torch.zeros(3, 3, 2, 2)
+
+
 def with_labels():
     return Conditional(), (torch.randn(7, 6), torch.arange(7) % 5)
 
@@ -101,6 +119,7 @@ class Aside(Deaf):
 @pytest.fixture(autouse=True)
 def in_a_folder_with_the_module(tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("def build(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "my_module", raising=False)
@@ -156,11 +175,14 @@ def test_the_models_of_all_variants_are_the_users_and_stay_apart():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["my_module"], "--model must be MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
+        (["my_module"], "--model must be MODULE:NAME, such as my_module:build, got 'my_module'"),
         (["no_module:build"], "--model no_module:build: no module 'no_module' in this folder or on PYTHONPATH"),
-        (["my_module:nothing"], "--model my_module:nothing: my_module has no function 'nothing'"),
-        (["my_module:number"], "--model my_module:number: my_module has no function 'number'"),
+        (["my_module:nothing"], "--model my_module:nothing: my_module has no module, class or function 'nothing'"),
+        (["my_module:number"], "--model my_module:number: my_module has no module, class or function 'number'"),
         (["my_module:integer"], "must return a torch.nn.Module or (module, example_input), got int"),
+        (["my_module:NeedsWidth"], "--model my_module:NeedsWidth failed when called without arguments (TypeError: "),
+        (["my_module:raises"], "--model my_module:raises failed when called without arguments (KeyError: 'weights')"),
+        (["broken:build"], "--model broken:build: broken cannot be imported (SyntaxError: "),
         (["my_module:words"], "the example input of my_module:words must start with a tensor, got str"),
         (["my_module:build"], "returns no example input: pass the shape of one sample, such as --input 3,64,64"),
         (["my_module:pairs", "--batch", "3"], "leave out --input and --batch"),
@@ -192,6 +214,14 @@ def test_a_lazy_model_is_timed_with_the_parameters_that_its_first_forward_makes(
     assert bench("my_module:lazy", "--input", "3,8,8", "--batch", "2", "--minutes", "0") == 0
     model, _ = user_model.load("my_module:lazy", (3, 8, 8), 2, CPU)
     assert [tuple(p.shape) for p in model.parameters()] == [(1, 192), (1,)]
+
+
+@pytest.mark.parametrize("name", ["Plain", "instance", "pair"])
+def test_classes_instances_and_pairs_are_benched_like_what_functions_return(name):
+    example = name == "pair"
+    model, x = user_model.load(f"my_module:{name}", None if example else (3, 2, 2), None if example else 3, CPU)
+    assert type(model).__name__ == "Plain"
+    assert x.shape == (3, 3, 2, 2)
 
 
 def test_a_shape_is_numbers_between_commas(capsys):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fastgan
 from fastgan.convert import reroute
+from fastgan.ops.twice_differentiable import Rerouting
 from tests.ops.test_gradient_penalty import CountConvolutions, convolutional, critic, gradients, images
 
 OURS, PYTORCHS = {"_ConvolutionBackward"}, {"ConvolutionBackward0"}
@@ -23,14 +25,18 @@ def at_any_size(monkeypatch):
     monkeypatch.setattr(reroute, "_LEAST", 1)
 
 
-def convolutions_of(model, x):
+def nodes_of(result):
     def nodes(node):
         yield type(node).__name__
         for following, _ in node.next_functions:
             if following is not None:
                 yield from nodes(following)
 
-    return set(nodes(model(x).sum().grad_fn)) & (OURS | PYTORCHS)
+    return set(nodes(result.sum().grad_fn))
+
+
+def convolutions_of(model, x):
+    return nodes_of(model(x)) & (OURS | PYTORCHS)
 
 
 def penalty_by_hand(discriminator, x):
@@ -106,3 +112,92 @@ def test_a_step_of_a_converted_model_is_the_models(at_any_size):
     for a, e in zip(converted.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, e)
     assert report.verify(x).equal
+
+
+class Critic(nn.Module):
+    """A transformer without convolutions."""
+
+    def __init__(self, convolution=False):
+        super().__init__()
+        self.embed = nn.Conv1d(3, 16, 1) if convolution else nn.Linear(3, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, tokens):  # (N, tokens, 3)
+        h = self.embed(tokens.mT).mT if isinstance(self.embed, nn.Conv1d) else self.embed(tokens)
+        return self.head(self.layer(h)).mean(1)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(3, 24), nn.Linear(8, 1)
+
+    def forward(self, tokens):  # (N, tokens, 3)
+        query, key, value = self.qkv(tokens).unsqueeze(1).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(query, key, value)).mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Critic, lambda: Critic(convolution=True), Attention, lambda: nn.Sequential(Critic())],
+    ids=["encoder layer", "with a convolution", "function", "sequential"],
+)
+def test_a_penalty_by_hand_goes_through_attention_of_a_converted_model(make):
+    torch.manual_seed(0)
+    plain = make().double()
+    converted = copy.deepcopy(plain)
+    assert "rerouted" in fastgan.convert(converted).rows[0].reason
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="_backward is not implemented"):
+        penalty_by_hand(plain, x).backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        penalty = penalty_by_hand(plain, x)
+        expected = [penalty, *gradients(plain, penalty)]
+    for _ in range(2):  # the second forward is one of a form that is known
+        penalty = penalty_by_hand(converted, x)
+        for a, e in zip([penalty, *gradients(converted, penalty)], expected, strict=True):
+            torch.testing.assert_close(a, e)
+    fastgan.revert(converted)
+    with pytest.raises(RuntimeError, match="_backward is not implemented"):
+        penalty_by_hand(converted, x).backward()
+
+
+def test_only_a_forward_that_a_penalty_may_follow_takes_another_attention():
+    model = Attention()
+    fastgan.convert(model)
+    x = torch.randn(2, 9, 3)
+    assert "_AttentionBackward" not in nodes_of(model(x))
+    with torch.no_grad():
+        assert model(x.clone().requires_grad_()).grad_fn is None
+    assert "_AttentionBackward" in nodes_of(model(x.requires_grad_()))
+    with fastgan.use_backend("reference"):
+        assert "_AttentionBackward" not in nodes_of(model(x))
+
+
+def test_a_model_without_attention_is_looked_through_once(monkeypatch):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    model = Own()
+    fastgan.convert(model)
+    entered = []
+    monkeypatch.setattr(reroute, "Rerouting", lambda after: entered.append(after) or Rerouting(after))
+    x = torch.randn(2, 3, requires_grad=True)
+    for _ in range(3):
+        model(x)
+    assert entered == [None]
+    model.eval()(x)
+    model(torch.randn(5, 3, requires_grad=True))
+    assert entered == [None] * 3
+
+
+def test_a_model_of_linear_layers_alone_is_left_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    fastgan.convert(model)
+    assert type(model) is nn.Sequential

@@ -176,6 +176,17 @@ else:
                 tolerance = 1e-12
             assert error(results, truth) <= tolerance
 
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_a_grid_has_the_shared_memory_that_the_device_has_left(dtype, monkeypatch):
+        """16 KB are a block's limit; of these 12 KB are free, so that a block holds two tiles instead of three."""
+        monkeypatch.setenv("FASTGAN_EMULATION_SHARED_BYTES", str(12 << 10))
+        test_values_and_gradients_match_float64(dtype, "more tiles than slots", MODES[0])
+
+    def test_a_device_without_room_for_two_tiles_is_refused(monkeypatch):
+        monkeypatch.setenv("FASTGAN_EMULATION_SHARED_BYTES", str(8 << 10))
+        with pytest.raises(RuntimeError, match="no room for a block"):
+            test_values_and_gradients_match_float64("float32", "one tile", MODES[0])
+
     def test_the_same_inputs_give_the_same_bits():
         weight = torch.randn(97, 301)
         results = []

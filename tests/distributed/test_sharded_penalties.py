@@ -449,19 +449,19 @@ def test_at_most_two_layers_of_six_are_in_memory(of_ranks):
 
 
 @needs_gloo
-def test_a_penalty_leaves_fsdp_as_it_was(of_ranks):
+def test_a_penalty_restores_fsdps_modules(of_ranks):
     assert all(found["untouched"] for found in of_ranks)
 
 
 SAID = {
-    "from_logits": "not penalty_from_logits",
-    "method": "no method other than its call",
+    "from_logits": "penalty_from_logits is not supported",
+    "method": "not one of its methods",
     "fsdp1": "FullyShardedDataParallel (FSDP1)",
     "fsdp1_in_a_function": "FullyShardedDataParallel (FSDP1)",
     "tensor_parallel": "tensor parallelism",
     "tensor_parallel_in_a_function": "tensor parallelism",
-    "checkpoint_of_a_sharded_layer": "takes no torch.utils.checkpoint",
-    "checkpoint_in_a_sharded_layer": "takes no torch.utils.checkpoint",
+    "checkpoint_of_a_sharded_layer": "does not support torch.utils.checkpoint",
+    "checkpoint_in_a_sharded_layer": "does not support torch.utils.checkpoint",
     "step_in_between": "call backward before the optimizer's step",
     "in_place": "modified",
 }
@@ -469,7 +469,7 @@ SAID = {
 
 @needs_gloo
 @pytest.mark.parametrize("name", SAID)
-def test_what_cannot_be_is_refused(of_ranks, name):
+def test_unsupported_uses_raise(of_ranks, name):
     for found in of_ranks:
         assert SAID[name] in (found["refusals"][name] or "")
 

@@ -14,24 +14,35 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils.checkpoint import checkpoint
 
 import fastgan
 from fastgan import backends
 from fastgan import nn as fnn
-from fastgan.nn.utils import fuse_spectral_norm
+from tests.integrations.compiled_problem import (
+    DISCRIMINATORS,
+    STEPS,
+    WEIGHT,
+    Critic,
+    assert_same,
+    assert_trains_alike,
+    both,
+    gradient_penalty,
+    gradients,
+    images,
+    logits_and_penalty,
+    loss_of,
+    make,
+)
 
 pytestmark = [
     pytest.mark.skipif(
         tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="before 2.11 a penalty breaks the graph"
     ),
-    # Dynamo reads .grad of what the graph's functions return, which are no leaves.
+    # Dynamo reads .grad of tensors that the functions in the graph return. They are not leaves.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-N, WEIGHT = 4, 3.0
-# By hand, FASTGAN_TEST_COMPILED=all runs every discriminator on every backend, each function in a graph of its own.
+# FASTGAN_TEST_COMPILED=all runs every discriminator on every backend, with one graph per function.
 EVERYTHING = os.environ.get("FASTGAN_TEST_COMPILED") == "all"
 COMPILER = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
@@ -45,261 +56,9 @@ def fresh(monkeypatch):
     assert not backends.is_lowered()
 
 
-class Critic(nn.Module):
-    """Two convolutions, with something between them, and a linear layer."""
-
-    def __init__(self, between: nn.Module | None = None, activation: nn.Module | None = None, channels: int = 6):
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, 2, 1)  # (N, 6, 8, 8)
-        self.between = between or nn.Identity()
-        self.activation = activation or nn.LeakyReLU(0.2)
-        self.second = nn.Conv2d(channels, 5, 3, 2, 1)  # (N, 5, 4, 4)
-        self.last = nn.Linear(80, 1)
-
-    def features(self, x):
-        return self.activation(self.between(self.first(x)))
-
-    def forward(self, x):
-        return self.last(self.activation(self.second(self.features(x))).flatten(1))
-
-
-class Attributes(Critic):
-    def __init__(self):
-        super().__init__()
-        self.scale, self.shift = torch.full((6, 1, 1), 0.7), 0.3
-
-    def features(self, x):
-        return F.relu(self.first(x) * self.scale.to(x.dtype) + self.shift)
-
-
-class Remembers(Critic):
-    def features(self, x):
-        self.seen = super().features(x).detach()
-        return super().features(x)
-
-
-class Checkpointed(Critic):
-    def features(self, x):
-        return checkpoint(super().features, x, use_reentrant=False)
-
-
-class Scales(Critic):
-    def forward(self, x):
-        h = self.features(x)
-        score = self.second.weight[:1, :, :1, :1]
-        return [F.conv2d(h, score), F.conv2d(F.avg_pool2d(h, 2), score)]
-
-
-class Tied(Critic):
-    def __init__(self):
-        super().__init__(nn.Conv2d(6, 6, 3, 1, 1))
-        self.again = nn.Conv2d(6, 6, 3, 1, 1)
-        self.again.weight = self.between.weight
-
-    def features(self, x):
-        return F.relu(self.again(F.relu(super().features(x))))
-
-
-class Attention(Critic):
-    def features(self, x):
-        h = self.first(x).flatten(2)  # (N, 6, 64)
-        return (h @ (h.mT @ h).mul(0.1).softmax(-1)).view(-1, 6, 8, 8)
-
-
-class Residual(Critic):
-    def features(self, x):
-        h = self.first(x)
-        return h + F.interpolate(F.avg_pool2d(F.relu(h), 2), scale_factor=2) / 2
-
-
-class Hooked(Critic):
-    def __init__(self):
-        super().__init__()
-        self.first.register_forward_hook(lambda module, inputs, output: output * 0.5)
-
-
-class Multiplied(Critic):
-    """Modules of one and three dimensions, and a transposed convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.along = nn.Conv1d(6, 6, 3, 1, 1)
-        self.up = nn.ConvTranspose2d(6, 6, 3, 1, 1)
-        self.deep = nn.Conv3d(1, 1, 3, 1, 1)
-
-    def features(self, x):
-        h = self.up(F.relu(self.first(x)))
-        h = self.along(F.relu(h).flatten(2)).view(-1, 6, 8, 8)
-        return self.deep(F.relu(h)[:, None])[:, 0]
-
-
-def spectral(norm, fuse=False):
-    model = Critic()
-    for name in ("first", "second", "last"):
-        norm(getattr(model, name))
-    return fuse_spectral_norm(model) if fuse else model
-
-
-def frozen(*names):
-    model = Critic()
-    for name in names:
-        getattr(model, name).requires_grad_(False)
-    return model
-
-
-def weight_normed():
-    model = Critic()
-    parametrizations.weight_norm(model.second)
-    return model
-
-
-def converted():
-    model = spectral(parametrizations.spectral_norm)
-    assert fastgan.convert(model).replaced
-    return model
-
-
-def part_compiled():
-    model = Critic(nn.Conv2d(6, 6, 3, 1, 1))
-    model.between.compile(backend="aot_eager")
-    return model
-
-
-DISCRIMINATORS = {
-    "leaky ReLU": Critic,
-    "ReLU in place": lambda: Critic(activation=nn.ReLU(inplace=True)),
-    "PReLU": lambda: Critic(activation=nn.PReLU()),
-    "SiLU": lambda: Critic(activation=nn.SiLU()),
-    "tanh": lambda: Critic(activation=nn.Tanh()),
-    "batch norm": lambda: Critic(nn.BatchNorm2d(6)),
-    "batch norm in evaluation": lambda: Critic(nn.BatchNorm2d(6)).eval(),
-    "layer norm": lambda: Critic(nn.LayerNorm([6, 8, 8])),
-    "group norm": lambda: Critic(nn.GroupNorm(3, 6)),
-    "instance norm": lambda: Critic(nn.InstanceNorm2d(6, affine=True)),
-    "spectral norm": lambda: spectral(parametrizations.spectral_norm),
-    "fastgan's spectral norm": lambda: spectral(fnn.utils.spectral_norm),
-    "fused spectral norm": lambda: spectral(parametrizations.spectral_norm, fuse=True),
-    "fused spectral norm of the older hook": lambda: spectral(nn.utils.spectral_norm, fuse=True),
-    "converted": converted,
-    "weight norm": weight_normed,
-    "minibatch stddev": lambda: Critic(fnn.MinibatchStdDev(4), channels=7),
-    "minibatch discrimination": lambda: Critic(
-        nn.Sequential(
-            nn.Flatten(), nn.Linear(384, 12), fnn.MinibatchDiscrimination(12, 4, 3), nn.Unflatten(1, (4, 2, 2))
-        ),
-        channels=4,
-    ),
-    "max pooling": lambda: Critic(nn.MaxPool2d(3, 1, 1)),
-    "reflection": lambda: Critic(nn.Sequential(nn.ReflectionPad2d(1), nn.AvgPool2d(3, 1))),
-    "residual": Residual,
-    "attention": Attention,
-    "other convolutions": Multiplied,
-    "tensors as attributes": Attributes,
-    "features left on the module": Remembers,
-    "checkpointed": Checkpointed,
-    "several scales": Scales,
-    "tied weights": Tied,
-    "a forward hook": Hooked,
-    "a frozen layer": lambda: frozen("first"),
-    "all frozen but one": lambda: frozen("first", "last"),
-    "a part compiled by itself": part_compiled,
-}
-
-
-def make(name):
-    torch.manual_seed(0)
-    model = DISCRIMINATORS[name]()
-    if name == "minibatch discrimination":
-        model.last = nn.Linear(5, 1)
-    return model
-
-
-def images(n=N):
-    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(logits):
-    parts = logits if isinstance(logits, list) else [logits]
-    return sum(F.softplus(-part).mean() for part in parts)
-
-
-def plain_penalty(logits, x):
-    """R1 by PyTorch alone."""
-    parts = logits if isinstance(logits, list) else [logits]
-    (grad,) = torch.autograd.grad([part.sum() for part in parts], x, create_graph=True)
-    return WEIGHT / 2 * grad.square().sum((1, 2, 3)).mean()
-
-
-def gradient_penalty(discriminator, x):
-    return loss_of(discriminator(x)) + fastgan.gradient_penalty(discriminator, x, kind="r1", weight=WEIGHT)
-
-
-def logits_and_penalty(discriminator, x):
-    logits, penalty = fastgan.logits_and_penalty(discriminator, x, kind="r1", weight=WEIGHT)
-    return loss_of(logits) + penalty
-
-
-def plain_gradient_penalty(discriminator, x):
-    loss, points = loss_of(discriminator(x)), x.detach().requires_grad_()
-    return loss + plain_penalty(discriminator(points), points)
-
-
-def plain_logits_and_penalty(discriminator, x):
-    points = x.detach().requires_grad_()
-    logits = discriminator(points)
-    return loss_of(logits) + plain_penalty(logits, points)
-
-
-def both(discriminator, x):
-    return gradient_penalty(discriminator, x) + logits_and_penalty(discriminator, x)
-
-
-def plain_both(discriminator, x):
-    return plain_gradient_penalty(discriminator, x) + plain_logits_and_penalty(discriminator, x)
-
-
-PLAIN = {
-    gradient_penalty: plain_gradient_penalty,
-    logits_and_penalty: plain_logits_and_penalty,
-    both: plain_both,
-}
-STEPS = (gradient_penalty, logits_and_penalty)
-
-
-def gradients(model, loss):
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
-
-
-def assert_same(actual, expected, tolerance):
-    scale = max(grad.norm() for grad in expected.values() if grad is not None)
-    for name, grad in expected.items():
-        if grad is None or not grad.any():
-            assert actual[name] is None or actual[name].norm() <= tolerance * scale, name
-        else:
-            error = (actual[name].to(grad.dtype) - grad).norm() / max(grad.norm(), 1e-3 * scale)
-            assert error <= tolerance, f"{name}: {error:.1e}"
-
-
-def assert_trains_alike(step, compiled, model, tolerance=1e-4):
-    """Two steps against PyTorch in float64: gradients, and what they leave in parameters and buffers."""
-    twin = copy.deepcopy(model).double()
-    x = images()
-    for _ in range(2):
-        expected = gradients(twin, PLAIN[step](twin, x.double()))
-        assert_same(gradients(model, compiled(model, x)), expected, tolerance)
-        with torch.no_grad():
-            for net in (model, twin):
-                for name, parameter in net.named_parameters():
-                    if expected.get(name) is not None:
-                        parameter -= 0.01 * expected[name].to(parameter.dtype)
-    for (name, value), wanted in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(value.to(wanted.dtype), wanted, rtol=1e-4, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("step", STEPS if EVERYTHING else [both])
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_a_step_with_a_penalty_is_one_graph_with_pytorchs_numbers(name, step):
+def test_a_step_with_a_penalty_is_one_graph_and_equals_pytorch(name, step):
     assert_trains_alike(step, torch.compile(step, backend="aot_eager", fullgraph=True), make(name))
 
 
@@ -316,7 +75,7 @@ def test_the_eager_backend_runs_the_eager_penalty_at_each_step(name, step):
 
 
 BY_INDUCTOR = (
-    [name for name in DISCRIMINATORS if name != "a part compiled by itself"] if EVERYTHING else ["minibatch stddev"]
+    [name for name in DISCRIMINATORS if name != "a compiled submodule"] if EVERYTHING else ["minibatch stddev"]
 )
 
 
@@ -436,7 +195,7 @@ def test_every_option_gives_the_eager_penalty(option):
     assert_same(gradients(model, run(OPTIONS[option], model, x)), expected, 1e-5)
 
 
-def test_a_weight_that_is_learned_gets_its_gradient():
+def test_a_learned_weight_gets_its_gradient():
     model, weight = Critic(), nn.Parameter(torch.tensor(2.0))
     penalty = fnn.GradientPenalty("r1", weight)
     torch.compile(penalty, backend="aot_eager", fullgraph=True)(model, images()).backward()
@@ -445,7 +204,7 @@ def test_a_weight_that_is_learned_gets_its_gradient():
     torch.testing.assert_close(compiled, weight.grad)
 
 
-def test_a_lazy_penalty_makes_two_graphs_and_keeps_its_count():
+def test_a_lazy_penalty_compiles_two_graphs_with_one_counter():
     model, x = Critic(), images()
     penalty, counter = fnn.GradientPenalty("r1", every=12), CompileCounter()
     twin = copy.deepcopy(penalty)
@@ -456,7 +215,7 @@ def test_a_lazy_penalty_makes_two_graphs_and_keeps_its_count():
     assert penalty.calls == twin.calls == 26 % 12
 
 
-def test_a_generator_draws_as_in_eager_mode_and_another_one_is_not_mistaken_for_it():
+def test_each_generator_draws_the_same_numbers_as_in_eager_mode():
     model, x = Critic(), images()
 
     def step(x, generator):
@@ -469,7 +228,7 @@ def test_a_generator_draws_as_in_eager_mode_and_another_one_is_not_mistaken_for_
             torch.testing.assert_close(compiled(x, ours), step(x, theirs))
 
 
-def test_dropout_draws_as_in_eager_mode():
+def test_dropout_draws_the_same_numbers_as_in_eager_mode():
     model, x = Critic(nn.Dropout(0.5)), images()
     for step in STEPS:
         torch.manual_seed(3)
@@ -478,7 +237,7 @@ def test_dropout_draws_as_in_eager_mode():
         assert_same(gradients(model, run(step, model, x)), expected, 1e-5)
 
 
-def test_training_and_evaluation_are_different_graphs():
+def test_training_and_evaluation_use_different_graphs():
     model, x = Critic(nn.Dropout(0.5)), images()
     compiled = torch.compile(gradient_penalty, backend="aot_eager", fullgraph=True)
     compiled(model, x)
@@ -486,7 +245,7 @@ def test_training_and_evaluation_are_different_graphs():
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_another_batch_size_needs_no_further_graph_if_sizes_are_dynamic(step):
+def test_dynamic_graphs_work_for_other_batch_sizes(step):
     model, counter, graphs = Critic(), CompileCounter(), []
 
     def compiled_by(graph, inputs):
@@ -596,7 +355,7 @@ class Custom(Critic):
         return self.function.apply(self.first(x))
 
 
-def test_a_custom_function_is_refused_or_exact():
+def test_a_custom_function_raises_or_is_exact():
     model, x = Custom(), images()
     with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
         run(gradient_penalty, model, x)
@@ -618,7 +377,7 @@ def test_a_discriminator_that_breaks_the_graph_runs_eagerly(step):
     assert_trains_alike(step, torch.compile(step, backend="aot_eager"), Broken())
 
 
-def test_a_penalty_that_is_compiled_by_itself():
+def test_a_compiled_function_may_hold_only_a_penalty():
     model, x = Critic(), images()
     expected = fastgan.gradient_penalty(model, x, kind="r1")
     for whole in (True, False):
@@ -639,7 +398,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_raises_in_eager_mode_raises_in_a_graph(message):
+def test_errors_are_the_same_as_in_eager_mode(message):
     with pytest.raises(RuntimeError, match=message):
         run(WRONG[message], Critic(), images())
 
@@ -654,7 +413,7 @@ class Raises(Critic):
         return super().features(x) * torch.linalg.inv(torch.zeros(8, 8))
 
 
-def test_a_discriminator_that_raises_leaves_nothing_behind():
+def test_state_is_restored_if_the_discriminator_raises():
     with pytest.raises(RuntimeError, match="inv"):
         run(gradient_penalty, Raises(), images(), backend="eager")
     gradient_penalty(Critic(), images())

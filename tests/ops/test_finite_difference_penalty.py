@@ -176,7 +176,7 @@ def test_as_a_module_and_where_the_gradient_is_zero():
 
 def test_what_it_cannot_is_said():
     model, x = convolutional(), torch.randn(2, 3, 8, 8, requires_grad=True)
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match="needs reduction 'mean' or 'sum'"):
         fastgan.gradient_penalty(model, x, kind=KIND, reduction="none")
     with pytest.raises(ValueError, match="use logits_and_penalty"):
         fastgan.penalty_from_logits(model(x), x, kind=KIND)

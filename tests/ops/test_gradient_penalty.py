@@ -72,7 +72,7 @@ def images(n=4):
 
 
 def by_definition(discriminator, real, fake, kind, weight, generator, **call):
-    """The penalty written down with plain PyTorch."""
+    """Compute the penalty with plain PyTorch."""
     per_sample = (len(real), *[1] * (real.ndim - 1))
 
     def squares(x):
@@ -109,14 +109,14 @@ def gradients(discriminator, loss):
 
 def assert_equal_penalties(discriminator, kind, *, train=True, dtype=torch.float32):
     real, fake = (x.to(dtype) for x in images())
-    ours, exact = discriminator.to(dtype).train(train), copy.deepcopy(discriminator).double().train(train)
+    fused, exact = discriminator.to(dtype).train(train), copy.deepcopy(discriminator).double().train(train)
     # float64 draws other random numbers than float32: the same ones, for the oracle too.
     draws = lambda: torch.Generator().manual_seed(3)  # noqa: E731
-    actual = fastgan.gradient_penalty(ours, real, fake, kind=kind, weight=7.0, generator=draws())
+    actual = fastgan.gradient_penalty(fused, real, fake, kind=kind, weight=7.0, generator=draws())
     if dtype == torch.float64 or kind in ("r1", "r2", "r1+r2"):
         expected = by_definition(exact, real.double(), fake.double(), kind, 7.0, draws())
         assert_close(actual, expected, order=1)
-        for a, e in zip(gradients(ours, actual), gradients(exact, expected), strict=True):
+        for a, e in zip(gradients(fused, actual), gradients(exact, expected), strict=True):
             if e.any() or a.any():
                 assert_close(a, e, order=2)
 
@@ -134,7 +134,7 @@ def test_float32_penalties_meet_the_tolerance(make):
 
 
 class CountConvolutions(TorchDispatchMode):
-    """Convolutions, and each of a backward's input and weight gradients, in forwards of one layer."""
+    """Count convolutions, input gradients and weight gradients. Each costs as much as one forward of its layer."""
 
     count = 0
 
@@ -172,7 +172,7 @@ def test_a_penalty_takes_four_forwards_where_pytorch_takes_six():
     assert counts == [4 * 4, 6 * 4]
 
 
-def test_a_penalty_mixed_with_a_loss_in_one_backward_is_exact():
+def test_a_penalty_and_a_loss_in_one_backward_are_exact():
     discriminator, (real, fake) = convolutional().double(), (x.double() for x in images())
     exact = copy.deepcopy(discriminator)
     real, fake = real.requires_grad_(), fake.requires_grad_()
@@ -187,7 +187,7 @@ def test_a_penalty_mixed_with_a_loss_in_one_backward_is_exact():
             assert_close(a, e, order=2)
 
 
-def test_backward_twice_through_a_retained_graph_adds_up():
+def test_two_backwards_through_a_retained_graph_accumulate():
     discriminator, (real, _) = convolutional().double(), images()
     penalty = fastgan.gradient_penalty(discriminator, real.double(), kind="r1")
     penalty.backward(retain_graph=True)
@@ -214,7 +214,7 @@ def test_the_real_and_fake_batches_get_no_gradient():
     assert fake.grad is None
 
 
-def test_labels_and_several_scales_reach_the_discriminator():
+def test_labels_and_several_scales_are_supported():
     class Conditional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -258,7 +258,7 @@ def test_the_same_generator_gives_the_same_penalty():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_the_norm_is_taken_in_float32(dtype):
+def test_norms_are_computed_in_float32_under_autocast(dtype):
     discriminator, (real, _) = convolutional(), images()
     expected = fastgan.gradient_penalty(discriminator, real, kind="r1")
     with torch.autocast("cpu", dtype):
@@ -271,7 +271,7 @@ def test_under_autocast_the_norm_is_taken_in_float32(dtype):
         assert fastgan.gradient_penalty(large, real, kind="r1").isfinite()
 
 
-def test_twice_differentiable_leaves_nothing_behind_after_an_error():
+def test_twice_differentiable_cleans_up_after_an_error():
     with pytest.raises(KeyError), fastgan.twice_differentiable(), fastgan.twice_differentiable():
         raise KeyError
     y = nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 5, 5))
@@ -307,25 +307,25 @@ def test_twice_differentiable_reroutes_functions_modules_and_methods():
         plain = call()
         torch.manual_seed(0)
         with fastgan.twice_differentiable():
-            ours = call()
-        assert type(ours.grad_fn).__module__ == "torch.autograd.function", name
+            fused = call()
+        assert type(fused.grad_fn).__module__ == "torch.autograd.function", name
         assert type(plain.grad_fn).__module__ != "torch.autograd.function", name
-        assert_close(ours, plain.double(), order=0)
+        assert_close(fused, plain.double(), order=0)
 
 
-def test_saved_tensors_may_be_packed_by_anything_callable():
+def test_saved_tensor_hooks_may_be_any_callable():
     x = torch.randn(2, 3, 8, 8)
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
         fastgan.gradient_penalty(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), x, kind="r1").backward()
 
 
-def test_without_gradients_the_plain_functions_run():
+def test_pytorchs_functions_run_without_gradients():
     with fastgan.twice_differentiable(), torch.no_grad():
         assert not nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 5, 5)).requires_grad
 
 
 def test_another_models_backward_during_a_penalty_keeps_its_weight_gradients():
-    """A hook in the penalty's own backward runs another model's: nothing leaks."""
+    """A hook in the backward of a penalty runs the backward of another model."""
     other = convolutional()
     with fastgan.twice_differentiable():
         other_loss = other(images()[0]).sum()
@@ -338,7 +338,7 @@ def test_another_models_backward_during_a_penalty_keeps_its_weight_gradients():
     assert all(p.grad is not None for p in other.parameters())
 
 
-def test_an_error_in_the_first_pass_does_not_silence_later_gradients():
+def test_later_gradients_are_complete_after_an_error_in_the_first_backward():
     discriminator, (real, _) = convolutional(), images()
     real.requires_grad_()
 
@@ -355,7 +355,7 @@ def test_an_error_in_the_first_pass_does_not_silence_later_gradients():
     assert all(p.grad is not None for p in discriminator.parameters())
 
 
-def test_threads_compute_penalties_side_by_side():
+def test_penalties_in_several_threads_are_independent():
     discriminators, (real, _) = [convolutional() for _ in range(4)], images()
     expected = [gradients(d, fastgan.gradient_penalty(d, real, kind="r1")) for d in discriminators]
     results = [None] * 4
@@ -386,7 +386,7 @@ BAD = {
     ),
     "no fake": (dict(fake=None), TypeError, "needs fake"),
     "shapes": (dict(fake=FAKE[:2]), ValueError, r"fake must have the shape of real, \(4, 3, 8, 8\), got \(2"),
-    "integers": (dict(real=REAL.long()), TypeError, "real must be floating, got torch.int64"),
+    "integers": (dict(real=REAL.long()), TypeError, "real must be floating-point, got torch.int64"),
     "empty": (dict(real=REAL[:0], fake=FAKE[:0]), ValueError, "real must be .* not empty"),
     "not a tensor": (dict(real=[1.0]), TypeError, r"real\[0\] must be a tensor, got float"),
     "device": (dict(fake=FAKE.to("meta")), ValueError, "fake must be on the device of real"),
@@ -395,25 +395,25 @@ BAD = {
     "heads": (
         dict(discriminator=lambda x: (x.sum((1, 2, 3)), x.flatten(1))),
         ValueError,
-        r"several outputs, \[\(4,\), \(4, 192\)\], .* choose the logits with select=",
+        r"several outputs, \[\(4,\), \(4, 192\)\], .* select the logits with select=",
     ),
     "mapping": (
         dict(discriminator=lambda x: {"logits": x}),
         ValueError,
-        r"logits alone, got {'logits': \(4, 3, 8, 8\)}: choose the logits with select=",
+        r"only logits, got {'logits': \(4, 3, 8, 8\)}: select the logits with select=",
     ),
     "output": (dict(discriminator=lambda x: None), TypeError, "must return a tensor or a sequence of .*, got NoneType"),
 }
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_input_raises_a_message_that_names_it(change, error, message):
+def test_bad_input_raises_an_error_that_names_it(change, error, message):
     arguments = dict(discriminator=convolutional(), real=REAL, fake=FAKE) | change
     with pytest.raises(error, match=message):
         fastgan.gradient_penalty(**arguments)
 
 
-def test_gradients_that_are_off_are_named():
+def test_disabled_gradients_raise():
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"outside torch\.no_grad"):
         fastgan.gradient_penalty(convolutional(), REAL, kind="r1")
     with pytest.raises(ValueError, match="must require a gradient before"):
@@ -422,7 +422,7 @@ def test_gradients_that_are_off_are_named():
         fastgan.penalty_from_logits(convolutional()(REAL), None)
 
 
-def test_the_tests_see_a_broken_second_derivative(monkeypatch):
+def test_these_tests_detect_a_broken_second_derivative(monkeypatch):
     from fastgan.ops.conv import autograd
 
     original = autograd._InputGradient.backward

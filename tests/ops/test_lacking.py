@@ -224,7 +224,7 @@ def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypa
         is_cuda = True
 
     route = recurrent.without_cudnn(lambda *args: seen.append(torch.backends.cudnn.enabled))
-    recurrent._say_once.cache_clear()
+    recurrent._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="runs without cuDNN"):
         route(OnCuda())
     with warnings.catch_warnings():

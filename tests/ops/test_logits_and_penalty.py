@@ -21,7 +21,7 @@ from tests.ops.test_gradient_penalty import (
 
 
 class Then(nn.Module):
-    """A convolution, something done to its result (N, 6, 4, 4), and a linear head."""
+    """A convolution, a function of its result (N, 6, 4, 4), and a linear head."""
 
     def __init__(self, middle, **modules):
         super().__init__()
@@ -37,7 +37,7 @@ class Then(nn.Module):
 
 
 class Hidden(torch.autograd.Function):
-    """What happens inside, no torch function sees."""
+    """No torch function mode sees the operations inside."""
 
     @staticmethod
     def forward(ctx, x):
@@ -49,7 +49,7 @@ class Hidden(torch.autograd.Function):
 
 
 class Halved(nn.Parameter):
-    """A weight of which layers see the half."""
+    """A weight that layers see as half its value."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -60,7 +60,7 @@ class Halved(nn.Parameter):
 
 
 class Filter(Hidden):
-    """A weight (6, 6, 1, 1) that says it is made from a batch (4, 6, 4, 4)."""
+    """A weight (6, 6, 1, 1) that depends on a batch (4, 6, 4, 4)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -111,9 +111,12 @@ INELIGIBLE = {
     ),
     "custom function": (Then(lambda net, h: Hidden.apply(h)), "a custom autograd.Function"),
     "custom function added": (Then(lambda net, h: h + Hidden.apply(h)), "a custom autograd.Function"),
-    "in place where nobody looks": (Then(lambda net, h: unseen_tanh_(h * 1)), "was written to"),
-    "in place without gradients": (Then(lambda net, h: in_place_without_gradients(net, h * 1)), "was written to"),
-    "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight is made from the input"),
+    "in place where nobody looks": (Then(lambda net, h: unseen_tanh_(h * 1)), "was modified outside torch functions"),
+    "in place without gradients": (
+        Then(lambda net, h: in_place_without_gradients(net, h * 1)),
+        "was modified outside torch functions",
+    ),
+    "custom weight": (Then(lambda net, h: F.conv2d(h, Filter.apply(h))), "a weight depends on the input"),
     "weight of a class of its own": (Then(lambda net, h: F.linear(h.flatten(1), net.halved)), "linear"),
 }
 ELIGIBLE = {
@@ -174,14 +177,16 @@ def quadratic(logits):
 
 
 def assert_exact(discriminator, x=None, *, loss=softplus, dtype=torch.float64):
-    ours, exact = copy.deepcopy(discriminator).to(dtype), copy.deepcopy(discriminator).double()
+    fused, exact = copy.deepcopy(discriminator).to(dtype), copy.deepcopy(discriminator).double()
     x = (images()[0] if x is None else x).to(dtype)
-    logits, penalty = fastgan.logits_and_penalty(ours, x, kind="r1", weight=3)
+    logits, penalty = fastgan.logits_and_penalty(fused, x, kind="r1", weight=3)
     total = loss(logits) + penalty
     expected, plain = by_autograd(exact, x.double(), loss, 3)
     assert_close(logits, plain, order=0)
     assert_close(total, expected, order=1)
-    actual, wanted = (torch.cat([g.flatten() for g in gradients(*both)]) for both in ((ours, total), (exact, expected)))
+    actual, wanted = (
+        torch.cat([g.flatten() for g in gradients(*both)]) for both in ((fused, total), (exact, expected))
+    )
     assert_close(actual, wanted, order=2)
 
 
@@ -199,7 +204,7 @@ def test_one_pass_in_float32_meets_the_tolerance(name):
 
 
 @pytest.mark.parametrize("name", INELIGIBLE)
-def test_what_one_pass_cannot_do_is_seen_named_and_done_exactly_by_the_general_path(name):
+def test_the_general_path_is_exact_and_names_the_obstacle(name):
     discriminator, reason = INELIGIBLE[name]
     explained = fastgan.explain_penalty(copy.deepcopy(discriminator), images()[0])
     assert explained.startswith("general path: ")
@@ -208,7 +213,7 @@ def test_what_one_pass_cannot_do_is_seen_named_and_done_exactly_by_the_general_p
         assert_exact(discriminator)
 
 
-def test_every_discriminator_of_the_penalty_tests_is_exact():
+def test_all_discriminators_of_the_penalty_tests_are_exact():
     for make in DISCRIMINATORS.values():
         assert_exact(make(), loss=lambda logits: logits.sin().mean())
 
@@ -219,18 +224,18 @@ def test_loss_and_penalty_take_four_forwards_where_pytorch_takes_six():
     )
     x, counts = images()[0], []
 
-    def ours():
+    def fused():
         logits, penalty = fastgan.logits_and_penalty(discriminator, x)
         return softplus(logits) + penalty
 
-    for total in (ours, lambda: by_autograd(discriminator, x, softplus, 10)[0]):
+    for total in (fused, lambda: by_autograd(discriminator, x, softplus, 10)[0]):
         with CountConvolutions() as counter:
             total().backward()
         counts.append(counter.count)
     assert counts == [5 * 4, 5 * 6]
 
 
-def test_only_the_logits_or_only_the_penalty_may_be_used():
+def test_only_the_logits_or_only_the_penalty_may_be_differentiated():
     discriminator = convolutional().double()
     x = images()[0].double()
     for pick in (0, 1):
@@ -241,19 +246,19 @@ def test_only_the_logits_or_only_the_penalty_may_be_used():
             assert_close(a, e, order=0)
 
 
-def test_relativistic_losses_over_two_calls_with_r1_and_r2_are_exact():
-    ours = ELIGIBLE["residual"].double()
-    exact = copy.deepcopy(ours)
+def test_relativistic_losses_of_two_calls_with_r1_and_r2_are_exact():
+    fused = ELIGIBLE["residual"].double()
+    exact = copy.deepcopy(fused)
     real, fake = (x.double() for x in images())
-    (a, r1), (b, r2) = (fastgan.logits_and_penalty(ours, x, weight=2) for x in (real, fake))
+    (a, r1), (b, r2) = (fastgan.logits_and_penalty(fused, x, weight=2) for x in (real, fake))
     actual = F.softplus(b - a).mean() + r1 + r2
     (p1, plain_a), (p2, plain_b) = (by_autograd(exact, x, lambda logits: 0, 2) for x in (real, fake))
     expected = F.softplus(plain_b - plain_a).mean() + p1 + p2
-    for got, wanted in zip(gradients(ours, actual), gradients(exact, expected), strict=True):
+    for got, wanted in zip(gradients(fused, actual), gradients(exact, expected), strict=True):
         assert_close(got, wanted, order=0)
 
 
-def test_gradients_accumulate_over_calls_and_over_a_retained_graph():
+def test_gradients_accumulate_through_a_retained_graph():
     discriminator = convolutional().double()
     logits, penalty = fastgan.logits_and_penalty(discriminator, images()[0].double())
     total = softplus(logits) + penalty
@@ -264,17 +269,17 @@ def test_gradients_accumulate_over_calls_and_over_a_retained_graph():
         assert_close(p.grad, 2 * g, order=0)
 
 
-def assert_takes(way, discriminator, x):
-    assert fastgan.explain_penalty(copy.deepcopy(discriminator), x).startswith(way)
+def assert_takes(path, discriminator, x):
+    assert fastgan.explain_penalty(copy.deepcopy(discriminator), x).startswith(path)
     assert_exact(discriminator, x)
 
 
-def test_samples_of_one_number_are_samples():
+def test_inputs_of_one_dimension_take_one_pass():
     discriminator = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
     assert_takes("one pass", discriminator, torch.randn(5))
 
 
-def test_a_bias_for_all_outputs_is_exact():
+def test_a_bias_that_broadcasts_to_all_outputs_is_exact():
     class OneBias(nn.Linear):
         def forward(self, x):
             return F.linear(x, self.weight, self.bias[:1])
@@ -282,14 +287,14 @@ def test_a_bias_for_all_outputs_is_exact():
     assert_takes("one pass", nn.Sequential(OneBias(6, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(5, 6))
 
 
-def test_biases_alone_may_be_trained():
+def test_only_biases_may_require_gradients():
     discriminator = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
     for parameter in discriminator.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
     assert_takes("one pass", discriminator, torch.randn(5, 6))
 
 
-def test_a_parameter_added_where_nobody_looks_is_found_in_the_graph():
+def test_a_parameter_added_outside_torch_functions_is_found_in_the_graph():
     class Offset(nn.Module):
         def __init__(self):
             super().__init__()
@@ -304,7 +309,7 @@ def test_a_parameter_added_where_nobody_looks_is_found_in_the_graph():
     )
 
 
-def test_a_hook_on_the_input_sees_its_gradient():
+def test_a_hook_on_the_input_receives_its_gradient():
     class Hooked(nn.Module):
         def forward(self, x):
             if x.requires_grad:
@@ -315,7 +320,7 @@ def test_a_hook_on_the_input_sees_its_gradient():
     assert_takes("general path", seen, images()[0])
 
 
-def test_labels_reach_the_discriminator():
+def test_labels_are_passed_to_the_discriminator():
     class Conditional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -352,7 +357,7 @@ def one_pass_loss(discriminator, x):
     return softplus(logits) + penalty
 
 
-def test_weights_computed_once_for_several_calls_get_the_gradients_of_all():
+def test_weights_shared_by_several_calls_get_the_gradients_of_all_calls():
     norm = nn.utils.parametrizations.spectral_norm
     discriminator = nn.Sequential(norm(nn.Conv2d(3, 4, 4, 2)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(36, 1)))
     discriminator.double().eval()
@@ -365,7 +370,7 @@ def test_weights_computed_once_for_several_calls_get_the_gradients_of_all():
         assert_close(actual, expected, order=0)
 
 
-def test_a_hook_on_a_parameter_sees_its_gradient_once():
+def test_a_hook_on_a_parameter_receives_its_gradient_once():
     discriminator, x = convolutional().double(), images()[0].double()
     seen, results = [], []
     for parameter in discriminator.parameters():
@@ -390,7 +395,7 @@ def test_its_gradient_cannot_be_differentiated_again():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_it_is_as_near_as_autograd_is(dtype):
+def test_under_autocast_it_is_as_accurate_as_autograd(dtype):
     discriminator, x = ELIGIBLE["residual"].float(), images()[0]
     exact = gradients(discriminator, by_autograd(discriminator, x, softplus, 3)[0])
 
@@ -399,6 +404,6 @@ def test_under_autocast_it_is_as_near_as_autograd_is(dtype):
 
     with torch.autocast("cpu", dtype):
         logits, penalty = fastgan.logits_and_penalty(discriminator, x, weight=3)
-        ours = softplus(logits.float()) + penalty
+        fused = softplus(logits.float()) + penalty
         plain = by_autograd(discriminator, x, lambda logits: softplus(logits.float()), 3)[0]
-    assert error(ours) <= 2 * error(plain)
+    assert error(fused) <= 2 * error(plain)

@@ -44,7 +44,7 @@ def pooled():
     return nn.Sequential(nn.Conv2d(C, 1, 3, 2, 1))
 
 
-SEVERAL = "one pass, where all logits of a sample have the same gradient"
+SEVERAL = "one pass, if the loss has the same gradient for all logits of a sample"
 OUTPUTS = {
     "patches": ([patches], lambda parts: parts[0]),
     "scales": ([patches, pooled], list),
@@ -121,8 +121,8 @@ def test_what_else_is_returned_keeps_its_graph(container):
     with fastgan.twice_differentiable(), Tracer(x) as tracer:
         returned = model(x)
     logits = returned["a"] if container is dict else returned[0]
-    assert tracer.judge([logits], returned) is None
-    assert "what else it returns" in tracer.remark()
+    assert tracer.find_obstacle([logits], returned) is None
+    assert "other outputs have a backward of their own" in tracer.conditions()
     returned, penalty = one_pass(
         returned, [logits], (x,), tracer, lambda grads: 1.5 * grads[0].square().sum((1, 2, 3)).mean()
     )
@@ -157,7 +157,7 @@ def test_several_inputs_are_differentiated_together():
     x, t = images().requires_grad_(), torch.randn(N, 5, dtype=torch.float64).requires_grad_()
     with fastgan.twice_differentiable(), Tracer(x, t) as tracer:
         logits = forward(x, t)
-    assert tracer.judge([logits], logits) is None
+    assert tracer.find_obstacle([logits], logits) is None
     logits, penalty = one_pass(logits, [logits], (x, t), tracer, squares)
     got = gradients(model, uneven(logits) + penalty)
     logits = forward(x, t)
@@ -172,7 +172,7 @@ def test_a_penalty_that_has_parameters_of_its_own_gives_them_their_gradient():
     x = images().requires_grad_()
     with fastgan.twice_differentiable(), Tracer(x) as tracer:
         logits = model(x)
-    assert tracer.judge([logits], logits) is None
+    assert tracer.find_obstacle([logits], logits) is None
     _, penalty = one_pass(logits, [logits], (x,), tracer, lambda grads: (grads[0].square().sum() - target).square())
     (by_target,) = torch.autograd.grad(penalty, target)
     (g,) = torch.autograd.grad(model(x).sum(), x)

@@ -326,21 +326,29 @@ X, T = torch.randn(N, 3, 8, 8), torch.randn(N, 7)
 BAD_INPUTS = {
     "no tensor": (dict(real=(X, 3)), TypeError, r"real\[1\] must be a tensor, got int"),
     "nested": (dict(real=[[X]]), TypeError, r"real\[0\] must be a tensor, got list"),
-    "nothing that is floating": (dict(real={"label": torch.arange(N)}), TypeError, "real must hold a floating tensor"),
-    "nothing": (dict(real=()), TypeError, "real must hold a floating tensor"),
-    "other rows": (dict(real=(X, T[:2])), ValueError, r"a row a sample each, got shapes \(5, 3, 8, 8\), \(2, 7\)"),
+    "nothing that is floating": (
+        dict(real={"label": torch.arange(N)}),
+        TypeError,
+        "real must hold a floating-point tensor",
+    ),
+    "nothing": (dict(real=()), TypeError, "real must hold a floating-point tensor"),
+    "other rows": (dict(real=(X, T[:2])), ValueError, r"one row per sample, got shapes \(5, 3, 8, 8\), \(2, 7\)"),
     "empty": (dict(real=(X, T[:, :0])), ValueError, r"real\[1\] must be .* not empty, got shape \(5, 0\)"),
     "a set": (dict(real={1}), TypeError, "real must be a tensor, or a tuple, list or dict of tensors, got set"),
     "fewer fakes": (
         dict(real=(X, T), fake=(X,)),
         ValueError,
-        r"fake must hold what real holds, real\[0\], real\[1\], ",
+        r"fake must hold the same tensors as real, real\[0\], real\[1\], ",
     ),
-    "one fake": (dict(real=(X, T), fake=X), ValueError, "fake must hold what real holds"),
+    "one fake": (dict(real=(X, T), fake=X), ValueError, "fake must hold the same tensors as real"),
     "other keys": (dict(real={"a": X}, fake={"b": X}), ValueError, r"real\['a'\], got fake\['b'\]"),
     "other shapes": (dict(real=(X, T), fake=(X, T[:, :2])), ValueError, r"fake\[1\] must have the shape of real\[1\]"),
-    "other types": (dict(real=(X, T), fake=(X, T.long())), TypeError, r"fake\[1\] must be floating where real\[1\] is"),
-    "remaining dimensions": (dict(real=(X, T), kind="r1", dims=1), ValueError, "the same dimensions to remain of each"),
+    "other types": (
+        dict(real=(X, T), fake=(X, T.long())),
+        TypeError,
+        r"fake\[1\] and real\[1\] must both be floating-point",
+    ),
+    "remaining dimensions": (dict(real=(X, T), kind="r1", dims=1), ValueError, "the same remaining dimensions"),
 }
 
 
@@ -368,7 +376,7 @@ BAD = {
     "kind that reduces": (
         dict(kind=lambda norms: norms.mean()),
         ValueError,
-        r"a penalty for each norm, of shape \(5,\), got \(\): reduction=",
+        r"one penalty per norm, of shape \(5,\), got \(\): reduction=",
     ),
     "weight": (dict(weight="10"), TypeError, "weight must be a number or a tensor of real numbers, got '10'"),
     "weight of a shape": (dict(weight=torch.ones(1)), ValueError, r"a tensor of shape \(\), got shape \(1,\)"),
@@ -377,12 +385,12 @@ BAD = {
     "target of a shape": (
         dict(kind="wgan-gp", target=torch.ones(3)),
         ValueError,
-        r"target must fit the norms, \(5,\), got shape \(3,\)",
+        r"target must broadcast to the norms, \(5,\), got shape \(3,\)",
     ),
     "target of too many dimensions": (
         dict(kind="wgan-gp", target=torch.ones(N, 1)),
         ValueError,
-        r"target must fit the norms, \(5,\), got shape \(5, 1\)",
+        r"target must broadcast to the norms, \(5,\), got shape \(5, 1\)",
     ),
     "target of squares": (dict(kind="r1", target=1.0), ValueError, r"kind 'r1' has no target, got target=1\.0"),
     "target of a function": (dict(kind=lambda n: n, target=1), ValueError, "a function has no target, got target=1"),
@@ -398,7 +406,7 @@ BAD = {
     "reduction of the largest": (
         dict(kind="max-gp", reduction="none"),
         ValueError,
-        "kind 'max-gp' is the largest of the samples' penalties: leave reduction out, got 'none'",
+        "kind 'max-gp' returns the largest penalty in the batch: leave reduction out, got 'none'",
     ),
 }
 

@@ -177,7 +177,7 @@ def shapes(output):
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize("discriminator", AMBIGUOUS.values(), ids=AMBIGUOUS)
 def test_what_need_not_be_a_logit_is_refused_with_its_shapes_and_the_cure(discriminator, call):
-    with pytest.raises(ValueError, match="choose the logits with select=") as raised:
+    with pytest.raises(ValueError, match="select the logits with select=") as raised:
         call(discriminator.double(), images())
     for shape in shapes(discriminator(images())):
         assert str(shape) in str(raised.value)
@@ -195,9 +195,9 @@ NOT_ROWS = {
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize(("function", "shape"), NOT_ROWS.values(), ids=NOT_ROWS)
 def test_rows_that_are_not_samples_are_refused(function, shape, call):
-    with pytest.raises(ValueError, match=f"must have a row for each of the 6 inputs, got {shape}: .*select="):
+    with pytest.raises(ValueError, match=f"must have one row for each of the 6 inputs, got {shape}: .*select="):
         call(function, images())
-    with pytest.raises(ValueError, match=f"must have a row for each of the 6 .*{shape}"):
+    with pytest.raises(ValueError, match=f"must have one row for each of the 6 .*{shape}"):
         call(lambda x: [x, function(x)], images(), select=1)
 
 
@@ -288,7 +288,7 @@ def test_a_loss_of_everything_that_was_returned_and_a_penalty_of_the_selected_ar
 
 
 BAD_SELECTIONS = {
-    "out of range": (5, ValueError, r"no output 5, but \[\(6, 1\), \(6, 10\)\]"),
+    "out of range": (5, ValueError, r"no output 5, got \[\(6, 1\), \(6, 10\)\]"),
     "no such key": ("logits", ValueError, "no output 'logits'"),
     "twice": ((0, 0), ValueError, "the same output twice"),
     "the same from both ends": ((0, -2), ValueError, "the same output twice"),
@@ -318,13 +318,13 @@ def test_bad_selections_are_refused(select, error, message, call):
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 def test_a_list_that_an_index_selects_is_judged_as_if_it_were_returned(call):
     discriminator = Heads(nn.Identity(), patches(4), row(1), form=lambda outputs: (list(outputs[:2]), outputs[2]))
-    with pytest.raises(ValueError, match=r"\[\(6, 8, 8, 8\), \(6, 1, 4, 4\)\], that need not be logits"):
+    with pytest.raises(ValueError, match=r"\[\(6, 8, 8, 8\), \(6, 1, 4, 4\)\], that may not be logits"):
         call(discriminator.double(), images(), select=0)
 
 
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 def test_an_index_into_one_tensor_would_be_a_sample(call):
-    with pytest.raises(ValueError, match=r"select=0 chooses among several outputs, .* returned one, \(6, 1\)"):
+    with pytest.raises(ValueError, match=r"select=0 selects among several outputs, .* returned one, \(6, 1\)"):
         call(nn.Sequential(nn.Flatten(), nn.Linear(768, 1)).double(), images(), select=0)
 
 

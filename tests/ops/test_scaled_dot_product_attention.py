@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastgan
 from fastgan import ops
 from fastgan.ops.attention import layout
+from fastgan.ops.attention.autograd import fits_triton
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
 from tests.hypothesis_if_there import given, settings, st
 
@@ -32,7 +34,7 @@ CASES = {
     "odd": (1, 2, 2, 127, 127, 16, 16),
     "long": (1, 1, 1, 200, 1000, 8, 8),
 }
-WAYS = BACKENDS[:2]
+WAYS = BACKENDS[:3]
 FEW = ("one query", "primes", "grouped")
 OPTIONS = (
     "plain",
@@ -428,6 +430,31 @@ def test_large_scores_neither_overflow_nor_vanish(backend):
     results = values_and_gradients(problem, backend) + penalty_gradients(problem, backend)
     assert all(t.isfinite().all() for _, t in results)
     assert results[0][1].any()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU's own memory decides")
+@pytest.mark.parametrize(
+    ("width", "dtype", "shared", "fits"),
+    [
+        (128, torch.float32, 99 * 1024, True),
+        (129, torch.float32, 99 * 1024, False),
+        (256, torch.float32, 163 * 1024, True),
+        (256, torch.float64, 227 * 1024, False),
+        (257, torch.float32, 227 * 1024, False),
+    ],
+)
+def test_heads_that_do_not_fit_into_shared_memory_are_left_to_the_blocks(width, dtype, shared, fits, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    q = SimpleNamespace(shape=(1, 1, 4, width), is_cuda=True, dtype=dtype, device="cuda")
+    assert fits_triton(q, q) == fits
+
+
+@pytest.mark.skipif(HAS_GPU, reason="on CPU tensors")
+def test_a_head_that_triton_cannot_take_is_refused_if_triton_is_asked_for_by_name():
+    q = torch.randn(1, 1, 4, 257)
+    with pytest.raises(fastgan.backends.BackendUnavailable, match=r"heads of widths \(257, 257\)"):
+        ops.scaled_dot_product_attention(q, q, q, backend="triton")
 
 
 @pytest.mark.parametrize("backend", WAYS[1:])

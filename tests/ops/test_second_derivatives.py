@@ -19,7 +19,7 @@ def test_no_module_of_torch_is_left_out():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_penalty_takes_it_or_names_it(name):
-    assert (sweep.judged(name, *CASES[name]) == sweep.REFUSED) == (name in LACKING)
+    assert (sweep.classify(name, *CASES[name]) == sweep.REFUSED) == (name in LACKING)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the page is of torch 2.13")

@@ -1,4 +1,4 @@
-"""Discriminators so small that their penalties are left to PyTorch: which, and that the numbers are the same."""
+"""Penalties of small discriminators run PyTorch's own functions, with the same results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mlp(width):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_the_penalty_and_its_gradients_are_those_by_definition(name, kind):
+def test_penalty_and_gradients_equal_the_definition(name, kind):
     discriminator = DISCRIMINATORS[name]().double()
     exact = copy.deepcopy(discriminator)
     real, fake = (x.double() for x in images())
@@ -36,8 +36,8 @@ def test_the_penalty_and_its_gradients_are_those_by_definition(name, kind):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
-def test_loss_and_penalty_in_one_backward_are_those_by_definition(compiled):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_loss_and_penalty_in_one_backward_equal_the_definition(compiled):
     exact = mlp(16).double()
     discriminator = copy.deepcopy(exact)
     x = torch.randn(8, 2, dtype=torch.float64)
@@ -45,11 +45,11 @@ def test_loss_and_penalty_in_one_backward_are_those_by_definition(compiled):
     logits, penalty = fastgan.logits_and_penalty(called, x)
     expected = F.softplus(-exact(x)).mean() + by_definition(exact, x, None, "r1", 10.0, None)
     actual = gradients(discriminator, F.softplus(-logits).mean() + penalty)
-    for ours, wanted in zip(actual, gradients(exact, expected), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+    for found, wanted in zip(actual, gradients(exact, expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_their_functions_are_pytorchs_and_the_explanation_says_so():
+def test_pytorchs_functions_run_and_explain_penalty_reports_it():
     discriminator, x = mlp(16), torch.randn(8, 2)
     outputs = []
     discriminator[1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -63,7 +63,7 @@ def test_their_functions_are_pytorchs_and_the_explanation_says_so():
     assert "LeakyReluBackward0" not in {output.grad_fn.name() for output in outputs[3:]}
 
 
-def test_the_size_is_known_from_the_parameters_and_the_shapes():
+def test_the_size_follows_from_parameters_and_shapes():
     x = torch.randn(64, 2)
     assert size_of(mlp(2**14), (x,)) is Size.SMALL
     assert size_of(mlp(2**18), (x,)) is Size.LARGE
@@ -78,17 +78,17 @@ def test_the_size_is_known_from_the_parameters_and_the_shapes():
     assert size_of(mlp(16), (torch.randn(64, 2, device="meta"),)) is Size.LARGE
 
 
-def test_normalizations_count_by_elements():
+def test_the_cost_of_a_normalization_depends_on_its_elements():
     for norm in (nn.InstanceNorm2d(32), nn.GroupNorm(4, 32), nn.BatchNorm2d(32), nn.LayerNorm([32, 32, 32])):
         assert size_of(norm, (torch.randn(16, 32, 32, 32),)) is Size.LARGE
     for norm in (nn.InstanceNorm2d(32), nn.GroupNorm(4, 32), nn.BatchNorm2d(32), nn.LayerNorm([32, 4, 4])):
         assert size_of(norm, (torch.randn(2, 32, 4, 4),)) is Size.SMALL
 
 
-def test_nothing_is_known_where_the_parameters_are_not():
+def test_the_size_is_unknown_if_the_parameters_are():
     x = torch.randn(64, 2)
     assert size_of(lambda x: x.square(), (x,)) is Size.UNKNOWN
-    assert size_of(nn.Flatten(), (x,)) is Size.UNKNOWN, "a function that it calls may have some"
+    assert size_of(nn.Flatten(), (x,)) is Size.UNKNOWN, "it may call functions with parameters"
     assert size_of(nn.LazyLinear(1), (x,)) is Size.UNKNOWN
     weight, holder = torch.randn(1, 2, requires_grad=True), {"net": mlp(16)}
     assert size_of(lambda x: F.linear(x, weight), (x,)) is Size.UNKNOWN
@@ -115,7 +115,7 @@ class Critic(nn.Sequential):
         return self(x) * scale
 
 
-def test_functions_around_modules_are_seen_through():
+def test_modules_are_found_inside_functions():
     x, net, large = torch.randn(64, 2), mlp(16), mlp(2**18)
     inner = lambda x: net(x)  # noqa: E731
     critic = Critic(*net)
@@ -137,7 +137,7 @@ def test_functions_around_modules_are_seen_through():
     assert size_of(Trainer(net).logits, (x,)) is Size.UNKNOWN
 
 
-def test_a_backend_by_name_and_transforms_are_no_matter_of_size():
+def test_a_selected_backend_and_transforms_ignore_the_size():
     x, found = torch.randn(64, 2), []
     torch.func.grad(lambda x: (found.append(size_of(mlp(16), (x,))), x.sum())[1])(x)
     with fastgan.use_backend("cpu"):
@@ -158,7 +158,7 @@ def nodes(logits):
 
 
 def late_net():
-    """A small first layer, and then large ones."""
+    """Return a network whose first layer is small and whose other layers are large."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 128, 3, 1, 1), nn.LeakyReLU(0.2)),
@@ -167,13 +167,13 @@ def late_net():
 
 
 @pytest.mark.parametrize("call", ["penalty", "both"])
-def test_a_forward_that_proves_to_be_large_is_rerouted_from_there_on(call):
+def test_a_forward_is_rerouted_from_the_layer_that_makes_it_large(call):
     exact = late_net()
     net = copy.deepcopy(exact)
     x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     seen = []
     net[-1].register_forward_hook(lambda module, inputs, output: seen.append(nodes(output)))
-    for _ in range(2):  # the same way each time
+    for _ in range(2):  # the second call makes the same choices
         wanted = by_definition(exact, x, None, "r1", 10.0, None)
         if call == "penalty":
             total = fastgan.gradient_penalty(Trainer(net).logits, x, kind="r1")
@@ -181,15 +181,15 @@ def test_a_forward_that_proves_to_be_large_is_rerouted_from_there_on(call):
             logits, penalty = fastgan.logits_and_penalty(Trainer(net).logits, x)
             total = F.softplus(-logits).mean() + penalty
             wanted = wanted + F.softplus(-exact(x)).mean()
-        for ours, theirs in zip(gradients(net, total), gradients(exact, wanted), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        for found, expected in zip(gradients(net, total), gradients(exact, wanted), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert seen[0] == seen[1]
-    assert {"ConvolutionBackward0", "LeakyReluBackward0"} <= seen[0], "the first layers are PyTorch's"
-    assert "ReluBackward0" not in seen[0], "the last are not"
+    assert {"ConvolutionBackward0", "LeakyReluBackward0"} <= seen[0], "PyTorch runs the first layers"
+    assert "ReluBackward0" not in seen[0], "fastgan runs the last layers"
     assert fastgan.explain_penalty(Trainer(net).logits, x).startswith("one pass, after the first layers")
 
 
-def test_a_forward_that_proves_to_be_small_is_pytorchs_each_time():
+def test_pytorch_runs_a_forward_that_is_counted_as_small_each_time():
     net, x = mlp(16), torch.randn(8, 2)
     function = Trainer(net).logits
     results = []
@@ -206,7 +206,7 @@ def test_a_forward_that_proves_to_be_small_is_pytorchs_each_time():
     assert small.was_small(function, (x,))
 
 
-def test_what_was_small_is_rerouted_where_it_is_no_longer():
+def test_a_discriminator_that_grows_is_rerouted():
     class Growing(Trainer):
         def logits(self, x):
             return self.net[0](x) if len(self.net) == 1 else self.net[1](x)
@@ -222,8 +222,8 @@ def test_what_was_small_is_rerouted_where_it_is_no_longer():
         logits, penalty = fastgan.logits_and_penalty(function.logits, x)
         total = F.softplus(-logits).mean() + penalty
         wanted = by_definition(exact, x, None, "r1", 10.0, None) + F.softplus(-exact(x)).mean()
-        for ours, theirs in zip(gradients(function.net[1], total), gradients(exact, wanted), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        for found, expected in zip(gradients(function.net[1], total), gradients(exact, wanted), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 class Constant(nn.Linear):
@@ -237,17 +237,17 @@ class Named(nn.Linear):
 
 
 @pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
-def test_errors_are_those_of_any_discriminator(call):
+def test_small_discriminators_raise_the_same_errors(call):
     x = torch.randn(4, 2)
     with pytest.raises(ValueError, match="does not depend on its input"):
         call(Constant(2, 1), x, kind="r1")
     with torch.no_grad(), pytest.raises(RuntimeError, match="needs gradients"):
         call(mlp(16), x, kind="r1")
-    with pytest.raises(ValueError, match="must return logits alone"):
+    with pytest.raises(ValueError, match="must return only logits"):
         call(Named(2, 1), x, kind="r1")
 
 
-def test_attention_in_a_function_around_a_small_module_is_differentiated_twice():
+def test_attention_with_a_small_module_is_differentiated_twice():
     net, other = nn.Linear(4, 4), nn.Linear(4, 1)
 
     def attending(x):
@@ -264,7 +264,7 @@ def test_attention_in_a_function_around_a_small_module_is_differentiated_twice()
 
 
 class Watched(nn.Sequential):
-    """Notes which modes each of its forwards runs under."""
+    """Record the number of active function modes in each forward."""
 
     def forward(self, x, scale=1.0, extra=None):
         self.modes.append(len(torch_private.function_modes()))
@@ -278,7 +278,7 @@ def watched(width=16):
 
 
 @pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
-def test_a_call_that_was_left_to_pytorch_is_not_intercepted_again(call):
+def test_a_small_call_is_intercepted_only_the_first_time(call):
     net, x, y = watched(), torch.randn(8, 2), torch.randn(8)
     ways = [
         net,
@@ -294,14 +294,14 @@ def test_a_call_that_was_left_to_pytorch_is_not_intercepted_again(call):
     net.modes.clear()
     for scale in (2.0, 2.0, 3.0, 2):
         call(net, x, kind="r1", args=(scale,))
-    assert net.modes == [1, 0, 1, 1], "numbers may decide what runs"
+    assert net.modes == [1, 0, 1, 1], "numbers may change which layers run"
     net.modes.clear()
     for _ in range(2):
         call(net, x, kind="r1", kwargs={"extra": object()})
-    assert net.modes == [1, 1], "nothing is known of such an argument"
+    assert net.modes == [1, 1], "calls with unknown arguments are not remembered"
 
 
-def test_a_call_that_may_differ_is_looked_at_again():
+def test_a_changed_call_is_intercepted_again():
     net, x = watched(), torch.randn(8, 2)
 
     def modes(x):
@@ -322,7 +322,7 @@ def test_a_call_that_may_differ_is_looked_at_again():
     assert modes(x) == 0
 
 
-def test_a_layer_without_a_second_derivative_is_never_taken_for_pytorchs():
+def test_calls_that_need_fastgans_second_derivatives_are_always_intercepted():
     class Hard(Watched):
         def forward(self, x):
             return F.hardsigmoid(super().forward(x))
@@ -334,7 +334,7 @@ def test_a_layer_without_a_second_derivative_is_never_taken_for_pytorchs():
     assert net.modes == [1, 1, 1]
 
 
-def test_no_more_than_so_many_shapes_are_remembered(monkeypatch):
+def test_the_number_of_remembered_shapes_is_limited(monkeypatch):
     monkeypatch.setattr(small, "MOST_SHAPES", 3)
     net = mlp(16)
     for n in range(1, 12):

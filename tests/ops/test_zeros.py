@@ -1,4 +1,4 @@
-"""A parameter that a penalty does not depend on: zeros where PyTorch leaves zeros, None where it leaves None."""
+"""Parameters that a penalty does not depend on get the same gradient as in PyTorch: zeros or None."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Residual(nn.Module):
 
 
 class Scales(nn.Module):
-    """Logits of patches, of the images and of smaller ones."""
+    """Patch logits at two scales."""
 
     def __init__(self):
         super().__init__()
@@ -166,7 +166,7 @@ def by_pytorch(discriminator, x, weight=10.0):
     return weight / 2 * g.square().flatten(1).sum(1).mean()
 
 
-def ours_from_logits(discriminator, x):
+def fused_from_logits(discriminator, x):
     x = x.clone().requires_grad_()
     with fastgan.twice_differentiable():
         logits = discriminator(x)
@@ -176,7 +176,7 @@ def ours_from_logits(discriminator, x):
 PENALTIES = {
     "gradient_penalty": lambda d, x: fastgan.gradient_penalty(d, x, kind="r1"),
     "logits_and_penalty": lambda d, x: fastgan.logits_and_penalty(d, x, kind="r1")[1],
-    "penalty_from_logits": ours_from_logits,
+    "penalty_from_logits": fused_from_logits,
     "module": lambda d, x: GradientPenalty("r1", 10.0)(d, x),
 }
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
@@ -184,15 +184,15 @@ each_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALT
 
 def assert_same(discriminator, twin):
     for (name, p), q in zip(discriminator.named_parameters(), twin.parameters(), strict=True):
-        left = ["nothing" if r.grad is None else "zeros" if not r.grad.any() else "values" for r in (p, q)]
-        assert left[0] == left[1], f"{name}: {left[0]}, PyTorch leaves {left[1]}"
+        left = ["None" if r.grad is None else "zeros" if not r.grad.any() else "values" for r in (p, q)]
+        assert left[0] == left[1], f"{name}: {left[0]}, PyTorch gives {left[1]}"
         if q.grad is not None:
             assert_close(p.grad, q.grad, order=0)
 
 
 @each_penalty
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_every_parameter_has_what_pytorch_leaves(name, penalty):
+def test_every_parameter_gets_the_same_gradient_as_in_pytorch(name, penalty):
     discriminator, twin = built(name)
     seeded()
     expected = by_pytorch(twin, images())
@@ -210,12 +210,12 @@ def seeded():
 
 @pytest.mark.parametrize("name", ["leaky relu", "mlp", "residual", "added", "scales", "group norm", "frozen", "tied"])
 @each_penalty
-def test_three_steps_of_a_penalty_alone_are_pytorchs(name, penalty):
+def test_three_steps_of_only_a_penalty_equal_pytorchs(name, penalty):
     discriminator, twin = built(name)
     parameters = [[p for p in d.parameters() if p.requires_grad] for d in (discriminator, twin)]
     optimizers = [torch.optim.Adam(each, lr=0.01, betas=(0.5, 0.9)) for each in parameters]
     for step in range(3):
-        if step == 1:  # momentum, which zeros go on moving by
+        if step == 1:  # build up momentum, which moves parameters with zero gradients
             for d, optimizer in zip((discriminator, twin), optimizers, strict=True):
                 optimizer.zero_grad()
                 logits = d(images())
@@ -232,33 +232,33 @@ def test_three_steps_of_a_penalty_alone_are_pytorchs(name, penalty):
 
 
 @each_penalty
-def test_autograd_grad_of_all_parameters_finds_what_pytorch_does(penalty):
+def test_autograd_grad_returns_the_same_as_in_pytorch(penalty):
     discriminator, twin = built("leaky relu")
     chosen = [[p for n, p in d.named_parameters() if n != "5.bias"] for d in (discriminator, twin)]
     actual = torch.autograd.grad(penalty(discriminator, images()), chosen[0])
     for got, wanted in zip(actual, torch.autograd.grad(by_pytorch(twin, images()), chosen[1]), strict=True):
         assert_close(got, wanted, order=0)
-        got.mul_(2)  # whoever clips gradients writes into them
+        got.mul_(2)  # clipping writes into gradients
     with pytest.raises(RuntimeError, match="appears to not have been used"):
         torch.autograd.grad(penalty(discriminator, images()), discriminator[5].bias)
 
 
 @each_penalty
-def test_with_a_loss_in_the_same_backward_nothing_changes(penalty):
+def test_a_loss_in_the_same_backward_is_exact(penalty):
     discriminator, twin = built("leaky relu")
     (penalty(discriminator, images()) + discriminator(images()).square().mean()).backward()
     (by_pytorch(twin, images()) + twin(images()).square().mean()).backward()
     assert_same(discriminator, twin)
 
 
-def test_both_penalties_of_real_and_fake_leave_zeros():
+def test_r1_plus_r2_gives_zeros():
     discriminator, twin = built("leaky relu")
     fastgan.gradient_penalty(discriminator, images(), -images(), kind="r1+r2").backward()
     (by_pytorch(twin, images()) + by_pytorch(twin, -images())).backward()
     assert_same(discriminator, twin)
 
 
-def test_hooks_of_a_parameter_run_once_and_see_zeros():
+def test_parameter_hooks_run_once_and_receive_zeros():
     discriminator, _ = built("leaky relu")
     seen = []
     discriminator[0].bias.register_hook(lambda grad: seen.append(grad.abs().max().item()))
@@ -268,14 +268,14 @@ def test_hooks_of_a_parameter_run_once_and_see_zeros():
     assert seen == [0.0, "accumulated"]
 
 
-def test_zeros_add_to_what_is_there():
+def test_zeros_accumulate_into_an_existing_gradient():
     discriminator, _ = built("leaky relu")
     discriminator[0].bias.grad = torch.ones(4, dtype=torch.float64)
     fastgan.gradient_penalty(discriminator, images(), kind="r1").backward()
     assert torch.equal(discriminator[0].bias.grad, torch.ones(4, dtype=torch.float64))
 
 
-def test_a_graph_of_the_gradients_may_be_made():
+def test_gradients_of_a_penalty_support_create_graph():
     discriminator, twin = built("mlp")
     found = []
     for d, made in ((discriminator, PENALTIES["gradient_penalty"]), (twin, by_pytorch)):
@@ -285,7 +285,7 @@ def test_a_graph_of_the_gradients_may_be_made():
         assert_close(got, wanted, order=0)
 
 
-def test_a_parameter_may_be_written_into_before_the_backward():
+def test_a_parameter_may_be_modified_in_place_before_the_backward():
     discriminator, _ = built("leaky relu")
     penalty = fastgan.gradient_penalty(discriminator, images(), kind="r1")
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_a_parameter_may_be_written_into_before_the_backward():
     assert not discriminator[0].bias.grad.any()
 
 
-def test_a_generator_below_the_inputs_gets_what_pytorch_leaves():
+def test_a_generator_that_made_the_inputs_gets_the_same_gradients_as_in_pytorch():
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(5, 192), nn.Unflatten(1, (3, 8, 8))).double()
     other = copy.deepcopy(generator)
@@ -311,7 +311,7 @@ def test_a_generator_below_the_inputs_gets_what_pytorch_leaves():
     assert_same(generator, other)
 
 
-def test_the_inputs_themselves_get_no_zeros():
+def test_the_inputs_get_no_zeros():
     discriminator, _ = built("leaky relu")
     x = images().requires_grad_()
     with fastgan.twice_differentiable():
@@ -320,14 +320,14 @@ def test_the_inputs_themselves_get_no_zeros():
     assert x.grad is None
 
 
-def test_under_ddp_a_penalty_has_a_step_of_its_own(tmp_path):
+def test_a_penalty_with_its_own_backward_works_under_ddp(tmp_path):
     discriminator, twin = built("leaky relu")
     for d in (discriminator, twin):
         d[5].bias = None
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(discriminator)
-        for _ in range(2):  # the second forward raises where a parameter of the first backward is missing
+        for _ in range(2):  # DDP raises in the second forward if a parameter got no gradient in the first backward
             fastgan.gradient_penalty(parallel, images(), kind="r1").backward()
             by_pytorch(twin, images()).backward()
     finally:
@@ -336,7 +336,7 @@ def test_under_ddp_a_penalty_has_a_step_of_its_own(tmp_path):
 
 
 @pytest.mark.small
-def test_a_small_discriminator_has_them_too():
+def test_small_discriminators_get_zeros_too():
     discriminator, twin = built("mlp")
     fastgan.gradient_penalty(discriminator, images(), kind="r1").backward()
     by_pytorch(twin, images()).backward()

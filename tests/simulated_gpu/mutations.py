@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ class Mutation:
     after: str
     tests: tuple[str, ...]
     devices: int = 1
+    deferred: bool = False
 
 
 MUTATIONS = {
@@ -50,11 +52,18 @@ MUTATIONS = {
         'dm = torch.empty_like(m, device="cpu")',
         ("test_ops.py", "-k", "both_orders and minibatch_discrimination"),
     ),
-    "default": Mutation(  # page-locked memory is asked of the default device
+    "default": Mutation(  # memory of the host is asked of the default device
         "fastgan/ops/spectral_norm/triton_plan.py",
-        'pin_memory=True, device="cpu")',
-        "pin_memory=True)",
+        'zip(addresses, rows, strict=True)], device="cpu")',
+        "zip(addresses, rows, strict=True)])",
         ("test_ops.py", "-k", "default_device"),
+    ),
+    "stream": Mutation(  # memory that another stream reads is given back at once
+        "fastgan/ops/spectral_norm/triton_plan.py",
+        "tensor.record_stream(stream)",
+        "pass",
+        ("test_deferred.py", "-k", "outlives"),
+        deferred=True,
     ),
 }
 
@@ -73,11 +82,15 @@ def is_found(name: str) -> bool:
         text = path.read_text()
         if text.count(mutation.before) != 1:
             raise SystemExit(f"{mutation.file} has {mutation.before!r} {text.count(mutation.before)} times, not once")
+        sound = _run(mutation, copy)
+        if sound.returncode:
+            raise SystemExit(f"{name}: the tests fail without the fault too:\n{sound.stdout}")
         path.write_text(text.replace(mutation.before, mutation.after))
         result = _run(mutation, copy)
     found = result.returncode == TESTS_FAILED
-    said = [line for line in result.stdout.splitlines() if line.strip()][-1:]
-    print(f"{'found' if found else 'MISSED':<7} {name:<11} {mutation.file}: {''.join(said)}", flush=True)
+    # With --tb=line: "FILE:LINE: ERROR".
+    said = [line.partition(": ")[2] for line in result.stdout.splitlines() if re.match(r"\S+\.py:\d+: ", line)]
+    print(f"{'found' if found else 'MISSED':<7} {name:<11} {mutation.file}: {''.join(said[:1])}", flush=True)
     return found
 
 
@@ -88,6 +101,7 @@ def _run(mutation: Mutation, copy: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "SIMULATED_GPU": "1",
         "SIMULATED_GPU_DEVICES": str(mutation.devices),
+        "SIMULATED_GPU_DEFERRED": str(int(mutation.deferred)),
         "SIMULATED_GPU_BUILD": str(ROOT / "build" / "simulated_gpu"),
         "PYTHONPATH": os.pathsep.join((str(own / "python"), str(copy))),
     }

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "python")]
 
-from plan import LONG, SHORT, Part  # noqa: E402
+from plan import ABOUT_THE_CPU, LONG, SHORT, Part  # noqa: E402
 from simulated_gpu.build import CannotSimulate, library  # noqa: E402
 
 
@@ -62,6 +62,14 @@ def run(part: Part) -> Outcome:
     return Outcome(part, process.returncode, time.monotonic() - started, output)
 
 
+def check_names() -> None:
+    """A test that was renamed would be left out no longer, and pytest says nothing about it."""
+    for name in ABOUT_THE_CPU:
+        file, _, test = name.partition("::")
+        if f"def {test.partition('[')[0]}" not in (ROOT / file).read_text():
+            sys.exit(f"plan.py leaves out {name}, which does not exist")
+
+
 def chosen(names: list[str]) -> tuple[Part, ...]:
     if names in ([], ["short"]):
         return SHORT
@@ -76,6 +84,7 @@ def chosen(names: list[str]) -> tuple[Part, ...]:
 
 def main(names: list[str]) -> int:
     parts = chosen(names)
+    check_names()
     try:
         library()
     except CannotSimulate as error:
@@ -83,7 +92,8 @@ def main(names: list[str]) -> int:
         return 0
     failed = 0
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for outcome in pool.map(run, parts):
+        for future in as_completed([pool.submit(run, part) for part in parts]):
+            outcome = future.result()
             if outcome.status:
                 failed += 1
                 print(outcome.output)

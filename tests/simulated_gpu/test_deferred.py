@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastgan import ops
+
 if os.environ.get("SIMULATED_GPU_DEFERRED", "0") == "0":
     pytest.skip("needs SIMULATED_GPU_DEFERRED=1", allow_module_level=True)
 
@@ -173,6 +175,36 @@ def test_a_graph_replays_in_the_order_of_its_stream(side):
         stale = y + 0
         assert stale.isnan().all().item()
     assert y.tolist() == [8, 8, 8]
+
+
+def test_a_plan_of_spectral_norm_outlives_its_use_on_every_stream(side):
+    pytest.importorskip("triton")
+    from fastgan.ops.spectral_norm import triton_plan as plans
+
+    plan = plans.plan_of(((1, 4, 6),), (True,), 4, torch.device("cuda", 0))
+    expected = plan.parts.tolist()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        plans.table_of(plan, ((0, 0, 0, 0, 0, 0),), torch.device("cuda", 0))
+        read = plan.parts + 0
+    del plan
+    plans.plan_of.cache_clear()
+    side.synchronize()
+    with torch.cuda.stream(side):
+        assert read.tolist() == expected
+
+
+def test_spectral_norm_runs_on_two_streams(side):
+    pytest.importorskip("triton")
+    weight, u, v = (torch.randn(*shape, device="cuda") for shape in ((4, 6), (4,), (6,)))
+    options = dict(update=False, backend="triton")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        (there,) = ops.spectral_norm([weight], [u], [v], **options)
+    (here,) = ops.spectral_norm([weight], [u], [v], **options)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    torch.testing.assert_close(here, ops.spectral_norm([weight], [u], [v], update=False, backend="reference")[0])
 
 
 def test_training_is_the_cpus():

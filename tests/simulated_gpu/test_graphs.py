@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastgan import ops
+
 
 @contextmanager
 def spoiled_capture(graph, why="capture was invalidated"):
@@ -139,3 +141,55 @@ def test_a_reset_graph_gives_its_memory_back():
     assert torch.cuda.memory_allocated() == before
     with pytest.raises(RuntimeError):
         graph.replay()
+
+
+def normalized(weight, u, v):
+    return ops.spectral_norm([weight], [u], [v], update=False, backend="triton")[0]
+
+
+@pytest.fixture
+def plans():
+    pytest.importorskip("triton")
+    from fastgan.ops.spectral_norm import triton_plan
+
+    return triton_plan
+
+
+def capture_of_spectral_norm():
+    operands = [torch.randn(*shape, device="cuda") for shape in ((4, 6), (4,), (6,))]
+    normalized(*operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = normalized(*operands)
+    return graph, operands, out
+
+
+def test_a_captured_spectral_norm_needs_no_cache(plans):
+    graph, operands, out = capture_of_spectral_norm()
+    plans.plan_of.cache_clear()
+    plans._table.cache_clear()
+    gc.collect()
+    for _ in range(2):
+        operands[0].copy_(torch.randn(4, 6, device="cuda"))
+        graph.replay()
+        torch.testing.assert_close(out, normalized(*operands), rtol=0, atol=0)
+
+
+def test_captures_of_spectral_norm_leave_nothing_behind(plans):
+    capture_of_spectral_norm()
+    plans._table.cache_clear()
+    gc.collect()
+    before, kept = torch.cuda.memory_allocated(), len(plans._captured)
+    for _ in range(3):
+        capture_of_spectral_norm()
+    plans._table.cache_clear()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    assert len(plans._captured) == kept
+
+
+def test_spectral_norm_of_new_weights_names_what_a_capture_needs(plans):
+    operands = [torch.randn(*shape, device="cuda") for shape in ((3, 11), (3,), (11,))]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="run the step once before the capture"), torch.cuda.graph(graph):
+        normalized(*operands)

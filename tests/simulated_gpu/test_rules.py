@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,37 @@ def test_copies_of_page_locked_memory_need_no_wait(no_waiting):
     torch.empty(3, pin_memory=True).copy_(device, non_blocking=True)
 
 
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_the_cpus(recurrent):
+    layer, x = recurrent(3, 4, num_layers=2).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        layer, inputs = layer.to(device), x.to(device).requires_grad_()
+        value = layer(inputs)[0]
+        (grad,) = torch.autograd.grad(value.square().sum(), inputs, create_graph=True)
+        found.append([value, grad, *torch.autograd.grad(grad.square().sum(), list(layer.parameters()))])
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a.cpu(), e.cpu())
+
+
+def test_a_process_ends_well_with_a_graph_that_was_never_reset(tmp_path):
+    pytest.importorskip("triton")
+    script = tmp_path / "script.py"  # Triton reads the source
+    script.write_text("""
+import torch, triton, triton.language as tl
+@triton.jit
+def double(x):
+    tl.store(x, 2 * tl.load(x))
+x, graph = torch.ones(1, device="cuda"), torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    double[(1,)](x)
+graph.replay()
+assert x.item() == 2
+""")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         torch.randn(3, device="cuda:7")
@@ -182,3 +214,11 @@ def test_a_library_that_cannot_be_built_says_why(tmp_path):
     environment = {**os.environ, "SIMULATED_GPU": "0", "SIMULATED_GPU_BUILD": str(tmp_path), "CXX": "no-such-compiler"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "there is no C++ compiler 'no-such-compiler'" in result.stderr
+
+
+def test_sources_that_do_not_compile_are_a_failure_and_no_reason_to_skip(tmp_path):
+    runner = Path(__file__).with_name("run.py")
+    environment = {**os.environ, "SIMULATED_GPU": "0", "SIMULATED_GPU_BUILD": str(tmp_path), "CXX": "false"}
+    result = subprocess.run([sys.executable, runner, "ops"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "the compiler failed" in result.stderr

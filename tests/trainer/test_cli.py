@@ -15,6 +15,7 @@ import fastgan_command
 from fastgan import __version__, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
+COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
 ROOT = Path(__file__).resolve().parents[2]
 RING = ["train", "ring8", "--steps", "3", "--width", "8", "--batch-size", "16", "--device", "cpu"]
 
@@ -112,6 +113,56 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     assert ("--data PATH --steps 500" in words) == (preset == "folder")
 
 
+HELPS = [[], ["--help"], ["--version"], ["train", "--help"], ["train", "folder", "--help"], *COMMAND_HELPS]
+MEASURED = """
+import sys, time
+
+sys.argv[1:] = {arguments!r}
+import fastgan_command
+
+try:
+    fastgan_command.main()
+except SystemExit as end:
+    assert not end.code
+print([time.process_time(), "torch" in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help_takes_little_time_because_pytorch_is_not_imported(in_tmp_path, arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEASURED.format(arguments=arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    seconds, imported = json.loads(done.stderr.replace("False", "false").replace("True", "true"))
+    assert not imported
+    assert seconds < 0.7
+    assert done.stdout.startswith(("usage: ", "fastgan "))
+
+
+def test_idle_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.setattr(fastgan_command, "needs_no_kernels", lambda _: sys.exit(0))
+    for given, wanted in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        with pytest.raises(SystemExit):
+            fastgan_command.main()
+        assert os.environ["OMP_WAIT_POLICY"] == wanted
+
+
+@pytest.mark.parametrize("flag", cli.OTHER_FLAGS)
+def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
+    assert cli.main(["train", "folder", flag, "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fastgan: fastgan train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "folder", "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert flag not in known
+    named = set(re.findall(r"--[a-z][a-z-]*", cli.OTHER_FLAGS[flag])) - {"--nproc-per-node", "--help"}
+    assert named <= known
+
+
 def test_flags_change_the_preset():
     config = cli.parse_train(["fashion-mnist", "--name", "demo", "--minutes", "4", "--spectral-norm", "none"])
     assert (config.name, config.minutes, config.model.spectral_norm) == ("demo", 4.0, "none")
@@ -149,10 +200,41 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert capsys.readouterr().err == "fastgan: runs/ring8 is a run on ring8, not on grid25\n"
 
 
-def test_a_configuration_that_lacks_something_is_one_line_that_says_what(in_tmp_path, capsys):
-    Path("half.json").write_text('{"dataset": "ring8"}')
-    assert cli.main(["train", "--config", "half.json"]) == 2
-    assert capsys.readouterr().err == "fastgan: half.json is not a valid configuration: 'runs' is missing\n"
+def test_a_file_may_contain_only_some_settings(in_tmp_path):
+    Path("some.json").write_text('{"steps": 7, "optim": {"d_lr": 0.5}, "width": 3}')
+    config = cli.parse_train(["grid25", "--config", "some.json", "--seed", "4"])
+    preset = PRESETS["grid25"][1]
+    assert (config.steps, config.optim.d_lr, config.model.width, config.seed) == (7, 0.5, 3, 4)
+    assert config.optim.g_lr == preset.optim.g_lr
+    Path("other.json").write_text('{"dataset": "ring8", "steps": 9}')
+    config = cli.parse_train(["--config", "other.json"])
+    assert (config.dataset, config.steps, config.name) == ("ring8", 9, "ring8")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"stpes": 3}', "no setting 'stpes': did you mean 'steps'?"),
+        ('{"model": {"widht": 3}}', "no setting 'widht': did you mean 'width'?"),
+        ('{"optim": {"batchsize": 3}}', "no setting 'batchsize': did you mean 'batch_size'?"),
+        ("[1]", "it is not a table of settings"),
+        ("{", "Expecting property name"),
+        ('{"optim": 3}', "optim"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line_that_names_the_right_setting(in_tmp_path, capsys, content, says):
+    Path("wrong.json").write_text(content)
+    assert cli.main(["train", "ring8", "--config", "wrong.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgan: wrong.json is not a valid configuration: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_without_a_data_set_needs_a_preset(in_tmp_path, capsys):
+    Path("some.json").write_text('{"steps": 7}')
+    assert cli.main(["train", "--config", "some.json"]) == 2
+    assert "give the preset too" in capsys.readouterr().err
 
 
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):
@@ -247,6 +329,8 @@ from fastgan import cli
 
 for packages in (cli.TRAIN, *([package] for package in cli.TRAIN if package != "fontTools")):
     present = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in packages}
+    for name in [name for name in sys.modules if name.startswith("fastgan.trainer")]:
+        del sys.modules[name]  # a module that is there already does not import its packages again
     sys.modules.update(dict.fromkeys(packages))
     assert cli.main(["train", "fashion-mnist", "--device", "cpu", "--data", sys.argv[1]]) == 2
     for package in packages:

@@ -9,22 +9,48 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastgan.trainer import checkpoint
-from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.errors import CheckpointError, RunFolderError
+from fastgan.trainer.export import read_export
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.run import replace_text
+from tests.trainer.use.conftest import write_pictures
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
-    """The loop without the pictures and scores of its end."""
-    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
-    monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
+    leave_out_the_end(monkeypatch.setattr)
+
+
+def leave_out_the_end(replace: Callable[[type, str, object], None] = setattr) -> None:
+    """Run the loop without the pictures and scores of its end."""
+    replace(Trainer, "_summarize", lambda trainer: None)
+    replace(Trainer, "_draw", lambda trainer: None)
+
+
+@pytest.fixture
+def child():
+    """Run a function in another process, and return its exit code.
+
+    It isn't a fork of this process, which cannot use a GPU once this one has: PyTorch's optimizers look for one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgan.trainer.loop"])
+
+    def run(target: Callable[..., None], *arguments: object) -> int | None:
+        process = context.Process(target=target, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    return run
 
 
 @pytest.fixture
@@ -57,6 +83,7 @@ def killed_at(config: TrainConfig, call: int) -> None:
         if calls == call:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    leave_out_the_end()
     sys.setprofile(count)
     go_on(config)
 
@@ -93,17 +120,15 @@ def flat(state: object) -> list[torch.Tensor]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_that_is_killed_again_and_again_reaches_the_same_bits(toy, seed):
+def test_a_run_that_is_killed_again_and_again_reaches_the_same_bits(toy, child, seed):
     whole = dataclasses.replace(toy, name="whole")
     calls = calls_of(whole)
     wanted = bits(whole)
     parts = dataclasses.replace(toy, name="parts")
     draw = random.Random(seed)
     for _ in range(4):
-        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(parts, draw.randrange(1, calls)))
-        child.start()
-        child.join()
-        assert child.exitcode in (-signal.SIGKILL, 0)  # 0: fewer calls were left than the one that was drawn
+        # 0: fewer calls were left than the one that was drawn
+        assert child(killed_at, parts, draw.randrange(1, calls)) in (-signal.SIGKILL, 0)
     torch.manual_seed(999)
     go_on(parts)
     got = bits(parts)
@@ -171,18 +196,16 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(toy, monkeypatch, room)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_write_past_the_systems_limit_leaves_the_last_checkpoint(toy):
+def test_a_write_past_the_systems_limit_leaves_the_last_checkpoint(toy, child):
     train(toy, steps=6)
-    child = multiprocessing.get_context("fork").Process(target=resume_with_small_files, args=(toy,))
-    child.start()
-    child.join()
-    assert child.exitcode == 3
+    assert child(resume_with_small_files, toy) == 3
     assert checkpoint.load_newest(toy.folder / "checkpoints")[0]["step"] == 6
 
 
 def resume_with_small_files(config: TrainConfig) -> None:
     import resource
 
+    leave_out_the_end()
     trainer = Trainer(dataclasses.replace(config, resume=True))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, instead of killing
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
@@ -270,3 +293,43 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
         export(ExportConfig(toy.folder))
     train(toy, resume=True)
     export(ExportConfig(toy.folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, child, seed):
+    """With random crops, mirrors, ADA, scores while training, frozen layers, a lock and a record of the data."""
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    preset = PRESETS["folder"][1]
+    config = dataclasses.replace(
+        preset,
+        runs=tmp_path / "runs",
+        data=write_pictures(tmp_path / "pictures", 120),
+        image_size="8x16",
+        device="cpu",
+        steps=6,
+        log_every=1,
+        checkpoint_every=2,
+        score_every=2,
+        equilibrium_every=None,
+        pictures=PictureConfig(crop="random", channels=4, mirror=True),
+        model=dataclasses.replace(preset.model, width=4, latent_dim=8, conditional=True),
+        optim=dataclasses.replace(preset.optim, batch_size=8, augment="ada", freeze_d=1),
+    )
+    whole, parts = (dataclasses.replace(config, name=name) for name in ("whole", "parts"))
+    calls = calls_of(whole)
+    draw = random.Random(seed)
+    for _ in range(4):
+        assert child(killed_at, parts, draw.randrange(1, calls)) in (-signal.SIGKILL, 0)
+    torch.manual_seed(999)
+    go_on(parts)
+    wanted, got = bits(whole), bits(parts)
+    assert len(got) == len(wanted) > 50
+    assert all(map(torch.equal, got, wanted))
+    assert read_export(parts.folder / "best.safetensors")[2] == read_export(whole.folder / "best.safetensors")[2]
+    costs = [
+        [r["cost"] for r in Trainer(dataclasses.replace(c, resume=True)).run.read_metrics() if "cost" in r]
+        for c in (whole, parts)
+    ]
+    assert costs[0] == costs[1]
+    assert len(costs[0]) == 3

@@ -7,6 +7,7 @@ from fastgan.bench.cases import (
     attention,
     bias_act,
     conv,
+    filtered_steps,
     forms,
     gradient_penalty,
     growth,
@@ -15,6 +16,7 @@ from fastgan.bench.cases import (
     norm,
     sizes,
     spectral_norm,
+    upfirdn2d,
     whole_steps,
 )
 
@@ -22,6 +24,7 @@ from fastgan.bench.cases import (
 _FILES = (
     spectral_norm,
     whole_steps,
+    filtered_steps,
     gradient_penalty,
     minibatch_discrimination,
     minibatch_stddev,
@@ -29,6 +32,7 @@ _FILES = (
     attention,
     conv,
     bias_act,
+    upfirdn2d,
     growth,
     forms,
     sizes,

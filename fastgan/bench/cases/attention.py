@@ -6,6 +6,8 @@ backward is the backend that PyTorch chooses. ``reference`` computes the plain f
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,9 +17,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgan import backends, ops
-from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, on_backend
+from fastgan.bench.case import BASELINE, BY_NAME, Case, Make, Run, TooLarge, on_backend
 
 HEADS, WIDTH = 4, 64
+MATRICES = 14  # of scores, at most, that PyTorch holds in R1
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -76,8 +79,47 @@ def _case(batch: int, tokens: int, order: str, device_types: tuple[str, ...]) ->
     )
 
 
+def _memory_case(tokens: int) -> Case:
+    """R1 with many tokens: the peak, and the time of one call."""
+    return Case(
+        name=f"memory/attention/4x{tokens}/r1",
+        op="scaled_dot_product_attention",
+        dtype=torch.float32,
+        device_types=("cpu", "cuda"),
+        bytes=None,
+        operations=None,
+        tolerance=2e-3,
+        setup=partial(setup_if_it_fits, 4, tokens),
+        suite="memory",
+        counted=("peak",),
+        family="memory/attention/r1",
+        sizes={"batch": 4, "tokens": tokens},
+    )
+
+
+def setup_if_it_fits(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+    """Return R1 by PyTorch, if its matrices fit into memory, and by fastgan."""
+    variants = setup(batch, tokens, "r1", device, dtype)
+    needed = MATRICES * batch * HEADS * tokens**2 * dtype.itemsize
+
+    def too_large() -> Run:
+        raise TooLarge(f"matrices of {needed / 1e9:.1f} GB do not fit")
+
+    return {
+        BASELINE: variants[BASELINE] if needed < _free_bytes(device) else too_large,
+        "fastgan": variants["fastgan"],
+    }
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.8 if hasattr(os, "sysconf") else math.inf
+
+
 CASES = [
     _case(batch, tokens, order, device_types)
     for batch, tokens, device_types in ((4, 256, ("cpu", "cuda")), (1, 1024, ("cpu", "cuda")), (4, 4096, ("cuda",)))
     for order in ("forward_backward", "r1")
 ]
+CASES += [_memory_case(tokens) for tokens in (1024, 4096)]

@@ -1,4 +1,4 @@
-"""Penalties and whole steps of discriminators from tiny to large: what fastgan must not slow down."""
+"""Penalties and whole steps of discriminators from tiny to large. fastgan must not slow down any of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastgan.bench import discriminators, forms
+from fastgan.bench import architectures, discriminators
 from fastgan.bench.case import Case
 from fastgan.bench.cases.gradient_penalty import step_case
 
@@ -16,7 +16,7 @@ Make = Callable[[], nn.Module]
 
 
 class Positions(nn.Module):
-    """Points or tokens, each by itself, and their mean."""
+    """An MLP per point or token, and a mean over them."""
 
     def __init__(self, inputs: int, width: int, norm: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Positions(nn.Module):
 
 
 def norms_alone(make: Callable[[int, int], nn.Module], channels: int, side: int) -> nn.Module:
-    """Two normalizations, and a sum."""
+    """Two normalizations and a linear layer."""
     layers = [part for _ in range(2) for part in (make(channels, side), nn.LeakyReLU(0.2))]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, 1))
 
@@ -73,8 +73,8 @@ SIZES: list[tuple[str, Make, tuple[int, ...], bool]] = [
     ("conv", partial(discriminators.critic, (3, 32, 64, 128), 32), (16, 3, 32, 32), False),
     ("conv", partial(discriminators.critic, (3, 32, 64, 128, 128), 64), (16, 3, 64, 64), False),
     ("conv", partial(discriminators.critic, (3, 16, 32, 64, 64), 256), (2, 3, 256, 256), False),
-    ("u-net", partial(forms.UNet, 8), (4, 3, 32, 32), True),
-    ("u-net", partial(forms.UNet, 32), (8, 3, 64, 64), False),
+    ("u-net", partial(architectures.UNet, 8), (4, 3, 32, 32), True),
+    ("u-net", partial(architectures.UNet, 32), (8, 3, 64, 64), False),
     *((f"{name}-norm", partial(norms_alone, norm, 8, 4), (8, 8, 4, 4), False) for name, norm in NORMS.items()),
     *((f"{name}-norm", partial(norms_alone, norm, 32, 32), (16, 32, 32, 32), False) for name, norm in NORMS.items()),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
-from fastgan.ops.attention.autograd import DTYPES, attend
+from fastgan.ops.attention.autograd import DTYPES, attend, fits_triton
 from fastgan.ops.attention.layout import Options
 from fastgan.ops.library import is_autocast, is_traced
 
@@ -98,6 +98,14 @@ def scaled_dot_product_attention(
     chosen = backends.select("scaled_dot_product_attention", query.device, query.dtype, backend)
     if chosen == "reference" and not (backends.is_forced(backend) or backends.in_transform()):
         chosen = "blocks"  # also pure PyTorch, but without a matrix of all scores
+    if chosen == "triton" and not fits_triton(query, value):
+        if backends.is_forced(backend):
+            widths = query.shape[-1], value.shape[-1]
+            raise backends.BackendUnavailable(
+                f"scaled_dot_product_attention: backend 'triton' cannot run heads of widths {widths} here: they are "
+                "wider than 256 or do not fit into shared memory"
+            )
+        chosen = "blocks"
     if not (query.numel() and key.numel() and value.numel()):
         chosen = "reference"  # nothing to compute
     result = attend(query, key, value, attn_mask, options, chosen)

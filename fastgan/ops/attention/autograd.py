@@ -20,12 +20,18 @@ R = TypeVar("R")
 
 # q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev), mask (B, H, L, S) in which any size may be 1, o and lse of the
 # forward, seed of the dropout. All operators write into tensors that the caller allocates. The blocks run on every
-# device, for each backend.
+# device, for each backend but Triton.
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 _OPTIONS = "Tensor? seed, float scale, bool is_causal, float dropout_p, str backend"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu"), frozenset(DTYPES)))
+backends.register("scaled_dot_product_attention", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
+
+
+def _triton() -> Any:
+    from fastgan.ops.attention import triton_kernels  # Triton is optional
+
+    return triton_kernels
 
 
 def _exactly(run: Callable[P, R]) -> Callable[P, R]:
@@ -42,7 +48,10 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
 @operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
 @_exactly
 def _forward(*arguments: Any) -> None:
-    q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, _ = arguments
+    q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, backend = arguments
+    if backend == "triton":
+        _triton().forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
+        return
     if not (q.is_cpu and _is_fused_by_pytorch(q, k, v, mask, dropout_p)):
         blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
         return
@@ -82,8 +91,11 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 )
 @_exactly
 def _backward(*arguments: Any) -> None:
-    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, _ = arguments
+    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
     options = Options(scale, is_causal, dropout_p)
+    if backend == "triton":
+        _triton().backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
+        return
     blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
 
 
@@ -95,12 +107,12 @@ def _backward(*arguments: Any) -> None:
 )
 @_exactly
 def _double_backward(*arguments: Any) -> None:
-    *tensors, seed, scale, is_causal, dropout_p, _ = arguments
+    *tensors, seed, scale, is_causal, dropout_p, backend = arguments
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    everything: list[Any] = [*grads, stored(g), *operands, seed, *results, options]
-    blocks.double_backward(*everything)
+    run: Any = _triton().double_backward if backend == "triton" else blocks.double_backward
+    run(*grads, stored(g), *operands, seed, *results, options)
 
 
 class _Attention(torch.autograd.Function):
@@ -188,6 +200,11 @@ class _AttentionBackward(torch.autograd.Function):
             )
             results = last_order(message, results, [*grads, *operands])
         return *results, None, None, None, None, None, None
+
+
+def fits_triton(q: Tensor, v: Tensor) -> bool:
+    """Return whether Triton's kernels take heads of this width on this device."""
+    return bool(_triton().fits(q, v))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.functions import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh
-from fastgan.ops.bias_act.layout import ACTIVATIONS, DTYPES, Options
-from fastgan.ops.library import symbolic
+from fastgan.ops.bias_act.layout import ACTIVATIONS, ALIASES, DTYPES, GAINS, UNFUSED, Options
+from fastgan.ops.library import visible
 
 __all__ = ["bias_act", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "tanh"]
 
 
-@symbolic
+@visible
 def bias_act(
     input: Tensor,
     bias: Tensor | None = None,
@@ -24,7 +24,7 @@ def bias_act(
     activation: str = "leaky_relu",
     dim: int = 1,
     negative_slope: float = 0.2,
-    gain: float = 1.0,
+    gain: float | None = 1.0,
     clamp: float | None = None,
     inplace: bool = False,
     backend: str | None = None,
@@ -36,6 +36,7 @@ def bias_act(
     "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", defined as in ``torch.nn.functional``; "gelu_tanh" is
     ``gelu(approximate="tanh")``) take one pass each for backward and double backward, and PyTorch operations from the
     third order on. They save the input. tanh and sigmoid with a gain of 1 and no clamp save the result instead.
+    "elu" and "selu" run as PyTorch operations. "lrelu" and "swish" are other names of "leaky_relu" and "silu".
 
     The computation runs in float32 (float64 for float64 input). A half-precision result is rounded once, at the end.
     The bias gradient is summed in a fixed order, so the same inputs give the same bits. The result has the strides of
@@ -57,7 +58,8 @@ def bias_act(
         activation: one of the names above.
         dim: dimension of the channels.
         negative_slope: slope of leaky_relu for negative values.
-        gain: factor applied after the activation. There is no implicit factor of sqrt(2).
+        gain: factor applied after the activation. There is no implicit factor of sqrt(2), unless it is None: StyleGAN's
+            gain, sqrt(2) for relu, leaky_relu and silu, and 1 for others.
         clamp: largest magnitude of the result, greater than 0. None: no limit.
         inplace: overwrite ``input``.
         backend: name of the backend to use. None: the fastest one.
@@ -74,8 +76,12 @@ def bias_act(
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    activation = ALIASES.get(activation, activation)
+    if activation not in ACTIVATIONS and activation not in UNFUSED:
+        names = ", ".join((*ACTIVATIONS, *UNFUSED, *ALIASES))
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
+    if gain is None:
+        gain = GAINS.get(activation, 1.0)
     _check_number("negative_slope", negative_slope)
     _check_number("gain", gain)
     if clamp is not None:

@@ -15,13 +15,14 @@ from fastgan.ops.bias_act import native_kernels, reference
 from fastgan.ops.bias_act.layout import (
     DTYPES,
     PIECEWISE,
+    UNFUSED,
     Layout,
     Options,
     bytes_of_bits,
     is_dense,
     layout_of,
 )
-from fastgan.ops.bias_act.small import is_small
+from fastgan.ops.bias_act.small import LEAST_SMOOTH, is_small
 from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
 from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
@@ -40,6 +41,7 @@ _OPERATORS = {
 _OPTIONS = "int[] layout, str activation, float negative_slope, float gain, float clamp, str backend"
 
 backends.register("bias_act", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
+backends.register("bias_act_unfused", {"reference": frozenset(DTYPES)})
 
 
 def _kernels(backend: str) -> Any:
@@ -113,8 +115,11 @@ def activate(
     x: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool = False, backend: str | None = None
 ) -> Tensor:
     """Run bias_act without argument checks. ``dim`` must not be negative."""
+    if options.activation in UNFUSED:
+        backends.select("bias_act_unfused", x.device, x.dtype, backend)
+        return _unfused(x, bias, dim, options, inplace)
     chosen = backends.select("bias_act", x.device, x.dtype, backend)
-    small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x)
+    small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x, LEAST_SMOOTH)
     if chosen == "reference" or x.numel() == 0 or small:
         return reference.bias_act(x, bias, dim, options, inplace)
     call, dense = _call(x, bias, dim, options, chosen)
@@ -129,6 +134,12 @@ def activate(
     else:
         y = _Smooth.apply(x, bias, call, dense, inplace)
     return y
+
+
+def _unfused(x: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool) -> Tensor:
+    acc = accumulation_dtype(x.dtype)
+    y = reference.bias_act(x.to(acc), None if bias is None else bias.to(acc), dim, options).to(x.dtype)
+    return x.copy_(y) if inplace else y
 
 
 def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool, *bits: Tensor | None) -> Tensor:

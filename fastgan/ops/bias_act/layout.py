@@ -11,6 +11,9 @@ from torch import Tensor
 PIECEWISE = ("linear", "relu", "leaky_relu")
 SMOOTH = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus")
 ACTIVATIONS = (*PIECEWISE, *SMOOTH)
+UNFUSED = ("elu", "selu")  # PyTorch's own operations
+ALIASES = {"lrelu": "leaky_relu", "swish": "silu"}  # of StyleGAN's code
+GAINS = dict.fromkeys(("relu", "leaky_relu", "silu"), 2**0.5)  # where gain is None; elsewhere 1
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

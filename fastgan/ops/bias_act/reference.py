@@ -20,6 +20,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor, Options], Tensor]] = {
     "tanh": lambda u, options: F.tanh(u),
     "sigmoid": lambda u, options: F.sigmoid(u),
     "softplus": lambda u, options: F.softplus(u),
+    "elu": lambda u, options: F.elu(u),
+    "selu": lambda u, options: F.selu(u),
 }
 
 

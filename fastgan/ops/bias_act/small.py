@@ -15,16 +15,18 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.filled import mark_base
 
-_LEAST = 2**17  # elements; in a penalty, the kernels are faster from 2**15 (AMD, Zen 5) or 2**20 (Intel) on
+# Elements from which a kernel is used. In a penalty, ReLU's are faster from 2**15 (AMD, Zen 5) or 2**20 (Intel) on.
+_LEAST = 2**17
+LEAST_SMOOTH = 2**14
 _leaky_relu_backward: Any = torch.ops.aten.leaky_relu_backward.default
 _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 
-def is_small(x: Tensor) -> bool:
+def is_small(x: Tensor, least: int = _LEAST) -> bool:
     """Return whether this path is the faster one and no backend was requested."""
     if backends.is_lowered():
         return True  # PyTorch's operators, which compilers fuse
-    few = x.is_meta or (x.numel() < _LEAST and x.is_cpu)  # meta tensors have no data for kernels to read
+    few = x.is_meta or (x.numel() < least and x.is_cpu)  # meta tensors have no data for kernels to read
     return few and backends.is_plain() and not backends.is_forced()
 
 

@@ -1,37 +1,27 @@
-"""Gradient penalties: a function of the discriminator's gradient at chosen points, exact, for any discriminator."""
+"""Gradient penalties: exact, and for any discriminator that PyTorch can differentiate twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgan.ops.gradient_penalty import compiled
-from fastgan.ops.gradient_penalty.behind import Call, call_of
+from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
-from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.forward import check_call, naming_layers, require_grad_mode, run_forward
 from fastgan.ops.gradient_penalty.general import gradients, plain_gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
-from fastgan.ops.gradient_penalty.lacks import Layers, NoSecondDerivative
+from fastgan.ops.gradient_penalty.missing_derivatives import Layers
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import points
 from fastgan.ops.gradient_penalty.sharding import gathering
-from fastgan.ops.gradient_penalty.small import (
-    REASON,
-    Size,
-    forget,
-    is_left_to_pytorch,
-    leave_to_pytorch,
-    remember,
-    size_of,
-    was_small,
-)
-from fastgan.ops.gradient_penalty.zeros import leave_zeros
+from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, size_of
+from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import compilable, is_entered
@@ -56,9 +46,12 @@ def gradient_penalty(
     kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A penalty on the gradient g = dD(x)/dx of the discriminator's logits, at points made from real and fake.
+    """Compute a gradient penalty of a discriminator.
 
-    | kind             | at                                        | penalty                                    |
+    The penalty is a function of g = dD(x)/dx, the gradient of the logits with respect to the input. The kind selects
+    the points x and the function:
+
+    | kind             | point x                                   | penalty                                    |
     |------------------|-------------------------------------------|--------------------------------------------|
     | "wgan-gp"        | alpha real + (1 - alpha) fake             | weight * mean (norm - target)^2            |
     | "wgan-lp"        | alpha real + (1 - alpha) fake             | weight * mean max(0, norm - target)^2      |
@@ -67,68 +60,83 @@ def gradient_penalty(
     | "dragan"         | real + alpha * 0.5 * std(real) * U(0, 1)  | weight * mean (norm - target)^2            |
     | "r1"             | real                                      | weight / 2 * mean norm^2                   |
     | "r2"             | fake                                      | weight / 2 * mean norm^2                   |
-    | "r1+r2"          | real and fake                             | the sum of both                            |
-    | "r1-finite-difference" | real                                | as "r1"; its gradient is approximate       |
-    | a function f     | as "wgan-gp"; real, if there is no fake   | weight * mean f(norm)                      |
+    | "r1+r2"          | real and fake                             | "r1" + "r2"                                |
+    | "r1-finite-difference" | real                                | as "r1", with an approximate gradient      |
+    | a function f     | as "wgan-gp"; real if ``fake`` is None    | weight * mean f(norm)                      |
 
-    "r1-finite-difference" is R1 whose gradient is approximated without a double backward, for models that are too large
-    for one or have layers without a second derivative. Its value is exact. Its gradient is that of
-    (sum D(x + e u) - sum D(x - e u)) / (2 e), with u = dP/dg held fixed and e so that x moves by the cube root of its
-    precision, relative to its norm (0.005 in float32). Its bias is of the order e^2 where D is smooth; where D is
-    piecewise affine, it comes from the units that change sides between the two points. It costs a forward and a
-    backward to the inputs, then two forwards and their backward: 8 forwards' work where an exact penalty takes 4 to 6.
-    The two forwards use the same random numbers and, of a module, the same buffers as the first.
+    alpha is uniform in [0, 1), with one value per sample. The norm is the L2 norm of g over all dimensions of a sample,
+    and the mean runs over the samples. Norms are computed in float32 or float64, also under autocast. The gradient of
+    the norm at g = 0 is zero.
 
-    alpha ~ U(0, 1), one for each sample; norm is |g| over all dimensions of a sample, and the mean is over samples.
-    Norms are computed in float32 or better, under autocast too. The gradient of a norm of zero is zero.
+    If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
+    ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
+    features that D has stored elsewhere during this forward. On a CPU, models that are too small to gain from fastgan
+    run PyTorch's own functions, unless ``use_backend`` selects a backend.
 
-    Penalty and gradient take the work of four forwards where PyTorch takes six, if D is piecewise affine (see
-    ``twice_differentiable``). What such a forward saved is freed at once, so a feature that D kept elsewhere cannot be
-    differentiated afterwards. On a CPU, a module that is too small to gain runs PyTorch's own functions, unless
-    ``use_backend`` chooses another backend.
+    "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
+    layers without a second derivative. The value is exact. The gradient is that of
+    (sum D(x + e u) - sum D(x - e u)) / (2 e), where u = dP/dg is held constant. The step e moves x by eps^(1/3)
+    relative to its norm, which is 0.005 in float32. The error is O(e^2) if D is smooth. If D is piecewise affine, the
+    error comes from units that switch sides between the two points. The cost is that of eight forwards, compared with
+    four to six for the exact penalty. All three forwards use the same random numbers and, if D is a module, the same
+    buffers.
 
     Args:
-        discriminator: called as ``discriminator(x, *args, **kwargs)``. It returns logits: one tensor (N, ...), or a
-            tuple or list of tensors that can only be logits of several scales, (N, 1, H, W) each, or of several
-            periods, (N, L) each, with other lengths. These are summed. For any other output, see ``select``.
-        real: (N, *S), floating; or a tuple, list or dict of tensors, which the discriminator gets in the same form.
-            All floating ones, (N, ...) each, are differentiated, and |g| is one norm over all of them. Others, such as
-            labels, are passed through; interpolates take those of ``real``.
-        fake: the same form and shapes. "r1" and "dragan" do not use it.
-        kind: one of the table, or a function of the norms (N,) that returns a penalty for each, (N,).
-        weight: factor, a number or a tensor of shape (); None: 10.
-        select: which outputs are logits: an index or a key, several of them in a tuple (they are summed), or a function
-            of what the discriminator returned, which returns a tensor or several.
-        target: what the norm is compared with, for "wgan-gp", "wgan-lp" and "dragan": a number, or a tensor that fits
-            the norms; None: 1.
-        dims: the dimensions of the input that the norm is over, an integer or several, without 0; None: all but 0. The
-            mean is then over the dimensions that remain, too.
-        reduction: "mean"; "sum"; or "none", for the penalty of each sample, (N,), or of all that ``dims`` leaves.
+        discriminator: called as ``discriminator(x, *args, **kwargs)``. It returns the logits as one tensor (N, ...). It
+            may also return a list or tuple with the logits of several scales, each (N, 1, H, W), or of several periods,
+            each (N, L) with different L. These are summed. For all other outputs, pass ``select``.
+        real: (N, *S), floating-point; or a tuple, list or dict of tensors, which the discriminator receives in the same
+            form. All floating-point tensors, each (N, ...), are differentiated, and the norm is taken over all of them
+            together. Other tensors, such as labels, are passed through. Interpolated inputs use those of ``real``.
+        fake: the same form and shapes as ``real``. "r1" and "dragan" ignore it.
+        kind: a name from the table, or a function that maps the norms (N,) to one penalty per sample (N,).
+        weight: factor of the penalty, a number or a tensor of shape (). Default: 10.
+        select: selects the logits among the outputs. An index or key; a tuple of them, whose logits are summed; or a
+            function that receives the output and returns one tensor or a list of tensors.
+        target: the norm at which "wgan-gp", "wgan-lp" and "dragan" are zero: a number, or a tensor that broadcasts to
+            the norms. Default: 1.
+        dims: the dimensions of the input over which the norm is taken, one integer or several, without 0. Default: all
+            but 0. The mean also runs over the remaining dimensions.
+        reduction: "mean", "sum" or "none". "none" returns one penalty per norm: (N,), or (N, ...) with ``dims``.
         args, kwargs: further arguments of the discriminator, such as labels.
-        generator: draws alpha and the noise.
+        generator: the random number generator for alpha and the noise.
 
     Returns:
-        The penalty, () unless ``reduction="none"``, float32, or float64 for float64 inputs. It is differentiable once
-        in the discriminator's parameters, and in whatever ``weight``, ``target`` and a function ``kind`` are made from.
-        Parameters that it does not depend on, such as biases before ReLUs, get zeros where PyTorch gives zeros, and
-        none elsewhere. ``real`` and ``fake`` get no gradient.
+        The penalty, a tensor of shape () unless ``reduction="none"``. Its dtype is float32, or float64 for float64
+        inputs. It can be differentiated once, with respect to the parameters of the discriminator and to everything
+        that ``weight``, ``target`` and a function ``kind`` depend on. Parameters that the penalty does not depend on,
+        such as biases before ReLUs, get the same gradient as in PyTorch: zeros or None. ``real`` and ``fake`` get no
+        gradient.
 
     Raises:
-        ValueError: an unknown kind or reduction; real and fake differ in form or shape; an output that need not be a
-            logit; logits without a row for each sample; logits that do not depend on the input; a target for a kind
-            without one; dims that are not in the input, or name the samples.
-        TypeError: an argument has a wrong type; an input is not floating; ``fake`` is missing for a kind that needs it.
-        RuntimeError: gradients are off, or FSDP1 or tensor parallelism shards the discriminator.
+        ValueError: the kind or reduction is unknown; ``real`` and ``fake`` differ in form or shape; the output is
+            ambiguous; the logits do not have one row per sample, or do not depend on the input; the kind has no
+            target; ``dims`` contains 0 or dimensions that the input does not have.
+        TypeError: an argument has the wrong type; an input is not floating-point; the kind needs ``fake``.
+        RuntimeError: gradients are disabled; the discriminator is sharded by FSDP1 or tensor parallelism; a layer has
+            no second derivative.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(768, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+    )
+    real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp", weight=10)
+    (discriminator(fake).mean() - discriminator(real).mean() + penalty).backward()
+    ```
 
     Sources: Gulrajani et al. 2017 (wgan-gp), Petzka et al. 2018 (wgan-lp), Mescheder et al. 2018 (r1, r2),
-    Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). The calls that equal
-    other code bases' penalties are in docs/conventions.md.
+    Kodali et al. 2017 (dragan), Zhou et al. 2019 (max-gp), Thanh-Tung et al. 2019 (zero-centered). docs/conventions.md
+    lists the calls that match the penalties of other code bases.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     check_select(select)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
-        _require_grad_mode()
+        require_grad_mode()
         if is_entered():
             _refuse_approximate(penalty)
             part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
@@ -146,12 +154,12 @@ def gradient_penalty(
             part = penalty(plain_gradients(logits_of(returned, select, x[0].shape[0]), x))
             total = part if total is None else total + part
             continue
-        with gathering(discriminator), _naming(discriminator, given, select, args, kwargs):
+        with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
             with Rerouting(size_of(discriminator, x).after) as rerouting:
                 returned = discriminator(given, *args, **(kwargs or {}))
             small = rerouting.never_began
-            part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, ours=not small)
-        if small and call is not None and rerouting.is_pytorchs:
+            part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)
+        if small and call is not None and rerouting.only_pytorch_ran:
             leave_to_pytorch(call)
         if not small:
             for tensor in x:
@@ -173,33 +181,45 @@ def penalty_from_logits(
     dims: Dims | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The penalty of ``gradient_penalty`` from logits that were computed already, at the inputs that they came from.
+    """Compute a gradient penalty from logits that are already computed.
 
-        images.requires_grad_()
-        with fastgan.twice_differentiable():
-            logits = discriminator(images)
-        loss = softplus(-logits).mean() + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)
+    Call the discriminator inside ``twice_differentiable``, so that its second derivative costs less.
 
     Args:
-        logits: what the discriminator returned for ``inputs``.
-        inputs: (N, *S), floating; or a tuple, list or dict of tensors. The floating ones must have required a gradient
-            when the logits were computed.
-        kind, weight, select, target, dims, reduction: see ``gradient_penalty``. The kind is a function of the norms
-            alone; the points are the inputs as they are.
+        logits: the output of the discriminator for ``inputs``.
+        inputs: (N, *S), floating-point; or a tuple, list or dict of tensors. The floating-point tensors must require a
+            gradient before the discriminator is called.
+        kind, weight, select, target, dims, reduction: as for ``gradient_penalty``. The gradient is always taken at
+            ``inputs``; the kind only selects the function of its norms.
 
     Returns:
-        The penalty, as ``gradient_penalty`` returns it. It is differentiable once, in the inputs too.
+        The penalty, as returned by ``gradient_penalty``. It can be differentiated once, also with respect to
+        ``inputs``.
 
     Raises:
-        ValueError: an input does not require a gradient; otherwise as ``gradient_penalty``.
-        TypeError, RuntimeError: as ``gradient_penalty``.
+        ValueError: an input does not require a gradient; also as in ``gradient_penalty``.
+        TypeError, RuntimeError: as in ``gradient_penalty``.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+    )
+    images = torch.randn(4, 3, 8, 8).requires_grad_()
+    with fastgan.twice_differentiable():
+        logits = discriminator(images)
+    loss = torch.nn.functional.softplus(-logits).mean()
+    (loss + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)).backward()
+    ```
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     if penalty.is_approximate:
         raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
     check_inputs("inputs", inputs)
     check_select(select)
-    _require_grad_mode()
+    require_grad_mode()
     for name, tensor in named("inputs", inputs):
         if tensor.is_floating_point() and not tensor.requires_grad:
             raise ValueError(
@@ -211,15 +231,18 @@ def penalty_from_logits(
     return _penalty(logits_of(logits, select, x[0].shape[0]), x, penalty)
 
 
-def _penalty(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, ours: bool = False) -> Tensor:
-    """The penalty of the gradients of the logits' sum.
+def _penalty(
+    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, private_graph: bool = False
+) -> Tensor:
+    """Compute the penalty from the gradients of the sum of the logits.
 
     Args:
-        ours: nobody else has these logits, so what their forward saved may be freed.
+        private_graph: the caller of the public function has no access to these logits, so the activations of their
+            forward may be freed early.
     """
-    grads, path = gradients(logits, inputs, ours=ours)
+    grads, path = gradients(logits, inputs, private_graph=private_graph)
     value = penalty([grad for grad in grads if grad is not None])
-    return leave_zeros(value, path, inputs) if path else value
+    return fill_zeros(value, path, inputs) if path else value
 
 
 def gradients_of_logits(
@@ -230,7 +253,10 @@ def gradients_of_logits(
     *,
     create_graph: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The logits, one tensor, and the gradients of their sum in the inputs, which keep their own graph."""
+    """Return the logits (one tensor) and the gradients of their sum with respect to the inputs.
+
+    Inputs that require a gradient stay connected to their own graph.
+    """
     check_inputs("inputs", inputs)
     given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
     x = floating(given)
@@ -257,54 +283,63 @@ def logits_and_penalty(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Tensor]:
-    """What the discriminator returns, and the penalty at the same inputs, for one loss with one backward.
+    """Call the discriminator and compute the gradient penalty at the same inputs.
 
-        logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
-        (softplus(-logits).mean() + penalty).backward()
-
-    Where the discriminator is piecewise affine and keeps the samples apart, loss and penalty together take the work of
-    four forwards instead of six. Convolutions, products with weights, ReLUs, clamps, poolings, dropout, sums, masks,
-    slices and reshapes are such operations. Batch statistics, normalizations of the input, smooth activations and
-    attention are not. With several logits a sample (patches, scales), the loss must also have the same gradient in all
-    of them. ``explain_penalty`` says whether one pass is possible. Elsewhere, and where D is small (see
-    ``gradient_penalty``), the result is that of ``penalty_from_logits``. The numbers are the same. One pass frees what
-    the forward saved at once, unless more than one logit a sample was returned.
+    If the discriminator is piecewise affine and does not mix samples, the loss and the penalty take one pass, which
+    costs as much as four forwards instead of six. Convolutions, products with weights, ReLU, clamp, pooling, dropout,
+    sums, masks, slices and reshapes allow one pass. Batch statistics, layer and group normalization, smooth activations
+    and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
+    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, and for
+    small models (see ``gradient_penalty``), the penalty is computed as in ``penalty_from_logits``. The results are the
+    same up to rounding. One pass frees the activations of the forward early if there is one logit per sample.
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
-        inputs: (N, *S), floating; or a tuple, list or dict of tensors, which the discriminator gets in the same form.
-            They get no gradient.
-        kind, weight, select, target, dims, reduction: see ``gradient_penalty``. The kind is a function of the norms
-            alone; the points are the inputs as they are.
+        inputs: (N, *S), floating-point; or a tuple, list or dict of tensors, which the discriminator receives in the
+            same form. They get no gradient.
+        kind, weight, select, target, dims, reduction: as for ``gradient_penalty``. The gradient is always taken at
+            ``inputs``; the kind only selects the function of its norms.
         args, kwargs: further arguments of the discriminator.
 
     Returns:
-        Everything that the discriminator returned, and the penalty as ``gradient_penalty`` returns it. Both are
-        differentiable once in the parameters.
+        The output of the discriminator, and the penalty as returned by ``gradient_penalty``. Both can be differentiated
+        once with respect to the parameters.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``gradient_penalty``.
+        ValueError, TypeError, RuntimeError: as in ``gradient_penalty``.
 
-    The source of the one pass is one_pass.py.
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+    )
+    real = torch.randn(4, 3, 8, 8)
+    logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
+    (torch.nn.functional.softplus(-logits).mean() + penalty).backward()
+    ```
+
+    docs/how_it_works.md explains the arithmetic.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     if is_entered():
         _refuse_approximate(penalty)
-        _check_call(inputs, select)
+        check_call(inputs, select)
         returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
         return returned, penalty(grads)
     with gathering(discriminator):
         if penalty.is_approximate:
             check_inputs("inputs", inputs)
             check_select(select)
-            _require_grad_mode()
+            require_grad_mode()
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
-        returned, logits, x, tracer, reason, plain = _forward(discriminator, inputs, select, args, kwargs)
+        returned, logits, x, tracer, obstacle, plain = run_forward(discriminator, inputs, select, args, kwargs)
         if plain:
             return returned, penalty(plain_gradients(logits, x))
-        if tracer is not None and reason is None:
+        if tracer is not None and obstacle is None:
             return one_pass(returned, logits, x, tracer, penalty)
-        with _naming(discriminator, inputs, select, args, kwargs):
+        with naming_layers(discriminator, inputs, select, args, kwargs):
             value = _penalty(logits, x, penalty)
     if tracer is not None:
         for tensor in x:
@@ -321,77 +356,40 @@ def explain_penalty(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """Whether ``logits_and_penalty`` takes one pass for this discriminator and, if not, why not.
+    """Report whether ``logits_and_penalty`` takes one pass, or which operation of the discriminator prevents it.
 
-    The discriminator runs once. BatchNorm in training renews its running statistics, as in any forward.
+    The discriminator is called once. In training mode, BatchNorm updates its running statistics, as in any forward.
 
     Args:
         discriminator, inputs, select, args, kwargs: as for ``logits_and_penalty``.
 
     Returns:
-        "one pass" where loss and penalty take four forwards' work whatever the loss, followed by a condition where that
-        depends on the loss; or "general path" with the reason: the operation, and the file and line of its call; or
-        "no penalty" with every layer that has no second derivative, by its path in the model.
+        "one pass" if the loss and the penalty cost as much as four forwards, followed by a condition if this depends on
+        the loss. "general path" with the operation that prevents one pass, and the file and line of its call. Or
+        "no penalty" with all layers that have no second derivative.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``logits_and_penalty``.
+        ValueError, TypeError, RuntimeError: as in ``logits_and_penalty``.
+
+    ```python
+    import torch
+    import fastgan
+
+    discriminator = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    print(fastgan.explain_penalty(discriminator, torch.randn(4, 8)))
+    ```
     """
     layers = Layers(discriminator)
     with gathering(discriminator):
         with layers.watched():
-            forward = _forward(discriminator, inputs, select, args, kwargs)
-        lacks = layers.lacking(forward.logits, forward.inputs)
-    if lacks:
-        return f"no penalty: {len(lacks)} without a second derivative: {'; '.join(lacks)}"
-    if forward.tracer is None or forward.reason is not None:
-        return f"general path: {forward.reason}"
-    remark = forward.tracer.remark()
-    return "one pass" if remark is None else f"one pass, {remark}"
-
-
-class _Forward(NamedTuple):
-    """What a discriminator returned, the logits among it, and the inputs that they came from."""
-
-    returned: Any
-    logits: list[Tensor]
-    inputs: tuple[Tensor, ...]
-    tracer: Tracer | None  # None: the discriminator is left to PyTorch
-    reason: str | None  # why one pass is not possible
-    plain: bool = False  # PyTorch's own functions ran, and have every derivative
-
-
-def _forward(
-    discriminator: Callable[..., Any],
-    inputs: Inputs,
-    select: Select | None,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-) -> _Forward:
-    _check_call(inputs, select)
-    given = differentiable(inputs)
-    x = floating(given)
-
-    def call() -> Any:
-        return discriminator(given, *args, **(kwargs or {}))
-
-    known = call_of(discriminator, x, args, kwargs)
-    if is_left_to_pytorch(known, x):
-        with uncompiled:
-            returned = call()
-        return _Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
-    size = size_of(discriminator, x)
-    if size is not Size.LARGE:
-        return _maybe_small(discriminator, call, known, size, select, x)
-    with Rerouting(), Tracer(*x) as tracer:
-        returned = call()
-    logits = logits_of(returned, select, x[0].shape[0])
-    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned))
-
-
-def _check_call(inputs: Inputs, select: Select | None) -> None:
-    check_inputs("inputs", inputs)
-    check_select(select)
-    _require_grad_mode()
+            forward = run_forward(discriminator, inputs, select, args, kwargs)
+        missing = layers.missing(forward.logits, forward.inputs)
+    if missing:
+        return f"no penalty: {len(missing)} without a second derivative: {'; '.join(missing)}"
+    if forward.tracer is None or forward.obstacle is not None:
+        return f"general path: {forward.obstacle}"
+    conditions = forward.tracer.conditions()
+    return "one pass" if conditions is None else f"one pass, {conditions}"
 
 
 def _refuse_approximate(penalty: Penalty) -> None:
@@ -400,53 +398,3 @@ def _refuse_approximate(penalty: Penalty) -> None:
             f"kind {penalty.kind!r} cannot be compiled: use kind 'r1' inside torch.compile, or call the penalty in a "
             "function decorated with torch.compiler.disable"
         )
-
-
-@contextmanager
-def _naming(
-    discriminator: Callable[..., Any],
-    inputs: Inputs,
-    select: Select | None,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-) -> Iterator[None]:
-    """Inside, an error about second derivatives gets the names of the layers, which a second forward finds."""
-    try:
-        yield
-    except NoSecondDerivative as error:
-        layers = Layers(discriminator)
-        with layers.watched():
-            forward = _forward(discriminator, inputs, select, args, kwargs)
-        forget(call_of(discriminator, floating(inputs), args, kwargs))
-        raise error.named(layers.lacking(forward.logits, forward.inputs)) from None
-
-
-def _maybe_small(
-    discriminator: Callable[..., Any],
-    call: Callable[[], Any],
-    known: Call | None,
-    size: Size,
-    select: Select | None,
-    x: tuple[Tensor, ...],
-) -> _Forward:
-    """A forward whose work is counted while it runs, unless it is surely small."""
-    seen = size is Size.SMALL or was_small(discriminator, x)
-    tracer = None if seen else Tracer(*x)
-    with Rerouting(size.after) as rerouting, tracer or nullcontext():
-        returned = call()
-    logits = logits_of(returned, select, x[0].shape[0])
-    small = rerouting.never_began
-    if small and known is not None and rerouting.is_pytorchs:
-        leave_to_pytorch(known)
-    elif size is Size.UNKNOWN and small != seen:
-        remember(discriminator, x, small)
-    if small:
-        return _Forward(returned, logits, x, None, REASON)
-    if tracer is None:
-        return _Forward(returned, logits, x, None, "the forward was a small one when it ran before")
-    return _Forward(returned, logits, x, tracer, tracer.judge(logits, returned, late=True))
-
-
-def _require_grad_mode() -> None:
-    if not torch.is_grad_enabled():
-        raise RuntimeError("a gradient penalty needs gradients: call it outside torch.no_grad() and inference_mode()")

@@ -1,4 +1,4 @@
-"""A call of a torch function on tensors that were made from the input, as its rule sees it."""
+"""A call of a torch function with arguments that depend on the input. The rules read it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned, viewed
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, aligned, viewed
 from fastgan.torch_private import FunctionalTensor
 
 if TYPE_CHECKING:
     from fastgan.ops.gradient_penalty.eligibility import Tracer
 
-_PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last while torch.compile makes a graph
+_PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last one while torch.compile records a graph
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -34,7 +34,7 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def bind(change: Callable[[Any], Any], values: Any) -> Any:
-    """The arguments, with every tensor among them changed."""
+    """Apply ``change`` to all leaves of nested lists, tuples and dicts."""
     if type(values) in (list, tuple):
         return type(values)(bind(change, value) for value in values)
     if type(values) is dict:
@@ -43,38 +43,38 @@ def bind(change: Callable[[Any], Any], values: Any) -> Any:
 
 
 class Call:
-    """What a rule is given: before the function runs without a result, and after it with one."""
+    """The argument of a rule. ``result`` is None until the function has run."""
 
     def __init__(self, tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tracer, self.func, self.args, self.kwargs = tracer, func, args, kwargs
         self.samples = tracer.samples
         self.result: Any = None
-        self.source: Any = None  # what the rule keeps from before for afterwards
+        self.source: Any = None  # stored by the rule that runs before the function, for the one that runs after it
         self.constants: list[tuple[GradientEdge, Tensor | float]] = []
 
     def layout(self, value: Any) -> Layout | None:
-        """How the samples lie in this argument; None: it is a constant."""
+        """Return the layout of the samples in this argument, or None for a constant."""
         return self.tracer.layout(value)
 
-    def needs(self, tensor: Any) -> Layout:
-        """The layout of an argument that must be made from the input."""
+    def require_input(self, tensor: Any) -> Layout:
+        """Return the layout of an argument that must depend on the input."""
         layout = self.layout(tensor)
         if layout is None:
-            raise Refused("was given a constant where one pass knows what is made from the input")
+            raise Ineligible("was given a constant for an argument that must depend on the input")
         return layout
 
-    def fixed(self, *values: Any) -> None:
-        """Require that these arguments are constants."""
+    def require_constants(self, *values: Any) -> None:
+        """Raise if any of these arguments depends on the input."""
         if any(self.layout(tensor) is not None for tensor in tensors(values)):
-            raise Refused("multiplies or indexes one thing made from the input by another")
+            raise Ineligible("multiplies or indexes a tensor that depends on the input by another that does")
 
-    def constant(self, added: Tensor | float | None) -> None:
-        """Say that this was added, of a shape that broadcasts to the result's."""
+    def add_constant(self, added: Tensor | float | None) -> None:
+        """Declare a constant that the function adds. Its shape broadcasts to that of the result."""
         if added is not None and not (isinstance(added, int | float) and added == 0):
             self.constants.append((get_gradient_edge(self.result), added))
 
-    def at_zero(self) -> Tensor:
-        """The result for zeros in place of what was made from the input."""
+    def evaluate_at_zero(self) -> Tensor:
+        """Return the result of the call with zeros for all tensors that depend on the input."""
 
         def zeros(value: Any) -> Any:
             if self.layout(value) is None:
@@ -84,25 +84,25 @@ class Call:
         result: Tensor = self.func(*bind(zeros, self.args), **bind(zeros, self.kwargs))
         return result
 
-    def where(self, input: Tensor) -> Layout:
-        """The layout of an argument that must be made from the input, for a rule that tells that of the result."""
-        layout = self.needs(input)
+    def layout_of(self, input: Tensor) -> Layout:
+        """Return the layout of an argument that must depend on the input, to derive that of the result."""
+        layout = self.require_input(input)
         if self.samples == 1:
-            raise Mixed  # the tracer knows that it cannot be
+            raise MixesSamples  # the tracer catches this: one sample cannot mix with others
         return layout
 
-    def above(self, input: Tensor, trailing: int) -> Layout:
-        """The layout of the input, whose samples must not lie in these last dimensions."""
-        layout = self.where(input)
+    def layout_before(self, input: Tensor, trailing: int) -> Layout:
+        """Return the layout of an argument. Its samples must not lie along the last ``trailing`` dimensions."""
+        layout = self.layout_of(input)
         if layout.dim >= input.ndim - trailing:
-            raise Mixed
+            raise MixesSamples
         return layout
 
-    def broadcast(self, *values: Any) -> Layout:
-        """The layout of a result that the arguments were broadcast to."""
-        parts = [(self.where(value), value) for value in values if self.layout(value) is not None]
+    def broadcast_layout(self, *values: Any) -> Layout:
+        """Return the layout of a result to which the arguments were broadcast."""
+        parts = [(self.layout_of(value), value) for value in values if self.layout(value) is not None]
         return aligned(parts, self.result.shape)
 
-    def viewed(self, input: Tensor, view: Callable[[Tensor], Any]) -> Any:
-        """The layouts of what a function that only makes views makes of the input."""
-        return viewed(self.where(input), input.shape, view, self.samples)
+    def layout_after_view(self, input: Tensor, view: Callable[[Tensor], Any]) -> Any:
+        """Return the layouts of the results of a function that only returns views."""
+        return viewed(self.layout_of(input), input.shape, view, self.samples)

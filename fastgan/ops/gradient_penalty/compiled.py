@@ -1,17 +1,18 @@
-"""Penalties inside of torch.compile: a part of the graph that Dynamo makes, with the operations of the eager penalty.
+"""Penalties inside torch.compile: one part of Dynamo's graph, with the operations of the eager penalty.
 
-A compiled graph has no second derivative. But AOTAutograd records whatever a graph's functions do, the autograd engine
-included. So a penalty is two functions in Dynamo's graph, with the discriminator between them as Dynamo traces it:
+A compiled graph has no second derivative. But AOTAutograd records everything that the functions in a graph do,
+including calls of the autograd engine. A penalty therefore consists of two functions in Dynamo's graph. Between them,
+Dynamo traces the discriminator:
 
-    x = enter(real)             # what runs from here on is rerouted, and followed where one pass may do
+    x = enter(real)             # from here on, calls are rerouted, and traced if one pass may be possible
     logits = discriminator(x)
     g = leave(x, logits)        # the first backward, or one pass
 
-When AOTAutograd runs the graph in order to record it, the reroutes and the first backward run too. The record holds
-what they did: the operations of the eager penalty, all of PyTorch's own, so that a compiler fuses them. The backend
-"eager" makes no record; it runs the two functions at each step. The penalty of g is traced by Dynamo as any code is.
+AOTAutograd runs the graph to record it. During this run, the reroutes and the first backward run as well. The record
+holds the operations of the eager penalty. All of them are PyTorch's own, so the compiler can fuse them. The backend
+"eager" makes no record and runs the two functions at each step. Dynamo traces the penalty of g like any other code.
 
-Dynamo runs both functions once on fake tensors, for the shapes of their results: a rehearsal, which computes nothing.
+Dynamo also runs both functions once on fake tensors to get the shapes of their results. This is called a rehearsal.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from fastgan.ops.gradient_penalty.general import INDEPENDENT, gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, floating, replaced
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, groups_of, logits_of, refuse_dependent
-from fastgan.ops.gradient_penalty.zeros import leave_zeros
+from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.twice_differentiable import Reroute, leaves_of
 
-# ---- what Dynamo traces ----
+# ---- traced by Dynamo ----
 
 
 def gradients_at(
@@ -45,10 +46,10 @@ def gradients_at(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
 ) -> list[Tensor]:
-    """The gradients of the discriminator's logits at a point."""
+    """Return the gradients of the sum of the logits with respect to the inputs."""
     x, returned = _call(discriminator, point, args, kwargs, follow=False)
     logits = logits_of(returned, select, len(x[0]))
-    return list(_leave(x, logits, groups_of(returned, select), (), follow=False, ours=True))
+    return list(_leave(x, logits, groups_of(returned, select), (), follow=False, private_graph=True))
 
 
 def outputs_and_gradients(
@@ -58,11 +59,11 @@ def outputs_and_gradients(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
 ) -> tuple[Any, list[Tensor]]:
-    """What the discriminator returns, and the gradients of the logits among it, of one pass where that is possible."""
+    """Return the output of the discriminator and the gradients of its logits. Take one pass if that is possible."""
     x, returned = _call(discriminator, inputs, args, kwargs, follow=True)
     logits = logits_of(returned, select, len(x[0]))
     leaves, structure = tree_flatten(returned)
-    results = _leave(x, logits, groups_of(returned, select), leaves, follow=True, ours=False)
+    results = _leave(x, logits, groups_of(returned, select), leaves, follow=True, private_graph=False)
     for i, leaf in enumerate(leaves):
         for logit, result in zip(logits, results, strict=False):
             if leaf is logit:
@@ -71,9 +72,9 @@ def outputs_and_gradients(
 
 
 def gradients_of(logits: Any, x: tuple[Tensor, ...], select: Select | None) -> list[Tensor]:
-    """The gradients of logits that were computed in this graph."""
+    """Return the gradients of logits that were computed in this graph."""
     chosen = logits_of(logits, select, len(x[0]))
-    return list(_leave(x, chosen, groups_of(logits, select), (), follow=False, ours=False, entered=False))
+    return list(_leave(x, chosen, groups_of(logits, select), (), follow=False, private_graph=False, entered=False))
 
 
 def _call(
@@ -101,26 +102,26 @@ def _leave(
     leaves: Sequence[Any],
     *,
     follow: bool,
-    ours: bool,
+    private_graph: bool,
     entered: bool = True,
 ) -> tuple[Tensor, ...]:
     if not any(output.requires_grad for output in logits):
         raise ValueError(INDEPENDENT)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in leaves)
-    way = entered, follow, ours, not others
+    way = entered, follow, private_graph, not others
     return tuple(leave(way, groups, len(x), len(logits), *x, *logits, *tensors))
 
 
-# ---- what is in the graph ----
+# ---- nodes of the graph ----
 
 
 @regions.in_graph
 def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The inputs as leaves that require a gradient; the calls that follow are rerouted.
+    """Return the inputs as leaves that require a gradient, and reroute all calls that follow.
 
     Args:
-        follow: whether to look for one pass.
+        follow: whether to trace the calls for one pass.
     """
     with torch.enable_grad():
         given = tuple(x.detach().requires_grad_() for x in inputs)
@@ -133,15 +134,15 @@ def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
 def leave(
     way: tuple[bool, bool, bool, bool], groups: tuple[int, ...], n_inputs: int, n_logits: int, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients in the inputs, after the logits if these were followed.
+    """Return the gradients with respect to the inputs. If the calls were traced, return the logits before them.
 
     Args:
-        way: whether ``enter`` came first, whether it follows, whether nobody else has the logits, and whether
-            something was returned that is no tensor and may hold some.
-        groups: how many of the logits each output is made of.
+        way: four flags. ``enter`` ran before; it traced the calls; the caller has no access to the logits; the
+            discriminator also returned objects that are not tensors and may hold some.
+        groups: the number of logits in each selected output.
         tensors: the inputs, the logits, and all tensors that the discriminator returned.
     """
-    entered, follow, ours, opaque = way
+    entered, follow, private_graph, opaque = way
     inputs, logits = tensors[:n_inputs], list(tensors[n_inputs : n_inputs + n_logits])
     if regions.is_rehearsal():
         return _rehearsed(inputs, logits, follow)
@@ -151,11 +152,11 @@ def leave(
         if follow:
             returned: list[Any] = [*tensors[n_inputs + n_logits :], *([object()] if opaque else [])]
             tracer: Any = modes[1]
-            if tracer.judge(logits, returned) is None:
-                results, of_inputs = one_pass(logits, logits, inputs, tracer, _as_they_are)
+            if tracer.find_obstacle(logits, returned) is None:
+                results, of_inputs = one_pass(logits, logits, inputs, tracer, _unchanged)
                 return *results, *of_inputs
-        # A record frees nothing, and what the discriminator has left on itself leaves the graph with a derivative.
-        grads = _gradients(logits, inputs, ours and not lowered, leaves_of(modes))
+        # A record frees nothing. Tensors that the discriminator stored on itself must keep their derivatives.
+        grads = _gradients(logits, inputs, private_graph and not lowered, leaves_of(modes))
     if entered:
         for x in inputs:
             mark_unused(x)
@@ -163,30 +164,30 @@ def leave(
 
 
 def _gradients(
-    logits: list[Tensor], inputs: tuple[Tensor, ...], ours: bool, leaves: Mapping[Node, Tensor]
+    logits: list[Tensor], inputs: tuple[Tensor, ...], private_graph: bool, leaves: Mapping[Node, Tensor]
 ) -> tuple[Tensor, ...]:
-    found, path = gradients(logits, inputs, ours=ours)
+    found, path = gradients(logits, inputs, private_graph=private_graph)
     if any(type(node).__name__ in _OPAQUE for node in path):
         raise RuntimeError(
             "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of "
-            "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) before, or take the penalty inside "
+            "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) first, or compute the penalty inside "
             "a function decorated with torch.compiler.disable"
         )
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]
-    found[first] = leave_zeros(made[0], path, inputs, made, leaves)
+    found[first] = fill_zeros(made[0], path, inputs, made, leaves)
     return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(found, inputs, strict=True))
 
 
-_OPAQUE = ("ApplyTemplateBackward",)  # the node of a Function that Dynamo has traced
+_OPAQUE = ("ApplyTemplateBackward",)  # the node of a Function that Dynamo traced
 
 
-def _as_they_are(grads: tuple[Tensor, ...]) -> Any:
+def _unchanged(grads: tuple[Tensor, ...]) -> Any:
     return grads
 
 
 def _rehearsed(inputs: Sequence[Tensor], logits: Sequence[Tensor], follow: bool) -> tuple[Tensor, ...]:
-    """Tensors with the shapes, strides and dtypes of the results, which require a gradient."""
+    """Return tensors that require a gradient and have the shapes, strides and dtypes of the results."""
     anchor = sum(logit.sum() for logit in logits if logit.requires_grad) * 0
     grads = tuple(torch.zeros_like(x) + anchor.to(x.dtype) for x in inputs)  # type: ignore[union-attr]
     return (*(logit.clone() for logit in logits), *grads) if follow else grads

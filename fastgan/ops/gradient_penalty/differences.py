@@ -1,11 +1,11 @@
-"""A penalty whose gradient is a difference of two forwards, for models too large or too opaque for a double backward.
+"""A penalty whose gradient is approximated by a difference of two forwards instead of a double backward.
 
-With g = d sum(D(x))/dx and u = dP/dg, held fixed, the gradient of P(g) in the parameters is that of sum <g, u>, the
-derivative of sum(D) along u. A central difference takes its place:
+Let g = d sum(D(x))/dx, and let u = dP/dg be held constant. The gradient of P(g) with respect to the parameters is that
+of <g, u>, the derivative of sum(D) along u. A central difference approximates it:
 
     dP/dtheta = d/dtheta (sum D(x + e u) - sum D(x - e u)) / (2 e) + O(e^2).
 
-The value of P is exact. One e serves the whole batch, so that this also holds where D mixes the samples.
+The value of P is exact. All samples share one e, so the formula also holds if D mixes samples.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def finite_difference(
     kwargs: Mapping[str, Any],
     keep: bool,
 ) -> tuple[Any, Tensor]:
-    """What the discriminator returns for the inputs, and the penalty.
+    """Return the output of the discriminator and the penalty.
 
     Args:
-        keep: whether what was returned will be differentiated.
+        keep: whether the caller may differentiate the output.
     """
     again = _Repetition(discriminator, floating(inputs))
     given = differentiable(inputs)
@@ -49,7 +49,7 @@ def finite_difference(
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     grads = [grad.detach() for grad in found if grad is not None]
     leaves = [grad.clone().requires_grad_() for grad in grads]
-    along = iter(torch.autograd.grad(penalty(leaves), leaves))  # u, of each input that has a gradient
+    along = iter(torch.autograd.grad(penalty(leaves), leaves))  # u for each input that has a gradient
     directions = [torch.zeros_like(t) if grad is None else next(along) for t, grad in zip(x, found, strict=True)]
     step = _step(x, directions)
 
@@ -65,7 +65,7 @@ def finite_difference(
 
 
 def _step(inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-    """e, of which rounding and curvature spoil the difference about alike: the cube root of the precision."""
+    """Return e. A relative step of eps^(1/3) balances the errors of rounding and of curvature."""
     device = inputs[0].device.type
     dtypes = {t.dtype for t in inputs}
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -81,9 +81,10 @@ def _step(inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
 
 
 class _Repetition:
-    """Forwards with the random numbers and the buffers that the first one found, which leave nothing behind.
+    """Repeat a forward with the random numbers and buffers of the first one, and restore both afterwards.
 
-    Dropout with another mask, or a spectral norm that has gone on, would differ by more than the inputs do.
+    With another dropout mask or another step of the power iteration, the outputs would differ by far more than the
+    small step of the inputs explains.
     """
 
     def __init__(self, discriminator: Any, inputs: Sequence[Tensor]) -> None:

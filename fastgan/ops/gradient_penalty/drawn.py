@@ -1,4 +1,4 @@
-"""Random numbers from a generator that the caller gives, inside of a compiled graph too."""
+"""Random numbers from a generator that the caller passes, also inside a compiled graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgan.ops.library import LIBRARY
 
-# A graph holds no generator. It holds the number of one, which this operator looks up. The tags keep two draws apart
-# that look alike, and a CUDA graph from a generator that it does not know.
+# A graph cannot hold a generator. It holds the id of one, which this operator looks up. The tags stop the compiler from
+# merging two draws with equal arguments, and from recording the draw in a CUDA graph.
 _TAGS = [torch.Tag.nondeterministic_seeded]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
     _TAGS.append(torch.Tag.cudagraph_unsafe)
@@ -20,7 +20,7 @@ _generators: dict[int, torch.Generator] = {}
 
 
 def uniform(size: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Numbers between 0 and 1, of the dtype and on the device of ``like``."""
+    """Draw numbers in [0, 1) with the dtype and device of ``like``."""
     if generator is not None and torch.compiler.is_dynamo_compiling():
         number = _remember(id(generator))
         drawn: Tensor = torch.ops.fastgan.uniform(number, list(size), like.dtype, like.device)
@@ -29,7 +29,7 @@ def uniform(size: Sequence[int], like: Tensor, generator: torch.Generator | None
 
 
 def _remember(address: int) -> int:
-    """Called while Dynamo traces, with the ``id`` of a generator that lives: a graph that draws from it keeps it."""
+    """Register a generator by its ``id`` while Dynamo traces. A graph that draws from it keeps it alive."""
     import ctypes
 
     generator = ctypes.cast(address, ctypes.py_object).value

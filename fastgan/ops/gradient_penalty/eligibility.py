@@ -1,10 +1,11 @@
-"""Whether a discriminator, as it just ran, is affine in its input around each sample, each sample by itself.
+"""Decide whether a forward allows one pass: D must be piecewise affine and must not mix samples.
 
-Every torch function that touches a tensor made from the input is looked up in a table of rules (rules.py). With masks
-and whatever else is a constant of this call held fixed, its result is y = L t + k in the tensors t made from the input.
-The rule says which constant k was added and where each sample lies in the result; if there is no rule, or the call does
-not fit it, the result is marked with the reason, and so is what is made from that. One pass does where no logit is
-marked. What never passes through a torch function (a custom autograd.Function) is found afterwards in the graph.
+The tracer looks up every torch function that receives a tensor derived from the input in a table of rules (rules.py).
+If masks and all other constants of the call are held fixed, the result is y = L t + k, where t are the arguments that
+depend on the input. The rule declares the constant k and returns the layout of the samples in the result. If there is
+no rule, or the call does not fit it, the tracer marks the result with the reason, and with it everything computed from
+the result. One pass is possible if no logit is marked. Functions that are not torch functions (a custom
+autograd.Function) are found in the graph afterwards.
 """
 
 from __future__ import annotations
@@ -24,45 +25,45 @@ from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
-from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused
-from fastgan.ops.gradient_penalty.let_go import SENDS_ZEROS, is_piecewise_affine, keeps_clear
+from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, avoids_forward, is_piecewise_affine
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
-from fastgan.ops.gradient_penalty.table import CLEAR_IN_PLACE, IN_PLACE, LIKE, LOOKS
+from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
 
-_UNSEEN = "was written to where no torch function shows it, or through a view; one pass needs to see every change"
+_UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
 _NO_RULE = (
-    "is not known to be piecewise affine and to keep the samples apart, as one pass needs; convolutions, products with"
-    " weights, ReLU, clamp, poolings and reshapes are"
+    "is not known to be piecewise affine and to keep the samples apart, as one pass requires; convolutions, products"
+    " with weights, ReLU, clamp, poolings and reshapes are"
 )
 _ALIASES = {"axis": "dim", "keepdims": "keepdim", "axes": "dims"}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class _Made(NamedTuple):
-    """What is known of a tensor that was made from the input."""
+    """A tensor that depends on the input."""
 
-    tensor: ref[Tensor]  # weakly: an activation lives no longer than without us
+    tensor: ref[Tensor]  # a weak reference: tracing does not prolong the life of activations
     version: int
     layout: Layout | None
-    why: str | None  # not one pass
+    why: str | None  # the obstacle to one pass
 
 
 class Tracer(TorchFunctionMode):
-    """Follows what is made from ``inputs``, each (N, *S), while the discriminator runs."""
+    """Trace all tensors that depend on ``inputs``, each (N, *S), while the discriminator runs."""
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.samples = inputs[0].shape[0]  # not len(): compiled graphs hold for any number
-        # What each call was given that requires a gradient, and the view of it that the call read instead.
+        # Tensors outside the trace that require a gradient, each with the view that the calls used instead.
         self.parameters: list[tuple[Tensor, Tensor]] = []
-        # Where a constant was added, the constant, and how the samples lie there.
+        # Each added constant, the gradient edge of the result, and the layout of its samples.
         self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
-        self.path: set[Node] = set()  # after judging: from the logits to the inputs
-        self.single = True  # likewise: one logit a sample
-        self.attached = False  # likewise: something else was returned that may be differentiated
-        self.sends_zeros = False  # likewise: some layers' double backward reaches the forward, with zeros
+        self.path: set[Node] = set()  # set by find_obstacle: the nodes from the logits to the inputs
+        self.single = True  # set by find_obstacle: there is one logit per sample
+        self.attached = False  # set by find_obstacle: the caller may differentiate other outputs
+        self.sends_zeros = False  # set by find_obstacle: a layer's double backward returns zeros for its input
         self._inputs = inputs
         self._made = {id(x): _Made(ref(x), x._version, Layout(0), None) for x in inputs}
         self._views: dict[int, Tensor] = {}
@@ -79,7 +80,7 @@ class Tracer(TorchFunctionMode):
         touched = [known for t in tensors((args, kwargs)) if (known := self._known(t)) is not None]
         if touched and func in LIKE and self._known(args[0]) is None:
             touched = []
-        if not touched or not torch.is_grad_enabled():  # without a gradient, what is made is a constant
+        if not touched or not torch.is_grad_enabled():  # without gradients, the result is a constant
             result = func(*args, **kwargs)
             if func is torch.arange:
                 self._remember_count(args, result)
@@ -91,8 +92,8 @@ class Tracer(TorchFunctionMode):
                 call: Call | None = None
                 try:
                     call = self._begin(rule.before, func, args, kwargs)
-                except Refused as refused:
-                    why = self._reason(func, str(refused))
+                except Ineligible as ineligible:
+                    why = self._reason(func, str(ineligible))
         if why is not None or rule is None or call is None:
             result = func(*args, **kwargs)
             with torch_private.DisableTorchFunction():
@@ -112,12 +113,12 @@ class Tracer(TorchFunctionMode):
         return made if made is not None and made.tensor() is tensor else None
 
     def layout(self, tensor: Any) -> Layout | None:
-        """How the samples lie in a tensor made from the input; None: it is a constant."""
+        """Return the layout of the samples in a tensor, or None for a constant."""
         made = self._known(tensor)
         return made.layout if made is not None and tensor.requires_grad else None
 
     def counts(self, index: Tensor, size: int) -> bool:
-        """Whether these are the numbers 0 to ``size``, each once, in order."""
+        """Return whether the index equals ``torch.arange(size)``."""
         if index.numel() != size:
             return False
         known = self._counts.get(id(index))
@@ -137,10 +138,12 @@ class Tracer(TorchFunctionMode):
     def _begin(self, before: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if func in IN_PLACE:
             if self.layout(args[0]) is None:
-                raise Refused("writes what was made from the input into a constant; use the form that is not in place")
+                raise Ineligible(
+                    "writes a tensor that depends on the input into a constant; use the form that is not in place"
+                )
             if args[0]._is_view():
-                if func not in CLEAR_IN_PLACE:
-                    raise Refused("is in place on a view; use the form that is not in place")
+                if func not in SAFE_IN_PLACE:
+                    raise Ineligible("is in place on a view; use the form that is not in place")
                 self._writes_slices = True
         args, kwargs = bind(self.view, args), bind(self.view, kwargs)
         call = Call(self, func, args, kwargs)
@@ -153,34 +156,34 @@ class Tracer(TorchFunctionMode):
         named = {_ALIASES.get(name, name): value for name, value in call.kwargs.items()}
         try:
             layout = after(call, *call.args, **named)
-        except Mixed as mixed:
+        except MixesSamples as mixed:
             if self.samples != 1:
                 return None, self._reason(call.func, str(mixed))
-            layout = Layout(0)  # whatever is done to one sample keeps it apart
-        except Refused as refused:
-            return None, self._reason(call.func, str(refused))
+            layout = Layout(0)  # one sample cannot mix with others
+        except Ineligible as ineligible:
+            return None, self._reason(call.func, str(ineligible))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            return None, self._reason(call.func, f"was called in a way that one pass has no rule for ({error})")
+            return None, self._reason(call.func, f"was called in a form without a rule for one pass ({error})")
         if call.constants and call.func in IN_PLACE and call.result._is_view():
             return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
-        if call.constants:  # of one result
+        if call.constants:  # there is one result
             self.constants += [(edge, constant, layout) for edge, constant in call.constants]
         return layout, None
 
     def view(self, value: Any) -> Any:
-        """The value or, of a tensor that requires a gradient and is not made from the input, a view of this graph.
+        """Replace a tensor that requires a gradient and does not depend on the input by a view of it.
 
-        The pass differentiates as far as these. What lies behind is left to whoever called backward, who may reach it
-        from elsewhere too and runs its hooks once.
+        The pass differentiates with respect to these views. The backward that the user calls continues from there, so
+        it accumulates gradients from other uses of a parameter and runs its hooks once.
         """
         if not isinstance(value, Tensor):
             return value
         if not is_plain(value):
-            raise Refused(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
+            raise Ineligible(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
         if not value.requires_grad or self._known(value) is not None:
             return value
         shard = source(value)
-        if shard is not None:  # the gather of a view is the view that a call may read
+        if shard is not None:  # a gathered weight was made from a view already
             if id(shard.view) not in self._views:
                 self._views[id(shard.view)] = shard.view
                 self.parameters.append(shard)
@@ -188,28 +191,28 @@ class Tracer(TorchFunctionMode):
         view = self._views.get(id(value))
         if view is None:
             view = self._views[id(value)] = value.view_as(value)
-            self.parameters.append((value, view))  # which also keeps its id its own
+            self.parameters.append((value, view))  # the reference keeps the id unique
         return view
 
     def _mark(self, result: Any, layout: Any, why: str | None) -> None:
         if isinstance(result, Tensor):
             if result.requires_grad:
                 if why is None and result.is_complex():
-                    why = "complex tensors have no one pass"
+                    why = "complex tensors do not allow one pass"
                 self._made[id(result)] = _Made(ref(result), result._version, layout, why)
         elif isinstance(result, list | tuple):
             for i, part in enumerate(result):
                 self._mark(part, layout[i] if type(layout) is list else layout, why)
 
     def _judge_unknown(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
-        """Mark what a function without a rule has made. What requires no gradient is a constant."""
+        """Mark the results of a function without a rule. Results that require no gradient are constants."""
         made = [*tensors(result)]
         if func == _DATA:
             self._data.append((result, result._version))
         elif any(tensor.requires_grad for tensor in made):
             self._mark(result, None, self._reason(func, _NO_RULE))
         elif not made and not isinstance(result, bool | int | float | str | list | tuple):
-            why = self._reason(func, _NO_RULE)  # a hook, an assignment, or something else that is not known
+            why = self._reason(func, _NO_RULE)  # a hook, an assignment, or an unknown side effect
             for tensor in tensors((args, kwargs)):
                 if tensor is args[0] or self._known(tensor) is not None:
                     self._mark(tensor, None, why)
@@ -222,26 +225,26 @@ class Tracer(TorchFunctionMode):
     def _reason(self, func: Any, why: str) -> str:
         return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
 
-    def judge(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
-        """Why one pass does not do, or None.
+    def find_obstacle(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
+        """Return the obstacle to one pass, or None.
 
         Args:
             outputs: the logits.
-            returned: everything that the discriminator returned.
-            late: the first layers may be PyTorch's own.
+            returned: the output of the discriminator.
+            late: whether PyTorch's own functions may have run the first layers.
         """
         outputs = [output for output in outputs if output.requires_grad]
         for output in outputs:
             known = self._known(output)
             if known is None:
-                return f"the logits were not made from the input by torch functions alone{self._custom([output])}"
+                return f"the logits were not computed from the input by torch functions alone{self._custom([output])}"
             why = known.why or self._unseen([known])
             if why is not None:
                 return why
         if not self.parameters:
             return "no weight or bias requires a gradient"
         if any(data._version != version for data, version in self._data):
-            return f"a tensor {_UNSEEN}, as .data does not"
+            return f"a tensor {_UNSEEN}, and .data hides them"
         parts = tree_leaves(returned)
         if not all(any(part is output for part in parts) for output in outputs):
             return "the logits are not among the tensors that the discriminator returned"
@@ -259,21 +262,23 @@ class Tracer(TorchFunctionMode):
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
         if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
-            return f"a weight is made from the input{self._custom(parameter for parameter, _ in self.parameters)}"
+            return f"a weight depends on the input{self._custom(parameter for parameter, _ in self.parameters)}"
         if leaves:
             shapes = ", ".join(sorted(str(tuple(leaf.variable.shape)) for leaf in leaves))  # type: ignore[attr-defined]
-            return f"a tensor that requires a gradient, of shape {shapes}, enters where no torch function shows it"
+            return f"a tensor that requires a gradient, of shape {shapes}, enters the graph outside torch functions"
         also = {"CopySlices"} if self._writes_slices else set()
         if late:
             also |= SENDS_ZEROS
             self.sends_zeros = any(type(node).__name__ in SENDS_ZEROS for node in self.path)
         curved = {
-            type(node).__name__ for node in self.path if node not in targets and not keeps_clear(node, self.path, also)
+            type(node).__name__
+            for node in self.path
+            if node not in targets and not avoids_forward(node, self.path, also)
         }
-        return f"{', '.join(sorted(curved))} in its graph, whose backward reads the forward" if curved else None
+        return f"{', '.join(sorted(curved))} in its graph, whose gradient depends on the forward" if curved else None
 
     def _custom(self, tensors: Iterable[Tensor]) -> str:
-        """What on the way from the input to these no torch function shows."""
+        """Name the custom autograd.Functions between the input and these tensors."""
         targets = {get_gradient_edge(x).node for x in self._inputs}
         path, _ = follow((tensor.grad_fn for tensor in tensors), targets)
         names = {
@@ -281,22 +286,22 @@ class Tracer(TorchFunctionMode):
         }
         return f": {', '.join(sorted(names))} is a custom autograd.Function" if names else ""
 
-    def remark(self) -> str | None:
-        """What to say besides, where one pass does."""
-        remarks = []
+    def conditions(self) -> str | None:
+        """Return the conditions under which one pass applies, or None if there are none."""
+        conditions = []
         if not self.single:
-            remarks.append(
-                "where all logits of a sample have the same gradient, as in their mean; else 2 forwards more"
+            conditions.append(
+                "if the loss has the same gradient for all logits of a sample, as a mean has; otherwise 2 more forwards"
             )
         if self.sends_zeros:
-            remarks.append("after the first layers, which are so small that PyTorch's own functions run them")
+            conditions.append("after the first layers, which are so small that PyTorch's own functions run them")
         if self.attached:
-            remarks.append("what else it returns has a backward of its own: 2 forwards more where a loss uses it")
-        return "; ".join(remarks) or None
+            conditions.append("other outputs have a backward of their own: 2 more forwards if a loss uses them")
+        return "; ".join(conditions) or None
 
 
 def _place() -> str:
-    """File and line of the call that is being made, outside of torch and fastgan."""
+    """Return the file and line of the current call in the user's code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""The gradients of logits in the inputs, for any discriminator."""
+"""The gradients of the logits with respect to the inputs, for any discriminator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from fastgan.ops.gradient_penalty.lacks import watched
-from fastgan.ops.gradient_penalty.let_go import may_let_go
+from fastgan.ops.gradient_penalty.freeing import may_free
+from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
 
@@ -20,24 +20,24 @@ def gradients(
     logits: Sequence[Tensor],
     inputs: tuple[Tensor, ...],
     *,
-    ours: bool = False,
+    private_graph: bool = False,
     create_graph: bool = True,
 ) -> tuple[list[Tensor | None], set[Node]]:
-    """The gradients of the logits' sum in the inputs, and the nodes that lead from the logits to the inputs.
+    """Return the gradients of the sum of the logits, and the nodes between the logits and the inputs.
 
     Args:
-        ours: nobody else has these logits, so what their forward saved may be freed.
+        private_graph: the user has no access to these logits, so the activations of their forward may be freed.
         create_graph: whether the gradients keep their graph.
 
     Raises:
-        ValueError: there is no gradient in any input.
+        ValueError: the logits depend on none of the inputs.
     """
     connected = [output for output in logits if output.requires_grad]
     if not connected:
         raise ValueError(INDEPENDENT)
     path = paths(connected, *inputs)
     refuse_sharded_graph(path)
-    keep = create_graph and not (ours and may_let_go(path, *(get_gradient_edge(x).node for x in inputs)))
+    keep = create_graph and not (private_graph and may_free(path, *(get_gradient_edge(x).node for x in inputs)))
     with watched(path, inputs) as watch:
         ones = [watch.factor(output) for output in connected]
         grads = torch.autograd.grad(
@@ -51,7 +51,7 @@ def gradients(
 
 
 def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same, of a forward that was PyTorch's own: it has every derivative, and nothing is to be freed."""
+    """Return the gradients after a forward that ran only PyTorch's functions. It needs no checks and frees nothing."""
     connected = [output for output in logits if output.requires_grad]
     if connected:
         ones = [torch.ones_like(output) for output in connected]

@@ -12,7 +12,7 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 
 
 def named(name: str, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor, and what it is called in a message."""
+    """Yield each tensor with its name for error messages."""
     if isinstance(inputs, Tensor):
         yield name, inputs
     elif isinstance(inputs, Mapping):
@@ -22,14 +22,14 @@ def named(name: str, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 
 
 def floating(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The tensors that are differentiated."""
+    """Return the tensors that are differentiated."""
     if isinstance(inputs, Tensor):
         return (inputs,)
     return tuple(tensor for _, tensor in named("", inputs) if tensor.is_floating_point())
 
 
 def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
-    """The same structure, ``by(tensor)`` in the place of each floating tensor."""
+    """Return the same structure with each floating-point tensor replaced by ``by(tensor)``."""
     if isinstance(inputs, Tensor):
         return by(inputs)
     new = [by(tensor) if tensor.is_floating_point() else tensor for _, tensor in named("", inputs)]
@@ -40,22 +40,22 @@ def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
         for key, tensor in zip(inputs, new, strict=True):
             mapping[key] = tensor
         return mapping  # type: ignore[no-any-return]
-    make: Any = getattr(type(inputs), "_make", type(inputs))  # of a named tuple
+    make: Any = getattr(type(inputs), "_make", type(inputs))  # for named tuples
     return make(new)  # type: ignore[no-any-return]
 
 
 def differentiable(inputs: Inputs) -> Inputs:
-    """The inputs, detached from what made them; every floating tensor requires a gradient."""
+    """Detach the inputs. Every floating-point tensor then requires a gradient."""
     if isinstance(inputs, Tensor):
         return inputs.detach().requires_grad_()
     return replaced(inputs, lambda tensor: tensor.detach().requires_grad_())
 
 
 def check_inputs(name: str, inputs: Any) -> None:
-    """Raise unless these are inputs whose floating tensors have a row a sample each."""
+    """Raise unless all floating-point tensors have one row per sample."""
     if isinstance(inputs, Tensor):
         if not inputs.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {inputs.dtype}")
+            raise TypeError(f"{name} must be floating-point, got {inputs.dtype}")
         _check_rows(name, inputs)
         return
     if not isinstance(inputs, tuple | list | Mapping):
@@ -67,10 +67,10 @@ def check_inputs(name: str, inputs: Any) -> None:
             _check_rows(part, tensor)
     each = floating(inputs)
     if not each:
-        raise TypeError(f"{name} must hold a floating tensor, got none")
+        raise TypeError(f"{name} must hold a floating-point tensor, got none")
     if len({len(tensor) for tensor in each}) > 1:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in each)
-        raise ValueError(f"the floating tensors of {name} must have a row a sample each, got shapes {shapes}")
+        raise ValueError(f"the floating-point tensors of {name} must have one row per sample, got shapes {shapes}")
 
 
 def _check_rows(part: str, tensor: Tensor) -> None:
@@ -79,7 +79,7 @@ def _check_rows(part: str, tensor: Tensor) -> None:
 
 
 def check_same_form(real: Inputs, fake: Inputs) -> None:
-    """Raise unless ``fake`` is built of tensors of the shapes and devices of ``real``."""
+    """Raise unless ``fake`` has the structure, shapes and devices of ``real``."""
     if isinstance(real, Tensor) and isinstance(fake, Tensor):
         _check_alike("real", real, "fake", fake)
         return
@@ -88,7 +88,7 @@ def check_same_form(real: Inputs, fake: Inputs) -> None:
         wanted, got = (
             ", ".join(name + part for part in parts) for name, parts in (("real", of_real), ("fake", of_fake))
         )
-        raise ValueError(f"fake must hold what real holds, {wanted}, got {got}")
+        raise ValueError(f"fake must hold the same tensors as real, {wanted}, got {got}")
     for part, tensor in of_real.items():
         _check_alike(f"real{part}", tensor, f"fake{part}", of_fake[part])
 
@@ -99,4 +99,4 @@ def _check_alike(of: str, real: Tensor, part: str, fake: Tensor) -> None:
     if fake.device != real.device:
         raise ValueError(f"{part} must be on the device of {of}, {real.device}, got {fake.device}")
     if fake.is_floating_point() != real.is_floating_point():
-        raise TypeError(f"{part} must be floating where {of} is, {real.dtype}, got {fake.dtype}")
+        raise TypeError(f"{part} and {of} must both be floating-point or both not, got {fake.dtype} and {real.dtype}")

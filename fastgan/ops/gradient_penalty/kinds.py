@@ -1,4 +1,4 @@
-"""The kinds of penalty: what is made of the norms of the gradients."""
+"""The kinds of penalty: functions of the norms of the gradients."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Dims = int | Sequence[int]
 
 
 class _Formula(NamedTuple):
-    """A penalty of each sample, from its norm or its squared norm (N,) and, where there is one, a target."""
+    """The penalty of each sample as a function of its norm or squared norm (N,) and a target."""
 
     of: Callable[[Tensor, Any], Tensor]
-    target: float | None = None  # None: the formula has none
+    target: float | None = None  # None: the formula has no target
     squared: bool = False
     factor: float = 1.0
-    largest: bool = False  # the largest of the samples' penalties, instead of their mean
+    largest: bool = False  # return the largest penalty instead of the mean
 
 
 _TWO_SIDED = _Formula(lambda norms, target: (norms - target).square(), target=1.0)
@@ -49,7 +49,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "sum"
 
 @dataclass(frozen=True, slots=True)
 class Penalty:
-    """A function of the gradients of some points. ``gradient_penalty`` describes the fields."""
+    """A function of the gradients at the points. ``gradient_penalty`` describes the fields."""
 
     kind: Kind = "r1"
     weight: Number | None = None
@@ -58,8 +58,10 @@ class Penalty:
     reduction: str = "mean"
     _over: tuple[int, ...] | None = field(init=False, default=None)  # dims as a tuple
     _formula: _Formula = field(init=False, repr=False, compare=False, default=_SQUARED)
-    is_approximate: bool = field(init=False, repr=False, compare=False, default=False)  # by differences of forwards
-    _sums_all: bool = field(init=False, repr=False, compare=False, default=False)  # norms are added up and no more
+    is_approximate: bool = field(init=False, repr=False, compare=False, default=False)  # uses finite differences
+    _sums_all: bool = field(
+        init=False, repr=False, compare=False, default=False
+    )  # the penalty is a plain sum of squares
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -71,7 +73,7 @@ class Penalty:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
         object.__setattr__(self, "is_approximate", self.kind == "r1-finite-difference")
         if self.is_approximate and self.reduction == "none":
-            raise ValueError(f"{self._name} differentiates the whole batch at once: reduction must be 'mean' or 'sum'")
+            raise ValueError(f"{self._name} needs reduction 'mean' or 'sum', got {self.reduction!r}")
         formula = KINDS[self.kind] if isinstance(self.kind, str) else _Formula(_checked(self.kind))
         object.__setattr__(self, "_over", _checked_dims(self.dims))
         object.__setattr__(self, "_formula", formula)
@@ -79,12 +81,11 @@ class Penalty:
         object.__setattr__(self, "_sums_all", sums and self._over is None and not isinstance(self.weight, Tensor))
         if self.target is not None and self._formula.target is None:
             raise ValueError(
-                f"{self._name} has no target, got target={self.target}: the kinds with one are wgan-gp, "
-                "wgan-lp and dragan"
+                f"{self._name} has no target, got target={self.target}: only wgan-gp, wgan-lp and dragan take one"
             )
         if self._formula.largest and self.reduction != "mean":
             raise ValueError(
-                f"{self._name} is the largest of the samples' penalties: leave reduction out, got {self.reduction!r}"
+                f"{self._name} returns the largest penalty in the batch: leave reduction out, got {self.reduction!r}"
             )
 
     @property
@@ -92,7 +93,7 @@ class Penalty:
         return f"kind {self.kind!r}" if isinstance(self.kind, str) else "a kind that is a function"
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
-        """The penalty of the gradients, each (N, *S)."""
+        """Return the penalty of the gradients, each (N, *S)."""
         if is_autocast(grads[0].device.type):
             with torch.autocast(grads[0].device.type, enabled=False):
                 return self._of(grads)
@@ -117,9 +118,9 @@ class Penalty:
         return 10.0 if self.weight is None else self.weight
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A leaf of the shape and dtype of a penalty at these inputs. It requires a gradient: backward runs on it.
+        """Return a zero with the shape and dtype of a penalty at these inputs.
 
-        Inside of a graph of torch.compile, which has no such leaves, it is a constant.
+        It requires a gradient, so that ``backward`` may be called on it. While torch.compile traces, it is a constant.
         """
         shape = remaining(inputs[0].shape, self._over) if self.reduction == "none" else []
         zero = torch.zeros(shape, dtype=dtype_of(inputs), device=inputs[0].device)
@@ -127,7 +128,7 @@ class Penalty:
 
 
 def penalty_of(kind: Kind, weight: Number | None, target: Number | None, dims: Dims | None, reduction: str) -> Penalty:
-    """A Penalty, whose arguments are checked once where they are common ones."""
+    """Return a Penalty. Common combinations of arguments are checked once and cached."""
     common = target is None and dims is None and type(weight) in _COMMON and type(kind) is str
     if common and type(reduction) is str and not torch.compiler.is_dynamo_compiling():
         return _common(kind, weight, reduction)
@@ -143,7 +144,7 @@ def _common(kind: str, weight: Number | None, reduction: str) -> Penalty:
 
 
 def penalize(kind: Kind, grad: Tensor, weight: Number) -> Tensor:
-    """weight * penalty of the gradients (N, *S), in float32 or better."""
+    """Return the penalty of one gradient (N, *S), in float32 or float64."""
     return Penalty(kind, weight)((grad,))
 
 
@@ -176,8 +177,8 @@ def _checked(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Te
             raise TypeError(f"kind must return a tensor of penalties, got {type(each).__name__}")
         if each.shape != norms.shape:
             raise ValueError(
-                f"kind must return a penalty for each norm, of shape {tuple(norms.shape)}, got {tuple(each.shape)}: "
-                "reduction= says what becomes of them"
+                f"kind must return one penalty per norm, of shape {tuple(norms.shape)}, got {tuple(each.shape)}: "
+                "reduction= takes the mean or the sum"
             )
         return each
 
@@ -189,5 +190,5 @@ def _broadcasting(target: Tensor, norms: Tensor) -> Tensor:
         size in (1, of_norms) for size, of_norms in zip(reversed(target.shape), reversed(norms.shape), strict=False)
     )
     if not fits:
-        raise ValueError(f"target must fit the norms, {tuple(norms.shape)}, got shape {tuple(target.shape)}")
+        raise ValueError(f"target must broadcast to the norms, {tuple(norms.shape)}, got shape {tuple(target.shape)}")
     return target.to(norms.dtype)

@@ -1,4 +1,4 @@
-"""Where the samples lie in a tensor that was made from a batch, and what happens to them as its shape changes."""
+"""Layouts: which dimension of a tensor holds the samples of the batch, and how reshapes and views move it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 
-class Refused(Exception):
-    """One pass does not do for this call; the message says why."""
+class Ineligible(Exception):
+    """This call does not allow one pass. The message gives the reason."""
 
 
-class Mixed(Refused):
-    """What belongs to different samples comes together, or is not where a layout can say."""
+class MixesSamples(Ineligible):
+    """The call mixes samples, or moves them to places that a Layout cannot describe."""
 
-    def __init__(self, why: str = "it mixes the samples; one pass needs every sample to be judged by itself") -> None:
+    def __init__(self, why: str = "mixes the samples; one pass requires that samples do not affect each other") -> None:
         super().__init__(why)
 
 
 class Layout(NamedTuple):
-    """Dimension ``dim`` has the size outer * N * inner, and index i along it belongs to sample (i // inner) % N."""
+    """Dimension ``dim`` has size outer * N * inner. Index i along it belongs to sample (i // inner) % N."""
 
     dim: int
     outer: int = 1
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 
 def rows(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
-    """(N, M): the values of each sample."""
+    """Return the values of each sample, (N, M)."""
     if samples == 1:
         return tensor.reshape(1, -1)
     dim, outer, inner = layout
@@ -41,7 +41,7 @@ def rows(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
 
 
 def sums(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
-    """(N,): the sum over each sample's values, in float32 or more."""
+    """Return the sum over the values of each sample, (N,), in float32 or float64."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     if samples == 1:
         return tensor.sum(dtype=dtype).reshape(1)
@@ -53,7 +53,7 @@ def sums(tensor: Tensor, layout: Layout, samples: int) -> Tensor:
 
 
 def reshaped(layout: Layout, before: Sequence[int], after: Sequence[int], samples: int) -> Layout:
-    """The layout once a tensor is read in row-major order in another shape."""
+    """Return the layout after a reshape in row-major order."""
     step = layout.inner * prod(before[layout.dim + 1 :])  # elements from one sample to the next
     below = 1
     for dim in reversed(range(len(after))):
@@ -63,13 +63,14 @@ def reshaped(layout: Layout, before: Sequence[int], after: Sequence[int], sample
                 break
             return Layout(dim, after[dim] // (samples * inner), inner)
         below *= after[dim]
-    raise Mixed
+    raise MixesSamples
 
 
 def viewed(layout: Layout, shape: Sequence[int], view: Callable[[Tensor], Any], samples: int) -> Any:
-    """The layouts of what a function that only makes views makes of a tensor.
+    """Return the layouts of the results of a function that only returns views.
 
-    It is applied to a stand-in of one number a step along the samples, whose strides then tell where they went.
+    The function is applied to a stand-in whose stride is 1 along the samples and 0 elsewhere. The strides of the
+    results show where the samples went.
     """
     size = shape[layout.dim]
     strides = [int(dim == layout.dim) for dim in range(len(shape))]
@@ -82,23 +83,23 @@ def viewed(layout: Layout, shape: Sequence[int], view: Callable[[Tensor], Any], 
 def _read(stand_in: Tensor, layout: Layout, samples: int) -> Layout:
     stepping = [dim for dim, step in enumerate(stand_in.stride()) if step and stand_in.shape[dim] > 1]
     if len(stepping) != 1 or stand_in.stride(stepping[0]) != 1:
-        raise Mixed
+        raise MixesSamples
     period = samples * layout.inner
     size = stand_in.shape[stepping[0]]
     if size % period or int(stand_in.storage_offset()) % period:
-        raise Mixed
+        raise MixesSamples
     return Layout(stepping[0], size // period, layout.inner)
 
 
 def aligned(parts: Sequence[tuple[Layout, Tensor]], shape: Sequence[int]) -> Layout:
-    """The layout of a result that tensors with these layouts were broadcast to."""
+    """Return the layout of a result to which tensors with these layouts were broadcast."""
     found = {
         (layout.dim - tensor.ndim, layout.outer, layout.inner, tensor.shape[layout.dim]) for layout, tensor in parts
     }
     if len(found) != 1:
-        raise Mixed
+        raise MixesSamples
     ((right, outer, inner, size),) = found
     dim = len(shape) + right
     if shape[dim] != size:
-        raise Mixed
+        raise MixesSamples
     return Layout(dim, outer, inner)

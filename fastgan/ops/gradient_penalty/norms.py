@@ -1,4 +1,4 @@
-"""The norm of each sample's gradient: one read of it forward, and one read and one write back."""
+"""The norm of each sample's gradient. The forward reads the gradient once; the backward reads and writes it once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements, from which reading them less often is worth a Python function (measured on a Xeon).
+# From these numbers of elements, saving memory traffic pays for a Python Function (measured on a Xeon).
 _LEAST = 2**14
 _LEAST_SQUARED = 2**17
 
 
 def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: bool) -> Tensor:
-    """The norms over all gradients together, in float32 or better: a half-precision square would overflow.
+    """Compute one norm over all gradients, in float32 or float64. Squares in half precision would overflow.
 
     Args:
-        grads: each (N, *S); S may differ from one to the next.
-        dims: the dimensions of each that the norm is over; None: all but the first.
-        squared: whether to return squares of norms.
+        grads: each (N, *S), where S may differ.
+        dims: the dimensions over which the norm is taken. None: all but the first.
+        squared: whether to return squared norms.
 
     Returns:
-        (N, *R), where R are the dimensions that remain: none, unless ``dims`` leaves some.
+        (N, *R), where R are the dimensions that are not in ``dims``.
     """
     take = _squared_norm if squared else _norm
     if len(grads) == 1:
@@ -35,15 +35,15 @@ def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: boo
     if len({part.shape for part in parts}) > 1:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(
-            f"one norm over several inputs needs the same dimensions to remain of each, got dims={dims}, which leaves "
-            f"{shapes}: leave dims out for one norm a sample"
+            f"one norm over several inputs needs the same remaining dimensions for all, got dims={dims}, which leaves "
+            f"{shapes}: leave dims out for one norm per sample"
         )
     stacked = torch.stack(parts)
     return stacked.sum(0) if squared else torch.linalg.vector_norm(stacked, dim=0)
 
 
 def dtype_of(grads: Sequence[Tensor]) -> torch.dtype:
-    """What the norms over these are computed in."""
+    """Return the dtype in which norms over these tensors are computed."""
     return reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
 
 
@@ -52,13 +52,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def remaining(shape: Sequence[int], dims: tuple[int, ...] | None) -> list[int]:
-    """The shape of the norms over tensors of this shape."""
+    """Return the shape of the norms over tensors of this shape."""
     over = resolve(dims, len(shape))
     return [size for dim, size in enumerate(shape) if dim not in over]
 
 
 def resolve(dims: tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
-    """The dimensions of a tensor of ``ndim`` that ``dims`` names, counted from the front."""
+    """Return ``dims`` as nonnegative indices for a tensor with ``ndim`` dimensions."""
     if dims is None:
         return tuple(range(1, ndim))
     resolved = tuple(dim + ndim if dim < 0 else dim for dim in dims)
@@ -90,7 +90,7 @@ def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Te
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
-    """The sum of the squares of all norms, where that is the cheaper for being taken at once."""
+    """Return the sum of all squared norms in one step, or None if separate norms are not slower."""
     if len(grads) > 1 or not _is_small(grads[0], _LEAST_SQUARED):
         return None
     (grad,) = grads
@@ -105,18 +105,18 @@ def _is_small(grad: Tensor, least: int) -> bool:
 
 
 def _read_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Reads the gradient once and stores no squares of it."""
+    """Compute the norm with one read of the gradient and without storing its squares."""
     norm: Tensor = torch.linalg.vector_norm(grad, dim=dims, dtype=dtype)
     return norm
 
 
 def _spread(factor: Tensor, grad: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """(N, *R) to a shape that broadcasts over ``grad``."""
+    """Reshape (N, *R) so that it broadcasts over ``grad``."""
     return factor.reshape([1 if dim in dims else size for dim, size in enumerate(grad.shape)])
 
 
 class _Norm(torch.autograd.Function):
-    """The gradient of a norm of zero is zero. PyTorch's own function goes over the gradient twice more."""
+    """The norm, whose gradient at zero is zero. PyTorch's own function needs two more passes over the gradient."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,17 +1,21 @@
-"""Loss and gradient penalty of the same batch in one pass of four forwards' work, where PyTorch takes six.
+"""The loss and the gradient penalty of a batch in one pass that costs as much as four forwards; PyTorch needs six.
 
-For a discriminator that is affine around each sample, with g_i = dD(x_i)/dx and delta_i the gradient where a constant k
-(a bias, a position table, a padding) was added, D(x_i) = <g_i, x_i> + sum over constants <delta_i, k>. So for a loss
-with c_i = dloss/dD(x_i), the parameters' gradient of sum_i c_i D(x_i), the right side's, comes out of the same
-differentiation of g and delta that the penalty needs: one combined tangent, v_i + c_i x_i at the input and c_i k at
-each constant, one weight gradient a layer, and the backward of the forward itself is never run.
+Let D be affine around each sample. Let g_i = dD(x_i)/dx, and let delta_i be the gradient at a place where a constant k
+(a bias, a position table, a padding) is added. Then
 
-Of several logits a sample (patches, scales), g_i is the gradient of their sum. Where a loss has another gradient in
-each of them, its own backward runs through the forward, which is kept for it.
+    D(x_i) = <g_i, x_i> + sum over constants <delta_i, k>.
 
-The idea that a locally linear network needs less for a norm penalty is Etmann's (A Closer Look at Double
-Backpropagation, 2019, arXiv 1906.06637); tangents through piecewise-affine networks, Balestriero and Baraniuk (2021,
-arXiv 2104.00219). Taking the loss along in the penalty's own pass is fastgan's.
+The penalty differentiates g with respect to the parameters. A loss with c_i = dloss/dD(x_i) needs the parameter
+gradient of sum_i c_i D(x_i), which the right side gives in the same differentiation. The combined tangent is
+v_i + c_i x_i at the input, where v is the tangent of the penalty, and c_i k at each constant. Each layer computes one
+weight gradient. The backward of the forward itself never runs.
+
+If there are several logits per sample (patches, scales), g_i is the gradient of their sum. If a loss has different
+gradients for the logits of a sample, its own backward runs through the forward, which is kept for this purpose.
+
+References: Etmann, A Closer Look at Double Backpropagation, 2019 (arXiv 1906.06637), shows that norm penalties of
+locally linear networks need less work. Balestriero and Baraniuk, 2021 (arXiv 2104.00219), compute tangents through
+piecewise-affine networks. Computing the loss in the pass of the penalty is fastgan's contribution.
 """
 
 from __future__ import annotations
@@ -40,13 +44,13 @@ def one_pass(
     tracer: Tracer,
     penalty: Callable[[tuple[Tensor, ...]], Tensor],
 ) -> tuple[Any, Tensor]:
-    """What the discriminator returned, its logits replaced by the pass's, and the penalty.
+    """Return the output of the discriminator, with logits that the pass differentiates, and the penalty.
 
     Args:
-        returned: what the discriminator returned.
-        outputs: the logits among it.
-        inputs: (N, *S) each, that they came from.
-        tracer: has judged this forward.
+        returned: the output of the discriminator.
+        outputs: the logits in it.
+        inputs: the inputs of the forward, each (N, *S).
+        tracer: the trace of this forward. It found no obstacle.
         penalty: a function of the gradients (N, *S).
     """
     outputs = [output for output in outputs if output.requires_grad]
@@ -65,7 +69,7 @@ def one_pass(
 def _differentiate(
     outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer
 ) -> tuple[list[Tensor], Tensor]:
-    """The gradients of the sum of the logits in the inputs, and for each sample (N,) the logits' sum by these."""
+    """Return the gradients of the sum of the logits, and D(x) computed from them, (N,). D(x) sums over all logits."""
     samples = tracer.samples
     fused = [entry for entry in tracer.constants if _sums_itself(*entry)]
     others = [entry for entry in tracer.constants if not _sums_itself(*entry)]
@@ -75,7 +79,7 @@ def _differentiate(
         outputs,
         [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
         [torch.ones_like(output) for output in outputs],
-        # Otherwise what the forward kept is freed now.
+        # Otherwise this call frees the activations of the forward.
         retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single or backends.is_lowered(),
         create_graph=True,
         allow_unused=True,
@@ -101,16 +105,16 @@ def _differentiate(
 
 
 def _sums_itself(edge: GradientEdge, constant: Tensor | float, layout: Layout) -> bool:
-    """Whether this is a convolution's bias, and the convolution sums over its gradient with it on the way."""
+    """Return whether this is the bias of a convolution whose backward computes <delta, bias> itself."""
     return hasattr(edge.node, "bias_for_term") and layout.dim == 0
 
 
 def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int) -> Tensor:
-    """<delta_i, constant> of each sample (N,)."""
+    """Return <delta_i, constant> for each sample, (N,)."""
     if not isinstance(constant, Tensor):
         return sums(delta, layout, samples) * constant
     if delta.ndim == 2 and layout == (0, 1, 1) and constant.shape == delta.shape[1:] and delta.dtype == constant.dtype:
-        return torch.mv(delta, constant)  # of a linear layer: one operator for three, and in its derivative
+        return torch.mv(delta, constant)  # a linear layer: one operator instead of three, also in the derivative
     constant = constant.reshape((1,) * (delta.ndim - constant.ndim) + constant.shape)
     once = [d for d in range(delta.ndim) if constant.shape[d] == 1 and delta.shape[d] != 1 and d != layout.dim]
     if once:
@@ -119,7 +123,7 @@ def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int)
 
 
 class _Graph:
-    """The tensors that the backward differentiates; held apart from autograd's own inputs and outputs."""
+    """The tensors that the backward differentiates. They are not inputs or outputs of the autograd.Function."""
 
     def __init__(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], affine: Tensor, tracer: Tracer) -> None:
         self.grads, self.affine = grads, affine
@@ -128,16 +132,16 @@ class _Graph:
         self.layouts = [layout for output in outputs if (layout := tracer.layout(output)) is not None]
         self.values = [output.detach() for output in outputs]
         self.path = tracer.path
-        # The logits with their forward, kept where a loss may need it.
+        # The logits with the graph of their forward, if a loss may need it.
         self.outputs: Sequence[Tensor] | None = None
 
     def zeros(self) -> list[bool]:
-        """Of each view, whether PyTorch leaves zeros where a penalty does not depend on it."""
+        """Return for each view whether PyTorch returns zeros if a penalty does not depend on it."""
         below = reached_by_zeros(self.path)
         return [view.grad_fn in below for view in self.views]
 
     def shared(self, factors: Sequence[Tensor | None]) -> Tensor | None:
-        """The gradient of a loss in each sample's logits (N,); None: these differ within a sample."""
+        """Return the gradient that all logits of a sample share, (N,), or None if they differ."""
         if self.outputs is None:
             assert factors[0] is not None
             return sums(factors[0], self.layouts[0], self.samples)
@@ -152,14 +156,14 @@ class _Graph:
         certain = len(parts) == 1 and first.shape == parts[0].shape
         if not certain:
             if isinstance(first, FunctionalTensor) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
-                return None  # nobody can look at values now
+                return None  # values cannot be read while a graph is recorded
             if not all(torch.equal(part, first.expand_as(part)) for part in parts):
                 return None
         return first[:, 0]
 
 
 def _one_row(factor: Tensor, layout: Layout, samples: int) -> Tensor:
-    """(N, M): the values of each sample, once where it is known without a look that they are the same."""
+    """Return the values of each sample, (N, M). If the strides show that all are equal, return them once, (N, 1)."""
     same = all(step == 0 or d == layout.dim for d, step in enumerate(factor.stride()) if factor.shape[d] > 1)
     if same and layout.outer == layout.inner == 1:
         for d in range(factor.ndim):
@@ -169,7 +173,7 @@ def _one_row(factor: Tensor, layout: Layout, samples: int) -> Tensor:
 
 
 class _OnePass(torch.autograd.Function):
-    """The logits and the gradients in the inputs, as functions of the parameters."""
+    """Return the logits and the gradients with respect to the inputs, as functions of the parameters."""
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +197,7 @@ class _OnePass(torch.autograd.Function):
             else:
                 pairs.append((graph.affine, shared.to(graph.affine.dtype)))
         pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
-        keep = torch_private.keeps_graph()  # as whoever called backward said
+        keep = torch_private.keeps_graph()  # the retain_graph of the running backward
         found: Any = ()
         if pairs:
             tensors, by = zip(*pairs, strict=True)

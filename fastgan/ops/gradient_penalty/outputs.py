@@ -1,4 +1,4 @@
-"""Which of a discriminator's outputs are logits. Nothing else may be summed in: the penalty would be a wrong number."""
+"""Select the logits among the outputs of a discriminator. Summing any other output would give a wrong penalty."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.autograd.graph import Node
 
 Select = int | str | Sequence[int | str] | Callable[[Any], Any]
 
-_CURE = (
-    "choose the logits with select=: an index or a key, several that are summed (select=(0, 1)), or a function "
+_HOW_TO_SELECT = (
+    "select the logits with select=: an index or key, a tuple of them (select=(0, 1) sums both), or a function "
     "(select=lambda output: output[0])"
 )
 
 
 def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor]:
-    """The logits among what a discriminator returned, each with a row a sample.
+    """Return the logits in the output of a discriminator. Each must have one row per sample.
 
-    Without ``select``, that is one tensor, or several that can only be logits of several scales or periods. The same
-    holds of a list that an index or a key selects. What a function returns is taken as it is.
+    Without ``select``, the output must be one tensor, or several that can only be logits of several scales or periods.
+    The same applies to a list that an index or a key selects. The result of a function is used without this check.
     """
     if select is None and isinstance(returned, Tensor) and returned.ndim and len(returned) == samples:
-        return [returned]  # as nearly always
+        return [returned]  # the common case
     if select is None:
         logits = _sole(returned, samples)
     elif callable(select):
@@ -33,19 +33,19 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
         keys = select if isinstance(select, tuple | list) else (select,)
         logits = [tensor for key in keys for tensor in _sole(_part(returned, key), samples)]
     if _some_twice(logits):
-        raise ValueError(f"select={select!r} chooses the same output twice, of {_shapes(returned)}")
+        raise ValueError(f"select={select!r} selects the same output twice, from {_shapes(returned)}")
     for tensor in logits:
         if tensor.ndim == 0 or len(tensor) != samples:
             raise ValueError(
-                f"the logits must have a row for each of the {samples} inputs, got {_shapes(returned)}: {_CURE}. "
-                "A function may reshape them, too: select=lambda logits: logits.view(N, -1). Where D packs several "
-                "samples in one, give it packed inputs, one pack a row"
+                f"the logits must have one row for each of the {samples} inputs, got {_shapes(returned)}: "
+                f"{_HOW_TO_SELECT}. A function may also reshape them: select=lambda logits: logits.view(N, -1). If the "
+                "discriminator packs several samples into one, pass packed inputs with one pack per row"
             )
     return logits
 
 
 def groups_of(returned: Any, select: Select | None) -> tuple[int, ...]:
-    """How many logits each selected output is made of, where these were not chosen one by one."""
+    """Return the number of logits in each selected output. A function selects single logits: return ()."""
     if callable(select):
         return ()
     if select is None:
@@ -55,14 +55,14 @@ def groups_of(returned: Any, select: Select | None) -> tuple[int, ...]:
 
 
 def refuse_dependent(logits: Sequence[Tensor], groups: Sequence[int]) -> None:
-    """Raise if logits that one output is made of cannot all be logits: what ``logits_of`` cannot see in a trace."""
+    """Raise if an output contains tensors computed from one another. ``logits_of`` cannot check this in a trace."""
     if torch.compiler.is_dynamo_compiling():
         return
     start = 0
     for size in groups:
         group = logits[start : start + size]
         if size > 1 and _one_made_of_another(group):
-            raise ValueError(f"one of the outputs {_shapes(list(group))} is computed from another: {_CURE}")
+            raise ValueError(f"one of the outputs {_shapes(list(group))} is computed from another: {_HOW_TO_SELECT}")
         start += size
 
 
@@ -78,27 +78,27 @@ def _is_key(key: Any) -> bool:
 
 
 def _sole(output: Any, samples: int) -> list[Tensor]:
-    """The tensor, or tensors, of an output in which all can only be logits."""
+    """Return the tensors of an output if all of them can only be logits."""
     if isinstance(output, Tensor):
         return [output]
     if not isinstance(output, tuple | list | Mapping) or not output:
         raise TypeError(
-            f"the discriminator must return a tensor or a sequence of tensors, got {_shapes(output)}: {_CURE}"
+            f"the discriminator must return a tensor or a sequence of tensors, got {_shapes(output)}: {_HOW_TO_SELECT}"
         )
     if isinstance(output, Mapping) or not all(isinstance(part, Tensor) for part in output):
-        raise ValueError(f"the discriminator must return logits alone, got {_shapes(output)}: {_CURE}")
+        raise ValueError(f"the discriminator must return only logits, got {_shapes(output)}: {_HOW_TO_SELECT}")
     logits = list(output)
     rows = all(tensor.ndim > 0 and len(tensor) == samples for tensor in logits)
     if len(logits) > 1 and not (rows and _are_scales(logits)):
         raise ValueError(
-            f"the discriminator returned several outputs, {_shapes(output)}, that need not be logits of several "
-            f"scales, (N, 1, H, W) each, or periods, (N, L) each, of N={samples} samples: {_CURE}"
+            f"the discriminator returned several outputs, {_shapes(output)}, that may not be logits of several "
+            f"scales, (N, 1, H, W) each, or periods, (N, L) each, of N={samples} samples: {_HOW_TO_SELECT}"
         )
     return logits
 
 
 def _chosen(chosen: Any, returned: Any) -> list[Tensor]:
-    """What a function has selected."""
+    """Return the tensors that a function has selected."""
     logits = list(chosen) if isinstance(chosen, tuple | list) else [chosen]
     if not logits or not all(isinstance(tensor, Tensor) for tensor in logits):
         raise ValueError(
@@ -109,16 +109,16 @@ def _chosen(chosen: Any, returned: Any) -> list[Tensor]:
 
 
 def _part(returned: Any, key: Any) -> Any:
-    """One output. An index into a tensor would be a sample."""
+    """Return one output. The output must be a collection, because indexing a tensor would select a sample."""
     if not isinstance(returned, tuple | list | Mapping):
         raise ValueError(
-            f"select={key!r} chooses among several outputs, but the discriminator returned one, "
+            f"select={key!r} selects among several outputs, but the discriminator returned one, "
             f"{_shapes(returned)}: leave select out"
         )
     try:
         return returned[key]
     except (LookupError, TypeError):
-        raise ValueError(f"the discriminator returned no output {key!r}, but {_shapes(returned)}") from None
+        raise ValueError(f"the discriminator returned no output {key!r}, got {_shapes(returned)}") from None
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -130,9 +130,9 @@ def _some_twice(tensors: Sequence[Tensor]) -> bool:
 
 
 def _are_scales(logits: Sequence[Tensor]) -> bool:
-    """Whether these can only be logits of several scales or periods.
+    """Return whether these can only be logits of several scales or periods.
 
-    A single logit (N, 1) beside others is not surely one: a class head with one attribute has that shape too.
+    A tensor (N, 1) beside others is ambiguous: a class head with one attribute has the same shape.
     """
     first = logits[0]
     if any(tensor.ndim != first.ndim or tensor.shape[1:].numel() < 2 for tensor in logits) or _one_made_of_another(
@@ -145,7 +145,7 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
 
 
 def _one_made_of_another(logits: Sequence[Tensor]) -> bool:
-    """Whether one was computed from another, as logits are from features, and probabilities from logits."""
+    """Return whether one tensor was computed from another, such as logits from features."""
     if _some_twice(logits):
         return True
     if torch.compiler.is_dynamo_compiling():

@@ -1,4 +1,4 @@
-"""The lengths of StyleGAN2's paths: norms of the gradient in the latents of a generator's images times noise."""
+"""The path lengths of StyleGAN2: norms of the gradient of <images, noise> with respect to the latents."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from torch import Tensor
 
 from fastgan.ops.gradient_penalty.norms import norms
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.gradient_penalty.zeros import leave_zeros
+from fastgan.ops.gradient_penalty.zeros import fill_zeros
 
 
 def path_lengths(images: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """|J^T noise| of each sample (N,), differentiable once.
+    """Return |J^T noise| for each sample, (N,). It can be differentiated once.
 
     Args:
-        images: (N, ...), made from ``latents``.
-        latents: (N, D), or (N, L, D), whose squared lengths are the mean over L of the sums over D.
+        images: (N, ...), computed from ``latents``.
+        latents: (N, D) or (N, L, D). For (N, L, D), the squared length is the sum over D and the mean over L.
         noise: the cotangent of ``images``.
     """
     (grad,) = torch.autograd.grad(images, latents, noise, create_graph=True, allow_unused=True)
     if grad is None:
-        raise ValueError("the images do not depend on the latents: pass the very tensor that the generator was given")
+        raise ValueError(
+            "the images do not depend on the latents: pass the same tensor that was passed to the generator"
+        )
     lengths = norms([grad], None, squared=False)
     if latents.ndim == 3:
         lengths = lengths / latents.shape[1] ** 0.5
-    return leave_zeros(lengths, paths([images], latents), [latents])
+    return fill_zeros(lengths, paths([images], latents), [latents])

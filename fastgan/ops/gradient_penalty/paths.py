@@ -1,4 +1,4 @@
-"""The nodes by which outputs depend on inputs."""
+"""Find the graph nodes between outputs and inputs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 
 def paths(outputs: Iterable[Tensor], *inputs: Tensor) -> set[Node]:
-    """The nodes that a backward from ``outputs`` to ``inputs`` goes through, those of ``inputs`` included."""
+    """Return the nodes that a backward from ``outputs`` to ``inputs`` visits, including those of ``inputs``."""
     return follow((output.grad_fn for output in outputs), {get_gradient_edge(x).node for x in inputs})[0]
 
 
 def follow(
     starts: Iterable[Node | None], targets: set[Node], ends: Collection[Node] = ()
 ) -> tuple[set[Node], set[Node]]:
-    """The nodes by which ``starts`` lead to ``targets``, and the other leaves found on the way.
+    """Return the nodes between ``starts`` and ``targets``, and all other leaves that the starts depend on.
 
     Args:
-        starts: nodes, or None for a tensor that nothing made.
-        targets: where the paths end.
-        ends: nodes that are looked at no further.
+        starts: nodes; None entries are skipped.
+        targets: the nodes at which the paths end.
+        ends: nodes behind which the search stops.
     """
     users: dict[Node, list[Node]] = {}  # the reverse of the graph
     waiting = list(starts)

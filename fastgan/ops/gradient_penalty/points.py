@@ -1,4 +1,4 @@
-"""The points at which the gradient is taken."""
+"""The points at which a penalty takes the gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same
 
 
 def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
-    """The points, built as ``real`` is: one, or two for "r1+r2"."""
+    """Yield the points, in the structure of ``real``: two for "r1+r2", otherwise one."""
     check_inputs("real", real)
     if kind in ("r1", "r1-finite-difference") or (callable(kind) and fake is None):
         yield real
@@ -34,13 +34,13 @@ def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Genera
 
 
 def _alpha(real: Inputs, generator: torch.Generator | None) -> Tensor:
-    """(N,), uniform in [0, 1)."""
+    """Draw alpha, (N,), uniform in [0, 1)."""
     first = floating(real)[0]
     return uniform([first.shape[0]], first, generator)
 
 
 def _beside(alpha: Tensor, x: Tensor) -> Tensor:
-    """alpha (N,) as (N, 1, ...), to be multiplied by x (N, *S)."""
+    """Reshape alpha (N,) to (N, 1, ...), so that it broadcasts over x (N, *S)."""
     same = alpha.dtype == x.dtype and alpha.device == x.device
     return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
 

@@ -1,4 +1,4 @@
-"""Rules of matrix products and layers: linear in one factor, and a bias that is added."""
+"""Rules for matrix products and linear layers: linear in one factor, plus a bias."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.gradient_penalty.call import Call
-from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, aligned
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, aligned
 from fastgan.ops.gradient_penalty.table import functions
 
 
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
-    call.needs(input)
-    call.fixed(weight, bias)
-    call.constant(bias)
-    return call.above(input, 1)
+    call.require_input(input)
+    call.require_constants(weight, bias)
+    call.add_constant(bias)
+    return call.layout_before(input, 1)
 
 
 def _conv(n: int) -> Callable[..., Layout]:
@@ -34,11 +34,11 @@ def _conv(n: int) -> Callable[..., Layout]:
         *rest: Any,
         **named: Any,
     ) -> Layout:
-        call.needs(input)
-        call.fixed(weight, bias)
+        call.require_input(input)
+        call.require_constants(weight, bias)
         if bias is not None:
-            call.constant(bias.view(-1, *[1] * n))
-        layout = call.above(input, n)
+            call.add_constant(bias.view(-1, *[1] * n))
+        layout = call.layout_before(input, n)
         if input.ndim == n + 2 and layout.dim == 0:
             return layout
         return _of_channels(layout, input.shape[-n - 1], call.result.shape[-n - 1], groups)
@@ -47,10 +47,10 @@ def _conv(n: int) -> Callable[..., Layout]:
 
 
 def _of_channels(layout: Layout, channels: int, results: int, groups: int) -> Layout:
-    """Where samples lie along the channels, each has groups of its own."""
+    """Return the layout if the samples lie along the channels and each has its own groups."""
     of_group = channels // groups
     if layout.inner % of_group:
-        raise Mixed
+        raise MixesSamples
     return layout._replace(inner=layout.inner // of_group * (results // groups))
 
 
@@ -63,16 +63,16 @@ def _reversed_matmul(call: Call, input: Any, other: Any) -> Layout:
 
 
 def _product_layout(call: Call, left: Tensor, right: Tensor, ndim: int) -> Layout:
-    """The layout of ``left @ right``, which has so many dimensions."""
+    """Return the layout of ``left @ right``, which has ``ndim`` dimensions."""
     if call.layout(left) is not None:
-        call.fixed(right)
-        layout = call.above(left, 1)
+        call.require_constants(right)
+        layout = call.layout_before(left, 1)
         after = layout.dim - left.ndim  # from the right
         return layout._replace(dim=ndim + after + (1 if right.ndim == 1 else 0))
-    layout = call.where(right)
+    layout = call.layout_of(right)
     after = layout.dim - right.ndim
     if right.ndim == 1 or after == -2:
-        raise Mixed
+        raise MixesSamples
     return layout._replace(dim=ndim + after + (1 if left.ndim == 1 and after < -2 else 0))
 
 
@@ -91,30 +91,30 @@ def _sum_and_summed_product(
 def _sum_of(call: Call, input: Tensor, left: Tensor, right: Tensor, beta: float, ndim: int) -> Layout:
     product = call.layout(left) is not None or call.layout(right) is not None
     if call.layout(left) is not None:
-        call.fixed(right)
+        call.require_constants(right)
     if not product:
-        call.constant(call.at_zero())
-        return call.broadcast(input)
+        call.add_constant(call.evaluate_at_zero())
+        return call.broadcast_layout(input)
     if call.layout(input) is None:
-        call.constant(input * beta)
+        call.add_constant(input * beta)
     layout = _product_layout(call, left, right, ndim)
     layout = layout._replace(dim=layout.dim - ndim + call.result.ndim)
     if layout.dim < 0:
-        raise Mixed
+        raise MixesSamples
     if call.layout(input) is not None:
-        return aligned([(layout, call.result), (call.where(input), input)], call.result.shape)
+        return aligned([(layout, call.result), (call.layout_of(input), input)], call.result.shape)
     return layout
 
 
 def _einsum(call: Call, equation: Any, *operands: Any) -> Layout:
     if not isinstance(equation, str):
-        raise Refused("was called with lists of dimensions; write the equation")
+        raise Ineligible("was called with lists of dimensions; pass an equation")
     given = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     made = [i for i, operand in enumerate(given) if call.layout(operand) is not None]
     if len(made) != 1:
-        raise Refused("multiplies one thing made from the input by another")
+        raise Ineligible("multiplies a tensor that depends on the input by another that does")
     input = given[made[0]]
-    layout = call.where(input)
+    layout = call.layout_of(input)
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow:
@@ -123,15 +123,15 @@ def _einsum(call: Call, equation: Any, *operands: Any) -> Layout:
     label = _labels(terms[made[0]], input.ndim)[layout.dim]
     results = _labels(output, call.result.ndim)
     if results.count(label) != 1 or _labels(terms[made[0]], input.ndim).count(label) != 1:
-        raise Mixed
+        raise MixesSamples
     dim = results.index(label)
     if call.result.shape[dim] != input.shape[layout.dim]:
-        raise Mixed
+        raise MixesSamples
     return layout._replace(dim=dim)
 
 
 def _labels(term: str, ndim: int) -> list[str | int]:
-    """One label a dimension; those of an ellipsis are numbers, from the right."""
+    """Return one label per dimension. Dimensions of an ellipsis get negative numbers, counted from the right."""
     before, dots, after = term.partition("...")
     hidden = ndim - len(before) - len(after) if dots else 0
     return [*before, *range(-hidden, 0), *after]
@@ -145,21 +145,21 @@ def _tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, out: None = None
         summed.append([dim % tensor.ndim for dim in ([given] if isinstance(given, int) else given)])
     which = 0 if call.layout(a) is not None else 1
     input, other = (a, b) if which == 0 else (b, a)
-    call.needs(input)
-    call.fixed(other)
-    layout = call.where(input)
+    call.require_input(input)
+    call.require_constants(other)
+    layout = call.layout_of(input)
     if layout.dim in summed[which]:
-        raise Mixed
+        raise MixesSamples
     left = [dim for dim in range(input.ndim) if dim not in summed[which]]
     return layout._replace(dim=left.index(layout.dim) + (0 if which == 0 else other.ndim - len(summed[0])))
 
 
 def _bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
-    call.fixed(weight, bias)
+    call.require_constants(weight, bias)
     if call.layout(input1) is not None:
-        call.fixed(input2)
-    call.constant(bias)
-    return call.above(input1 if call.layout(input1) is not None else input2, 1)
+        call.require_constants(input2)
+    call.add_constant(bias)
+    return call.layout_before(input1 if call.layout(input1) is not None else input2, 1)
 
 
 PRODUCTS: dict[Any, Callable[..., Any]] = {

@@ -1,7 +1,8 @@
-"""What each torch function is to one pass: the constant that it adds, and where it leaves the samples.
+"""Rules for torch functions: which constant a function adds, and the layout of the samples in its result.
 
-A rule is called after the function, with its arguments. It raises Refused where the call is not affine in what was made
-from the input, says which constant was added, and returns the layout of the result (Mixed where there is none).
+A rule runs after the function, with the same arguments. It raises Ineligible if the call is not affine in the arguments
+that depend on the input. It declares the added constant and returns the layout of the result. It raises MixesSamples if
+no layout describes the result.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.bias_act import bias_act
+from fastgan.ops.gradient_penalty import fused
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
-from fastgan.ops.gradient_penalty.layout import Layout, Refused
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
 from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
@@ -27,29 +30,29 @@ class Rule(NamedTuple):
 
 
 def _cast(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
-    return call.where(input)
+    return call.layout_of(input)
 
 
 def _elementwise(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
-    """Linear, or piecewise linear through zero, in each element of its first argument."""
-    call.fixed(rest, named)
-    return call.where(input)
+    """Functions that are linear, or piecewise linear through zero, in each element of the first argument."""
+    call.require_constants(rest, named)
+    return call.layout_of(input)
 
 
 def _sum(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
     if call.layout(other) is None:
-        call.constant(other if alpha == 1 else other * alpha)
+        call.add_constant(other if alpha == 1 else other * alpha)
     elif call.layout(input) is None:
-        call.constant(input)
-    return call.broadcast(input, other)
+        call.add_constant(input)
+    return call.broadcast_layout(input, other)
 
 
 def _difference(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
     if call.layout(other) is None:
-        call.constant(-other * alpha)
+        call.add_constant(-other * alpha)
     elif call.layout(input) is None:
-        call.constant(input)
-    return call.broadcast(input, other)
+        call.add_constant(input)
+    return call.broadcast_layout(input, other)
 
 
 def _reversed_difference(call: Call, input: Any, other: Any, alpha: float = 1) -> Layout:
@@ -58,61 +61,61 @@ def _reversed_difference(call: Call, input: Any, other: Any, alpha: float = 1) -
 
 def _product(call: Call, input: Any, other: Any) -> Layout:
     if call.layout(input) is not None:
-        call.fixed(other)
-    return call.broadcast(input, other)
+        call.require_constants(other)
+    return call.broadcast_layout(input, other)
 
 
 def _quotient(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Layout:
-    call.fixed(other)
+    call.require_constants(other)
     if rounding_mode is not None:
-        raise Refused("rounds")
-    return call.broadcast(input)
+        raise Ineligible("rounds")
+    return call.broadcast_layout(input)
 
 
 def _affine(call: Call, *args: Any, **kwargs: Any) -> Layout:
-    """Affine in everything that was made from the input."""
+    """Functions that are affine in all arguments that depend on the input."""
     given = [*tensors((args, kwargs))]
     if any(call.layout(t) is None for t in given) or any(isinstance(x, int | float) for x in args):
-        call.constant(call.at_zero())
-    return call.broadcast(*given)
+        call.add_constant(call.evaluate_at_zero())
+    return call.broadcast_layout(*given)
 
 
 def _lerp(call: Call, input: Tensor, end: Tensor, weight: Any) -> Layout:
-    call.fixed(weight)
+    call.require_constants(weight)
     return _affine(call, input, end)
 
 
 def _addcmul(call: Call, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Layout:
     if call.layout(tensor1) is not None:
-        call.fixed(tensor2)
+        call.require_constants(tensor2)
     return _affine(call, input, tensor1, tensor2)
 
 
 def _addcdiv(call: Call, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Layout:
-    call.fixed(tensor2)
+    call.require_constants(tensor2)
     return _affine(call, input, tensor1, tensor2)
 
 
 def _masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Layout:
-    call.fixed(mask, value)
+    call.require_constants(mask, value)
     if not isinstance(value, int | float) or value != 0:
-        call.constant(call.at_zero())
-    return call.broadcast(input)
+        call.add_constant(call.evaluate_at_zero())
+    return call.broadcast_layout(input)
 
 
 def _keep_source(call: Call, *args: Any, **kwargs: Any) -> None:
-    """Keep the values that a call in place is about to write over."""
+    """Store the values that an in-place call is about to overwrite."""
     inplace = call.func in IN_PLACE or any(x is True for x in (*args, *kwargs.values()))
     made = [t.detach() for t in tensors((args, kwargs)) if call.layout(t) is not None]
     call.source = made[0].clone() if inplace else made[0]
 
 
 def _bent(call: Call, *args: Any, **kwargs: Any) -> Layout:
-    """Piecewise affine in each element, whatever it is at zero: the constant is the result less slope times element."""
+    """Functions that are piecewise affine in each element. The constant is the result minus slope times element."""
     made = [t for t in tensors((args, kwargs)) if call.layout(t) is not None]
     if len(made) == 1:
-        call.constant(_at_no_slope(call, made[0]))
-    return call.broadcast(*made)
+        call.add_constant(_at_no_slope(call, made[0]))
+    return call.broadcast_layout(*made)
 
 
 def _at_no_slope(call: Call, made: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ def _keep_source_of_two(call: Call, input: Tensor, *rest: Any, **named: Any) -> 
 
 
 def _extremum(call: Call, input: Tensor, *rest: Any, **named: Any) -> Any:
-    """Of two tensors, or over one dimension or all."""
+    """max and min of two tensors, over one dimension, or over all elements."""
     if any(True for _ in tensors((rest, named))):
         return _bent(call, input, *rest, **named)
     return reduced(call, input, *rest, **named)
@@ -143,15 +146,15 @@ def _extremum(call: Call, input: Tensor, *rest: Any, **named: Any) -> Any:
 
 def _clamped(call: Call, input: Tensor, *bounds: Any, **named: Any) -> Layout:
     if len(bounds) + len(named) == 1 and all(isinstance(x, int | float) and x == 0 for x in (*bounds, *named.values())):
-        return call.where(input)
+        return call.layout_of(input)
     return _bent(call, input, *bounds, **named)
 
 
 def _keep_alias(call: Call, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> None:
-    """Let the call read an alias, whose gradient tells the mask."""
-    call.needs(input)
+    """Let the call read an alias. The gradient of the alias gives the mask."""
+    call.require_input(input)
     if training and (inplace or call.func in IN_PLACE):
-        raise Refused("is in place; use the form that is not")
+        raise Ineligible("is in place; use the form that is not in place")
     alias = input.view_as(input)
     call.source = input, alias
     call.args, call.kwargs = (alias, p, training, inplace), {}
@@ -162,8 +165,8 @@ def _shifted_dropout(call: Call, *args: Any) -> Layout:
     result = call.result
     if result is not alias:
         (slopes,) = torch.autograd.grad(result, alias, torch.ones_like(result), retain_graph=True)
-        call.constant(result.detach() - slopes * alias.detach())
-    return call.where(input)
+        call.add_constant(result.detach() - slopes * alias.detach())
+    return call.layout_of(input)
 
 
 def _batch_norm(
@@ -177,13 +180,15 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Layout:
-    call.needs(input)
-    call.fixed(weight, bias)
+    call.require_input(input)
+    call.require_constants(weight, bias)
     if training or running_mean is None or running_var is None:
-        raise Refused("normalizes by the statistics of the batch, which mixes the samples; in evaluation it does not")
+        raise Ineligible(
+            "normalizes by batch statistics, which mixes the samples; call eval() to use the running statistics"
+        )
     shift = scale_and_shift(running_mean, running_var, weight, bias, eps)[1]
-    call.constant(shift.view(-1, *[1] * (input.ndim - 2)))
-    return call.where(input)
+    call.add_constant(shift.view(-1, *[1] * (input.ndim - 2)))
+    return call.layout_of(input)
 
 
 def _batch_norm_of_torch(call: Call, input: Tensor, weight: Any, bias: Any, *rest: Any) -> Layout:
@@ -221,6 +226,7 @@ RULES: dict[Any, Rule] = {
     ),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
+    bias_act: Rule(fused.bias_act, fused.split_bias),
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},

@@ -1,4 +1,4 @@
-"""Rules of what moves values about or sums them: linear, so that all there is to say is where the samples go."""
+"""Rules for functions that move or sum values. They are linear, so the rules only return layouts."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call
-from fastgan.ops.gradient_penalty.layout import Layout, Mixed, Refused, reshaped
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.grid_sample import grid_sample
+from fastgan.ops.upfirdn2d import upfirdn2d
 
 
 def _reshape(call: Call, input: Tensor, *shape: Any, **named: Any) -> Layout:
     if any(isinstance(size, torch.dtype) for size in (*shape, *named.values())):
-        raise Refused("reads the bytes as another dtype")
-    return reshaped(call.where(input), input.shape, call.result.shape, call.samples)
+        raise Ineligible("reads the bytes as another dtype")
+    return reshaped(call.layout_of(input), input.shape, call.result.shape, call.samples)
 
 
 def _view(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return call.viewed(input, lambda stand_in: call.func(stand_in, *args, **kwargs))
+    return call.layout_after_view(input, lambda stand_in: call.func(stand_in, *args, **kwargs))
 
 
 def _index(call: Call, input: Tensor, index: Any) -> Any:
-    call.needs(input)
-    call.fixed(index)
+    call.require_input(input)
+    call.require_constants(index)
     items = list(index) if isinstance(index, tuple) else [index]
     items = [torch.tensor(item) if isinstance(item, list | range) else item for item in items]
     items = [int(item) if _is_integer(item) else item for item in items]
     if any(isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) for item in items):
-        raise Refused("picks by a mask; multiply by it, or use torch.where")
+        raise Ineligible("indexes with a mask; multiply by the mask, or use torch.where")
     picked = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
     if not picked:
-        return call.viewed(input, lambda stand_in: stand_in[index])
+        return call.layout_after_view(input, lambda stand_in: stand_in[index])
     basic = tuple(slice(None) if isinstance(item, Tensor) else item for item in items)
-    layout: Layout = call.viewed(input, lambda stand_in: stand_in[basic])
+    layout: Layout = call.layout_after_view(input, lambda stand_in: stand_in[basic])
     return _pick(call, layout, items, input.ndim)
 
 
@@ -47,8 +50,8 @@ def _is_integer(item: Any) -> bool:
 
 
 def _pick(call: Call, layout: Layout, items: list[Any], ndim: int) -> Layout:
-    """The layout once tensors of indices pick from what slices, integers and None have left."""
-    places: list[int] = []  # of the picking tensors, in what is left
+    """Return the layout after index tensors are applied to the result of slices, integers and None."""
+    places: list[int] = []  # the dimensions of that result that the index tensors select from
     picking: list[Tensor] = []
     dim = 0
     for item in items:
@@ -70,44 +73,44 @@ def _pick(call: Call, layout: Layout, items: list[Any], ndim: int) -> Layout:
     wide = [dim for dim, size in enumerate(index.shape) if size != 1]
     size = layout.outer * call.samples * layout.inner
     if len(wide) != 1 or not call.tracer.counts(index, size):
-        raise Mixed("picks samples; one pass needs them all, in their order")
+        raise MixesSamples("selects samples; one pass needs all samples in order")
     return layout._replace(dim=start + width - index.ndim + wide[0])
 
 
 def _along(call: Call, input: Tensor, dim: Any, index: Tensor, **named: Any) -> Layout:
-    """index_select, gather, take_along_dim: constant indices, along another dimension than the samples'."""
-    call.fixed(dim, index)
-    layout = call.where(input)
+    """index_select, gather, take_along_dim with constant indices along a dimension that does not hold the samples."""
+    call.require_constants(dim, index)
+    layout = call.layout_of(input)
     if dim % input.ndim == layout.dim or call.result.shape[layout.dim] != input.shape[layout.dim]:
-        raise Mixed
+        raise MixesSamples
     return layout
 
 
 def _take_along(call: Call, input: Tensor, indices: Tensor, dim: int | None = None) -> Layout:
     if dim is None:
-        raise Mixed
+        raise MixesSamples
     return _along(call, input, dim, indices)
 
 
 def _cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Layout:
     if any(call.layout(t) is None for t in tensors):
-        call.constant(call.at_zero())
-    made = [(call.where(t), t) for t in tensors if call.layout(t) is not None]
+        call.add_constant(call.evaluate_at_zero())
+    made = [(call.layout_of(t), t) for t in tensors if call.layout(t) is not None]
     layout = made[0][0]
     if dim % call.result.ndim == layout.dim:
         if len(made) < len(tensors):
-            raise Mixed
+            raise MixesSamples
         return _cat_samples([other for other, _ in made])
     if any(other != layout for other, _ in made):
-        raise Mixed
+        raise MixesSamples
     return layout
 
 
 def _cat_samples(layouts: list[Layout]) -> Layout:
-    """Of copies of the batch, one after another."""
+    """Return the layout of concatenated copies of the batch."""
     first = layouts[0]
     if any((other.dim, other.inner) != (first.dim, first.inner) for other in layouts):
-        raise Mixed
+        raise MixesSamples
     return first._replace(outer=sum(layout.outer for layout in layouts))
 
 
@@ -117,21 +120,21 @@ def _hstack(call: Call, tensors: Sequence[Tensor]) -> Layout:
 
 def _stack(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Layout:
     if any(call.layout(t) is None for t in tensors):
-        call.constant(call.at_zero())
-    layouts = {call.where(t) for t in tensors if call.layout(t) is not None}
+        call.add_constant(call.evaluate_at_zero())
+    layouts = {call.layout_of(t) for t in tensors if call.layout(t) is not None}
     if len(layouts) != 1:
-        raise Mixed
+        raise MixesSamples
     (layout,) = layouts
     return layout._replace(dim=layout.dim + (dim % call.result.ndim <= layout.dim))
 
 
 def reduced(call: Call, input: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> Layout:
-    """A sum, a mean or the largest values over dimensions, or over all."""
-    layout = call.where(input)
+    """Sums, means and maxima over some dimensions or all."""
+    layout = call.layout_of(input)
     dims = [dim] if isinstance(dim, int) else list(dim or range(input.ndim))
     dims = [d % input.ndim for d in dims]
     if layout.dim in dims:
-        raise Mixed
+        raise MixesSamples
     return layout if keepdim else layout._replace(dim=layout.dim - sum(d < layout.dim for d in dims))
 
 
@@ -140,10 +143,10 @@ def _kth(call: Call, input: Tensor, k: int, dim: int = -1, keepdim: bool = False
 
 
 def _within(call: Call, input: Tensor, dim: int = -1, *rest: Any, **named: Any) -> Layout:
-    """Along one dimension, which keeps its place: sort, cumsum."""
-    layout = call.where(input)
+    """Functions along one dimension that keep the shape: sort, cumsum."""
+    layout = call.layout_of(input)
     if dim % input.ndim == layout.dim:
-        raise Mixed
+        raise MixesSamples
     return layout
 
 
@@ -152,35 +155,35 @@ def _topk(call: Call, input: Tensor, k: int, dim: int = -1, *rest: Any, **named:
 
 
 def _trailing(count: int) -> Callable[..., Layout]:
-    """Functions of the last dimensions: poolings, pixel shuffles."""
+    """Functions of the last ``count`` dimensions: pooling, pixel shuffles."""
 
     def rule(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
-        call.fixed(rest, named)
-        return call.above(input, count)
+        call.require_constants(rest, named)
+        return call.layout_before(input, count)
 
     return rule
 
 
 def _resample(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
-    call.fixed(rest, named)
-    return call.above(input, input.ndim - 2)
+    call.require_constants(rest, named)
+    return call.layout_before(input, input.ndim - 2)
 
 
 def _of_rows(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
-    """Functions that take each row of the first dimension by itself, and only that."""
-    call.fixed(rest, named)
-    return call.above(input, input.ndim - 1)
+    """Functions that process each row of the first dimension separately."""
+    call.require_constants(rest, named)
+    return call.layout_before(input, input.ndim - 1)
 
 
 def _pad(call: Call, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Layout:
-    call.needs(input)
+    call.require_input(input)
     if mode == "constant" and value:
-        call.constant(call.at_zero())
-    return call.above(input, len(pad) // 2)
+        call.add_constant(call.evaluate_at_zero())
+    return call.layout_before(input, len(pad) // 2)
 
 
 def _repeat(call: Call, input: Tensor, *sizes: Any, **named: Any) -> Layout:
-    layout = call.where(input)
+    layout = call.layout_of(input)
     moved = call.result.ndim - input.ndim
     dim = layout.dim + moved
     times = call.result.shape[dim] // input.shape[layout.dim]
@@ -188,13 +191,13 @@ def _repeat(call: Call, input: Tensor, *sizes: Any, **named: Any) -> Layout:
 
 
 def _repeat_interleave(call: Call, input: Tensor, repeats: Any, dim: int | None = None, **named: Any) -> Layout:
-    layout = call.where(input)
+    layout = call.layout_of(input)
     if dim is None:
-        raise Mixed
+        raise MixesSamples
     if dim % input.ndim != layout.dim:
         return layout
     if not isinstance(repeats, int):
-        raise Mixed
+        raise MixesSamples
     return layout._replace(inner=layout.inner * repeats)
 
 
@@ -203,11 +206,11 @@ def _flip(call: Call, input: Tensor, *dims: Any, **named: Any) -> Layout:
 
 
 def _apart_from(call: Call, input: Tensor, *dims: Any) -> Layout:
-    """The layout is that of the input, whose samples must not lie along these."""
-    layout = call.where(input)
+    """Return the layout of the input. Its samples must not lie along ``dims``."""
+    layout = call.layout_of(input)
     flat = [d for dim in dims for d in (dim if isinstance(dim, list | tuple) else (dim,))]
     if not flat or layout.dim in [d % input.ndim for d in flat]:
-        raise Mixed
+        raise MixesSamples
     return layout
 
 
@@ -255,8 +258,10 @@ SHAPES: dict[Any, Callable[..., Any]] = {
         for function in functions(form)
     },
     **dict.fromkeys(functions("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), _resample),
+    grid_sample: _of_rows,
     **dict.fromkeys(functions("grid_sample", "channel_shuffle", "native_channel_shuffle"), _of_rows),
     **dict.fromkeys(functions("pixel_shuffle", "pixel_unshuffle"), _trailing(3)),
+    **dict.fromkeys((upfirdn2d, in_one), _trailing(2)),
     F.pad: _pad,
     **dict.fromkeys((F.unfold, F.fold), _of_rows),
     **dict.fromkeys(functions("repeat", "tile"), _repeat),

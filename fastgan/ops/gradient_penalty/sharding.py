@@ -1,9 +1,8 @@
-"""Discriminators whose weights lie in shards.
+"""Discriminators whose weights are sharded.
 
-FSDP2's hooks gather weights for a forward, take the first backward that reaches an output for the end of the step, and
-free the weights after it. A penalty differentiates twice. So its forward passes the hooks over: a module that FSDP2
-manages gathers its weights by a differentiable function (shards.py), runs, and lets them go. FSDP1 and tensor
-parallelism are refused.
+FSDP2's hooks gather the weights for a forward and free them after the first backward. A penalty differentiates twice,
+so its forward bypasses the hooks. A module that FSDP2 manages gathers its weights by a differentiable function
+(shards.py), runs, and frees them. FSDP1 and tensor parallelism raise an error.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from fastgan.ops.gradient_penalty.shards import Sharded, Weights
 from fastgan.ops.library import checkpointed_region
 
 _CALLED_OUTSIDE = (
-    "a gradient penalty differentiates the weights after FSDP has freed them: the logits came from a forward with "
-    "FSDP's own hooks. Give the discriminator to gradient_penalty or logits_and_penalty, which call it without them; "
-    "no method other than its call, and not penalty_from_logits"
+    "these logits were computed with FSDP's own hooks, which free the weights before a gradient penalty differentiates "
+    "them. Pass the discriminator itself, not one of its methods, to gradient_penalty or logits_and_penalty, which "
+    "bypass the hooks. penalty_from_logits is not supported with FSDP"
 )
 _FSDP1 = (
-    "FullyShardedDataParallel (FSDP1) frees the weights that a gradient penalty differentiates: shard the "
-    "discriminator by torch.distributed.fsdp.fully_shard (FSDP2), or wrap it in DistributedDataParallel"
+    "FullyShardedDataParallel (FSDP1) frees the weights before a gradient penalty differentiates them: shard the "
+    "discriminator with torch.distributed.fsdp.fully_shard (FSDP2), or wrap it in DistributedDataParallel"
 )
 _TENSOR_PARALLEL = (
-    "the discriminator's parameters are DTensors that FSDP2 did not make, as tensor parallelism has them, which no "
-    "gradient penalty takes: shard it by torch.distributed.fsdp.fully_shard alone, or wrap it in "
+    "the discriminator's parameters are DTensors that FSDP2 did not create, as in tensor parallelism, which gradient "
+    "penalties do not support: shard it only with torch.distributed.fsdp.fully_shard, or wrap it in "
     "DistributedDataParallel"
 )
 _CHECKPOINTED = (
-    "a gradient penalty of a sharded discriminator takes no torch.utils.checkpoint: its second forward runs when the "
-    "weights are gone. Leave the checkpoint out; the weights are gathered layer by layer all the same"
+    "a gradient penalty of a sharded discriminator does not support torch.utils.checkpoint, whose second forward runs "
+    "after the weights are freed: remove the checkpoint. The weights are gathered layer by layer without it"
 )
-_HOOKS = "torch.distributed.fsdp._fully_shard"  # where FSDP2's hooks on a module are defined
+_HOOKS = "torch.distributed.fsdp._fully_shard"  # the module that defines FSDP2's hooks
 
 
 def may_be_sharded() -> bool:
-    """Whether anything of this process can be."""
+    """Return whether this process can hold sharded modules."""
     return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
 
 
@@ -55,11 +54,11 @@ may_be_sharded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_sharded_graph(path: Iterable[Node]) -> None:
-    """Raise for logits that were not made by a forward of ours.
+    """Raise if FSDP's own hooks or tensor parallelism took part in the forward.
 
     Args:
-        path: the nodes between logits and input. FSDP2 puts one of its own before what it shards, and tensor
-            parallelism turns tensors into DTensors and back.
+        path: the nodes between the logits and the inputs. FSDP2 adds a node of its own for each module that it shards.
+            Tensor parallelism adds nodes that convert tensors to DTensors and back.
     """
     names = {type(node).__name__ for node in path}
     if "RegisterPostBackwardFunctionBackward" in names:
@@ -69,10 +68,10 @@ def refuse_sharded_graph(path: Iterable[Node]) -> None:
 
 
 def gathering(discriminator: Any) -> AbstractContextManager[None]:
-    """Around the forward of a penalty and the gradient that it takes: modules that FSDP2 shards gather their weights.
+    """Inside this context, modules that FSDP2 shards gather their weights. Run the forward and first backward in it.
 
     Raises:
-        RuntimeError: the discriminator, or a module that is called inside, is sharded in a way that no penalty takes.
+        RuntimeError: the discriminator, or a module called inside, is sharded in a way that penalties do not support.
     """
     if not may_be_sharded():
         return nullcontext()
@@ -90,7 +89,7 @@ def _refuse(discriminator: nn.Module) -> None:
 
 
 def _registered(group: Any) -> Iterator[Tensor | None]:
-    """The parameters of a group, as the modules have them now."""
+    """Return the parameters of a group that its modules hold now."""
     return (module._parameters.get(name) for p in group.fsdp_params for module, name in _owners(p))
 
 
@@ -109,7 +108,7 @@ def _gathering() -> Iterator[None]:
 
 
 class _Calls:
-    """While anybody is inside, on whatever thread, FSDP's modules are called by the functions below."""
+    """Call FSDP's modules by the functions below while at least one thread is inside this context."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -166,7 +165,7 @@ def _call_gathered(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _NoCheckpoint(TorchFunctionMode):
-    """Inside, a checkpointed region raises: its second forward would find shards in the place of weights."""
+    """Raise in checkpointed regions. Their second forward would find shards instead of weights."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -178,7 +177,7 @@ class _NoCheckpoint(TorchFunctionMode):
 
 @contextmanager
 def _in_place(owners: list[tuple[nn.Module, str]], weight: Tensor) -> Iterator[None]:
-    """Inside, modules have this weight in the place of a parameter."""
+    """Replace a parameter of these modules by the gathered weight."""
     before = [module._parameters[name] for module, name in owners]
     try:
         for module, name in owners:
@@ -191,13 +190,13 @@ def _in_place(owners: list[tuple[nn.Module, str]], weight: Tensor) -> Iterator[N
 
 def _set(module: nn.Module, name: str, weight: Tensor | None) -> None:
     module._parameters[name] = weight  # type: ignore[assignment]
-    if isinstance(module, nn.RNNBase):  # which reads them from a list
+    if isinstance(module, nn.RNNBase):  # it reads the weights from a list
         module._flat_weights = [getattr(module, each, None) for each in module._flat_weights_names]
 
 
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, of FSDP's hooks around this module's forward only the casts are left."""
+    """Replace FSDP's hooks around this module's forward by the casts that they perform."""
     policy = _state(module)._mp_policy
     device = _state(module)._device
     before, after = module._forward_pre_hooks, module._forward_hooks
@@ -211,8 +210,8 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
         return output if policy.output_dtype is None else _on_tensors(partial(_cast, policy.output_dtype, None), output)
 
     stands_for = {key: hook for key, hook in (*before.items(), *after.items()) if _is_of_fsdp(hook)}
-    for hooks, ours in ((before, given), (after, returned)):
-        hooks.update({key: ours for key in hooks if key in stands_for})
+    for hooks, replacement in ((before, given), (after, returned)):
+        hooks.update({key: replacement for key in hooks if key in stands_for})
     try:
         yield
     finally:
@@ -237,22 +236,22 @@ def _on_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
 
 
 def _state(module: nn.Module) -> Any:
-    """What FSDP2 knows of a module that it manages."""
+    """Return FSDP2's state of a module that it manages."""
     return module._get_fsdp_state()  # type: ignore[operator]
 
 
 def _groups(module: nn.Module) -> list[Any]:
-    """The groups of parameters that FSDP2 gathers when this module is called; none for other modules."""
+    """Return the groups of parameters that FSDP2 gathers when this module is called. Other modules have none."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
     state = _state(module)
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # of torch 2.6 to 2.10
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.6 to 2.10
 
 
 def _owners(fsdp_param: Any) -> list[tuple[nn.Module, str]]:
-    """The modules that have this parameter, and what each calls it."""
+    """Return the modules that hold this parameter, with its name in each."""
     info = fsdp_param._module_info
     shared = zip(info.shared_modules, info.shared_param_names, strict=True)
     return [(info.module, info.param_name), *shared]
@@ -263,8 +262,8 @@ def _check(group: Any) -> None:
         raise RuntimeError(_TENSOR_PARALLEL)
     if getattr(group, "_all_reduce_hook", None) is not None:
         raise RuntimeError(
-            "a gradient penalty does not run the hook of set_all_reduce_hook: give fully_shard a mesh of two "
-            "dimensions, whose first is replicated, in its place"
+            "a gradient penalty does not run the hook of set_all_reduce_hook: instead, pass fully_shard a "
+            "two-dimensional mesh whose first dimension is replicated"
         )
 
 
@@ -273,12 +272,12 @@ def _sharded(group: Any, fsdp_param: Any) -> Sharded:
 
     module, name = _owners(fsdp_param)[0]
     current = module._parameters[name]
-    # Before FSDP's first forward, a module may have got other parameters than those that were sharded.
+    # Until FSDP's first forward, the user may replace the sharded parameters of a module.
     started = _state(group.modules[0])._is_root is not None
     parameter = fsdp_param.sharded_param if started or not isinstance(current, DTensor) else current
     if type(parameter.to_local()) is not Tensor:
         kind = type(parameter.to_local()).__name__
-        raise RuntimeError(f"a gradient penalty gathers plain tensors, but the shard of {name!r} is a {kind}")
+        raise RuntimeError(f"a gradient penalty can only gather plain tensors, but the shard of {name!r} is a {kind}")
     policy, floating = group.mp_policy, parameter.is_floating_point()
     comm = group.comm_ctx
     streams = [getattr(comm, each, None) for each in ("reduce_scatter_stream", "all_reduce_stream")]

@@ -1,7 +1,7 @@
-"""Weights gathered from their shards by a differentiable function, and gathered again by the backwards that read them.
+"""Gather sharded weights by a differentiable function. A backward that reads such a weight gathers it again.
 
-The backward of a gather sums the gradient over the ranks, divides it as FSDP does, and hands each rank its shard. A
-graph keeps no gathered weight: it keeps the shard, and how to gather.
+The backward of a gather sums the gradient over the ranks, divides it as FSDP does, and returns the shard of each rank.
+A graph saves no gathered weight. It saves the shard and gathers the weight when a backward needs it.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastgan import torch_private
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor  # importing it takes a while, and not every torch has it
+    from torch.distributed.tensor import DTensor  # the import is slow, and some builds of torch lack it
 
 
 @dataclass(frozen=True, eq=False)
 class Sharded:
-    """A parameter that FSDP shards, and how it is gathered and its gradient reduced."""
+    """A sharded parameter, with the settings to gather it and to reduce its gradient."""
 
     parameter: DTensor
-    device: torch.device  # of the gathered weight; the shard may be offloaded to the host
+    device: torch.device  # of the gathered weight; the shard may be on the host
     dtype: torch.dtype  # of the gathered weight
-    reduce_dtype: torch.dtype | None  # of the sum of the gradients; None: as they are
+    reduce_dtype: torch.dtype | None  # of the sum of the gradients; None: the dtype of the gradients
     divisor: float  # of that sum
-    streams: tuple[Any, ...]  # where FSDP reduces the gradients of other forwards
+    streams: tuple[Any, ...]  # on which FSDP reduces the gradients of other forwards
     keeps: bool  # whether the gathered weight stays in memory for the backward
 
     def gathered(self, local: Tensor) -> Tensor:
-        """The whole weight, from this rank's part of it."""
+        """Gather the whole weight from the shards of all ranks."""
         local = local.to(self.device, self.dtype)
         whole = self._distributed(local, self.parameter.placements).full_tensor()
         return whole.contiguous()
 
     def reduced(self, grad: Tensor) -> Tensor:
-        """This rank's part of the mean of a gradient over the ranks."""
+        """Return this rank's shard of the mean of a gradient over the ranks."""
         from torch.distributed.tensor import Partial
 
-        for stream in self.streams:  # FSDP may be writing into the same parameter's grad there
+        for stream in self.streams:  # FSDP may write to the same parameter's grad there
             torch.cuda.current_stream(self.device).wait_stream(stream)
         grad = grad.to(self.reduce_dtype or grad.dtype) / self.divisor
         partial = self._distributed(grad.contiguous(), [Partial("sum")] * self.parameter.device_mesh.ndim)
@@ -85,26 +85,26 @@ class _Reduce(torch.autograd.Function):
 
 
 class _Source(NamedTuple):
-    """What a gathered weight was made from."""
+    """The origin of a gathered weight."""
 
-    local: Tensor  # this rank's part of the parameter
-    view: Tensor  # a view of it, which belongs to the graph of one forward
+    local: Tensor  # this rank's shard of the parameter
+    view: Tensor  # a view of it, for the graph of one forward
 
 
 def source(weight: Tensor) -> _Source | None:
-    """The shard of a gathered weight, and the view of it that was gathered; None for any other tensor."""
+    """Return the shard of a gathered weight and the view that was gathered, or None for other tensors."""
     return getattr(weight, "_fastgan_source", None)
 
 
 class _Kept(NamedTuple):
-    """A tensor that a graph keeps, as autograd does without hooks."""
+    """A tensor that a graph saves, as autograd does without hooks."""
 
     tensor: Tensor
     version: int
 
 
 class _Regathered(NamedTuple):
-    """A gathered weight, or a view of it, that a graph keeps as its shard."""
+    """A gathered weight, or a view of it. The graph saves its shard instead."""
 
     sharded: Sharded
     local: Tensor
@@ -118,11 +118,11 @@ class Weights:
     """The gathered weights of one penalty."""
 
     def __init__(self) -> None:
-        # By their storage, which views of them have too; whether a weak reference has expired tells if it was freed.
+        # The key is the storage, which views share. An expired weak reference shows that the storage was freed.
         self._gathered: dict[int, tuple[StorageWeakRef, Sharded, Tensor]] = {}
 
     def gather(self, sharded: Sharded) -> Tensor:
-        """The whole weight, differentiable in the sharded parameter."""
+        """Return the whole weight, differentiable with respect to the sharded parameter."""
         local = sharded.parameter.to_local()
         view = local.view_as(local)
         whole: Tensor = _Gather.apply(view, sharded)  # type: ignore[no-untyped-call]
@@ -139,7 +139,7 @@ class Weights:
 
     @contextmanager
     def regathered(self) -> Iterator[None]:
-        """Inside, graphs keep shards in the place of gathered weights."""
+        """Inside this context, graphs save shards instead of gathered weights."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 

@@ -1,4 +1,4 @@
-"""How many multiplications a forward of some modules takes, told by their parameters and the shapes of the inputs."""
+"""Estimate the multiplications in a forward from the parameters of the modules and the shapes of the inputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastgan.ops.work import CALL, NORMALIZED
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_POOLED = 16  # positions that are often left before all are summed
+_POOLED = 16  # the usual number of positions before global pooling
 _BY_CHANNELS = nn.modules.batchnorm._NormBase
 _NORMS = (_BY_CHANNELS, nn.GroupNorm, nn.LayerNorm)
 
 
 def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """These and all that they hold, each once, in the order of registration."""
+    """Return the modules and all their descendants, each once, in the order of registration."""
     found: dict[nn.Module, None] = {}
     waiting = list(modules)
     waiting.reverse()
@@ -38,21 +38,22 @@ class Cost(NamedTuple):
     multiplications: int
     layers: int
 
-    def beyond_calls(self) -> int:
-        """What is left once so many of fastgan's functions have been called."""
+    def minus_overhead(self) -> int:
+        """Return the multiplications minus the overhead of calling fastgan's functions, one per layer."""
         return self.multiplications - CALL * self.layers
 
 
 def bound(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost | None:
-    """No less than a forward takes.
+    """Return an upper bound of the cost of a forward.
 
-    Each parameter counts as used once at each position of the inputs. These are the product of all sizes but that of
-    the batch and the smallest. None: parameters are not known, or there are none, so that a function hides them.
+    Each parameter counts once per position of the inputs. The number of positions is the product of all sizes except
+    that of the batch and the smallest one. Return None if a parameter is uninitialized or there is no layer: then the
+    discriminator may compute with tensors that are not parameters of the modules.
     """
     weights = layers = fixed = 0
     for module in all_modules(modules):
         parameters = module._parameters
-        if not parameters:  # a normalization without weights has Nones
+        if not parameters:  # a normalization without weights has entries that are None
             continue
         if isinstance(module, _NORMS):
             each, whole = _normalized(module)
@@ -78,7 +79,7 @@ def _positions(x: Tensor) -> int:
 
 
 def _normalized(module: nn.Module) -> tuple[int, int]:
-    """The elements that this normalizes: of each position, and of a whole sample."""
+    """Return the number of elements that the module normalizes per position, and per sample."""
     if isinstance(module, _BY_CHANNELS):
         return module.num_features, 0
     if isinstance(module, nn.GroupNorm):
@@ -90,11 +91,11 @@ def _normalized(module: nn.Module) -> tuple[int, int]:
 
 
 def estimate(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost:
-    """About what a forward takes.
+    """Estimate the cost of a forward.
 
-    Layers are taken to run in the order of registration. Strides and poolings that are modules shrink an image on the
-    way. A linear layer after convolutions says what of the image is left: where functions have shrunk it, too, they are
-    taken to have done so step by step.
+    The estimate assumes that layers run in the order of registration. Strides and pooling modules shrink the image. The
+    first linear layer after the convolutions shows the final size. If that is smaller than the modules explain, the
+    estimate assumes that functions have shrunk the image gradually.
     """
     x = max(inputs, key=Tensor.numel)
     walk = _Walk(x)
@@ -104,18 +105,18 @@ def estimate(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost:
 
 
 class _Walk:
-    """Follows the number of positions in a sample."""
+    """Track the number of positions in a sample from layer to layer."""
 
     def __init__(self, x: Tensor) -> None:
         self.sample = x.shape[1:]
         self.positions = float(prod(x.shape[2:]))
         self.layers = 0
         self.per_sample = 0.0
-        self.convolved: list[tuple[float, int]] = []  # the positions, and what each costs
+        self.convolved: list[tuple[float, int]] = []  # the number of positions, and the cost of each
         self.channels = 0
-        self.kernels = False  # of more than one position
+        self.kernels = False  # whether a kernel covers more than one position
         self.strides = False
-        self.left: int | None = None  # elements of a sample after the convolutions
+        self.left: int | None = None  # the elements of a sample after the convolutions
 
     def enter(self, module: nn.Module) -> None:
         if isinstance(module, _POOLS):
@@ -152,20 +153,20 @@ class _Walk:
             self.per_sample += self._tokens(weight) * weight.numel()
 
     def _begin(self, channels: int) -> None:
-        """Of the first convolution: the channels need not be the input's first dimension, nor be there at all."""
+        """Set the positions at the first convolution. The input may lack a channel dimension or have it elsewhere."""
         elements = prod(self.sample)
         if not self.channels and elements % channels == 0:
             self.positions = elements / channels
 
     def _tokens(self, weight: Tensor) -> int:
-        """How often a sample passes a product, where nothing convolves it first."""
+        """Return how often a matrix product is applied per sample, if no convolution comes first."""
         return prod(self.sample[:-1]) if len(self.sample) > 1 and weight.shape[-1] < prod(self.sample) else 1
 
     def total(self) -> float:
         shrunk = 1.0
         if self.convolved and self.left is not None and self.left % self.channels == 0:
             left = self.left / self.channels
-            if left == 1:  # a sum over all positions, of which there were more: all that modules' strides have left
+            if left == 1:  # a sum over all positions: take the number that the strides of the modules leave
                 left = _POOLED if self.kernels and not self.strides else inf
             shrunk = min(1.0, left / self.convolved[-1][0])
         last = max(1, len(self.convolved) - 1)

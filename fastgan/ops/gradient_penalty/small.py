@@ -1,10 +1,10 @@
-"""Discriminators whose double backward PyTorch has done before the Python that would save work in it has run.
+"""Small discriminators, for which the Python overhead of fastgan exceeds the work that it saves.
 
-On a CPU, a forward of fewer multiplications than a threshold is left to PyTorch. Where the modules behind the
-discriminator tell that it surely takes fewer, or that it takes more, nothing is counted. Elsewhere each call of a
-forward is counted before it runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that
-layer on. What is decided depends on this forward alone, so that a resumed run goes the same way. A call that runs one
-known module is remembered by everything that can decide its size: the module's parts, its mode, the shapes.
+On a CPU, a forward with fewer multiplications than a threshold runs PyTorch's own functions. If the parameters of the
+modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
+before the call runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that layer on. The
+decision depends only on the current forward, so a resumed run makes the same choices. A call of one known module is
+remembered together with everything that can change its size: the number of modules, the mode and the shapes.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.ops.gradient_penalty.behind import Call, behind, code_of
+from fastgan.ops.gradient_penalty.called_modules import Call, called_modules, code_of
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.size import bound, estimate
 from fastgan.torch_private import in_transform
 
-MOST_SHAPES = 256  # that are remembered of a module
-LEAST = 2**25  # multiplications in a forward, from which saving a third of a penalty's is worth its overhead
+MOST_SHAPES = 256  # the number of calls that are remembered per module
+LEAST = 2**25  # multiplications in a forward from which the savings exceed the overhead
 
 _is_cpu = attrgetter("is_cpu")
-REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is the faster"
+REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is faster"
 
 _any_size: ContextVar[bool] = ContextVar("fastgan_any_size", default=False)
 
 
 @contextmanager
 def at_any_size() -> Iterator[None]:
-    """Inside, in this thread, no discriminator is small: for who compares fastgan's double backward with PyTorch's."""
+    """Use fastgan for discriminators of any size in this thread. Tests that compare it with PyTorch need this."""
     token = _any_size.set(True)
     try:
         yield
@@ -51,37 +51,37 @@ class Size(Enum):
 
     @property
     def after(self) -> int | None:
-        """The multiplications after which fastgan's functions run; None: never."""
+        """Return the number of multiplications after which fastgan's functions run, or None for never."""
         return {Size.SMALL: None, Size.UNKNOWN: LEAST, Size.LARGE: 0}[self]
 
 
 def size_of(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
-    """What is known of the size before a forward runs."""
+    """Classify the size of a discriminator without running it."""
     if not _depends_on_size(inputs):
         return Size.LARGE
-    modules = behind(discriminator)
+    modules = called_modules(discriminator)
     if modules is None:
         return Size.UNKNOWN
     most = bound(modules, inputs)
     if most is None:
         return Size.UNKNOWN
-    if most.beyond_calls() < LEAST:
+    if most.minus_overhead() < LEAST:
         return Size.SMALL
-    return Size.LARGE if estimate(modules, inputs).beyond_calls() >= LEAST else Size.UNKNOWN
+    return Size.LARGE if estimate(modules, inputs).minus_overhead() >= LEAST else Size.UNKNOWN
 
 
 def takes_less(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
-    """Whether a forward surely takes less than so many. None is run for it."""
+    """Return whether the parameters show that a forward has fewer multiplications. This runs no forward."""
     most = bound([module], [inputs])
     return most is not None and most.multiplications < multiplications
 
 
-# Calls that are left to PyTorch: small, and PyTorch has every second derivative. Nothing intercepts the next such call.
+# Calls that are small and that PyTorch can differentiate twice. The next such call is not intercepted.
 _left_to_pytorch: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 def is_left_to_pytorch(call: Call | None, inputs: Sequence[Tensor]) -> bool:
-    """Return whether an earlier call of this kind has shown that PyTorch does it faster, with every derivative."""
+    """Return whether an equal earlier call was small and ran only PyTorch's own functions."""
     if call is None or call.details not in _left_to_pytorch.get(call.module, ()):
         return False
     return _depends_on_size(inputs) and not may_be_sharded()
@@ -95,7 +95,7 @@ def leave_to_pytorch(call: Call) -> None:
 
 
 def forget(call: Call | None) -> None:
-    """Look at the next call again, as if it were the first."""
+    """Forget what is known about the calls of this module."""
     if call is not None:
         _left_to_pytorch.pop(call.module, None)
 
@@ -106,8 +106,8 @@ def _depends_on_size(inputs: Sequence[Tensor]) -> bool:
     return all(map(_is_cpu, inputs))
 
 
-# Functions around unknown modules that were found to be small by counting a forward, and for which shapes. The next
-# forward is counted again, but not watched for one pass.
+# Discriminators that counting showed to be small, with the shapes of their inputs. The next forward is counted again,
+# but not traced for one pass.
 _counted: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 
 
@@ -124,8 +124,8 @@ def remember(discriminator: Any, inputs: Sequence[Tensor], small: bool) -> None:
 
 
 def owner_of(discriminator: Any) -> Any:
-    """What outlives a function that is made for one call."""
-    modules = behind(discriminator)
+    """Return an object that identifies the discriminator and outlives a function that is defined for one call."""
+    modules = called_modules(discriminator)
     return modules[0] if modules else code_of(discriminator)
 
 

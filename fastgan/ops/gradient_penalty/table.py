@@ -1,4 +1,4 @@
-"""Torch functions by their names."""
+"""Look up torch functions by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OWNERS = (torch, Tensor, F, torch.linalg)
 
 
 def functions(*names: str) -> list[Any]:
-    """Every torch function, method and attribute of these names, in place too."""
+    """Return all torch functions, methods and attributes with these names, including the in-place forms."""
     found = []
     for name in names:
         for owner in _OWNERS:
@@ -30,14 +30,14 @@ def _in_place() -> set[Any]:
 
 
 IN_PLACE = _in_place()
-# In place, their backward reads nothing of the forward in PyTorch's form or in ours.
-CLEAR_IN_PLACE = IN_PLACE.intersection(
+# In-place functions whose gradient is independent of the forward, both in PyTorch and in fastgan.
+SAFE_IN_PLACE = IN_PLACE.intersection(
     functions(
         *("relu", "leaky_relu", "add", "sub", "mul", "div", "clamp", "clamp_min", "clamp_max", "masked_fill"),
         *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"),
     )
 )
-# What tells of a tensor and not of its values, or changes nothing that counts here.
+# Functions that do not read the values of a tensor, or have no effect on the trace.
 LOOKS = {
     *functions(
         *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "grad", "output_nr"),
@@ -47,5 +47,5 @@ LOOKS = {
     *functions("is_floating_point", "is_complex", "is_tensor", "is_same_size", "get_device", "data_ptr"),
     *functions("__len__", "__hash__", "__repr__", "__format__", "requires_grad_", "detach_"),
 }
-# They read only the dtype, the device or the shape of what comes after the first argument.
+# Functions that read only the dtype, device or shape of their further arguments.
 LIKE = {*functions("to", "type_as", "expand_as", "view_as", "reshape_as")}

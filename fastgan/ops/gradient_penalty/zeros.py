@@ -1,9 +1,10 @@
-"""Zeros for the parameters that a penalty does not depend on, where PyTorch's own penalty leaves zeros.
+"""Give zero gradients to the parameters to which PyTorch's own penalty gives zeros.
 
-The double backward of PyTorch's activations and poolings fills zeros for their inputs. These run back through the
-forward and reach every parameter below, such as a bias before a ReLU: its ``grad`` is zeros, so that an optimizer with
-momentum moves it, and DistributedDataParallel sees it. fastgan's Functions send nothing. What lies below those that
-stand for such a function (``fastgan.ops.filled``) gets its zeros here.
+The double backward of PyTorch's activations and pooling functions returns zeros for their inputs. These zeros flow back
+through the forward to all parameters before such a function, such as a bias before a ReLU. Their ``grad`` is then zeros
+and not None. This matters: an optimizer with momentum moves these parameters, and DistributedDataParallel waits for
+them. fastgan's Functions return None instead. This module adds the zeros for Functions that replace such a function of
+PyTorch (``fastgan.ops.filled``).
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from torch.autograd.graph import Node, get_gradient_edge
 from fastgan.ops.filled import filled_inputs
 
 
-def leave_zeros(
+def fill_zeros(
     penalty: Tensor,
     path: Iterable[Node],
     inputs: Iterable[Tensor],
     made: Iterable[Tensor] | None = None,
     more: Mapping[Node, Tensor] | None = None,
 ) -> Tensor:
-    """The penalty, whose backward gives zeros to those leaves that it does not depend on and PyTorch's reaches.
+    """Return a penalty whose backward also gives zeros to the leaves that get zeros in PyTorch.
 
     Args:
-        path: the nodes by which the logits depend on ``inputs``, which get no zeros.
-        made: if ``penalty`` is one of several gradients that a penalty will be made of, all of these.
-        more: further leaves by their nodes. While torch.compile makes a graph, parameters have nodes of their own.
+        penalty: the penalty, or one of the gradients from which it will be computed.
+        path: the nodes between the logits and the inputs.
+        inputs: the inputs. They get no zeros.
+        made: all gradients from which the penalty will be computed, if ``penalty`` is one of them.
+        more: further leaves by their nodes. While torch.compile records a graph, parameters have nodes of their own.
     """
     below = reached_by_zeros(path)
     points = {get_gradient_edge(x).node for x in inputs}
@@ -42,8 +45,8 @@ def leave_zeros(
     }
     if not candidates:
         return penalty
-    # Not every node hands on what it gets: PyTorch's group norm gives its bias nothing for its statistics. Zeros that
-    # are added to what is there cost nothing for a bias, and are left out for a weight.
+    # A leaf that the penalty reaches in the graph may still get None, as the bias of PyTorch's group norm does. So a
+    # bias always gets zeros, which are cheap to add. A weight gets them only if the penalty does not reach it.
     depends = _reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
     leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2]
     if not leaves:
@@ -53,12 +56,12 @@ def leave_zeros(
 
 
 def reached_by_zeros(path: Iterable[Node]) -> dict[Node, None]:
-    """The nodes, in a fixed order, that the zeros of PyTorch's double backward reach."""
+    """Return the nodes that the zeros of PyTorch's double backward reach, in a fixed order."""
     return _reached(node.next_functions[index][0] for node in path for index in filled_inputs(node))
 
 
 def _reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
-    """All nodes that a backward from these reaches."""
+    """Return all nodes that a backward from these nodes reaches."""
     seen: dict[Node, None] = {}
     waiting = list(nodes)
     while waiting:
@@ -73,7 +76,7 @@ class _WithZeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: Tensor, *leaves: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.leaves = leaves  # not saved: whoever writes into one before the backward may
+        ctx.leaves = leaves  # not saved for backward: users may modify leaves in place before the backward
         return penalty.view_as(penalty)
 
     @staticmethod
@@ -86,7 +89,7 @@ class _WithZeros(torch.autograd.Function):
 
 
 class _Zeros(torch.autograd.Function):
-    """Zeros of every order: a constant of the leaf."""
+    """Zeros that can be differentiated to any order."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PyTorch's functions that it differentiates once only, to every order: formulas in its own operations."""
+"""Functions that PyTorch can differentiate only once, written so that every order of derivative exists."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Distances between points: d_ij = |x_i - y_j|_p, to every order of derivative.
+"""Distances between points, d_ij = |x_i - y_j|_p, with derivatives of every order.
 
 PyTorch's kernels compute d and its first derivative, gx_i = sum_j g_ij w_ij with w = d|x_i - y_j|_p / dx_i. The second
-derivative differentiates that formula: for p = 2 as products of matrices, for other p in tiles of rows, so that the
-differences (P, R, M) are never in memory at once. Where a distance is zero, so are its derivatives.
+derivative differentiates that formula: with matrix products for p = 2, and in tiles of rows for other p, so that the
+differences (P, R, M) are never in memory at once. The derivatives of a distance of zero are zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastgan.ops.higher_orders import Operands, double_backward
 
-_TILE = 2**21  # differences at once
+_TILE = 2**21  # differences per tile
 _DEFAULT_MODE = "use_mm_for_euclid_dist_if_necessary"
 aten: Any = torch.ops.aten
 
@@ -26,12 +26,12 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _DEFAULT_M
     """``torch.cdist``."""
     if not (x1.requires_grad or x2.requires_grad) or 0 in (*x1.shape, *x2.shape):
         return torch.cdist(x1, x2, p, compute_mode)
-    if torch.is_autocast_enabled(x1.device.type):  # which takes distances in float32
+    if torch.is_autocast_enabled(x1.device.type):  # autocast computes distances in float32
         x1, x2 = (x.float() if x.dtype.itemsize < 4 else x for x in (x1, x2))
         with torch.autocast(x1.device.type, enabled=False):
             return cdist(x1, x2, p, compute_mode)
     with torch.no_grad():
-        value = torch.cdist(x1, x2, p, compute_mode)  # PyTorch's errors come first
+        value = torch.cdist(x1, x2, p, compute_mode)  # raises PyTorch's own errors
     batch = value.shape[:-2]
     flat = [x.expand(*batch, *x.shape[-2:]).reshape(prod(batch), *x.shape[-2:]) for x in (x1, x2)]
     result: Tensor = _Cdist.apply(*flat, float(p), value.reshape(prod(batch), *value.shape[-2:]))  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ class _CdistBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, hx: Tensor | None, hy: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, y = ctx.saved_tensors
-        if (hx is None and hy is None) or ctx.p == 0:  # a count of differences, whose derivative is zero
+        if (hx is None and hy is None) or ctx.p == 0:  # p = 0 counts differences, and its derivative is zero
             return (None,) * 7
         second = _by_products if ctx.p == 2 else _by_tiles
         return *second(g, x, y, ctx.p, hx, hy), None, None, None, None
@@ -110,7 +110,9 @@ def _by_products(
     def backward(g: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
         d = cdist(x, y, 2.0, "donot_use_mm_for_euclid_dist")
         weights = (g / d.masked_fill(d == 0, inf)).to(g.dtype)
-        center = x.detach().mean(-2, keepdim=True)  # else far from the origin, the differences below cancel
+        center = x.detach().mean(
+            -2, keepdim=True
+        )  # without this, the differences below lose precision far from the origin
         x, y = x - center, y - center
         by_x = weights.sum(-1).unsqueeze(-1) * x - weights @ y
         return [by_x, weights.sum(-2).unsqueeze(-1) * y - weights.transpose(-1, -2) @ x]
@@ -169,9 +171,9 @@ class _Norm(torch.autograd.Function):
 
 
 def _slopes(difference: Tensor, p: float) -> Tensor:
-    """The derivative of the norm over the last dimension, in PyTorch's operations; of all that tie for the largest.
+    """Return the derivative of the norm over the last dimension, sign(a) (|a| / |.|_p)^(p - 1).
 
-    sign(a) (|a| / |.|_p)^(p - 1), where a zero of a or of the norm makes it zero.
+    It is zero if a or the norm is zero. For p = inf, all elements that tie for the largest get a derivative.
     """
     sign = difference.sign()
     size = difference.abs()
@@ -185,4 +187,4 @@ def _slopes(difference: Tensor, p: float) -> Tensor:
     size = size.masked_fill(zero, 1)
     powers = size.pow(p).masked_fill(zero, 0).sum(-1, keepdim=True)
     norm = powers.masked_fill(powers == 0, 1).pow(1 / p)
-    return sign * (size / norm).pow(p - 1)  # a sign of 0 where a is
+    return sign * (size / norm).pow(p - 1)  # the sign is 0 if a is 0

@@ -1,4 +1,4 @@
-"""Recurrent layers on CUDA: cuDNN's kernels have no second derivative, and PyTorch's own have every order."""
+"""Recurrent layers on CUDA. cuDNN's kernels have no second derivative; PyTorch's own kernels have all orders."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 
 
 @cache
-def _say_once() -> None:
+def _warn_once() -> None:
     warnings.warn(
-        "a recurrent layer on CUDA runs without cuDNN where it is differentiated twice: cuDNN has no second derivative "
-        "of it. This takes longer, and is said once",
+        "a recurrent layer on CUDA runs without cuDNN inside a penalty, because cuDNN has no second derivative. This "
+        "is slower. This warning is shown once",
         stacklevel=4,
     )
 
 
-def without_cudnn(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """``theirs``, for whose call alone cuDNN is switched off where it would run."""
+def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with cuDNN switched off during its calls if cuDNN would run."""
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not input.is_cuda or not torch.backends.cudnn.enabled:
-            return theirs(input, *args, **kwargs)
-        _say_once()
+            return function(input, *args, **kwargs)
+        _warn_once()
         with torch.backends.cudnn.flags(enabled=False):
-            return theirs(input, *args, **kwargs)
+            return function(input, *args, **kwargs)
 
     return route
 
 
 ROUTES: dict[Any, Callable[..., Any]] = {
-    theirs: without_cudnn(theirs) for theirs in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+    function: without_cudnn(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 }

@@ -1,4 +1,4 @@
-"""Sums over groups of rows: bags of embeddings with weights of their own, and reductions of segments."""
+"""Reductions of groups of rows: embedding bags with per-sample weights, and segment_reduce."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """``F.embedding_bag``. With weights that require a gradient, each is the product of an embedding, summed."""
+    """``F.embedding_bag``. If per_sample_weights require a gradient, PyTorch operations compute the weighted sums."""
     options = mode, sparse, per_sample_weights, include_last_offset, padding_idx
-    theirs: Callable[..., Tensor] = F.embedding_bag
+    pytorchs: Callable[..., Tensor] = F.embedding_bag
     if per_sample_weights is None or not per_sample_weights.requires_grad:
-        return theirs(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *options)
-    with torch.no_grad():  # PyTorch's errors come first
-        value = theirs(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *options)
-    rows = F.embedding(input.reshape(-1), weight, sparse=sparse)  # (L, D), of norms that the call above has bounded
+        return pytorchs(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *options)
+    with torch.no_grad():  # raises PyTorch's own errors
+        value = pytorchs(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *options)
+    rows = F.embedding(input.reshape(-1), weight, sparse=sparse)  # (L, D); the call above has applied max_norm
     factors = per_sample_weights.reshape(-1)
     if padding_idx is not None:
         factors = factors.masked_fill(input.reshape(-1) == padding_idx % len(weight), 0)
@@ -60,7 +60,7 @@ def segment_reduce(
     bounds = lengths if lengths is not None else offsets
     if not data.requires_grad or bounds is None or bounds.ndim != 1 or axis != 0 or data.numel() == 0:
         return torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
-    with torch.no_grad():  # PyTorch's errors come first
+    with torch.no_grad():  # raises PyTorch's own errors
         value = torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
     sizes = lengths if lengths is not None else bounds.diff()
     segment = torch.repeat_interleave(torch.arange(len(sizes), device=data.device), sizes)
@@ -75,7 +75,7 @@ def segment_reduce(
 
 
 def _padded(data: Tensor, reduce: str, sizes: Tensor, segment: Tensor, value: Tensor, initial: float | None) -> Tensor:
-    """The segments as rows of one length, filled with what changes nothing, and reduced."""
+    """Pad the segments to one length with the neutral element, and reduce them."""
     fill = {"max": -inf, "min": inf, "prod": 1.0}[reduce]
     position = torch.arange(len(data), device=data.device) - (sizes.cumsum(0) - sizes)[segment]
     longest = int(sizes.max())

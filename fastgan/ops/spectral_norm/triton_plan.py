@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -29,13 +29,15 @@ FIELDS = (
     *("t_form", "t_span", "t_tiles", "t", "t_sums"),  # t = W^T u
 )
 Addresses = tuple[int, int, int, int, int, int]
+_NO_ADDRESSES: Addresses = (0, 0, 0, 0, 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The table of weights without the addresses, and the (weight, tile) of each program of a launch."""
 
     rows: tuple[tuple[int, ...], ...]
+    table: Tensor  # the same on the device, with addresses of 0
     s_tiles: Tensor
     t_tiles: Tensor
     parts: Tensor  # (weight, part, index)
@@ -43,6 +45,14 @@ class Plan:
     chunks_back: Tensor  # chunks in reverse order
     scratch: int  # elements
     chunk_sums: int  # the first elements of scratch; the backward needs no others
+    streams: set[int] = field(default_factory=set)  # those that have used the tensors
+
+    def use_on(self, stream: torch.cuda.Stream) -> None:
+        """Let the stream read the tensors: their memory is not reused before the stream is done with it."""
+        if stream.cuda_stream not in self.streams:
+            self.streams.add(stream.cuda_stream)
+            for tensor in (self.table, self.s_tiles, self.t_tiles, self.parts, self.chunks, self.chunks_back):
+                tensor.record_stream(stream)
 
 
 @lru_cache(maxsize=64)
@@ -50,6 +60,8 @@ def plan_of(
     matrices: tuple[tuple[int, int, int], ...], aligned: tuple[bool, ...], item: int, device: torch.device
 ) -> Plan:
     """Make the plan for weights (outer, rows, inner), ``item`` bytes per element, 16-byte ``aligned`` or not."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("spectral norm of new weights cannot be captured: run the step once before the capture")
     for outer, rows, inner in matrices:
         if max(rows, outer * inner) > _MAX_LENGTH:
             raise ValueError(
@@ -97,6 +109,7 @@ def plan_of(
 
     return Plan(
         rows=tuple(table),
+        table=table_of_tiles([_NO_ADDRESSES + row for row in table]),
         s_tiles=table_of_tiles([*tiles[False]]),
         t_tiles=table_of_tiles([*reversed(tiles[True])]),
         parts=table_of_tiles(parts),
@@ -124,12 +137,8 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# CUDA graphs read these at each replay: the host copy of a table, the table, and its plan.
-_captured: list[tuple[Tensor, Tensor, Plan]] = []
-# Page-locked memory cannot be allocated during a capture, so earlier calls reserve some. Memory used by a graph is
-# never reused.
-_SPARE = 2**15  # numbers, enough for 120 tables of a discriminator with 11 layers
-_spare: list[Tensor] = []
+# CUDA graphs read the tensors of these plans at each replay. There is one for each model, however often it is captured.
+_captured: set[Plan] = set()
 
 
 def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device) -> Tensor:
@@ -137,12 +146,11 @@ def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device)
     if device.type != "cuda":
         return _table(plan.rows, addresses, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        host = _from_spare(_entries(plan.rows, addresses))
-        _captured.append((host, host.to(device, non_blocking=True), plan))
-        return _captured[-1][1]
-    if not _spare or len(_spare[0]) < _SPARE // 2:
-        _spare[:] = [torch.zeros(_SPARE, dtype=torch.int64, pin_memory=True, device="cpu")]
-    return _table(plan.rows, addresses, device, torch.cuda.current_stream(device).cuda_stream)
+        _captured.add(plan)
+        return _written(plan, addresses)
+    stream = torch.cuda.current_stream(device)
+    plan.use_on(stream)
+    return _table(plan.rows, addresses, device, stream.cuda_stream)
 
 
 @lru_cache(maxsize=64)
@@ -150,18 +158,15 @@ def _table(
     rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...], device: torch.device, stream: int
 ) -> Tensor:
     # The stream is part of the key, because the copy may not have finished on another stream.
-    entries = _entries(rows, addresses)
+    entries = torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device="cpu")
     return entries.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else entries
 
 
-def _entries(rows: tuple[tuple[int, ...], ...], addresses: tuple[Addresses, ...]) -> Tensor:
-    return torch.tensor([a + r for a, r in zip(addresses, rows, strict=True)], device="cpu")
-
-
-def _from_spare(entries: Tensor) -> Tensor:
-    """Return a page-locked copy of the entries."""
-    size = entries.numel()
-    if not _spare or len(_spare[0]) < size:
-        return entries.pin_memory()  # PyTorch before 2.11 may raise here during a capture
-    taken, _spare[0] = _spare[0][:size], _spare[0][size:]
-    return taken.view_as(entries).copy_(entries)
+def _written(plan: Plan, addresses: tuple[Addresses, ...]) -> Tensor:
+    """Return a table that kernels write: the graph has the addresses as their arguments, and needs no host memory."""
+    table = plan.table.clone()
+    numbers = [address for row in addresses for address in row]
+    places = [place for row in table[:, : len(_NO_ADDRESSES)] for place in row.unbind()]
+    given = [i for i, number in enumerate(numbers) if number]
+    torch._foreach_add_([places[i] for i in given], [numbers[i] for i in given])
+    return table

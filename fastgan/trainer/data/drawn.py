@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ class Source(Protocol):
     shape: tuple[int, ...]  # shape of one sample
     scale: float  # approximate largest absolute value in a sample
     classes: int | None  # number of classes, or None without labels
+    class_names: list[str] | None  # None if the classes have only numbers
+    notes: Sequence[str]  # lines about what was found, for the user
 
     @property
     def size(self) -> int | None:
@@ -42,6 +45,8 @@ class Drawn(ABC):
     shape: tuple[int, ...]
     scale: float
     classes: int | None = None
+    class_names: list[str] | None = None
+    notes: Sequence[str] = ()
     size = None
 
     def __init__(self, seed: int, device: torch.device) -> None:

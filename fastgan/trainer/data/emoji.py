@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from fastgan.trainer.data.cache import cache_folder, cache_path, mapped, stamp
-from fastgan.trainer.data.image_folder import as_images, squares
+from fastgan.trainer.data.cache import cache_folder, cache_path, stamp
+from fastgan.trainer.data.image_folder import Pictures, is_kept, kept_pictures
+from fastgan.trainer.data.options import Channels
+from fastgan.trainer.data.pixels import Layout
 from fastgan.trainer.errors import DataError
 
 FONT = "NotoColorEmoji.ttf"
@@ -31,22 +32,26 @@ def find_emoji(folder: Path | None = None) -> Path:
     )
 
 
-def read_emoji(font: Path, size: int) -> Tensor:
-    """Return each distinct bitmap of a color font on white, (N, 3, size, size) uint8, in the font's order.
+def read_emoji(font: Path, size: int, channels: Channels = 3) -> Tensor:
+    """Return the images (N, channels, size, size) uint8 of `emoji_pictures`."""
+    return emoji_pictures(font, size, channels).images
 
-    The font's 136x128 pictures are padded to squares and resized.
+
+def emoji_pictures(font: Path, size: int, channels: Channels = 3) -> Pictures:
+    """Return each distinct bitmap of a color font, in the font's order.
+
+    The font's 136x128 pictures are padded to squares and resized. The background is white, or transparent with alpha.
 
     Raises:
         DataError: the file is not a font with color bitmaps (tables CBDT and CBLC).
     """
-    path = cache_path(f"emoji-{size}", *stamp(font))
-    if os.path.exists(path):
-        return as_images(mapped(path), size)
-    bitmaps = dict.fromkeys(bitmaps_of(font))  # some glyphs share a bitmap
-    images, good = squares(path, size, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
-    if not good:
+    layout = Layout(size, size, channels=channels)
+    path = cache_path(f"emoji-{size}", "2", layout, *stamp(font))
+    bitmaps = [] if is_kept(path) else dict.fromkeys(bitmaps_of(font))  # some glyphs share a bitmap
+    found = kept_pictures(path, layout, [(f"glyph {i}", partial(padded, bitmap)) for i, bitmap in enumerate(bitmaps)])
+    if not found.names:
         raise DataError(f"{font} contains no color bitmaps")
-    return images
+    return found
 
 
 def bitmaps_of(font: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Images of any size from a folder, cropped to squares, resized once and cached as memory-mapped bytes."""
+"""Pictures of any size from a folder or a zip file, cropped, resized once and cached as memory-mapped bytes."""
 
 from __future__ import annotations
 
@@ -6,115 +6,187 @@ import contextlib
 import json
 import os
 import sys
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from fastgan.trainer.data.cache import Pixels, cache_path, mapped, write, written
+from fastgan.trainer.data.cache import cache_path, mapped, write, written
+from fastgan.trainer.data.containers import Container, open_container
+from fastgan.trainer.data.labels import JSON, chosen_split, find_labels
+from fastgan.trainer.data.options import LabelRule
+from fastgan.trainer.data.pixels import UNREADABLE, Layout, endings, large_pictures_refused, open_image, pixels_of
 from fastgan.trainer.errors import DataError
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
-LARGEST = 100_000_000  # pixels; a small file can declare an image that exceeds memory (a decompression bomb)
-REPORTED = 5  # bad files to report by name
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # errors that Pillow raises
+REPORTED = 5  # skipped files to report by name
+MOST_THREADS, AHEAD = 8, 64  # threads that convert pictures, and pictures that they convert at a time
+MANY = 2000  # pictures whose first reading takes long enough to announce it
 
 
-def read_folder(folder: Path, size: int) -> tuple[Tensor, Tensor | None]:
-    """Read every image in ``folder`` as (N, 3, size, size) uint8, with labels if there are several subfolders.
+@dataclass
+class Pictures:
+    """Every readable picture of a folder or zip file."""
 
-    Files that are not images, are truncated or too large are reported on stderr and skipped. The result is cached; the
-    cache key covers the files' names, sizes and modification times.
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor | None  # (N,)
+    names: list[str]  # of the files
+    hashes: list[str]  # of their pixels
+    class_names: list[str] | None = None
+    notes: list[str] = field(default_factory=list)  # lines about what was found, for the user
+    skipped: list[str] = field(default_factory=list)  # files that are not used, each with the reason
+
+
+def read_pictures(
+    path: Path, layout: Layout, rule: LabelRule = "auto", split: str | None = None, quiet: bool = False
+) -> Pictures:
+    """Read every picture in a folder or zip file.
+
+    Files that are not pictures, are truncated or too large are skipped, and the first ones are named on stderr, also if
+    the pictures come from the cache. The cache key covers the files' names, sizes and modification times.
 
     Raises:
-        DataError: the folder cannot be read, or contains fewer than two readable images.
+        DataError: the data cannot be read, contains fewer than two readable pictures, or the labels do not fit it.
     """
-    try:
-        os.listdir(folder)  # rglob treats a missing or unreadable folder as empty
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
-    path = cache_path(f"{folder.resolve().name}-{size}", str(folder.resolve()), stats)
-    names = path.with_suffix(".json")  # names of the readable images; written last
-    if os.path.exists(names) and os.path.exists(path):
-        return as_images(mapped(path), size), labels_of(json.loads(names.read_text()))
-    images, good = squares(path, size, [(name, partial(open_image, folder / name)) for name, _, _ in stats])
-    if len(good) < 2:
-        endings = ", ".join(sorted(ENDINGS))
-        raise DataError(f"{folder} contains {len(good)} readable images ({endings}), but at least 2 are needed")
-    with contextlib.suppress(OSError):  # without this file the next run reads the images again
-        write(names, [json.dumps(good).encode()])
-    return images, labels_of(good)
+    container = open_container(path)
+    listed = [entry for entry in container.entries if PurePosixPath(entry.name).suffix.lower() in endings()]
+    if not listed:
+        raise DataError(f"{path} contains 0 readable images{other_endings(container)}, but at least 2 are needed")
+    names, about_split = chosen_split([entry.name for entry in listed], split)
+    chosen = set(names)
+    entries = [entry for entry in listed if entry.name in chosen]
+    labels = find_labels(names, rule, *dataset_json(container, names))
+
+    where = cache_path(f"{path.resolve().name}-{layout.width}", "2", str(path.resolve()), layout, entries)
+    opened = [(name, partial(opened_from, container, name)) for name in names]
+    found = kept_pictures(where, layout, opened)
+    found.notes = [f"{len(found.names):,} pictures" + (f" in {about_split}" if about_split else "")]
+    if others := sum(container.endings().values()) - len(listed) - (JSON in names_of(container)):
+        are = "file is no picture" if others == 1 else "files are not pictures"
+        found.notes.append(f"{others:,} {are}{other_endings(container)}")
+    if labels.of is not None:
+        unlabeled = [name for name in found.names if name not in labels.of]
+        found.skipped += [f"{name}: it has no label" for name in unlabeled]
+        found = without(found, set(unlabeled))
+        found.labels = torch.tensor([labels.of[name] for name in found.names], device="cpu")
+        found.class_names = labels.names
+    found.notes.append(labels.rule)
+    if not quiet:
+        report_skipped(found.skipped)
+    if len(found.names) < 2:
+        raise DataError(f"{path} contains {len(found.names)} readable images, but at least 2 are needed")
+    return found
 
 
-def as_images(pixels: Pixels, size: int) -> Tensor:
-    return torch.from_numpy(pixels).view(-1, 3, size, size)
+def read_folder(path: Path, size: int) -> tuple[Tensor, Tensor | None]:
+    """Return square RGB pictures (N, 3, size, size) uint8 of a folder or zip file, and their labels, if any."""
+    found = read_pictures(path, Layout(size, size))
+    return found.images, found.labels
 
 
-def squares(path: Path, size: int, images: Sequence[tuple[str, Callable[[], Image.Image]]]) -> tuple[Tensor, list[str]]:
-    """Return the readable images (N, 3, size, size), stored in the cache file `path`, and their names."""
+def opened_from(container: Container, name: str) -> Image.Image:
+    return open_image(container.read(name))
+
+
+def names_of(container: Container) -> set[str]:
+    return {PurePosixPath(entry.name).name for entry in container.entries}
+
+
+def other_endings(container: Container) -> str:
+    others = Counter({end: count for end, count in container.endings().items() if end not in endings()})
+    most = ", ".join(f"{end or 'no ending'} {count}" for end, count in others.most_common(4))
+    return f" ({most})" if most else ""
+
+
+def dataset_json(container: Container, names: Sequence[str]) -> tuple[bytes | None, str]:
+    """Return dataset.json's content and name: in the container, or in the folder that all pictures are in."""
+    places = [JSON, *(str(PurePosixPath(*PurePosixPath(names[0]).parts[:depth]) / JSON) for depth in (1, 2))]
+    there = {entry.name for entry in container.entries}
+    for place in places:
+        if place in there:
+            return container.read(place), place
+    return None, JSON
+
+
+def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callable[[], Image.Image]]]) -> Pictures:
+    """Return the readable images from the cache file `path`, which is written first if it does not exist."""
+    beside = path.with_suffix(".json")  # written last
+    if is_kept(path):
+        about = json.loads(beside.read_text())
+        return Pictures(as_images(mapped(path), layout), None, about["names"], about["hashes"], skipped=about["bad"])
     good: list[str] = []
+    hashes: list[str] = []
     bad: list[str] = []
+    if len(images) >= MANY:
+        print(f"reading {len(images):,} pictures; later runs take them from the cache", flush=True)
 
     def parts() -> Iterator[bytes]:
-        good.clear()
-        bad.clear()
-        for name, opened in images:
-            try:
-                pixels = square(opened(), size)
-            except UNREADABLE as error:
-                bad.append(f"{name}: {error}")
+        for values in (good, hashes, bad):
+            values.clear()
+        for name, content in converted(images, layout):
+            if isinstance(content, str):
+                bad.append(f"{name}: {content}")
                 continue
             good.append(name)
-            yield pixels.tobytes()
+            hashes.append(blake2b(content, digest_size=8).hexdigest())
+            yield content
 
-    found = as_images(written(path, parts), size)
-    for line in bad[:REPORTED]:
-        print(f"fastgan: skipped {line}", file=sys.stderr)
-    if len(bad) > REPORTED:
-        print(f"fastgan: skipped {len(bad) - REPORTED} more", file=sys.stderr)
-    return found, good
+    found = as_images(written(path, parts), layout)
+    about = {"names": good, "hashes": hashes, "bad": bad}
+    if good:
+        with contextlib.suppress(OSError):  # without this file the next run reads the images again
+            write(beside, [json.dumps(about).encode()])
+    return Pictures(found, None, good, hashes, skipped=bad)
 
 
-def open_image(file: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+def converted(
+    images: Sequence[tuple[str, Callable[[], Image.Image]]], layout: Layout
+) -> Iterator[tuple[str, bytes | str]]:
+    """Yield each picture's name, and its pixels or the reason why it cannot be read, in order. Threads convert them."""
+
+    def convert(opened: Callable[[], Image.Image]) -> bytes | str:
         try:
-            image = Image.open(file)
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from None
-    if image.width * image.height > LARGEST:
-        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {LARGEST}")
-    return image
+            return pixels_of(opened(), layout).tobytes()
+        except UNREADABLE as error:
+            return str(error)
+
+    with large_pictures_refused(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        for start in range(0, len(images), AHEAD):
+            part = images[start : start + AHEAD]
+            yield from zip(
+                (name for name, _ in part), threads.map(convert, (opened for _, opened in part)), strict=True
+            )
 
 
-def square(image: Image.Image, size: int) -> Pixels:
-    """Crop the central square (3, size, size) of an image, upright. Transparent parts become white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    image = image.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box))  # (size, size, 3)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def is_kept(path: Path) -> bool:
+    return os.path.exists(path.with_suffix(".json")) and os.path.exists(path)
 
 
-def labels_of(names: list[str]) -> Tensor | None:
-    """Return the index of each image's top folder (N,), if every image is in one and there are several."""
-    folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else None for name in names]
-    kinds = sorted({folder for folder in folders if folder is not None})
-    if None in folders or len(kinds) < 2:
-        return None
-    return torch.tensor([kinds.index(folder) for folder in folders if folder is not None], device="cpu")
+def without(found: Pictures, names: set[str]) -> Pictures:
+    """Leave pictures out."""
+    if not names:
+        return found
+    rows = [row for row, name in enumerate(found.names) if name not in names]
+    found.images = found.images[rows]
+    found.names, found.hashes = ([values[row] for row in rows] for values in (found.names, found.hashes))
+    return found
+
+
+def as_images(pixels: Any, layout: Layout) -> Tensor:
+    return torch.from_numpy(pixels).view(-1, layout.channels, *layout.stored)
+
+
+def report_skipped(skipped: Sequence[str]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in skipped[:REPORTED]:
+        print(f"fastgan: skipped {line}", file=sys.stderr)
+    if len(skipped) > REPORTED:
+        print(f"fastgan: skipped {len(skipped) - REPORTED} more, {len(skipped):,} in all", file=sys.stderr)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgan.trainer.data.drawn import ALL, Drawn, Source
+from fastgan.trainer.data.options import DatasetName as DatasetName
+from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import DataError
 
-DatasetName = Literal["fashion-mnist", "stacked", "folder", "emoji", "discs", "waveforms", "voxels", "ring8", "grid25"]
+FASHION_MNIST_CLASSES = (
+    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 FASHION_MNIST_IMAGES = "train-images-idx3-ubyte.gz"
 FASHION_MNIST_LABELS = "train-labels-idx1-ubyte.gz"
@@ -33,9 +40,15 @@ class Images:
         images: (N, C, H, W) uint8.
         labels: (N,), or None.
         members: indices of the images to use; None uses all.
+        mirror: mirror each image with probability 1/2, anew in each epoch.
+        window: (h, w), the size of a random part of each image that is drawn, anew in each epoch; None draws all.
     """
 
     scale = 1.0
+    names: list[str] | None = None  # of all images
+    hashes: list[str] | None = None  # of all images
+    class_names: list[str] | None = None
+    notes: Sequence[str] = ()  # lines about the data, for the user
 
     def __init__(
         self,
@@ -44,13 +57,17 @@ class Images:
         device: torch.device,
         labels: Tensor | None = None,
         members: Tensor | None = None,
+        *,
+        mirror: bool = False,
+        window: tuple[int, int] | None = None,
     ) -> None:
         self.device = device
         self.images = images.to(device) if fits(images, device) else images
         self.labels = None if labels is None else labels.long()
         self.classes = None if labels is None else int(labels.max()) + 1
         self.members = torch.arange(len(images), device="cpu") if members is None else members
-        self.shape = tuple(images.shape[1:])
+        self.mirror, self.window = mirror, window
+        self.shape = tuple(images.shape[1:] if window is None else (images.shape[1], *window))
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
 
@@ -59,19 +76,43 @@ class Images:
         return len(self.members)
 
     def fork(self, seed: int) -> Images:
-        return Images(self.images, seed, self.device, self.labels, self.members)
+        return self._with(self.members, seed)
 
     def split(self, count: int, seed: int) -> Images:
         """Move `count` images, chosen by `seed`, to a new source. Call this before the first `next`."""
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed), device="cpu")
-        taken = Images(self.images, seed, self.device, self.labels, self.members[order[:count]])
-        self.members = self.members[order[count:]]
+        return self._move(self.members[order[:count]], self.members[order[count:]], seed)
+
+    def split_names(self, names: Iterable[str], seed: int) -> Images:
+        """Move the images with these names to a new source. Call this before the first `next`."""
+        wanted = set(names)
+        there = [member for member in self.members.tolist() if self.names and self.names[member] in wanted]
+        taken = torch.tensor(there, dtype=torch.long, device="cpu")
+        return self._move(taken, self.members[~torch.isin(self.members, taken)], seed)
+
+    def _move(self, taken: Tensor, rest: Tensor, seed: int) -> Images:
+        other = self._with(taken, seed)
+        self.members = rest
         self._start_epoch()
-        return taken
+        return other
+
+    def _with(self, members: Tensor, seed: int) -> Images:
+        other = copy.copy(self)
+        other.members = members
+        other.generator = torch.Generator().manual_seed(seed)
+        other._start_epoch()
+        return other
+
+    def member_names(self) -> list[str]:
+        return [self.names[member] for member in self.members.tolist()] if self.names else []
 
     def _start_epoch(self) -> None:
         self.epoch_state = self.generator.get_state()
         self.order = self.members[torch.randperm(self.size, generator=self.generator, device="cpu")]
+        if self.mirror:
+            self.mirrored = torch.rand(self.size, generator=self.generator, device="cpu") < 0.5
+        if self.window:
+            self.corners = torch.rand(2, self.size, generator=self.generator, device="cpu")
         self.cursor = 0
 
     def next(self, batch_size: int) -> Tensor:
@@ -82,10 +123,18 @@ class Images:
             raise DataError(f"a batch of {batch_size} needs at least {batch_size} images, but the data has {self.size}")
         if self.cursor + batch_size > self.size:
             self._start_epoch()
-        index = self.order[self.cursor : self.cursor + batch_size][rows]
+        batch = slice(self.cursor, self.cursor + batch_size)
+        index = self.order[batch][rows]
         self.cursor += batch_size
         labels = None if self.labels is None else self.labels[index].to(self.device)
-        pixels = self.images[index.to(self.images.device)].to(self.device)
+        pixels = self.images[index.to(self.images.device)]
+        if self.window:
+            pixels = windows(pixels, self.corners[:, batch][:, rows], self.window)
+        pixels = pixels.to(self.device)
+        if self.mirror:
+            pixels = torch.where(
+                self.mirrored[batch][rows].to(self.device)[:, None, None, None], pixels.flip(3), pixels
+            )
         return pixels.float().div_(127.5).sub_(1), labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +144,17 @@ class Images:
         self.generator.set_state(state["epoch_state"])
         self._start_epoch()
         self.cursor = state["cursor"]
+
+
+def windows(pixels: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a part (N, C, h, w) of each image (N, C, H, W). `corners` (2, N) in [0, 1) place them."""
+    index = []
+    for where, length, whole in zip(corners.to(pixels.device), size, pixels.shape[2:], strict=True):
+        start = ((whole - length + 1) * where).long()
+        index.append(start[:, None] + torch.arange(length, device=pixels.device))  # (N, length)
+    rows = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+    channels = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+    return pixels[rows, channels, index[0][:, None, :, None], index[1][:, None, None, :]]
 
 
 def fits(images: Tensor, device: torch.device) -> bool:
@@ -152,7 +212,9 @@ def grid25(seed: int, device: torch.device) -> Mixture:
 def fashion_mnist(seed: int, device: torch.device, folder: Path | None = None) -> Images:
     """Fashion-MNIST's training images, padded from 28x28 to 32x32."""
     images, labels = read_fashion_mnist(find_fashion_mnist(folder))
-    return Images(images, seed, device, labels)
+    source = Images(images, seed, device, labels)
+    source.class_names = list(FASHION_MNIST_CLASSES) if source.classes == len(FASHION_MNIST_CLASSES) else None
+    return source
 
 
 def read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor | None]:
@@ -217,20 +279,27 @@ def find_fashion_mnist(folder: Path | None = None) -> Path:
 
 
 def load_source(
-    dataset: DatasetName, seed: int, device: torch.device, folder: Path | None = None, image_size: int = 32
+    dataset: DatasetName,
+    seed: int,
+    device: torch.device,
+    folder: Path | None = None,
+    image_size: int | str = 32,
+    pictures: PictureConfig | None = None,
 ) -> Source:
-    """Load a data set's source of real samples. `image_size` applies to data without a fixed size."""
+    """Load a data set's source of real samples. `image_size` and `pictures` apply to folder and emoji."""
+    pictures = pictures or PictureConfig()
     if dataset == "folder":
-        from fastgan.trainer.data.image_folder import read_folder
-
-        if folder is None:
-            raise DataError("dataset folder needs a folder of images: pass it with --data PATH")
-        images, labels = read_folder(folder, image_size)
-        return Images(images, seed, device, labels)
+        return pictures_of(seed, device, folder, image_size, pictures)
     if dataset == "emoji":
-        from fastgan.trainer.data.emoji import find_emoji, read_emoji
+        from fastgan.trainer.data.emoji import emoji_pictures, find_emoji
 
-        return Images(read_emoji(find_emoji(folder), image_size), seed, device)
+        height, width = sides(image_size)
+        if height != width:
+            raise ValueError(f"emoji are square: image_size must be one number, got {image_size}")
+        found = emoji_pictures(find_emoji(folder), height, pictures.channels)
+        emoji = Images(found.images, seed, device, mirror=pictures.mirror)
+        emoji.names, emoji.hashes = found.names, found.hashes
+        return emoji
     if dataset == "fashion-mnist":
         return fashion_mnist(seed, device, folder)
     if dataset == "stacked":
@@ -242,3 +311,23 @@ def load_source(
     if dataset == "discs":
         return Discs(seed, device)
     return {"ring8": ring8, "grid25": grid25}[dataset](seed, device)
+
+
+def pictures_of(
+    seed: int, device: torch.device, folder: Path | None, image_size: int | str, pictures: PictureConfig
+) -> Images:
+    """Return the pictures of a folder or a zip file."""
+    from fastgan.trainer.data.image_folder import read_pictures
+    from fastgan.trainer.data.pixels import Layout
+
+    if folder is None:
+        raise DataError("dataset folder needs a folder of images, or a zip file: pass it with --data PATH")
+    layout = Layout(*sides(image_size), pictures.crop, pictures.channels, pictures.background)
+    found = read_pictures(folder, layout, pictures.labels, pictures.split)
+    window = (layout.height, layout.width) if pictures.crop == "random" else None
+    source = Images(found.images, seed, device, found.labels, mirror=pictures.mirror, window=window)
+    if found.class_names:
+        source.classes = len(found.class_names)  # the last one may have no readable picture
+    source.names, source.hashes, source.class_names = found.names, found.hashes, found.class_names
+    source.notes = found.notes
+    return source

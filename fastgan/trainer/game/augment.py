@@ -8,13 +8,13 @@ differentiated any number of times. Penalties use the gradient with respect to t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-AugmentName = Literal["none", "diffaugment", "ada"]
+from fastgan.trainer.game.names import AugmentName as AugmentName
 
 EVERY = 4  # batches between updates of p
 SHIFT, CUT = 1 / 8, 1 / 2  # as fractions of a side: the largest translation, and the side of the cutout square
@@ -47,7 +47,11 @@ class Augment:
         if u is None:
             return x
         for change, (taken, *how) in zip(CHANGES, u.to(x.dtype).permute(1, 2, 0), strict=True):
-            if change is not LEFT_OUT.get(self.kind):
+            if change is LEFT_OUT.get(self.kind):
+                continue
+            if x.shape[1] == 4 and change in COLORS:  # the fourth channel is alpha
+                x = torch.cat([change(x[:, :3], taken < self.p, *how), x[:, 3:]], 1)
+            else:
                 x = change(x, taken < self.p, *how)
         return x
 
@@ -127,6 +131,7 @@ def column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+COLORS = (brightness, saturation, contrast)
 CHANGES = (mirror, brightness, saturation, contrast, translation, cutout)
 # Cutout lowers the discriminator's confidence on memorized images. ADA's p follows that confidence and stayed too low.
 LEFT_OUT = {"diffaugment": mirror, "ada": cutout}

@@ -32,6 +32,12 @@ class EMA:
                 average.copy_(current[name])
         self.updates += 1
 
+    @torch.no_grad()
+    def restart(self, module: nn.Module) -> None:
+        """Start again from a module's weights."""
+        self.module.load_state_dict(module.state_dict())
+        self.updates = 0
+
     def state_dict(self) -> dict[str, object]:
         return {"module": self.module.state_dict(), "updates": self.updates}
 

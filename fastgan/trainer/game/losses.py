@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-LossName = Literal["non-saturating", "saturating", "hinge", "least-squares", "wasserstein", "relativistic"]
+from fastgan.trainer.game.names import LossName as LossName
 
 
 class Loss(NamedTuple):

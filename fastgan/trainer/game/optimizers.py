@@ -7,12 +7,12 @@ g and g^2 (Kingma & Ba 2015). Two time scales mean two learning rates (Heusel et
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["adam", "optimistic-adam", "extra-adam"]
+from fastgan.trainer.game.names import OptimizerName as OptimizerName
 
 
 class _Directed(torch.optim.Optimizer):

@@ -8,21 +8,24 @@ for a piecewise-affine D:
     r1, r2                7          9       penalty and loss of one half in one pass; a separate call for the other
     r1+r2                 8         12       both halves in one pass
     wgan-gp and similar  10         12       a separate pass at other points
+    r1-finite-difference 13         13       approximate: a forward and its backward to the inputs, two more forwards
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgan
 from fastgan.ops.gradient_penalty.kinds import penalize
+from fastgan.trainer.game.names import APPROXIMATE as APPROXIMATE
+from fastgan.trainer.game.names import Kernels as Kernels
+from fastgan.trainer.game.names import PenaltyName as PenaltyName
 
-PenaltyName = Literal["none", "wgan-gp", "wgan-lp", "r1", "r2", "r1+r2", "dragan", "zero-centered", "max-gp"]
-Kernels = Literal["fastgan", "torch"]
 Discriminator = Callable[..., Tensor]
 
 
@@ -97,8 +100,10 @@ class Regularizer:
     def _at_samples(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> Judged:
         take = fastgan.logits_and_penalty if self.kernels == "fastgan" else double_backward
         weight = self.weight
-        if self.penalty == "r1":
-            real_logits, penalty = take(discriminator, real, kind="r1", weight=weight, args=args)
+        if self.penalty in APPROXIMATE:
+            take = fastgan.logits_and_penalty  # first derivatives alone, which are PyTorch's
+        if self.penalty in ("r1", *APPROXIMATE):
+            real_logits, penalty = take(discriminator, real, kind=self.penalty, weight=weight, args=args)
             return Judged(real_logits, discriminator(fake, *args), penalty)
         if self.penalty == "r2":
             fake_logits, penalty = take(discriminator, fake, kind="r2", weight=weight, args=args)
@@ -141,6 +146,7 @@ def double_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return logits and penalty at ``inputs`` (N, *S), computed with plain PyTorch."""
     x = inputs.detach().requires_grad_()
-    logits = discriminator(x, *args)
+    with sdpa_kernel(SDPBackend.MATH):  # the only form of attention with a second derivative
+        logits = discriminator(x, *args)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return logits, penalize(kind, grad, weight)

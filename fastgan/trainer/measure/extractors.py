@@ -1,13 +1,16 @@
 """Image features for metrics that compare sets of images. An extractor is any callable (N, C, H, W) -> (N, F).
 
-Images are in [-1, 1], of any size, with one channel or three. Values from different extractors are not comparable, so
-each metric's name includes its extractor. None of these extractors is Inception, and none of the distances is an FID.
+Images are in [-1, 1], of any size, with one, three or four channels; the fourth is alpha. Values from different
+extractors are not comparable, so each metric's name includes its extractor. None of the built-in extractors is
+Inception, so their distances are not FIDs. `TorchScript` reads the file of Inception that FIDs are computed with.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from importlib import import_module, resources
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +23,14 @@ BATCH, CPU_BATCH = 64, 4  # small enough that activations between layers fit a C
 
 
 def load_extractor(name: str, device: torch.device) -> Extractor:
-    """Load "random-conv", "efficientnet-lite0" or "module:callable", a user's function or network, onto `device`.
+    """Load "random-conv", "efficientnet-lite0", "module:callable" or a TorchScript file ("FILE.pt") onto `device`.
 
     Raises:
         ValueError: no extractor has this name.
         ModuleNotFoundError: its weights are not installed; fastgan[metrics] installs them.
     """
+    if is_file(name):
+        return TorchScript(Path(name), device)
     extractor = BY_NAME[name]() if name in BY_NAME else imported(name)
     if isinstance(extractor, nn.Module):
         extractor.eval().requires_grad_(False).to(device)
@@ -42,7 +47,9 @@ def imported(name: str) -> Extractor:
             raise TypeError(f"{attribute} is not callable")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         names = ", ".join(BY_NAME)
-        raise ValueError(f"extractor must be one of {names}, or module:callable, got {name!r}: {error}") from error
+        raise ValueError(
+            f"extractor must be one of {names}, FILE.pt, or module:callable, got {name!r}: {error}"
+        ) from error
     extractor: Extractor = found
     return extractor
 
@@ -70,7 +77,23 @@ def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> 
 
 def label(name: str) -> str:
     """Return the name of an extractor for use in the names of distances."""
-    return BY_NAME[name].LABEL if name in BY_NAME else name.partition(":")[2]
+    if is_file(name):
+        return Path(name).stem
+    return BY_NAME[name].LABEL if name in BY_NAME else name.partition(":")[2] or name
+
+
+def distance(name: str) -> str:
+    """Return the name of the Frechet distance of an extractor: FID with a file's features, FD with others."""
+    return f"{'FID' if is_file(name) else 'FD'}-{label(name)}"
+
+
+def digest(name: str) -> str | None:
+    """Return the first 16 hexadecimal digits of the SHA-256 of an extractor's file, or None without a file."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] if is_file(name) else None
+
+
+def is_file(name: str) -> bool:
+    return name.endswith((".pt", ".pth", ".ts"))
 
 
 @torch.no_grad()
@@ -78,6 +101,73 @@ def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> T
     """Compute features (N, F) in batches, and return them on the CPU."""
     batches = images.split(CPU_BATCH if device.type == "cpu" else BATCH)
     return torch.cat([extractor(batch.to(device)).float().cpu() for batch in batches])
+
+
+class TorchScript:
+    """A TorchScript file with the interface of StyleGAN's and clean-fid's inception-2015-12-05.pt.
+
+    The module takes images (N, 3, H, W) in [0, 255]. With `return_features=True` it returns features, without it
+    probabilities of classes; `no_output_bias=True` leaves out the last layer's bias, as in StyleGAN. Images are resized
+    to 299x299 as clean-fid does: in Pillow's bicubic filter, each channel in floating point, without rounding. If the
+    module has an attribute `layers`, that is called with (x - 128) / 128, which skips the resizing inside.
+
+    Raises:
+        ValueError: the file is missing, or not TorchScript.
+    """
+
+    SIZE = 299
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        if not path.is_file():
+            raise ValueError(f"extractor {str(path)!r} does not exist")
+        try:
+            self.module = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as error:
+            raise ValueError(
+                f"extractor {str(path)!r} is not a TorchScript file: {str(error).splitlines()[0]}"
+            ) from error
+        for parameter in self.module.parameters():  # TorchScript modules lack requires_grad_
+            parameter.requires_grad_(False)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._features(self.resized(images).to(images.device))
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Return features through which gradients pass. PyTorch's bicubic filter differs slightly from Pillow's."""
+        pixels = (as_rgb(images) + 1) * 127.5
+        return self._features(interpolate(pixels, (self.SIZE, self.SIZE), mode="bicubic", antialias=True))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if hasattr(self.module, "layers"):
+            found: Tensor = self.module.layers((pixels - 128) / 128)
+        else:
+            found = self.module(pixels, return_features=True)
+        return found.flatten(1)
+
+    def probabilities(self, images: Tensor) -> Tensor | None:
+        """Return the probabilities of classes (N, K), or None if the module does not compute any."""
+        try:
+            found: Tensor = self.module(self.resized(images).to(images.device), no_output_bias=True)
+        except RuntimeError:
+            return None
+        sums = found.sum(1)
+        return found if bool((found >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else None
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Round images to bytes, as their files would be, and resize them to (N, 3, 299, 299) in [0, 255]."""
+        pixels = as_rgb(images).clamp(-1, 1).add(1).mul(127.5).round().cpu()
+        size = (self.SIZE, self.SIZE)
+        rows = [torch.stack([resized_channel(channel, size) for channel in image]) for image in pixels]
+        return torch.stack(rows).clamp(0, 255)
+
+
+def resized_channel(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    resized = Image.fromarray(channel.numpy()).resize(size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized))
 
 
 class RandomConv(nn.Module):
@@ -224,7 +314,10 @@ def relu6(x: Tensor) -> Tensor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Expand images (N, 1 or 3, H, W) to (N, 3, H, W)."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    """Expand images (N, 1, 3 or 4, H, W) to (N, 3, H, W). The fourth channel is alpha; the background is white."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
+        raise ValueError(f"images must be (N, 1, 3 or 4, H, W), got {tuple(images.shape)}")
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:].clamp(-1, 1) + 1) / 2
+        return 1 + alpha * (images[:, :3] - 1)
     return images.expand(-1, 3, -1, -1)

@@ -17,6 +17,7 @@ from fastgan.trainer.data.sources import Mixture
 NEIGHBORS = 5  # k of density, coverage and recall, as in their papers
 SUBSET = 100  # samples in one KID estimate
 SUBSETS = 50
+ROWS = 2048  # reals that are compared with all fakes at once
 
 
 class Modes(NamedTuple):
@@ -93,10 +94,11 @@ class Neighbors(NamedTuple):
     density: float  # number of reals' balls that contain a fake, over k; about 1 if the sets agree
     coverage: float  # fraction of reals whose ball contains a fake
     recall: float  # fraction of reals inside at least one fake's ball
+    precision: float  # fraction of fakes inside at least one real's ball
 
 
 def neighbors(real: Tensor, fake: Tensor, k: int = NEIGHBORS) -> Neighbors:
-    """Density and coverage (Naeem et al. 2020) and recall (Kynkaanniemi et al. 2019) of features (N, F).
+    """Density and coverage (Naeem et al. 2020), precision and recall (Kynkaanniemi et al. 2019) of features (N, F).
 
     A sample's ball extends to its k-th nearest neighbor in its own set.
     """
@@ -104,13 +106,34 @@ def neighbors(real: Tensor, fake: Tensor, k: int = NEIGHBORS) -> Neighbors:
     if k >= min(len(real), len(fake)):
         raise ValueError(f"k must be less than the number of samples, got {k} for {len(real)} and {len(fake)} samples")
     real, fake = real.double(), fake.double()
-    real_radius, fake_radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, fake))
-    distance = torch.cdist(real, fake)  # (N, M)
-    return Neighbors(
-        density=float((distance <= real_radius[:, None]).double().sum(0).mean() / k),
-        coverage=float((distance.min(1).values <= real_radius).double().mean()),
-        recall=float((distance <= fake_radius).any(1).double().mean()),
+    real_radius, fake_radius = (
+        torch.cat([torch.cdist(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(ROWS)]) for x in (real, fake)
     )
+    inside, covered, recalled = torch.zeros(len(fake), dtype=torch.long, device=fake.device), 0, 0
+    for rows, radius in zip(real.split(ROWS), real_radius.split(ROWS), strict=True):
+        distance = torch.cdist(rows, fake)  # (R, M); all pairs at once would need 20 GB for 50,000 samples
+        inside += (distance <= radius[:, None]).sum(0)
+        covered += int((distance.min(1).values <= radius).sum())
+        recalled += int((distance <= fake_radius).any(1).sum())
+    return Neighbors(
+        density=float(inside.double().mean() / k),
+        coverage=covered / len(real),
+        recall=recalled / len(real),
+        precision=float((inside > 0).double().mean()),
+    )
+
+
+def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp(E[KL(p(y | x) || p(y))]) of probabilities of classes (N, K): mean and standard deviation over the splits.
+
+    It is 1 if all samples look alike to the classifier, and at most K. Salimans et al. 2016.
+    """
+    found = []
+    for part in probabilities.double().chunk(min(splits, len(probabilities))):
+        p_y = part.mean(0, keepdim=True)
+        found.append(float((part * (part.clamp_min(1e-16) / p_y.clamp_min(1e-16)).log()).sum(1).mean().exp()))
+    values = torch.tensor(found, dtype=torch.float64, device="cpu")
+    return float(values.mean()), float(values.std(correction=0))
 
 
 def _require_features(real: Tensor, fake: Tensor) -> None:

@@ -1,12 +1,11 @@
-"""Generators and discriminators for samples (N, C, *S), where S has one to three equal powers of two, and for points
-(N, F)."""
+"""Generators and discriminators for samples (N, C, *S), where S has one to three sides, and for points (N, F)."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from fastgan.trainer.config import ModelConfig
-from fastgan.trainer.models import dcgan, mlp, residual, resnet
+from fastgan.trainer.models import dcgan, mlp, residual, resnet, sagan
 from fastgan.trainer.models.layers import Discriminator, Head, Labeled, Scale, Shape, normalize
 
 __all__ = ["build_models"]
@@ -55,7 +54,7 @@ def points(size: int, scale: float, config: ModelConfig, latent_dim: int) -> Bui
 
 
 def images(shape: Shape, config: ModelConfig, latent_dim: int) -> Built:
-    kinds = {"auto": dcgan, "dcgan": dcgan, "resnet": resnet, "residual": residual}
+    kinds = {"auto": dcgan, "dcgan": dcgan, "resnet": resnet, "residual": residual, "sagan": sagan}
     if config.architecture not in kinds:
         raise ValueError(f"architecture {config.architecture} makes points, not images: use one of {', '.join(kinds)}")
     kind = kinds[config.architecture]

@@ -11,40 +11,44 @@ from torch import Tensor, nn
 
 import fastgan.nn as fnn
 from fastgan.trainer.config import MinibatchStatistic, SpectralNorm
+from fastgan.trainer.data.size import SMALLEST as SMALLEST
+from fastgan.trainer.data.size import levels, why_not
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 NUM_KERNELS, KERNEL_DIM = 100, 5  # of minibatch discrimination, as in Salimans et al. 2016
-SMALLEST = 4  # side in pixels where a generator starts and a discriminator ends
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape (channels, size, ...) of a sample with ``dims`` equal sides."""
+    """The shape (channels, *sides) of a sample. ``size`` is the side of a square with as many levels of resolution."""
 
     channels: int
     size: int
     dims: int
+    sides: tuple[int, ...] = ()  # default: equal to size
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> Shape:
         channels, *sides = shape
-        size = sides[0]
-        if len(sides) > 3 or any(side != size for side in sides) or size < 8 or size > 1024 or size & (size - 1):
-            raise ValueError(
-                f"no model supports samples of shape {shape}: use (C, S), (C, S, S) or (C, S, S, S) "
-                "with S a power of two from 8 to 1024, or (F,)"
-            )
-        return cls(channels, size, len(sides))
+        problem = why_not(sides) if len(sides) <= 3 else "at most three sides"
+        if problem:
+            raise ValueError(f"no model supports samples of shape {shape}: {problem}")
+        return cls(channels, SMALLEST << levels(sides), len(sides), tuple(sides))
 
     @property
     def sizes(self) -> list[int]:
-        """The sides from the smallest to the sample's."""
+        """The sides of a square at each resolution, from the smallest to the sample's. Channels depend on them."""
         return [SMALLEST << i for i in range((self.size // SMALLEST).bit_length())]
 
     def smallest(self, channels: int) -> tuple[int, ...]:
-        return (channels, *[SMALLEST] * self.dims)
+        return (channels, *self.sides_at(SMALLEST))
+
+    def sides_at(self, size: int) -> tuple[int, ...]:
+        """Return the sides at a resolution, which is one of ``sizes``."""
+        sides = self.sides or (self.size,) * self.dims
+        return tuple(side * size // self.size for side in sides)
 
     def conv(self, inputs: int, outputs: int, kernel: int, **options: Any) -> Conv:
         """Return a convolution in this number of dimensions."""

@@ -8,12 +8,15 @@ from html import escape
 
 Series = Sequence[tuple[float, float]]  # (step, value)
 
-WIDTH, HEIGHT = 460, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 24
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 18, 40
 
 
-def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note: str = "") -> str:
-    """Draw named lines over steps. Lines break at values that are not finite, or not positive on a log scale."""
+def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note: str = "", unit: str = "") -> str:
+    """Draw named lines over steps. `unit` is the title of the vertical axis.
+
+    Lines break at values that are not finite, or not positive on a log scale.
+    """
     shown = {name: [(x, y) for x, y in points if _fits(y, log)] for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
     if not shown:
@@ -32,11 +35,20 @@ def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note
     body = []
     for tick in ticks:
         _, y = place(x_low, tick)
-        label = f"{10**tick:.0e}".replace("e-0", "e-").replace("e+0", "e") if log else f"{tick:g}"
+        label = plain(10**tick if log else tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for x, anchor in ((x_low, "start"), (x_high, "end")):
-        body.append(f'<text x="{place(x, y_low)[0]:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{x:g}</text>')
+    for x in _ticks(x_low, x_high, log=False) if x_high > x_low else [x_low]:
+        across, _ = place(x, y_low)
+        body.append(
+            f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - 36}"/>'
+        )
+        body.append(f'<text x="{across:.1f}" y="{HEIGHT - 23}" text-anchor="middle">{counted(x)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    body.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">generator step</text>')
+    if unit or log:
+        above = f"{unit}, logarithmic" if unit and log else unit or "logarithmic"
+        body.append(f'<text class="axis" x="4" y="10">{escape(above)}</text>')
     legend = []
     for index, (name, points) in enumerate(shown.items()):
         corners = [place(x, _scale(y, log)) for x, y in points]
@@ -48,6 +60,21 @@ def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     caption = f"<figcaption><b>{escape(title)}</b> {''.join(legend)}<small>{escape(note)}</small></figcaption>"
     return f"<figure>{caption}{svg}</figure>"
+
+
+def counted(number: float) -> str:
+    """Write a count with a few digits: 950, 1.5k, 180k, 2M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def plain(number: float) -> str:
+    """Write a value without an exponent, unless it has more than four zeros."""
+    if number and not 1e-4 <= abs(number) < 1e6:
+        return f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{number:,.10g}"
 
 
 def _fits(value: float, log: bool) -> bool:

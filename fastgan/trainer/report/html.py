@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.bench import html_page
+from fastgan.trainer.progress import plain
 from fastgan.trainer.report.charts import Series, line_chart
 from fastgan.trainer.run import RunFolder
 
@@ -53,7 +54,7 @@ def cards(last: Record, quality: Record) -> str:
     shown = [
         ("steps", f"{last['step']:,}"),
         ("minutes", f"{last['seconds'] / 60:.1f}"),
-        ("images/s", f"{images_per_s:,.0f}"),
+        ("pictures a second", plain(images_per_s)),
         ("diversity", f"{last['diversity']:.2f}"),
     ]
     if "covered" in quality:
@@ -96,15 +97,17 @@ def charts(records: list[Record]) -> list[str]:
         name: [(r["step"], r["sigma"][name]) for r in records if name in r.get("sigma", {})] for name in sorted(layers)
     }
     return [
-        line_chart("Losses", series(discriminator="d_loss", generator="g_loss")),
+        line_chart("Losses", series(discriminator="d_loss", generator="g_loss"), unit="loss"),
         line_chart(
             "Accuracy of the discriminator",
             series(reals="d_real_accuracy", fakes="d_fake_accuracy"),
+            unit="fraction",
             note="Both near 1: the discriminator has won. Both near 0.5: it cannot tell reals from fakes.",
         ),
         line_chart(
             "Mean logits",
             series(training_reals="d_train", held_out_reals="d_held_out", fakes="d_fake"),
+            unit="logit",
             note="Held-out reals that drop toward the fakes indicate overfitting.",
         ),
         line_chart(
@@ -117,32 +120,55 @@ def charts(records: list[Record]) -> list[str]:
             series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
             note="ADA augments more while the discriminator's mean sign on training images is above the target.",
         ),
-        line_chart("Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True),
+        line_chart(
+            "Gradient norms", series(discriminator="d_grad_norm", generator="g_grad_norm"), log=True, unit="norm"
+        ),
         line_chart(
             "Update over weight",
             series(discriminator="d_update_ratio", generator="g_update_ratio"),
             log=True,
             note="Norm of one step's change relative to the weights' norm; about 1e-3 is usual.",
         ),
+        *score_charts(records),
         line_chart(
             "Duality gap",
             series(gap="duality_gap", discriminator_gains="d_gain", generator_gains="g_gain"),
+            unit="loss",
             note="What each network gains in twenty steps alone, on held-out data. 0 at an equilibrium.",
         ),
-        line_chart("Spectral norms of the raw weights", sigma),
+        line_chart("Spectral norms of the raw weights", sigma, unit="largest singular value"),
     ]
 
 
+def score_charts(records: list[Record]) -> list[str]:
+    """Return the curves of `--score-every`: distances, fractions and counts each have their own scale."""
+    scored = [record for record in records if "scores" in record]
+    names = {name for record in scored for name in record["scores"]}
+    fractions = sorted(names & {"density", "coverage", "recall", "precision", "high_quality"})
+    distances = sorted(name for name in names if "-" in name)
+
+    def curves(chosen: list[str]) -> dict[str, Series]:
+        return {name: [(r["step"], r["scores"][name]) for r in scored if name in r["scores"]] for name in chosen}
+
+    charts = [line_chart(f"{name} on held-out pictures", curves([name])) for name in distances]
+    charts.append(line_chart("Modes covered", curves(["covered"] if "covered" in names else [])))
+    return [*charts, line_chart("Quality of the samples", curves(fractions))]
+
+
 def quality_table(quality: Record) -> str:
+    if "unscored" in quality:
+        return f"<h2>Quality</h2><p>No scores: {escape(quality['unscored'])}.</p>"
     if "floor" not in quality:
         return ""
     floor: Record = quality["floor"]
+    note = f"{quality['note']}. " if "note" in quality else ""
     rows = "".join(
         f'<tr><td>{escape(key)}</td><td class="n">{quality[key]:.4g}</td><td class="n">{floor[key]:.4g}</td></tr>'
         for key in floor
     )
     return (
         f"<h2>Quality</h2><p>{quality['n']:,} samples against equally many held-out reals; features: "
-        f"{escape(quality['extractor'])}. The floor is the score of training reals in place of samples.</p>"
+        f"{escape(quality['extractor'])}. {escape(note)}The floor is the score of training reals in place of "
+        "samples.</p>"
         f"<table><tr><th>metric</th><th>samples</th><th>floor</th></tr>{rows}</table>"
     )

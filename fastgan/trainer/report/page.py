@@ -9,10 +9,13 @@ from torch import nn
 
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data.labels import shown
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.alarms import describe
+from fastgan.trainer.progress import plain
 from fastgan.trainer.report import html as html_report
+from fastgan.trainer.report.charts import counted
 from fastgan.trainer.run import RunFolder
 
 SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
@@ -40,7 +43,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     where = environment(gan.device)
     images = config.optim.batch_size * last["step"]
     rows = [
-        ("trained on", f"{config.dataset}, {images:,} real samples in batches of {config.optim.batch_size}"),
+        ("trained on", f"{config.dataset}, {counted(images)} real samples in batches of {config.optim.batch_size}"),
         ("generator", f"{parameters(gan.generator):,} parameters, width {config.model.width}"),
         (
             "discriminator",
@@ -55,7 +58,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
         (
             "speed",
-            f"{images / last['seconds']:.0f} images/s for the whole loop, including pictures and checkpoints",
+            f"{plain(images / last['seconds'])} images/s for the whole loop, including pictures and checkpoints",
         ),
         ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
         ("device", f"{where['device']}, {where['threads']} threads"),
@@ -63,6 +66,16 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     ]
     if where["commit"]:
         rows.append(("commit", where["commit"]))
+    if gan.source.class_names:
+        rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {shown(gan.source.class_names)}"))
+    if gan.source.notes:
+        rows.insert(1, ("data", "; ".join(gan.source.notes)))
+    if "unscored" in quality:
+        rows.append(("scores", f"none: {quality['unscored']}"))
+    if "note" in quality:
+        rows.append(("scores", quality["note"]))
+    if best := best_of(run.read_metrics()):
+        rows.append(("best generator", f"step {best['step']:,}, cost {best['cost']:.4g}, in {run.best.name}"))
     if "covered" in quality:
         rows.append(("modes", covered(quality)))
     rows += [(key, f"{value:.4g}, floor {quality['floor'][key]:.4g}") for key, value in quality.items() if "-" in key]
@@ -81,6 +94,11 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
         encoding="utf-8",
     )
+
+
+def best_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the first record with the lowest cost, or None without scores during training."""
+    return min((record for record in records if "cost" in record), key=lambda record: record["cost"], default=None)
 
 
 def parameters(model: nn.Module) -> int:

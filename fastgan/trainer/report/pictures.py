@@ -43,6 +43,11 @@ def save_waveforms(waveforms: Tensor, path: Path, shown: int = 16) -> None:
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    grid_of(images, columns).save(path)
+
+
+def grid_of(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Return a picture of images (N, C, H, W) in [-1, 1] in rows; a square unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = columns * rows - len(images)
@@ -52,7 +57,13 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     pixels = pixels.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     array = pixels.reshape(rows * height, columns * width, channels).numpy()
     image = Image.fromarray(array[..., 0] if channels == 1 else array)
-    image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST).save(path)
+    return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """Convert an image (C, H, W) in [-1, 1]."""
+    array = image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def save_points(points: Tensor, source: Source, path: Path) -> None:

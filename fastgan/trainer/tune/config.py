@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.data.options import PictureConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class TuneConfig:
     sampler: Literal["gp", "tpe"] = "gp"  # gp: for few trials; tpe: for many, and Hyperband stops poor ones early
     extractor: str = "random-conv"  # features for KID, as for fastgan train
     data: Path | None = None  # as for fastgan train
+    image_size: int | str | None = None  # as for fastgan train; default: the preset's
+    pictures: tyro.conf.OmitArgPrefixes[PictureConfig] = field(default_factory=PictureConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     out: Path = Path("runs/tune")  # folder for the journal, the table, the plot and the best settings
@@ -38,5 +41,16 @@ class TuneConfig:
     def start(self) -> TrainConfig:
         """The settings that the study starts from."""
         preset = PRESETS[self.preset][1]
-        steps = self.steps or preset.steps
-        return dataclasses.replace(preset, name=f"{preset.name}-tuned", steps=steps, data=self.data, device=self.device)
+        return dataclasses.replace(
+            preset,
+            name=f"{preset.name}-tuned",
+            steps=self.steps or preset.steps,
+            data=self.data,
+            image_size=preset.image_size if self.image_size is None else self.image_size,
+            pictures=self.pictures,
+            device=self.device,
+        )
+
+    def best(self, found: TrainConfig) -> TrainConfig:
+        """Return found settings as the start of a run: with the preset's length, not that of a trial."""
+        return dataclasses.replace(found, steps=PRESETS[self.preset][1].steps)

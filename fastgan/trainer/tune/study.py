@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import multiprocessing
 import os
 import signal
@@ -31,14 +30,13 @@ from fastgan.trainer.data.toys import Stacked
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.measure.quality import LEAST, check_scoring, measures_images, score
+from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost, measures_images, score
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
 
 RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
 CHECK_EVERY = 50  # steps between checks for a loss that is not finite
-DIVERGED = 10.0  # far above the cost of any completed training run, but finite, so that the optimizer can use it
 NO_SCORE = "this preset cannot be tuned, because its samples have no score: use one with points or images"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -64,7 +62,7 @@ def tune(config: TuneConfig) -> TrainConfig:
         share(config)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
-    best = settings(config.start, study.best_params)
+    best = config.best(settings(config.start, study.best_params))
     (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
@@ -76,7 +74,7 @@ def check(config: TuneConfig) -> None:
         import_module("scipy")  # optuna imports it only after the random trials
     start = config.start
     device = choose_device(start.device)
-    source = load_source(start.dataset, 0, device, start.data, start.image_size)
+    source = load_source(start.dataset, 0, device, start.data, start.image_size, start.pictures)
     if not measures_images(source.shape) and not isinstance(source, Mixture):
         raise TrainerError(NO_SCORE)
     check_scoring(config.extractor, source, device)
@@ -291,7 +289,7 @@ class Game:
     def __init__(self, config: TrainConfig, seed: int, extractor: str) -> None:
         device = choose_device(config.device)
         self.config, self.extractor, self.seed = config, extractor, seed
-        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size)
+        source = load_source(config.dataset, 4 * seed + 2, device, config.data, config.image_size, config.pictures)
         self.held_out = hold_out(source, config.optim.batch_size, seed)
         self.gan = GAN(config.model, config.optim, source, 4 * seed, device)
         self.step, self.diverged = 0, False
@@ -307,20 +305,7 @@ class Game:
         if self.diverged:
             return DIVERGED
         self.scores = score(self.gan, self.held_out, self.seed, self.extractor)
-        return cost(self.scores)
-
-
-def cost(scores: dict[str, Any]) -> float:
-    """Return the cost of scores. It is the KID for images.
-
-    For points it is the fraction of missed modes, plus a tenth of the fraction of samples that are not of high quality.
-
-    Raises:
-        TrainerError: the data has no score.
-    """
-    if "covered" in scores:
-        return float(1 - scores["covered"] / scores["total"] + 0.1 * (1 - scores["high_quality"]))
-    for key, value in scores.items():
-        if key.startswith("KID"):
-            return min(float(value), DIVERGED) if math.isfinite(value) else DIVERGED
-    raise TrainerError(NO_SCORE)
+        found = cost(self.scores)
+        if found is None:
+            raise TrainerError(NO_SCORE)
+        return found

@@ -8,6 +8,9 @@ half-step and not its growth in training. There are two comparisons:
 - float64, with networks and loss unchanged. Values within 1e-15 of a kink do not occur. Here a penalty uses one pass
   through a piecewise-affine discriminator, which the smooth copy never does.
 
+Self-attention is multiplied by a factor that starts at zero. Both comparisons start from a factor of one, because zero
+would hide the derivatives of attention.
+
 If a third copy computes in float64, a float32 error may also reach OWN times PyTorch's own float32 error. Sums that
 cancel (for example the distances of nearly equal samples in minibatch discrimination) lose digits in any
 implementation.
@@ -45,6 +48,7 @@ from fastgan.nn import MinibatchDiscrimination
 from fastgan.ops.gradient_penalty.small import at_any_size
 from fastgan.trainer.game.losses import LOSSES
 from fastgan.trainer.gan import GAN, Batch
+from fastgan.trainer.models.sagan import SelfAttention
 
 TOLERANCES = {
     torch.float32: {"loss": 1e-5, "gradient": 1e-4, "uv": 1e-5, "update": 2e-2},
@@ -126,6 +130,7 @@ def lockstep(
             model.to(torch.float64 if gan is exact else dtype)
         if dtype == torch.float32:
             smooth(gan)
+    attend(reference)
     if free:
         copy_state(reference, free)
     layers = map(type, reference.discriminator.modules())
@@ -167,6 +172,16 @@ def smooth(gan: GAN) -> GAN:
             for name, child in module.named_children():
                 if isinstance(child, nn.ReLU | nn.LeakyReLU):
                     setattr(module, name, nn.SiLU())
+    return gan
+
+
+@torch.no_grad()
+def attend(gan: GAN) -> GAN:
+    """Set the factors of self-attention to one, in place."""
+    for model in (gan.generator, gan.discriminator):
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.factor.fill_(1.0)
     return gan
 
 

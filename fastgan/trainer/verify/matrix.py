@@ -12,7 +12,7 @@ import torch
 from fastgan.trainer.config import Architecture, MinibatchStatistic, ModelConfig, OptimConfig
 from fastgan.trainer.data.sources import DatasetName, load_source
 from fastgan.trainer.game.losses import LossName
-from fastgan.trainer.game.regularizer import Kernels, PenaltyName
+from fastgan.trainer.game.regularizer import APPROXIMATE, Kernels, PenaltyName
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.verify.lockstep import TOLERANCES, Errors, lockstep
 
@@ -24,9 +24,10 @@ NETWORKS: list[tuple[Architecture, DatasetName]] = [
     ("dcgan", "voxels"),
     ("resnet", "discs"),
     ("residual", "discs"),
+    ("sagan", "discs"),
 ]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
-PENALTIES: tuple[PenaltyName, ...] = get_args(PenaltyName)
+PENALTIES: list[PenaltyName] = [name for name in get_args(PenaltyName) if name not in APPROXIMATE]
 STATISTICS: tuple[MinibatchStatistic, ...] = get_args(MinibatchStatistic)
 
 

@@ -46,6 +46,11 @@ enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold };
 namespace emulation {
 constexpr int kMultiprocessors = 3, kSharedBytes = 16 << 10, kL2Bytes = 12 << 10;
 inline int allowed_shared_bytes = 0;
+// Shared memory of a multiprocessor that this process can have.
+inline std::size_t available_shared_bytes() {
+  const char* said = std::getenv("FASTGAN_EMULATION_SHARED_BYTES");
+  return said ? std::strtoul(said, nullptr, 10) : std::size_t{kSharedBytes};
+}
 }  // namespace emulation
 
 inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
@@ -84,9 +89,16 @@ cudaError_t cudaFuncSetAttribute(void (*)(Parameter), cudaFuncAttribute, int byt
 }
 
 template <class Parameter>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameter), int,
+                                                          std::size_t shared_bytes) {
+  return *blocks = shared_bytes <= emulation::available_shared_bytes(), cudaSuccess;
+}
+
+template <class Parameter>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameter), dim3 blocks, dim3 threads, void** arguments,
                                         std::size_t shared_bytes, cudaStream_t) {
   if (blocks.x > emulation::kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  if (shared_bytes > emulation::available_shared_bytes()) return cudaErrorCooperativeLaunchTooLarge;
   if (shared_bytes > static_cast<std::size_t>(emulation::allowed_shared_bytes)) return cudaErrorInvalidValue;
   const auto& argument = *static_cast<const Parameter*>(arguments[0]);
   emulation::Grid(blocks.x, threads.x, shared_bytes, [&] { kernel(argument); }).run();

@@ -4,5 +4,6 @@
 #include "memory.cpp"
 #include "operators.cpp"
 #include "python.cpp"
+#include "recurrent.cpp"
 #include "streams.cpp"
 #include "translation.cpp"

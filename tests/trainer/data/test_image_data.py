@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from fastgan import cli
 from fastgan.trainer.data.emoji import find_emoji, read_emoji
-from fastgan.trainer.data.image_folder import open_image, read_folder, square
+from fastgan.trainer.data.image_folder import read_folder
+from fastgan.trainer.data.pixels import Layout, open_image, pixels_of
 from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.errors import DataError
 
@@ -70,19 +71,19 @@ def test_a_picture_stands_as_the_camera_was_held(tmp_path, orientation):
     exif[ExifTags.Base.Orientation] = orientation
     corners.save(tmp_path / "a.png", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))[4::8, 4::8, 0]
-    assert (square(open_image(tmp_path / "a.png"), 16)[0, 4::8, 4::8] == expected).all()
+    assert (pixels_of(open_image(tmp_path / "a.png"), Layout(16, 16))[0, 4::8, 4::8] == expected).all()
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path):
     shades = np.array([0, 257 * 40, 257 * 200, 65535], np.uint16).repeat(16)[:, None].repeat(64, 1)
     Image.fromarray(shades).save(tmp_path / "a.png")
-    assert square(open_image(tmp_path / "a.png"), 64)[:, 8::16, 32].tolist() == [[0, 40, 200, 255]] * 3
+    assert pixels_of(open_image(tmp_path / "a.png"), Layout(64, 64))[:, 8::16, 32].tolist() == [[0, 40, 200, 255]] * 3
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_exif_block_is_no_reason_to_leave_a_picture_out(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12")
-    assert square(open_image(tmp_path / "a.jpg"), 8).shape == (3, 8, 8)
+    assert pixels_of(open_image(tmp_path / "a.jpg"), Layout(8, 8)).shape == (3, 8, 8)
 
 
 def test_a_second_reading_is_mapped_from_the_cache_until_a_file_changes(folder, monkeypatch):

@@ -12,7 +12,7 @@ import fastgan
 from fastgan import cli
 from fastgan.trainer.config import PRESETS
 from fastgan.trainer.data.sources import load_source
-from fastgan.trainer.game.regularizer import PenaltyName, Regularizer
+from fastgan.trainer.game.regularizer import APPROXIMATE, PenaltyName, Regularizer
 from fastgan.trainer.gan import GAN
 
 CPU = torch.device("cpu")
@@ -27,6 +27,7 @@ ON_LINEAR = {
     "r1": NORM**2 / 2,
     "r2": NORM**2 / 2,
     "r1+r2": NORM**2,
+    "r1-finite-difference": NORM**2 / 2,
 }
 
 
@@ -73,7 +74,9 @@ def test_logits_penalty_and_gradients_are_those_of_pytorch_at_kinks_too(penalty,
             loss = loss + judged.penalty
         results.append([judged.real, judged.fake, loss, *torch.autograd.grad(loss, list(pure.parameters()))])
     for wanted, got in zip(*results, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
+        # The step depends on the norm of the gradients, so a difference cancels other digits in each.
+        rtol = 1e-8 if penalty in APPROXIMATE else 1e-10
+        assert torch.allclose(got, wanted, rtol=rtol, atol=1e-2 * rtol)
 
 
 def test_a_lazy_penalty_comes_at_every_kth_call_and_counts_k_times():
@@ -142,6 +145,24 @@ def test_verify_covers_a_penalty_with_smooth_networks_and_with_kinks(penalty, ca
     output = capsys.readouterr().out
     assert f"relativistic loss, penalty {penalty}" in output
     assert len(re.findall("^ +tolerance ", output, flags=re.MULTILINE)) == 2  # one table in float32, one in float64
+
+
+def test_a_difference_of_forwards_has_nearly_the_gradient_of_r1():
+    torch.manual_seed(0)
+    smooth = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    grads = []
+    for penalty in ("r1", "r1-finite-difference"):
+        judged = regularizer(penalty)(smooth, *halves(2))
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(judged.penalty, smooth[0].parameters())]))
+    assert not torch.equal(*grads)
+    assert torch.allclose(*grads, rtol=1e-6, atol=1e-8)
+
+
+def test_verify_refuses_an_approximation(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*VERIFY, "--penalty", "r1-finite-difference"])
+    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "penalty r1-finite-difference is an approximation" in words
 
 
 def test_a_penalty_whose_gradient_is_lost_makes_verify_fail(monkeypatch, capsys):

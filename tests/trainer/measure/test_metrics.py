@@ -106,7 +106,7 @@ class TestNeighbours:
         assert found.density > 0.7
 
     def test_fakes_elsewhere_score_nothing(self):
-        assert neighbors(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0)
+        assert neighbors(torch.randn(50, 3), torch.randn(50, 3) + 100) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("metric", [kid, frechet_distance, neighbors])
@@ -197,8 +197,8 @@ class TestExtractors:
         assert 50 < int((features > 0).sum()) < 1280
 
     def test_what_is_no_image_is_refused(self):
-        with pytest.raises(ValueError, match=r"\(N, 1 or 3, H, W\), got \(2, 4, 8, 8\)"):
-            as_rgb(torch.zeros(2, 4, 8, 8))
+        with pytest.raises(ValueError, match=r"\(N, 1, 3 or 4, H, W\), got \(2, 2, 8, 8\)"):
+            as_rgb(torch.zeros(2, 2, 8, 8))
 
 
 class TestStackedModes:

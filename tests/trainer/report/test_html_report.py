@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastgan.trainer.loop import Trainer
-from fastgan.trainer.report.charts import line_chart
+from fastgan.trainer.report.charts import counted, line_chart
 from fastgan.trainer.report.gallery import interpolations, nearest_reals
 
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}
@@ -159,3 +159,20 @@ class TestGallery:
         assert torch.equal(found[:, 0], copies)
         assert torch.equal(found[:, 1], copies)
         assert not torch.equal(found[:, 2], copies)
+
+
+def test_a_chart_has_titles_on_its_axes_and_steps_in_few_digits():
+    chart = line_chart("Norms", {"d": [(0, 0.1), (90_000, 2.0), (179_584, 30.0)]}, log=True, unit="norm")
+    words = Page(chart).words
+    assert "generator step" in words
+    assert "norm, logarithmic" in words
+    assert {"50k", "100k", "150k"} <= set(words)
+    assert "179584" not in chart
+    assert {"0.1", "1", "10", "100"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(950, "950"), (1500, "1.5k"), (12_000, "12k"), (179_584, "180k"), (2e6, "2M"), (0, "0")]
+)
+def test_counts_have_few_digits(number, text):
+    assert counted(number) == text

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from fastgan import cli, ops
+from fastgan.ops.attention import blocks
 from fastgan.trainer.verify import matrix
+from fastgan.trainer.verify.lockstep import TOLERANCES
 from fastgan.trainer.verify.matrix import LOSSES, NETWORKS, PENALTIES, STATISTICS, Game, compare, games
 
 CPU = torch.device("cpu")
@@ -29,6 +31,7 @@ FEW = [
     Game("pacgan", "ring8", "non-saturating", "wgan-gp", "stddev", 2),
     Game("dcgan", "voxels", "least-squares", "r1", "none", 1),
 ]
+ATTENTION = Game("sagan", "discs", "hinge", "r1", "none", 1)
 
 
 def test_the_matrix_passes_and_says_so(monkeypatch, capsys):
@@ -55,6 +58,21 @@ def test_a_statistic_with_a_wrong_gradient_fails_its_rows_and_no_others(monkeypa
     output = capsys.readouterr().out
     assert "FAIL: 2 of 3 games" in output
     assert [line.split()[4] for line in output.splitlines() if line.endswith("FAIL")] == ["stddev"]
+
+
+def test_attention_keeps_to_the_tolerances_and_a_wrong_second_derivative_does_not(monkeypatch):
+    for dtype in TOLERANCES:
+        assert compare(ATTENTION, CPU, 1, dtype).breaches() == []
+    correct = blocks.double_backward
+
+    def broken(*arguments: object) -> None:
+        correct(*arguments)
+        by_q = arguments[13]
+        by_q.mul_(1.01)
+
+    monkeypatch.setattr(blocks, "double_backward", broken)
+    breaches = compare(ATTENTION, CPU, 1, torch.float64).breaches()
+    assert any(".query." in breach for breach in breaches)
 
 
 def test_a_lenient_tolerance_is_only_for_what_pytorch_itself_cannot_compute():

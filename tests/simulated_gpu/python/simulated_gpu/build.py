@@ -15,15 +15,19 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 
 class CannotSimulate(RuntimeError):
-    """This machine can't build the library, or its PyTorch isn't one to simulate a GPU for; the message says why."""
+    """This machine has no compiler, or its PyTorch isn't one to simulate a GPU for; the message says why."""
+
+
+class BuildFailed(RuntimeError):
+    """The compiler doesn't take the sources, which are written for the PyTorch of the Makefile."""
 
 
 def library(build: bool = True) -> Path:
     """The path of the library, which is built first if need be.
 
     Raises:
-        CannotSimulate: there is no compiler, or PyTorch isn't a CPU build, or there's no
-            library and ``build`` is false.
+        CannotSimulate: there is no compiler, PyTorch isn't a CPU build, or there's no library and ``build`` is false.
+        BuildFailed: the compiler failed.
     """
     torch = _torch()
     path = _folder() / f"{_key()}.so"
@@ -83,7 +87,7 @@ def _compile(torch: Path, path: Path) -> None:
         text=True,
     )
     if result.returncode:
-        raise CannotSimulate(f"the compiler failed:\n{result.stderr[-4000:]}")
+        raise BuildFailed(f"the compiler failed:\n{result.stderr[-4000:]}")
     unfinished.rename(path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import sys
 import traceback
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_int64
@@ -43,6 +43,8 @@ def load() -> None:
             function = getattr(_library, f"sim_{name}")
             function.restype, function.argtypes = result, arguments
         _library.sim_set_callbacks(_on_call, _on_drop)
+        # Graphs that are never reset are destroyed after the interpreter.
+        atexit.register(_library.sim_set_callbacks, _Callback(), _Callback())
 
 
 def call(name: str, *arguments: object) -> int:
@@ -79,6 +81,5 @@ def _on_call(number: int) -> int:
 
 @_Callback
 def _on_drop(number: int) -> int:
-    if not sys.is_finalizing():
-        _kernels.pop(number, None)
+    _kernels.pop(number, None)
     return 0

@@ -187,7 +187,7 @@ def _of_devices(core: Any) -> dict[str, Callable[..., Any]]:
         "_cuda_getDevice": lambda: call("get_device"),
         "_cuda_setDevice": lambda device: _nothing(_exchange(device)),
         "_cuda_exchangeDevice": _exchange,
-        "_cuda_maybeExchangeDevice": _exchange,
+        "_cuda_maybeExchangeDevice": lambda device: _exchange(device),  # a function of its own: Dynamo has a table
         "_cuda_hasPrimaryContext": lambda device: True,
         "_cuda_canDeviceAccessPeer": lambda a, b: True,
         "_cuda_synchronize": lambda: _nothing(call("synchronize", -1)),

@@ -1,4 +1,4 @@
-"""The modules behind a callable discriminator: a module, a method of one, or a function around some."""
+"""Find the modules that a discriminator calls. It may be a module, a method of one, or a function that uses some."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty.size import all_modules
 
-_DEPTH = 4  # functions within functions
-_MOST = 64  # elements of a list
+_DEPTH = 4  # of functions within functions
+_MOST = 64  # elements of a list that are searched
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype)
 
-# The names that a function's code refers to. They are all that is remembered: what they stand for may change.
+# The global names in a function's code. Their values may change, so they are looked up at each call.
 _names: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class Unknown(Exception):
-    """Something that may hide any number of parameters."""
+    """An object was found that may hold any number of parameters."""
 
 
-def behind(discriminator: Any) -> list[nn.Module] | None:
-    """The modules that a call of the discriminator may run, or None if that is not known."""
+def called_modules(discriminator: Any) -> list[nn.Module] | None:
+    """Return the modules that a call of the discriminator may run, or None if they are not known."""
     if isinstance(discriminator, nn.Module):
         return [discriminator]
     found: dict[int, nn.Module] = {}
@@ -38,7 +38,7 @@ def behind(discriminator: Any) -> list[nn.Module] | None:
 
 
 def code_of(discriminator: Any) -> CodeType | None:
-    """What tells one function from another, where a new one is made for each call."""
+    """Return the code of a function. It identifies a function that is defined anew for each call, such as a lambda."""
     if isinstance(discriminator, partial):
         discriminator = discriminator.func
     code = getattr(discriminator, "__code__", None)
@@ -46,7 +46,7 @@ def code_of(discriminator: Any) -> CodeType | None:
 
 
 class Call(NamedTuple):
-    """The only module that a call runs, and everything else that can decide which functions it calls."""
+    """The only module that a call runs, and everything else that can change which functions it calls."""
 
     module: nn.Module
     details: Hashable
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 def call_of(
     discriminator: Any, inputs: Sequence[Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Call | None:
-    """Identify a call of the discriminator, or return None where more than one module can decide what it runs."""
+    """Identify a call of the discriminator. Return None unless it depends on exactly one module."""
     module, code = discriminator, None
     values = [*args, *(value for item in kwargs.items() for value in item)] if kwargs else args
     if not isinstance(discriminator, nn.Module):
@@ -76,7 +76,7 @@ def call_of(
 
 
 def _around(function: Any) -> tuple[nn.Module, CodeType, list[Any]] | None:
-    """The module that a function or method refers to, its code, and the other values that it refers to."""
+    """Return the only module that a function or method refers to, its code, and all other values that it refers to."""
     values = []
     if isinstance(function, MethodType):
         values, function = [function.__self__], function.__func__
@@ -118,7 +118,7 @@ def _look(value: Any, found: dict[int, nn.Module], depth: int) -> None:
         for part in value:
             _look(part, found, depth)
     elif isinstance(value, Tensor):
-        if value.requires_grad and value.is_leaf:  # a parameter outside of any module
+        if value.requires_grad and value.is_leaf:  # a parameter outside any module
             raise Unknown
     elif not isinstance(value, _PLAIN):
         raise Unknown
@@ -126,7 +126,7 @@ def _look(value: Any, found: dict[int, nn.Module], depth: int) -> None:
 
 def _look_into(function: FunctionType, found: dict[int, nn.Module], depth: int) -> None:
     if function.__module__ is not None and function.__module__.partition(".")[0] == "torch":
-        return  # it has no parameters of its own
+        return  # torch's functions have no parameters
     if depth == 0:
         raise Unknown
     for cell in function.__closure__ or ():

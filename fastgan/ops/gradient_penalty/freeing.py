@@ -1,8 +1,8 @@
-"""Whether a forward may be let go as soon as the gradient of its inputs is taken, with all that it kept.
+"""Decide whether the first backward of a penalty may free the saved activations of the forward.
 
-The gradient g of a piecewise affine discriminator is made from the incoming gradient, the weights and the masks alone:
-no path leads from g back into the forward. A penalty of g then never asks for an activation, and what each node kept is
-freed as the first backward passes it.
+The gradient g of a piecewise affine discriminator depends only on the incoming gradient, the weights and the masks. No
+path of the graph leads from g back into the forward, so the derivative of a penalty of g never reads an activation. The
+first backward can then free the saved tensors of each node as soon as it has passed the node.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Collection
 
 from torch.autograd.graph import Node
 
-# PyTorch's nodes from whose backward no path leads to their inputs, whatever these are made from: linear ones, and
-# those that choose among elements, by indices or masks.
-_CLEAR = frozenset(
+# Nodes of PyTorch whose gradient never depends on their inputs: linear functions, and functions that select elements by
+# indices or masks.
+_AVOID_FORWARD = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
     for name in (
@@ -32,7 +32,7 @@ _CLEAR = frozenset(
         *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
 ) | {"LerpBackward0"}
-# Piecewise affine ones whose double backward sends zeros back into the forward.
+# Piecewise affine functions whose double backward returns zeros for their inputs.
 SENDS_ZEROS = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
@@ -44,29 +44,37 @@ SENDS_ZEROS = frozenset(
         *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
     )
 )
-# Products: their backward by one factor reads the others. The positions of the factors among the node's inputs.
+# Products: the gradient of one factor depends on the others. These are the positions of the factors among the inputs.
 _FACTORS = {
     **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0"), (0, 1)),
     **dict.fromkeys(("AddmmBackward0", "AddmvBackward0", "BaddbmmBackward0", "AddbmmBackward0"), (1, 2)),
     "AddcmulBackward0": (1, 2),
     "TrilinearBackward0": (0, 1, 2),
 }
-# The position of what must be a constant.
+# The position of the input that must be a constant.
 _FIXED = {"DivBackward0": 1, "AddcdivBackward0": 2, "LerpBackward1": 2}
 
 
-def may_let_go(path: set[Node], *targets: Node) -> bool:
-    """``path``: the nodes that lead from the outputs to ``targets``, the nodes of the inputs."""
-    return not any(node not in targets and not keeps_clear(node, path) for node in path)
+def may_free(path: set[Node], *targets: Node) -> bool:
+    """Return whether the saved tensors of a forward may be freed.
+
+    Args:
+        path: the nodes between the outputs and the inputs.
+        targets: the nodes of the inputs.
+    """
+    return not any(node not in targets and not avoids_forward(node, path) for node in path)
 
 
-def keeps_clear(node: Node, path: set[Node], also: Collection[str] = ()) -> bool:
-    """Whether nothing made by this node's backward leads back into the forward.
+def avoids_forward(node: Node, path: set[Node], also: Collection[str] = ()) -> bool:
+    """Return whether the gradient that this node computes is independent of the forward.
 
-    ``also``: names of nodes that are known to, as they are used here.
+    Args:
+        node: a node between the outputs and the inputs.
+        path: all of these nodes.
+        also: names of further nodes for which this holds at this place.
     """
     name = type(node).__name__
-    if name in _CLEAR or name in also:
+    if name in _AVOID_FORWARD or name in also:
         return True
     factors = _FACTORS.get(name)
     fixed = _FIXED.get(name)
@@ -77,10 +85,10 @@ def keeps_clear(node: Node, path: set[Node], also: Collection[str] = ()) -> bool
         return sum(leading[factor] for factor in factors) <= 1
     if fixed is not None:
         return not leading[fixed]
-    # Ours say so themselves; as a convolution's weight, something made from the inputs is read.
+    # fastgan's own Functions are piecewise affine in their first input. The others must not depend on the input.
     return not any(leading[1:])
 
 
 def is_piecewise_affine(node: Node) -> bool:
-    """Whether this is the node of one of our Functions that is piecewise affine in its first input."""
+    """Return whether the node belongs to a Function of fastgan that is piecewise affine in its first input."""
     return getattr(getattr(node, "_forward_cls", None), "piecewise_affine", False) is True

@@ -1,7 +1,8 @@
-"""Which layers of a discriminator have no second derivative: an error with their names, not a lost gradient.
+"""Find the layers of a discriminator that have no second derivative, and raise an error with their names.
 
-The first backward of a penalty shows it. Where PyTorch lacks the derivative of a backward, it leaves a node in the
-graph that raises. A custom autograd.Function whose backward autograd cannot see leaves no graph at all.
+The first backward of a penalty reveals them. If PyTorch cannot differentiate a backward, it leaves a node in the graph
+that raises. If autograd cannot see the backward of a custom autograd.Function, there is no graph at all, and the
+gradient would silently be incomplete.
 """
 
 from __future__ import annotations
@@ -24,52 +25,54 @@ from fastgan.torch_private import FunctionalTensor
 _RAISING = {"NotImplemented", "Error", "CdistBackwardBackward0", "PdistBackwardBackward0", "DelayedErrorBackward"}
 _CHECKPOINT = "CheckpointFunctionBackward"
 _OPAQUE = (
-    "is a custom autograd.Function whose backward autograd cannot see: write it in operations of PyTorch, or as a "
-    "Function of its own"
+    "is a custom autograd.Function whose backward autograd cannot see: write the backward with operations of PyTorch, "
+    "or as a Function of its own"
 )
 _REENTRANT = (
-    "is a reentrant checkpoint, which no torch.autograd.grad can pass: call checkpoint with use_reentrant=False"
+    "is a reentrant checkpoint, which torch.autograd.grad does not support: call checkpoint with use_reentrant=False"
 )
-_CURE = 'gradient_penalty(kind="r1-finite-difference") needs first derivatives alone'
+_ALTERNATIVE = 'gradient_penalty(kind="r1-finite-difference") needs first derivatives only'
 
-_fine: set[frozenset[Any]] = set()  # kinds of nodes, of graphs that were looked at
+_fine: set[frozenset[Any]] = set()  # the sets of node types in graphs that passed the check
 
 
 class NoSecondDerivative(RuntimeError):
-    def named(self, lacks: list[str]) -> NoSecondDerivative:
-        return NoSecondDerivative(lacks) if lacks else self
+    def named(self, missing: list[str]) -> NoSecondDerivative:
+        return NoSecondDerivative(missing) if missing else self
 
-    def __init__(self, lacks: Iterable[str]) -> None:
-        lines = "".join(f"\n  {lack}" for lack in lacks)
-        super().__init__(f"a gradient penalty needs a second derivative, and these have none:{lines}\n{_CURE}")
+    def __init__(self, missing: Iterable[str]) -> None:
+        lines = "".join(f"\n  {layer}" for layer in missing)
+        super().__init__(
+            f"a gradient penalty needs second derivatives, and these layers have none:{lines}\n{_ALTERNATIVE}"
+        )
 
 
 class Watch:
-    """Looks at the first backward of a penalty, where its graph has a kind of node that was not there before."""
+    """Check the first backward of a penalty if its graph has a set of node types that was not checked before."""
 
     def __init__(self, path: set[Node], inputs: Sequence[Tensor], every_node: bool = False) -> None:
         self.path = path - {get_gradient_edge(x).node for x in inputs}
         self._kind = frozenset(getattr(node, "_forward_cls", type(node).__name__) for node in path)
-        self.lacks: dict[Node, str] = {
+        self.missing: dict[Node, str] = {
             node: f"{type(node).__name__} {_REENTRANT}" for node in self.path if type(node).__name__ == _CHECKPOINT
         }
-        self._is_new = every_node or bool(self.lacks) or self._kind not in _fine
+        self._is_new = every_node or bool(self.missing) or self._kind not in _fine
         customs = [node for node in self.path if _is_custom(node)] if self._is_new else []
         self._needs_factors = every_node or bool(customs)
         watched = self.path if every_node else customs
         self._handles = [node.register_hook(partial(self._look, node)) for node in watched] if self._is_new else []
 
     def refuse(self, grads: Iterable[Tensor | None] = ()) -> None:
-        """Raise where something lacks a second derivative; ``grads``: what the backward has returned."""
+        """Raise if a node has no second derivative. ``grads`` are the results of the first backward."""
         if not self._is_new:
             return
         raising = _raising((grad.grad_fn for grad in grads if grad is not None), self.path)
-        if self.lacks or raising:
-            raise NoSecondDerivative(self.lacks.values() or sorted(raising))
+        if self.missing or raising:
+            raise NoSecondDerivative(self.missing.values() or sorted(raising))
         _fine.add(self._kind)
 
     def factor(self, output: Tensor) -> Tensor:
-        """Ones. They require a gradient where a backward must show that it hands that on."""
+        """Return ones. They require a gradient if the check needs to see whether a backward passes gradients on."""
         factor = torch.ones_like(output)
         if self._needs_factors:
             mark_unused(factor.requires_grad_())
@@ -85,17 +88,17 @@ class Watch:
         found = [g for g in by_inputs if g is not None]
         name = type(node).__name__.removesuffix("Backward")
         if _is_custom(node) and any(not g.requires_grad and _may_count(g) for g in found):
-            self.lacks[node] = f"{name} {_OPAQUE}"
+            self.missing[node] = f"{name} {_OPAQUE}"
         ends = {g.grad_fn for g in by_outputs if g is not None} | self.path
         if raising := _raising((g.grad_fn for g in found), ends):
-            self.lacks[node] = f"{name}, of whose backward no derivative is known ({', '.join(sorted(raising))})"
+            self.missing[node] = f"{name}, whose backward has no derivative ({', '.join(sorted(raising))})"
 
 
 @contextmanager
 def watched(path: set[Node], inputs: Sequence[Tensor]) -> Iterator[Watch]:
     watch = Watch(path, inputs)
-    if watch.lacks:
-        raise NoSecondDerivative(watch.lacks.values())
+    if watch.missing:
+        raise NoSecondDerivative(watch.missing.values())
     try:
         yield watch
     finally:
@@ -103,7 +106,7 @@ def watched(path: set[Node], inputs: Sequence[Tensor]) -> Iterator[Watch]:
 
 
 def _may_count(grad: Tensor) -> bool:
-    """Whether this is not surely zero. Nobody knows while torch.compile records a graph."""
+    """Return whether a gradient may be nonzero. While torch.compile records a graph, values are unknown."""
     return isinstance(grad, FunctionalTensor) or bool(grad.any())
 
 
@@ -113,14 +116,14 @@ def _is_custom(node: Node) -> bool:
 
 
 def _raising(starts: Iterable[Node | None], ends: Collection[Node | None]) -> set[str]:
-    """The kinds of nodes, between these, of which a backward raises."""
+    """Return the types of the nodes between ``starts`` and ``ends`` whose backward raises."""
     waiting, seen, found = list(starts), set(ends), set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        # A node "Error" that leads nowhere stands for an input of a graph that torch.compile records.
+        # A node "Error" without inputs is an input of a graph that torch.compile records.
         if type(node).__name__ in _RAISING and (node.next_functions or type(node).__name__ != "Error"):
             found.add(type(node).__name__)
         waiting.extend(following for following, _ in node.next_functions)
@@ -128,7 +131,7 @@ def _raising(starts: Iterable[Node | None], ends: Collection[Node | None]) -> se
 
 
 class Layers:
-    """Which module made each node of a graph."""
+    """Record which module created each node of a graph."""
 
     def __init__(self, discriminator: Any) -> None:
         modules = discriminator.named_modules() if isinstance(discriminator, nn.Module) else ()
@@ -137,7 +140,7 @@ class Layers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around the forward."""
+        """Run the forward inside this context."""
         ends: list[set[Node | None]] = []
 
         def before(module: nn.Module, args: Any) -> None:
@@ -159,19 +162,19 @@ class Layers:
             for handle in handles:
                 handle.remove()
 
-    def lacking(self, logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[str]:
-        """The layers without a second derivative, and why, in the order of their names."""
+    def missing(self, logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[str]:
+        """List the layers without a second derivative and the reasons, sorted by name."""
         outputs = [output for output in logits if output.requires_grad]
         if not outputs:
             return []
         watch = Watch(paths(outputs, *inputs), inputs, every_node=True)
         try:
-            if not watch.lacks:
+            if not watch.missing:
                 ones = [watch.factor(output) for output in outputs]
                 torch.autograd.grad(outputs, inputs, ones, retain_graph=True, create_graph=True, allow_unused=True)
         finally:
             watch.leave()
-        return sorted({f"{self._name(node)}: {why}" for node, why in watch.lacks.items()})
+        return sorted({f"{self._name(node)}: {why}" for node, why in watch.missing.items()})
 
     def _name(self, node: Node) -> str:
         module = self._owners.get(node)

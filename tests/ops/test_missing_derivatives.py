@@ -85,7 +85,7 @@ def model(*functions):
 
 LACKING = {
     "detached": (Detached.apply, "Detached is a custom autograd.Function"),
-    "once": (Once.apply, "Once, of whose backward no derivative is known"),
+    "once": (Once.apply, "Once, whose backward has no derivative"),
     "ctc": (lambda h: h + ctc(h)[:, None], "CtcLoss"),
     "reentrant": (lambda h: checkpoint(torch.sin, h, use_reentrant=True), "is a reentrant checkpoint"),
 }

@@ -1,0 +1,35 @@
+"""Which functions of which modules are replaced by which of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastgan.drop_in import rosinality, torch_utils
+
+Functions = Mapping[str, Callable[..., Any]]
+
+_GRADFIX: Functions = {"conv2d": torch_utils.conv2d, "conv_transpose2d": torch_utils.conv_transpose2d}
+_UPFIRDN: Functions = {
+    "upfirdn2d": torch_utils.upfirdn2d,
+    "filter2d": torch_utils.filter2d,
+    "upsample2d": torch_utils.upsample2d,
+    "downsample2d": torch_utils.downsample2d,
+}
+_THEIR_UPFIRDN: Functions = {"upfirdn2d": rosinality.upfirdn2d}
+_THEIR_ACT: Functions = {"fused_leaky_relu": rosinality.fused_leaky_relu}
+# The ends of the modules' names.
+TABLES: dict[str, Functions] = {
+    "torch_utils.ops.upfirdn2d": _UPFIRDN,
+    "torch_utils.ops.bias_act": {"bias_act": torch_utils.bias_act},
+    "torch_utils.ops.filtered_lrelu": {"filtered_lrelu": torch_utils.filtered_lrelu},
+    "torch_utils.ops.conv2d_gradfix": _GRADFIX,
+    "torch_utils.ops.conv2d_resample": {"conv2d_resample": torch_utils.conv2d_resample},
+    "torch_utils.ops.grid_sample_gradfix": {"grid_sample": torch_utils.grid_sample},
+    "torch_utils.ops.fma": {"fma": torch_utils.fma},
+    "op.upfirdn2d": _THEIR_UPFIRDN,
+    "op.fused_act": _THEIR_ACT,
+    "op.conv2d_gradfix": _GRADFIX,
+    "basicsr.ops.upfirdn2d.upfirdn2d": _THEIR_UPFIRDN,
+    "basicsr.ops.fused_act.fused_act": _THEIR_ACT,
+}

@@ -1,0 +1,375 @@
+"""Triton kernels for attention. The formulas are in blocks.py.
+
+    attend              o and the log-sum-exp of each row
+    grad_rows           dq
+    grad_keys           dk and dv
+    grad_grad_rows      tau and mu of each row, by_g and by_q
+    grad_grad_keys      by_k and by_v
+    grad_mask           dmask, or by_mask
+
+A program of a ``rows`` kernel handles a tile of rows of one head and loops over the keys. A program of a ``keys``
+kernel handles a tile of keys of one group and loops over the rows of every head in it. Each computes the tiles of P
+again from the log-sum-exp, and adds in a fixed order without atomics. Scores are never stored. Bytes: each program
+reads its own tile once and all tiles of the other side, from L2 as long as the operands of a head fit there.
+
+tau and mu are the sums of P T and P M over a row. With M = (dP - delta) (T - tau) + R, one pass adds up
+P (dP - delta) T, P (dP - delta) and P R beside P T, and mu is the first - tau times the second + the third.
+
+Products of two operands take them in their storage type. P, dS and the like stay in float32, and their products with an
+operand use PRECISION. Every sum is float32 (float64 for float64).
+"""
+
+from math import inf
+
+import triton
+import triton.language as tl
+
+from fastgan.backends import TRITON_INTERPRETS
+from fastgan.ops.triton_language import rounded, typed
+
+_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
+_NEVER = tl.constexpr(-inf)
+
+
+@triton.jit
+def load_tile(ptr, first, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Load a tile (BLOCK, PADDED) of rows of a (count, WIDTH) matrix. Zeros follow the last row and column."""
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    return tl.load(typed(ptr, DTYPE) + at, mask=(row < count)[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, values, first, count, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
+    BLOCK: tl.constexpr = values.shape[0]
+    PADDED: tl.constexpr = values.shape[1]
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+    tl.store(typed(ptr, DTYPE) + at, rounded(values, DTYPE), mask=inside)
+
+
+@triton.jit
+def scores_of(left, right, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """left right^T, for two operands as they are stored."""
+    if _INTERPRETED:  # it has no products of bfloat16
+        return tl.dot(left.to(ACC), tl.trans(right.to(ACC)), out_dtype=ACC)
+    return tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def plus_product(weights, operand, total, PRECISION: tl.constexpr):
+    """total + weights operand, for a tile of P or the like and an operand as it is stored."""
+    return total + tl.dot(weights, operand.to(weights.dtype), input_precision=PRECISION, out_dtype=weights.dtype)
+
+
+@triton.jit
+def masked(
+    scores,
+    mask_ptr,
+    row0,
+    key0,
+    length,
+    keys,
+    mask_first,
+    mask_row,
+    mask_key,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+):
+    """Scores with the masks applied; -inf outside of the matrix too."""
+    row = (row0 + tl.arange(0, scores.shape[0]))[:, None]
+    key = (key0 + tl.arange(0, scores.shape[1]))[None, :]
+    inside = (row < length) & (key < keys)
+    if CAUSAL:
+        inside = inside & (key <= row)
+    if mask_ptr is not None:
+        at = mask_first + row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+        if BOOLEAN:
+            inside = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+        else:
+            scores += tl.load(mask_ptr + at, mask=inside, other=0.0).to(scores.dtype)
+    return tl.where(inside, scores, _NEVER)
+
+
+@triton.jit
+def factors_of(seed_ptr, head, row0, key0, like, DROPOUT: tl.constexpr):
+    """D: 0 with the probability DROPOUT, and 1 / (1 - DROPOUT) otherwise. Head, row and key alone decide."""
+    row = tl.broadcast_to((row0 + tl.arange(0, like.shape[0]))[:, None], like.shape)
+    key = tl.broadcast_to((key0 + tl.arange(0, like.shape[1]))[None, :], like.shape)
+    zero = tl.zeros(like.shape, tl.int32)
+    drawn, _second, _third, _fourth = tl.philox(tl.load(seed_ptr), key, row, zero + head.to(tl.int32), zero)
+    uniform = tl.uint_to_uniform_float(drawn)
+    kept = tl.full(like.shape, 1.0 / (1.0 - DROPOUT) if DROPOUT < 1.0 else 0.0, like.dtype)
+    return tl.where(uniform >= DROPOUT, kept, 0.0)
+
+
+@triton.jit
+def probabilities(
+    q,
+    k,
+    lse,
+    mask_ptr,
+    row0,
+    key0,
+    length,
+    keys,
+    mask_first,
+    mask_row,
+    mask_key,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scores = scores_of(q, k, ACC, PRECISION)
+    scores = scores * tl.full(scores.shape, SCALE, ACC)
+    scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, CAUSAL, BOOLEAN)
+    return tl.exp(scores - lse[:, None])
+
+
+@triton.jit
+def mask_tile(ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, like):
+    """Load the tile of a mask or of its gradient, which adds to the scores."""
+    row = (row0 + tl.arange(0, like.shape[0]))[:, None]
+    key = (key0 + tl.arange(0, like.shape[1]))[None, :]
+    at = mask_first + row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+    return tl.load(ptr + at, mask=(row < length) & (key < keys), other=0.0).to(like.dtype)
+
+
+@triton.jit
+def deltas(g, o, ACC: tl.constexpr):
+    return tl.sum(g.to(ACC) * o.to(ACC), 1)
+
+
+@triton.jit
+def attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    seed_ptr,
+    o_ptr,
+    lse_ptr,
+    length,
+    keys,
+    heads,
+    repeats,
+    mask_sample,
+    mask_head,
+    mask_row,
+    mask_key,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    tiles = tl.cdiv(length, ROWS)
+    row0 = tl.program_id(0) % tiles * ROWS
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # of all samples
+    group = head // repeats
+    mask_first = head // heads * mask_sample + head % heads * mask_head
+    k_ptr += group * keys * E
+    v_ptr += group * keys * EV
+    q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
+    largest = tl.full([ROWS], _NEVER, ACC)
+    sums = tl.zeros([ROWS], ACC)
+    total = tl.zeros([ROWS, PADDED_V], ACC)
+    last = tl.minimum(keys, row0 + ROWS) if CAUSAL else keys
+    for key0 in range(0, last, KEYS):
+        k = load_tile(k_ptr, key0, keys, DTYPE, KEYS, E, PADDED)
+        v = load_tile(v_ptr, key0, keys, DTYPE, KEYS, EV, PADDED_V)
+        scores = scores_of(q, k, ACC, PRECISION)
+        scores = scores * tl.full(scores.shape, SCALE, ACC)
+        scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, CAUSAL, BOOLEAN)
+        higher = tl.maximum(largest, tl.max(scores, 1))
+        near = tl.where(higher == _NEVER, 0.0, higher)
+        p = tl.exp(scores - near[:, None])
+        shrink = tl.exp(largest - near)
+        sums = sums * shrink + tl.sum(p, 1)
+        if seed_ptr is not None:
+            p *= factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
+        total = plus_product(p, v, total * shrink[:, None], PRECISION)
+        largest = higher
+    nothing = sums == 0.0
+    lse = tl.where(nothing, 0.0, tl.where(nothing, 0.0, largest) + tl.log(tl.where(nothing, 1.0, sums)))
+    row = row0 + tl.arange(0, ROWS)
+    tl.store(lse_ptr + head * length + row, lse, mask=row < length)
+    total = total / tl.where(nothing, 1.0, sums)[:, None]
+    store_tile(o_ptr + head * length * EV, total, row0, length, DTYPE, EV)
+
+
+@triton.jit
+def grad_rows(
+    g_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    seed_ptr,
+    o_ptr,
+    lse_ptr,
+    dq_ptr,
+    length,
+    keys,
+    heads,
+    repeats,
+    mask_sample,
+    mask_head,
+    mask_row,
+    mask_key,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    tiles = tl.cdiv(length, ROWS)
+    row0 = tl.program_id(0) % tiles * ROWS
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    group = head // repeats
+    mask_first = head // heads * mask_sample + head % heads * mask_head
+    k_ptr += group * keys * E
+    v_ptr += group * keys * EV
+    row = row0 + tl.arange(0, ROWS)
+    q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
+    g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
+    o = load_tile(o_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
+    lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+    delta = deltas(g, o, ACC)
+    total = tl.zeros([ROWS, PADDED], ACC)
+    last = tl.minimum(keys, row0 + ROWS) if CAUSAL else keys
+    for key0 in range(0, last, KEYS):
+        k = load_tile(k_ptr, key0, keys, DTYPE, KEYS, E, PADDED)
+        v = load_tile(v_ptr, key0, keys, DTYPE, KEYS, EV, PADDED_V)
+        p = probabilities(
+            q,
+            k,
+            lse,
+            mask_ptr,
+            row0,
+            key0,
+            length,
+            keys,
+            mask_first,
+            mask_row,
+            mask_key,
+            SCALE,
+            CAUSAL,
+            BOOLEAN,
+            ACC,
+            PRECISION,
+        )
+        dp = scores_of(g, v, ACC, PRECISION)
+        if seed_ptr is not None:
+            dp *= factors_of(seed_ptr, head, row0, key0, dp, DROPOUT)
+        total = plus_product(p * (dp - delta[:, None]), k, total, PRECISION)
+    total = total * tl.full(total.shape, SCALE, ACC)
+    store_tile(dq_ptr + head * length * E, total, row0, length, DTYPE, E)
+
+
+@triton.jit
+def grad_keys(
+    g_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    seed_ptr,
+    o_ptr,
+    lse_ptr,
+    dk_ptr,
+    dv_ptr,
+    length,
+    keys,
+    heads,
+    repeats,
+    mask_sample,
+    mask_head,
+    mask_row,
+    mask_key,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    tiles = tl.cdiv(keys, KEYS)
+    key0 = tl.program_id(0) % tiles * KEYS
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    k = load_tile(k_ptr + group * keys * E, key0, keys, DTYPE, KEYS, E, PADDED)
+    v = load_tile(v_ptr + group * keys * EV, key0, keys, DTYPE, KEYS, EV, PADDED_V)
+    by_k = tl.zeros([KEYS, PADDED], ACC)
+    by_v = tl.zeros([KEYS, PADDED_V], ACC)
+    first = key0 // ROWS * ROWS if CAUSAL else 0
+    for repeat in range(repeats):
+        head = group * repeats + repeat
+        mask_first = head // heads * mask_sample + head % heads * mask_head
+        for row0 in range(first, length, ROWS):
+            row = row0 + tl.arange(0, ROWS)
+            q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
+            g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
+            lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+            p = probabilities(
+                q,
+                k,
+                lse,
+                mask_ptr,
+                row0,
+                key0,
+                length,
+                keys,
+                mask_first,
+                mask_row,
+                mask_key,
+                SCALE,
+                CAUSAL,
+                BOOLEAN,
+                ACC,
+                PRECISION,
+            )
+            weights = p
+            if seed_ptr is not None:
+                factors = factors_of(seed_ptr, head, row0, key0, p, DROPOUT)
+                weights = p * factors
+            if dv_ptr is not None:
+                by_v = plus_product(tl.trans(weights), g, by_v, PRECISION)
+            if dk_ptr is not None:
+                o = load_tile(o_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
+                dp = scores_of(g, v, ACC, PRECISION)
+                if seed_ptr is not None:
+                    dp *= factors
+                by_k = plus_product(tl.trans(p * (dp - deltas(g, o, ACC)[:, None])), q, by_k, PRECISION)
+    if dk_ptr is not None:
+        by_k = by_k * tl.full(by_k.shape, SCALE, ACC)
+        store_tile(dk_ptr + group * keys * E, by_k, key0, keys, DTYPE, E)
+    if dv_ptr is not None:
+        store_tile(dv_ptr + group * keys * EV, by_v, key0, keys, DTYPE, EV)

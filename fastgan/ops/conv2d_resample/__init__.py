@@ -1,0 +1,123 @@
+"""A convolution between an upsampling and a downsampling, with as few products as its factors allow."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastgan.ops.conv.of_models import conv2d, conv_transpose2d
+from fastgan.ops.upfirdn2d import Factor, padding_of, shape_of, upfirdn2d
+
+__all__ = ["conv2d_resample"]
+
+
+def conv2d_resample(
+    input: Tensor,
+    weight: Tensor,
+    filter: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: Factor = 0,
+    groups: int = 1,
+    flip_weight: bool = True,
+    flip_filter: bool = False,
+) -> Tensor:
+    """Upsample with a filter, convolve with a weight, and downsample with the filter.
+
+    The filter is centered, as in `upsample2d` and `downsample2d`, and the convolution adds no padding of its own. The
+    two commute, so the convolution runs at the lower resolution: as a transposed one with stride ``up`` before the
+    filter, or with stride ``down`` after it.
+
+    Order of derivative: any. See `upfirdn2d` and `conv2d`.
+
+    Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN (2020).
+
+    ```python
+    import torch
+    import fastgan
+
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    x, weight = torch.randn(2, 3, 16, 16), torch.randn(8, 3, 3, 3)
+    y = fastgan.ops.conv2d_resample(x, weight, taps, down=2, padding=1)  # (2, 8, 8, 8)
+    ```
+
+    Args:
+        input: (N, C, H, W).
+        weight: (K, C / groups, h, w).
+        filter: (h, w), (k,) for a separable filter, or None.
+        up: factor of the upsampling.
+        down: factor of the downsampling.
+        padding: padding of the upsampled image: one number, (x, y), or (left, right, top, bottom).
+        groups: groups of the convolution.
+        flip_weight: correlate with the weight, as ``torch.nn.functional.conv2d`` does, instead of convolving.
+        flip_filter: correlate with the filter instead of convolving.
+
+    Returns:
+        (N, K, H', W'), dtype of the input.
+
+    Raises:
+        TypeError: an argument has an unsupported type.
+        ValueError: a factor is not positive, a shape does not fit, or nothing of the image is left.
+    """
+    for name, factor in (("up", up), ("down", down)):
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"{name} must be a positive integer, got {factor!r}")
+    fh, fw = shape_of(filter)
+    left, right, top, bottom = padding_of(padding)
+    if up > 1:
+        left, right, top, bottom = (
+            left + (fw + up - 1) // 2,
+            right + (fw - up) // 2,
+            top + (fh + up - 1) // 2,
+            bottom + (fh - up) // 2,
+        )
+    if down > 1:
+        left, right, top, bottom = (
+            left + (fw - down + 1) // 2,
+            right + (fw - down) // 2,
+            top + (fh - down + 1) // 2,
+            bottom + (fh - down) // 2,
+        )
+    kh, kw = weight.shape[2:]
+    if not flip_weight and (kh > 1 or kw > 1):
+        weight = weight.flip((2, 3))
+    around = left, right, top, bottom
+    if kh == kw == 1:
+        return _pointwise(input, weight, filter, up, down, around, groups, flip_filter)
+    if up > 1:
+        # The transposed convolution is the full one, with kernel - 1 elements of padding, less the zeros at the end.
+        input = conv_transpose2d(input, _transposed(weight, groups), stride=up, groups=groups)
+        around = left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up
+        input = upfirdn2d(input, filter, 1, 1, around, flip_filter, up * up)
+        return input if down == 1 else upfirdn2d(input, filter, 1, down, 0, flip_filter)
+    if down > 1:
+        input = upfirdn2d(input, filter, 1, 1, around, flip_filter)
+        return conv2d(input, weight, stride=down, groups=groups)
+    if left == right >= 0 and top == bottom >= 0:
+        return conv2d(input, weight, padding=(top, left), groups=groups)
+    return conv2d(upfirdn2d(input, None, 1, 1, around), weight, groups=groups)
+
+
+def _pointwise(
+    input: Tensor,
+    weight: Tensor,
+    filter: Tensor | None,
+    up: int,
+    down: int,
+    around: tuple[int, int, int, int],
+    groups: int,
+    flip_filter: bool,
+) -> Tensor:
+    """A 1x1 kernel commutes with everything: it runs where there are the fewest pixels."""
+    if up == 1:
+        if down > 1 or any(around):
+            input = upfirdn2d(input, filter if down > 1 else None, 1, down, around, flip_filter)
+        return conv2d(input, weight, groups=groups)
+    input = upfirdn2d(conv2d(input, weight, groups=groups), filter, up, 1, around, flip_filter, up * up)
+    return input if down == 1 else upfirdn2d(input, filter, 1, down, 0, flip_filter)
+
+
+def _transposed(weight: Tensor, groups: int) -> Tensor:
+    """The weight (C, K / groups, h, w) of the transposed convolution that correlates with ``weight``."""
+    k, c, h, w = weight.shape
+    weight = weight.flip((2, 3)).reshape(groups, k // groups, c, h, w)
+    return weight.transpose(1, 2).reshape(groups * c, k // groups, h, w)

@@ -1,0 +1,127 @@
+"""A leaky ReLU at a higher resolution, between an upsampling and a downsampling filter."""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from fastgan import backends, torch_private
+from fastgan.ops.bias_act import bias_act
+from fastgan.ops.filtered_lrelu.autograd import Steps, apply
+from fastgan.ops.library import visible
+from fastgan.ops.upfirdn2d import Factor, geometry_of, is_constant, plan_of, upfirdn2d
+from fastgan.ops.upfirdn2d.plan import image_size
+
+__all__ = ["filtered_lrelu"]
+
+
+def filtered_lrelu(
+    input: Tensor,
+    up_filter: Tensor | None = None,
+    down_filter: Tensor | None = None,
+    bias: Tensor | None = None,
+    up: Factor = 1,
+    down: Factor = 1,
+    padding: Factor = 0,
+    gain: float = 2**0.5,
+    slope: float = 0.2,
+    clamp: float | None = None,
+    flip_filter: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Add a bias, upsample, apply a leaky ReLU with gain and clamp, and downsample.
+
+    The upsampling has the gain up_x * up_y, which makes up for the zeros between the elements. See `upfirdn2d` and
+    `bias_act`, of which this is made. On a CPU, one kernel takes these steps for a contiguous input, plane by plane, so
+    that the upsampled image is never in memory. It keeps a bit per upsampled element for the derivatives, two with
+    ``clamp``.
+
+    Order of derivative: any. With its filters constant it is piecewise affine, so a penalty through it is one pass.
+
+    Source: Karras et al., Alias-Free Generative Adversarial Networks (2021).
+
+    ```python
+    import torch
+    import fastgan
+
+    taps = torch.tensor([1.0, 5.0, 9.0, 9.0, 5.0, 1.0]) / 30
+    x = torch.randn(2, 3, 16, 16)
+    y = fastgan.ops.filtered_lrelu(x, taps, taps, torch.zeros(3), up=2, down=2, padding=5)  # (2, 3, 16, 16)
+    ```
+
+    Args:
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
+        up_filter: filter of the upsampling: (h, w), (k,) for a separable filter, or None.
+        down_filter: filter of the downsampling, likewise.
+        bias: (C,), in the dtype of the input, or None.
+        up: factor of the upsampling, one number or (x, y).
+        down: factor of the downsampling, one number or (x, y).
+        padding: padding of the upsampled image: one number, (x, y), or (left, right, top, bottom).
+        gain: factor of the leaky ReLU's result.
+        slope: slope of the leaky ReLU for negative values.
+        clamp: largest magnitude of the leaky ReLU's result. None: no limit.
+        flip_filter: correlate instead of convolving, with both filters.
+        backend: name of the backend to use. None: the fastest one.
+
+    Returns:
+        (N, C, H', W'), dtype of the input.
+
+    Raises:
+        TypeError: an argument is not a tensor or a number, or has an unsupported dtype.
+        ValueError: a shape or factor does not fit, or nothing of the image is left.
+        BackendUnavailable: the requested backend cannot run here.
+    """
+    if bias is not None:
+        input = bias_act(input, bias, activation="linear", backend=backend)
+    sizes = (up, up) if isinstance(up, int) else up
+    factor = sizes[0] * sizes[-1]
+    numbers = (gain, slope, 1.0 if clamp is None else clamp)
+    if _is_fused(input, up_filter, down_filter, numbers, clamp is not None, backend):
+        size = image_size(input)
+        first = geometry_of(size, up_filter, up, 1, padding)
+        second = geometry_of(first.out_size, down_filter, 1, down, 0)
+        plans = (
+            plan_of(size, first, up_filter, input, flip_filter, factor, "cpu"),
+            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, "cpu"),
+        )
+        return in_one(input, Steps(*plans, float(slope), float(gain), inf if clamp is None else float(clamp)))
+    y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
+    y = bias_act(y, activation="leaky_relu", negative_slope=slope, gain=gain, clamp=clamp, backend=backend)
+    return upfirdn2d(y, down_filter, 1, down, 0, flip_filter, backend=backend)
+
+
+@visible
+def in_one(input: Tensor, steps: Steps) -> Tensor:
+    """Linear between the kinks, and through zero where nothing is clamped."""
+    return apply(input, steps)
+
+
+def _is_fused(
+    input: Tensor,
+    up_filter: Tensor | None,
+    down_filter: Tensor | None,
+    numbers: tuple[float, ...],
+    clamped: bool,
+    backend: str | None,
+) -> bool:
+    """Whether the kernel takes this call. Others, and calls with an error, go through the steps one by one."""
+    return (
+        isinstance(input, Tensor)
+        and input.ndim == 4
+        and input.numel() > 0
+        and input.is_contiguous()
+        and all(isinstance(number, int | float) and isfinite(number) for number in numbers)
+        and numbers[2] > 0
+        and not (clamped and torch_private.count_function_modes())  # the one pass looks for the constants of a clamp
+        and all(f is None or (isinstance(f, Tensor) and f.is_floating_point()) for f in (up_filter, down_filter))
+        and is_constant(up_filter)
+        and is_constant(down_filter)
+        and not torch.compiler.is_compiling()
+        and not backends.is_lowered()
+        and backends.is_plain()
+        and (backend or backends.forced()) in ("auto", "cpu")
+        and backends.why_not("filtered_lrelu", "cpu", input.device.type, input.dtype) is None
+    )

@@ -1,0 +1,112 @@
+"""The operator of filtered_lrelu, and its derivatives: the same steps with the slopes in place of the activation.
+
+y = D act(U x). With S the slopes, the backward is U^T S D^T, the backward of that D S U, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops.filtered_lrelu import native_kernels
+from fastgan.ops.library import is_eager, operator, stored
+from fastgan.ops.upfirdn2d.autograd import DTYPES
+from fastgan.ops.upfirdn2d.plan import Plan, Taps
+
+backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
+
+
+@operator(
+    "filtered_lrelu(Tensor x, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside, bool read, int[] sizes,"
+    " bool separable, float[] taps, int[] second_sizes, bool second_separable, float[] second_taps, float slope,"
+    " float gain, float clamp) -> ()"
+)
+def _kernel(x: Tensor, y: Tensor, signs: Tensor | None, inside: Tensor | None, *rest: Any) -> None:
+    native_kernels.filtered_lrelu(x, y, signs, inside, *rest)
+
+
+class Steps(NamedTuple):
+    up: Plan
+    down: Plan
+    slope: float
+    gain: float
+    clamp: float
+
+    def transposed(self) -> Steps:
+        return self._replace(up=self.down.transposed(), down=self.up.transposed())
+
+
+def apply(x: Tensor, steps: Steps) -> Tensor:
+    """The result for x (N, C, H, W), differentiable to any order."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _run(x, None, None, False, steps)
+    result: Tensor = _FilteredLrelu.apply(x, steps)
+    return result
+
+
+def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
+    x = stored(x).contiguous()
+    y = torch.empty((*x.shape[:2], *steps.down.out_size), dtype=x.dtype, device=x.device)
+    planes = x.shape[0] * x.shape[1]
+    parts: list[Any] = []
+    for plan in (steps.up, steps.down):
+        taps = plan.taps
+        assert isinstance(taps, Taps)
+        pairs: Sequence[int] = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
+        parts += [(planes, 1, *pairs), taps.separable, taps.values]
+    kernel: Any = _kernel if is_eager(x) else torch.ops.fastgan.filtered_lrelu
+    kernel(x, y, signs, inside, read, *parts, steps.slope, steps.gain, steps.clamp)
+    return y
+
+
+class _FilteredLrelu(torch.autograd.Function):
+    piecewise_affine = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: Steps) -> Tensor:
+        h, w = steps.up.out_size
+        size = x.shape[0] * x.shape[1] * h * ((w + 7) // 8)  # a bit an element, each row in whole bytes
+        signs = torch.empty(size, dtype=torch.uint8, device=x.device)
+        inside = torch.empty_like(signs) if steps.clamp != inf else None
+        y = _run(x, signs, inside, False, steps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(signs, inside)
+        ctx.steps = steps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        signs, inside = ctx.saved_tensors
+        return _times_slopes(grad, signs, inside, ctx.steps.transposed()), None
+
+
+def _times_slopes(grad: Tensor | None, signs: Tensor, inside: Tensor | None, steps: Steps) -> Tensor | None:
+    if grad is None:
+        return None
+    if not torch.is_grad_enabled():
+        return _run(grad, signs, inside, True, steps)
+    result: Tensor = _Slopes.apply(grad, signs, inside, steps)
+    return result
+
+
+class _Slopes(torch.autograd.Function):
+    """The linear map of the derivative, with the activation's choices fixed. Its backward is its transpose."""
+
+    piecewise_affine = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Tensor, inside: Tensor | None, steps: Steps) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(signs, inside)
+        ctx.steps = steps
+        return _run(x, signs, inside, True, steps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        signs, inside = ctx.saved_tensors
+        return _times_slopes(grad, signs, inside, ctx.steps.transposed()), None, None, None

@@ -1,0 +1,121 @@
+"""The forward of a penalty: which functions run, and whether one pass is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.gradient_penalty.called_modules import Call, call_of
+from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating
+from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
+from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
+from fastgan.ops.gradient_penalty.small import (
+    REASON,
+    Size,
+    forget,
+    is_left_to_pytorch,
+    leave_to_pytorch,
+    remember,
+    size_of,
+    was_small,
+)
+from fastgan.ops.twice_differentiable import Rerouting, uncompiled
+
+
+class Forward(NamedTuple):
+    returned: Any  # the output of the discriminator
+    logits: list[Tensor]
+    inputs: tuple[Tensor, ...]
+    tracer: Tracer | None  # None: PyTorch's own functions ran
+    obstacle: str | None  # why one pass is not possible
+    plain: bool = False  # PyTorch's own functions ran, and they have all derivatives
+
+
+def run_forward(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Forward:
+    """Call the discriminator and look for an obstacle to one pass."""
+    check_call(inputs, select)
+    given = differentiable(inputs)
+    x = floating(given)
+
+    def call() -> Any:
+        return discriminator(given, *args, **(kwargs or {}))
+
+    known = call_of(discriminator, x, args, kwargs)
+    if is_left_to_pytorch(known, x):
+        with uncompiled:
+            returned = call()
+        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
+    size = size_of(discriminator, x)
+    if size is not Size.LARGE:
+        return _run_maybe_small(discriminator, call, known, size, select, x)
+    with Rerouting(), Tracer(*x) as tracer:
+        returned = call()
+    logits = logits_of(returned, select, x[0].shape[0])
+    return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned))
+
+
+def _run_maybe_small(
+    discriminator: Callable[..., Any],
+    call: Callable[[], Any],
+    known: Call | None,
+    size: Size,
+    select: Select | None,
+    x: tuple[Tensor, ...],
+) -> Forward:
+    """Run a forward and count its multiplications, unless its parameters already show that it is small."""
+    seen = size is Size.SMALL or was_small(discriminator, x)
+    tracer = None if seen else Tracer(*x)
+    with Rerouting(size.after) as rerouting, tracer or nullcontext():
+        returned = call()
+    logits = logits_of(returned, select, x[0].shape[0])
+    small = rerouting.never_began
+    if small and known is not None and rerouting.only_pytorch_ran:
+        leave_to_pytorch(known)
+    elif size is Size.UNKNOWN and small != seen:
+        remember(discriminator, x, small)
+    if small:
+        return Forward(returned, logits, x, None, REASON)
+    if tracer is None:
+        return Forward(returned, logits, x, None, "an earlier forward with these shapes was small")
+    return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned, late=True))
+
+
+def check_call(inputs: Inputs, select: Select | None) -> None:
+    check_inputs("inputs", inputs)
+    check_select(select)
+    require_grad_mode()
+
+
+def require_grad_mode() -> None:
+    if not torch.is_grad_enabled():
+        raise RuntimeError("a gradient penalty needs gradients: call it outside torch.no_grad() and inference_mode()")
+
+
+@contextmanager
+def naming_layers(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Iterator[None]:
+    """Add the names of the layers to an error about second derivatives. This needs a second forward."""
+    try:
+        yield
+    except NoSecondDerivative as error:
+        layers = Layers(discriminator)
+        with layers.watched():
+            forward = run_forward(discriminator, inputs, select, args, kwargs)
+        forget(call_of(discriminator, floating(inputs), args, kwargs))
+        raise error.named(layers.missing(forward.logits, forward.inputs)) from None

@@ -1,0 +1,110 @@
+"""Folders and zip files of pictures: what is in them, and which of it counts."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fastgan.trainer.errors import DataError
+
+NOT_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # folders that systems leave beside pictures
+
+
+class Entry(NamedTuple):
+    name: str  # path in the container, with slashes
+    size: int  # bytes
+    version: int  # modification time of a file; checksum of a member of a zip file
+
+
+class Container(ABC):
+    """A folder or a zip file. Hidden files and folders, and those that systems leave behind, are not in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        entries = [entry for entry in self.find() if counts(entry.name)]
+        self.entries = sorted(entries, key=lambda entry: PurePosixPath(entry.name).parts)
+
+    @abstractmethod
+    def find(self) -> list[Entry]: ...
+
+    @abstractmethod
+    def read(self, name: str) -> bytes: ...
+
+    def endings(self) -> Counter[str]:
+        return Counter(PurePosixPath(entry.name).suffix.lower() for entry in self.entries)
+
+
+def counts(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return not any(part.startswith(".") or part in NOT_DATA for part in parts)
+
+
+class Folder(Container):
+    """Links to folders are followed, and each folder is visited once."""
+
+    def find(self) -> list[Entry]:
+        self._read_or_raise(self.path)
+        visited = {os.path.realpath(self.path)}
+        waiting, links = [self.path], list[Path]()
+        found: list[Entry] = []
+        while waiting or links:
+            if waiting:
+                folder = waiting.pop()
+            else:  # links come last, so that a folder is found under its own name
+                folder = links.pop(0)
+                if os.path.realpath(folder) in visited:
+                    continue
+                visited.add(os.path.realpath(folder))
+            for item in self._read_or_raise(folder):
+                if not counts(item.name):
+                    continue
+                if item.is_dir():
+                    if item.is_symlink():
+                        links.append(Path(item.path))
+                    else:
+                        visited.add(os.path.realpath(item.path))
+                        waiting.append(Path(item.path))
+                elif item.is_file():
+                    status = item.stat()
+                    name = Path(item.path).relative_to(self.path).as_posix()
+                    found.append(Entry(name, status.st_size, status.st_mtime_ns))
+        return found
+
+    def _read_or_raise(self, folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as items:
+                return sorted(items, key=lambda item: item.name)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+class Zip(Container):
+    def find(self) -> list[Entry]:
+        try:
+            self.file = zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.path} cannot be read as a zip file: {reason}") from error
+        members = [member for member in self.file.infolist() if not member.is_dir()]
+        return [Entry(member.filename, member.file_size, member.CRC) for member in members]
+
+    def read(self, name: str) -> bytes:
+        return self.file.read(name)
+
+
+def open_container(path: Path) -> Container:
+    """Open a folder or a zip file.
+
+    Raises:
+        DataError: it does not exist, or cannot be read.
+    """
+    if path.is_file():
+        return Zip(path)
+    return Folder(path)

@@ -1,0 +1,91 @@
+"""Settings of the commands that use a trained generator. This module does not import PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastgan.trainer.data.options import PictureConfig
+
+LEAST = 10  # fewest samples to compute scores from
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo
+    out: Path | None = None  # default: generator.safetensors in the run's folder
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    run: tyro.conf.Positional[Path]  # folder of a run, such as runs/demo, or a file of fastgan export
+    samples: int = 16  # number of samples, each a PNG file
+    seed: int = 0
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # name or number; default: all in turn
+    truncation: float = 1.0  # factor of the latents: below 1, samples are more alike
+    grid: str | None = None  # also write grid.png of ROWSxCOLUMNS samples, such as 4x8; the interpolation's size too
+    interpolate: int | None = None  # also write a looped animation of this many frames
+    animation: Literal["webp", "gif"] = "webp"  # its format
+    npz: bool = False  # also write samples.npz: samples (N, H, W, C) in bytes, latents and labels
+    best: bool = False  # the best generator of --score-every instead of the newest
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path | None = None  # folder to write to; default: generated in the run's folder
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or (self.interpolate is not None and self.interpolate < 2):
+            raise ValueError("samples must not be negative, and an interpolation needs at least 2 frames")
+        if not self.truncation >= 0:
+            raise ValueError(f"truncation must not be negative, got {self.truncation}")
+        self.rows_and_columns()
+
+    def rows_and_columns(self) -> tuple[int, int] | None:
+        if self.grid is None:
+            return None
+        parts = self.grid.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ValueError(f"grid must be ROWSxCOLUMNS, such as 4x8, got {self.grid!r}")
+        return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    run: tyro.conf.Positional[Path | None] = None  # folder of a run; or --images
+    images: Path | None = None  # folder or zip file with samples to score, instead of a run's
+    against: Path | None = None  # folder or zip file with real pictures; default: those that the run holds out
+    training: bool = False  # score against the pictures that the run trained on
+    samples: int = 5000  # number of samples and of real pictures; fewer if there are fewer
+    seed: int = 0
+    extractor: str | None = None  # a TorchScript file such as inception-2015-12-05.pt, or as for fastgan train
+    best: bool = False  # the best generator of --score-every instead of the newest
+    image_size: int | str | None = None  # with --images: size to read at; default: that of the first sample
+    pictures: tyro.conf.OmitArgPrefixes[PictureConfig] = field(default_factory=PictureConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path | None = None  # file to write; default: evaluation.json in the run's folder
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.images is None):
+            raise ValueError("evaluate needs the folder of a run, or --images PATH and --against PATH")
+        if self.images is not None and self.against is None:
+            raise ValueError("--images needs --against PATH, the real pictures")
+        if self.training and self.against is not None:
+            raise ValueError("training and against exclude each other")
+        if self.samples < LEAST:
+            raise ValueError(f"samples must be at least {LEAST}, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    run: tyro.conf.Positional[Path]  # folder of a run, or a file of fastgan export
+    picture: tyro.conf.Positional[Path]  # picture to find the latent of
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # default: the class that fits best
+    steps: int = 300
+    starts: int = 256  # random latents, of which the nearest one is the start
+    lr: float = 0.05
+    extractor: str | None = None  # features of the perceptual distance; default: the run's
+    seed: int = 0
+    best: bool = False  # the best generator of --score-every instead of the newest
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path | None = None  # folder to write to; default: projected/<picture> in the run's folder

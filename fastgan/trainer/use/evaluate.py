@@ -1,0 +1,166 @@
+"""Scores of a run's generator, or of a folder of pictures, against real pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.data.containers import open_container
+from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.image_folder import read_pictures
+from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.data.pixels import Layout, endings, open_image
+from fastgan.trainer.data.size import sides
+from fastgan.trainer.device import choose_device
+from fastgan.trainer.errors import DataError, TrainerError
+from fastgan.trainer.measure.extractors import TorchScript, check_extractor, load_extractor
+from fastgan.trainer.measure.metrics import inception_score
+from fastgan.trainer.measure.quality import LEAST, compare, measures_images
+from fastgan.trainer.run import make_folder, run_data
+from fastgan.trainer.use.config import EvaluateConfig
+from fastgan.trainer.use.trained import Trained, load_trained, write_json
+
+PROBABILITIES = 64  # samples in a batch of the Inception Score
+
+
+@dataclass
+class Sets:
+    """Pictures (N, C, H, W) in [-1, 1] to compare."""
+
+    fake: Tensor
+    real: Tensor
+    floor: Tensor | None  # other real pictures, as many
+    what: str  # what the fakes are compared with
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Compute the scores, write them to a file and return them.
+
+    Raises:
+        TrainerError: there is no run, or too few pictures.
+        ValueError: the extractor does not work.
+    """
+    device = choose_device(config.device)
+    trained = None if config.run is None else load_trained(config.run, device, config.best)
+    extractor = config.extractor or (trained.config.extractor if trained else TrainConfig.extractor)
+    sets = sets_of_run(config, trained) if trained else sets_of_folders(config)
+    check_extractor(extractor, tuple(sets.fake.shape[1:]), device)
+    loaded = load_extractor(extractor, device)
+    found = {"against": sets.what, **compare(sets.real, sets.floor, sets.fake, loaded, extractor, device)}
+    if isinstance(loaded, TorchScript):
+        batches = [loaded.probabilities(batch.to(device)) for batch in sets.fake.split(PROBABILITIES)]
+        if known := [batch.cpu() for batch in batches if batch is not None]:
+            found["IS"], found["IS-deviation"] = inception_score(torch.cat(known))
+    if len(sets.fake) < config.samples:
+        found["note"] = f"{config.samples:,} samples were asked for, but there are only {len(sets.fake):,} pictures"
+    if trained:
+        found |= {"run": str(config.run), "step": trained.step}
+    out = config.out or (config.run / "evaluation.json" if config.run and config.run.is_dir() else None)
+    if out is not None:
+        make_folder(out.parent)
+        write_json(out, found)
+    return found
+
+
+def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
+    shape = tuple(trained.data["shape"])
+    if not measures_images(shape):
+        raise TrainerError(f"scores need pictures, but the run's samples have shape {shape}")
+    settings = trained.config
+    floor: Tensor | None = None
+    if config.against is not None:
+        layout = layout_of(shape, settings.pictures)
+        real, floor = reals_of(config.against, layout, config.samples, config.seed)
+        what = f"{len(real):,} pictures of {config.against}"
+    else:
+        assert config.run is not None
+        source, held_out = run_data(settings, config.run if config.run.is_dir() else config.run.parent, trained.device)
+        if config.training:
+            real = some(source, config.samples, config.seed)
+            what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"
+        elif held_out is None or (held_out.size or LEAST) < LEAST:
+            raise DataError(
+                f"the run holds out {0 if held_out is None else held_out.size} pictures, but scores need {LEAST}: "
+                "--against PATH takes other pictures, --training those that it trained on"
+            )
+        else:
+            real = some(held_out, config.samples, config.seed)
+            floor = some(source, len(real), config.seed + 1)
+            floor = floor if len(floor) == len(real) else None
+            what = f"{len(real):,} pictures that the run held out"
+    fake = trained.samples(trained.latents(len(real), config.seed))
+    return Sets(fake, real, floor, what)
+
+
+def some(source: Any, count: int, seed: int) -> Tensor:
+    """Return `count` different samples, or all of them if there are fewer."""
+    count = min(count, source.size or count)
+    return some_reals(source, count, seed)[0].cpu()
+
+
+def sets_of_folders(config: EvaluateConfig) -> Sets:
+    assert config.images is not None
+    assert config.against is not None
+    if config.image_size is not None:
+        height, width = sides(config.image_size)
+    else:
+        height, width = first_size(config.images)
+    layout = Layout(height, width, config.pictures.crop, config.pictures.channels, config.pictures.background)
+    fake, _ = reals_of(config.images, layout, config.samples, config.seed)
+    real, floor = reals_of(config.against, layout, len(fake), config.seed)
+    fake = fake[: len(real)]
+    return Sets(fake, real, floor, f"{len(real):,} pictures of {config.against}, at {width} x {height} pixels")
+
+
+def layout_of(shape: tuple[int, ...], pictures: PictureConfig) -> Layout:
+    crop = "center" if pictures.crop == "random" else pictures.crop
+    channels, height, width = shape
+    return Layout(height, width, crop, channels, pictures.background)  # type: ignore[arg-type]
+
+
+def first_size(path: Path) -> tuple[int, int]:
+    container = open_container(path)
+    for entry in container.entries:
+        if Path(entry.name).suffix.lower() in endings():
+            with open_image(container.read(entry.name)) as image:
+                return image.height, image.width
+    raise DataError(f"{path} contains no pictures")
+
+
+def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return at most `count` pictures chosen by `seed`, and as many others if there are enough."""
+    found = read_pictures(path, layout, "none")
+    order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed), device="cpu")
+    if len(order) < LEAST:
+        raise DataError(f"{path} contains {len(order)} pictures, but scores need at least {LEAST}")
+    chosen, others = order[:count], order[count : 2 * count]
+
+    def pixels(index: Tensor) -> Tensor:
+        return found.images[index].float().div_(127.5).sub_(1)
+
+    return pixels(chosen), pixels(others) if len(others) == len(chosen) else None
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return the scores as lines of text."""
+    floor: dict[str, float] = found.get("floor", {})
+    about = f"features: {found['extractor']}" + (f", sha256 {found['digest']}..." if "digest" in found else "")
+    text = [f"{found['n']:,} samples against {found['against']}; {about}"]
+    if "note" in found:
+        text.append(found["note"])
+    for key, value in found.items():
+        if isinstance(value, float) and key != "IS-deviation":
+            beside = f"   floor {floor[key]:.4g}" if key in floor else ""
+            if key == "IS":
+                beside = f"   standard deviation {found['IS-deviation']:.3g}"
+            text.append(f"  {key:28}{value:10.4g}{beside}")
+    if floor:
+        text.append("the floor is the score of other real pictures in place of the samples")
+    else:
+        text.append("there is no floor: too few other real pictures")
+    return text

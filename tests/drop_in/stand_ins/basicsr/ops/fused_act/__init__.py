@@ -1,0 +1,3 @@
+from .fused_act import fused_leaky_relu
+
+__all__ = ["fused_leaky_relu"]

@@ -1,0 +1,9 @@
+"""As in that code base, the extension is compiled as the module is imported."""
+
+from torch.utils.cpp_extension import load
+
+extension = load("upfirdn2d", sources=["no such file.cu"])
+
+
+def upfirdn2d(input, kernel, up=1, down=1, pad=(0, 0)):
+    return extension.upfirdn2d(input, kernel, up, down, pad)

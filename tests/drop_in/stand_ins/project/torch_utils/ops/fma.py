@@ -1,0 +1,2 @@
+def fma(a, b, c, rounding):
+    return (a * b + c).round(decimals=rounding)

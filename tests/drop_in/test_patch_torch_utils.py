@@ -1,0 +1,206 @@
+"""Stand-ins of StyleGAN's code bases get fastgan's operations, imported before and after."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.drop_in import torch_utils as ours
+from fastgan.ops.upfirdn2d import native_kernels
+from tests.harness import assert_close
+from tests.ops.one_pass_problem import work
+from tests.ops.test_upfirdn2d import defined
+
+ROOTS = ("torch_utils", "op", "basicsr", "networks", "project")
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """The packages can be imported, and nothing of them or of a patch is left afterwards."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_ins")
+    yield
+    fastgan.patch_torch_utils().restore()
+    for name in [name for name in sys.modules if name.split(".")[0] in ROOTS]:
+        del sys.modules[name]
+
+
+def imported(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("first", ["import", "patch"])
+def test_the_functions_are_replaced_before_and_after_they_are_imported(first):
+    if first == "patch":
+        patch = fastgan.patch_torch_utils()
+    networks = imported("networks")
+    if first == "import":
+        patch = fastgan.patch_torch_utils()
+    assert networks.upfirdn2d.upfirdn2d is ours.upfirdn2d
+    assert networks.bias_act.bias_act is ours.bias_act
+    assert networks.filtered_lrelu is ours.filtered_lrelu  # imported by name
+    assert networks.upfirdn2d.setup_filter.__module__ == "torch_utils.ops.upfirdn2d"  # stays
+    assert "torch_utils.ops.fma.fma" in patch.replaced
+
+
+def test_every_function_of_the_table_is_there_to_be_replaced():
+    patch = fastgan.patch_torch_utils()
+    for name in ("networks", "op", "op.upfirdn2d", "basicsr.ops.upfirdn2d", "basicsr.ops.fused_act"):
+        imported(name)
+    functions = {name.rpartition(".")[2] for name in patch.replaced}
+    assert functions == {
+        *("upfirdn2d", "filter2d", "upsample2d", "downsample2d", "bias_act", "filtered_lrelu", "conv2d"),
+        *("conv_transpose2d", "conv2d_resample", "grid_sample", "fma", "fused_leaky_relu"),
+    }
+
+
+def test_restoring_puts_the_originals_back():
+    networks = imported("networks")
+    original = networks.bias_act.bias_act, networks.filtered_lrelu
+    patch = fastgan.patch_torch_utils()
+    assert fastgan.patch_torch_utils() is patch
+    patch.restore()
+    assert (networks.bias_act.bias_act, networks.filtered_lrelu) == original
+    assert patch.replaced == []
+    assert patch not in sys.meta_path
+    assert imported("torch_utils.ops.fma").fma is not ours.fma
+
+
+def test_the_source_of_a_patched_module_can_be_read():
+    fastgan.patch_torch_utils()
+    module = imported("torch_utils.ops.bias_act")
+    assert "ACTIVATIONS" in inspect.getsource(module)
+    assert importlib.reload(module).bias_act is ours.bias_act
+
+
+def test_a_module_that_is_not_there_is_still_an_import_error():
+    fastgan.patch_torch_utils()
+    with pytest.raises(ModuleNotFoundError):
+        imported("project.torch_utils.ops.upfirdn2d")
+
+
+def test_inside_of_a_package_the_modules_are_found_and_unknown_parameters_left_alone(caplog):
+    fastgan.patch_torch_utils()
+    assert imported("project.torch_utils.ops.bias_act").bias_act is ours.bias_act
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        fma = imported("project.torch_utils.ops.fma").fma
+    assert "other parameters" in caplog.text
+    assert fma(torch.tensor(1.26), 1, 0, 1).item() == pytest.approx(1.3)
+
+
+X = torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+PLANE = torch.outer(TAPS, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+WEIGHT = torch.ones(6, 3, 3, 3, dtype=torch.float64).cumsum(1)
+CALLS = {
+    "upfirdn2d": [
+        lambda f: f(X, TAPS, up=[2, 1], down=[1, 2], padding=[3, 2], gain=3),
+        lambda f: f(X, PLANE, 2, 1, [2, 1, 2, 1], True, 4, "ref"),
+        lambda f: f(X, None, padding=-1),
+    ],
+    "filter2d": [lambda f: f(X, PLANE, padding=[1, 2], gain=2), lambda f: f(X, TAPS, flip_filter=True)],
+    "upsample2d": [lambda f: f(X, TAPS), lambda f: f(X, PLANE, up=[3, 2], padding=1)],
+    "downsample2d": [lambda f: f(X, TAPS), lambda f: f(X, PLANE, down=[2, 3], padding=[1, 2, 0, 1])],
+    "bias_act": [
+        *(lambda f, a=a: f(X, X[0, :, 0, 0], act=a) for a in ("linear", "relu", "lrelu", "tanh", "sigmoid")),
+        *(lambda f, a=a: f(X, X[0, :, 0, 0].float(), act=a, gain=2) for a in ("elu", "selu", "softplus", "swish")),
+        lambda f: f(X, X[0, 0, :, 0], dim=2, act="lrelu", alpha=0.3, gain=2, clamp=1),
+        lambda f: f(X, act="relu", clamp=-1),
+    ],
+    "filtered_lrelu": [lambda f: f(X, TAPS, PLANE, X[0, :, 0, 0], 2, 2, [5, 4, 6, 3], 1.5, 0.1, 0.5, True)],
+    "conv2d_resample": [
+        lambda f: f(X, WEIGHT, TAPS, down=2, padding=1),
+        lambda f: f(X, WEIGHT, TAPS, up=2, padding=[1, 2], flip_weight=False),
+        lambda f: f(X, WEIGHT[:, :1], groups=3, padding=1),
+    ],
+    "conv2d_gradfix.conv2d": [lambda f: f(X, WEIGHT, X[0, 0, :6, 0], 2, 1)],
+    "conv2d_gradfix.conv_transpose2d": [lambda f: f(X, WEIGHT[:3], stride=2, padding=1, output_padding=1)],
+    "grid_sample_gradfix.grid_sample": [lambda f: f(X, X[:, :2].permute(0, 2, 3, 1))],
+    "fma": [lambda f: f(X, X[:1], X[0, :, :1])],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_signatures_and_results_are_theirs(name):
+    home, _, function = name.rpartition(".")
+    home = home or {"filter2d": "upfirdn2d", "upsample2d": "upfirdn2d", "downsample2d": "upfirdn2d"}.get(name, name)
+    module = imported(f"torch_utils.ops.{home}")
+    theirs = getattr(module, function)
+    expected = [call(theirs) for call in CALLS[name]]
+    fastgan.patch_torch_utils()
+    replaced = getattr(module, function)
+    assert replaced is not theirs
+    assert [*inspect.signature(replaced).parameters] == [*inspect.signature(theirs).parameters]
+    for call, want in zip(CALLS[name], expected, strict=True):
+        assert_close(call(replaced), want, order=1)
+
+
+def test_extensions_that_are_compiled_at_import_are_not():
+    with pytest.raises((RuntimeError, OSError, ImportError)):
+        imported("op")
+    for name in [name for name in sys.modules if name.split(".")[0] == "op"]:
+        del sys.modules[name]
+    fastgan.patch_torch_utils()
+    op = imported("op")
+    x = X.float()
+    want = F.leaky_relu(x + torch.ones(3)[:, None, None], 0.2) * 2**0.5
+    torch.testing.assert_close(op.FusedLeakyReLU(3)(x), want)
+    torch.testing.assert_close(op.fused_leaky_relu(x, negative_slope=0.5, scale=1.0), F.leaky_relu(x, 0.5))
+    assert_close(op.upfirdn2d(X, PLANE, up=2, down=1, pad=(2, 1)), defined(X, PLANE, 2, 1, (2, 1, 2, 1)), order=0)
+    assert_close(op.upfirdn2d(X, PLANE, (2, 1), 1, (2, 1, 3, 4)), defined(X, PLANE, (2, 1), 1, (2, 1, 3, 4)), order=0)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        sys.modules["op.fused_act"].extension.fused_bias_act(x)
+
+
+def test_basicsr_gets_them_too():
+    package = imported("basicsr.ops.upfirdn2d")
+    fastgan.patch_torch_utils()
+    assert_close(package.upfirdn2d(X, PLANE, 2, 1, (2, 1)), defined(X, PLANE, 2, 1, (2, 1, 2, 1)), order=0)
+    act = imported("basicsr.ops.fused_act")
+    torch.testing.assert_close(act.fused_leaky_relu(X, None, scale=1.0), F.leaky_relu(X, 0.2))
+
+
+def r1_by_hand(model, x):
+    """R1 as in that family's training loops."""
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return F.softplus(-logits).mean() + 5 * grad.square().sum((1, 2, 3)).mean()
+
+
+def one_pass(model, x):
+    logits, penalty = fastgan.logits_and_penalty(model, x, kind="r1", weight=10.0)
+    return F.softplus(-logits).mean() + penalty
+
+
+def test_a_discriminator_written_against_them_is_one_pass_exact_and_does_less(monkeypatch):
+    networks = imported("networks")
+    torch.manual_seed(0)
+    plain = networks.Discriminator()
+    model, x = copy.deepcopy(plain), torch.randn(4, 3, 16, 16)
+    theirs = work(lambda: r1_by_hand(plain, x).backward())
+    fastgan.patch_torch_utils()
+    calls = []
+    kernel = native_kernels.upfirdn2d
+    monkeypatch.setattr(native_kernels, "upfirdn2d", lambda *a: calls.append(1) or kernel(*a))
+    assert fastgan.explain_penalty(model, x) == "one pass"
+    forward = work(lambda: model(x))
+    assert calls
+    spent = work(lambda: one_pass(model, x).backward())
+    assert spent <= 4.1 * forward
+    assert spent < 0.6 * theirs
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, plain.get_parameter(name).grad.double(), order=1)
+    by_hand = copy.deepcopy(plain).requires_grad_()
+    by_hand.zero_grad()
+    assert work(lambda: r1_by_hand(by_hand, x).backward()) < 0.75 * theirs
+    for name, parameter in by_hand.named_parameters():
+        assert_close(parameter.grad, plain.get_parameter(name).grad.double(), order=1)

@@ -1,0 +1,326 @@
+"""filtered_lrelu, conv2d_resample, grid_sample, and bias_act with StyleGAN's names: values, two orders, one pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan import backends, ops
+from fastgan.ops.filtered_lrelu import native_kernels as filtered_kernels
+from tests.harness import DTYPES, assert_close
+from tests.ops.one_pass_problem import work
+from tests.ops.test_upfirdn2d import defined
+
+FU, FD = (torch.tensor(taps, dtype=torch.float64) for taps in ([1.0, 5.0, 9.0, 9.0, 5.0, 1.0], [1.0, 2.0, 4.0, 2.0]))
+FU, FD = FU / FU.sum(), FD / FD.sum()
+
+
+def orders(function, *operands):
+    """The values, the gradients, and the gradients of their squares."""
+    operands = [t.detach().clone().requires_grad_() for t in operands]
+    y = function(*operands)
+    by = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    grads = torch.autograd.grad((y.pow(3) * by).sum(), operands, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), operands)
+    return [(0, y), *((1, g) for g in grads), *((2, g) for g in second)]
+
+
+def same_orders(ours, theirs, *operands):
+    for (order, actual), (_, expected) in zip(orders(ours, *operands), orders(theirs, *operands), strict=True):
+        assert_close(actual, expected, order=order)
+
+
+FILTERED = {
+    "up and down": dict(up=2, down=2, padding=(5, 4, 6, 3)),
+    "pairs": dict(up=(2, 1), down=(1, 2), padding=(4, 5), gain=1.0, slope=0.0),
+    "clamp": dict(up=4, down=2, padding=7, clamp=0.3),
+    "flipped": dict(up=2, down=1, padding=4, flip_filter=True, slope=0.5),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("options", FILTERED.values(), ids=FILTERED)
+def test_filtered_lrelu_equals_its_steps(options, backend):
+    up, down, flip = options["up"], options["down"], options.get("flip_filter", False)
+    gain, clamp = options.get("gain", 2**0.5), options.get("clamp")
+
+    def steps(x, bias):
+        scale = up * up if isinstance(up, int) else up[0] * up[1]
+        y = defined(x + bias[:, None, None], FU, up=up, padding=options["padding"], gain=scale, flip_filter=flip)
+        y = F.leaky_relu(y, options.get("slope", 0.2)) * gain
+        return defined(y if clamp is None else y.clamp(-clamp, clamp), FD, down=down, flip_filter=flip)
+
+    def ours(x, bias):
+        return ops.filtered_lrelu(x, FU, FD, bias, **options, backend=backend)
+
+    same_orders(ours, steps, torch.randn(2, 3, 7, 8).double(), torch.randn(3).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_filtered_lrelu_keeps_no_upsampled_image_on_a_cpu(dtype, clamp):
+    """The kernel's values and derivatives are those of the steps, and so are its bits' where an image is left over."""
+    x = torch.randn(3, 5, 9, 13).to(dtype)
+    options = dict(up=2, down=2, padding=(5, 4, 6, 3), clamp=clamp)
+    by = torch.randn_like(ops.filtered_lrelu(x, FU, FD, **options, backend="reference"))
+    h = torch.randn_like(x)
+
+    def results(x, by, h, backend):
+        x, by = x.clone().requires_grad_(), by.clone().requires_grad_()
+        y = ops.filtered_lrelu(x, FU, FD, **options, backend=backend)
+        (dx,) = torch.autograd.grad(y, x, by, create_graph=True)
+        return [y, dx, *torch.autograd.grad(dx, by, h)]
+
+    exact = results(x.double(), by.double(), h.double(), "reference")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        actual = results(x, by, h, None)
+    assert max(kept) == 15 * 22 * 4  # 15 planes of 22 rows of 30 bits
+    reference = results(x, by, h, "reference")
+    for order, (a, e, r) in enumerate(zip(actual, exact, reference, strict=True)):
+        assert_close(a, e, order=order, reference=r)
+
+
+def test_filtered_lrelu_runs_its_kernel_where_it_can(monkeypatch):
+    calls = []
+    kernel = filtered_kernels.filtered_lrelu
+    monkeypatch.setattr(filtered_kernels, "filtered_lrelu", lambda *a: calls.append(a[4]) or kernel(*a))
+    x = torch.randn(2, 3, 8, 8)
+
+    def ran(x, **options):
+        calls.clear()
+        ops.filtered_lrelu(x.requires_grad_(), FU, FD, up=2, padding=5, **options).sum().backward()
+        return list(calls)
+
+    assert ran(x) == [False, True]  # whether the slopes are read
+    assert ran(x, clamp=1.0) == [False, True]
+    assert ran(x.detach().to(memory_format=torch.channels_last)) == []
+    assert ran(x, backend="reference") == []
+    with backends.use_backend("reference"):
+        assert ran(x) == []
+    with pytest.raises(ValueError, match="clamp"):
+        ran(x, clamp=-1.0)
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.filtered_lrelu(x, FU, torch.ones(99))
+
+
+def test_filtered_lrelu_passes_a_nan_on():
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = torch.nan
+    assert ops.filtered_lrelu(x, clamp=1.0).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_filtered_lrelu_gives_the_same_on_every_instruction_set(isa):
+    x, y = torch.randn(4, 9, 30), torch.full((4, 17, 59), torch.nan)
+    signs = torch.zeros(4 * 17 * 8, dtype=torch.uint8)
+    first, second = (4, 1, 9, 30, 17, 59, 2, 2, 1, 1, 1, 1, 3, 3), (4, 1, 17, 59, 17, 59, 1, 1, 1, 1, 0, 0, 1, 1)
+    steps = first, True, [1.0, 2.0, 1.0] * 2, second, True, [1.0, 1.0]
+    options = 0.2, 1.5, float("inf"), 2
+    try:
+        backends.native().filtered_lrelu(
+            "float32", x.data_ptr(), y.data_ptr(), signs.data_ptr(), 0, False, *steps, *options, isa
+        )
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    f = torch.tensor([1.0, 2.0, 1.0])
+    u = defined(x[None].double(), f, up=2, padding=(1, 0, 1, 0))
+    assert_close(y[None], F.leaky_relu(u, 0.2) * 1.5, order=0)
+    unpacked = (signs.view(4, 17, 8, 1) >> torch.arange(8)).bitwise_and(1).view(4, 17, 64)
+    assert torch.equal(unpacked[:, :, :59].bool(), u[0] > 0)
+
+
+def test_filtered_lrelu_without_filters_is_a_leaky_relu():
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(ops.filtered_lrelu(x, gain=1.0), F.leaky_relu(x, 0.2))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (2, 3)], ids=str)
+@pytest.mark.parametrize("flip_weight", [True, False])
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv2d_resample_equals_its_steps(kernel, flip_weight, up, down, groups):
+    kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+    f, taps = FD.float().double(), len(FD)
+
+    def steps(x, weight):
+        around = [2, 1, 3, 2]
+        if up > 1:
+            around = [p + q for p, q in zip(around, [(taps + up - 1) // 2, (taps - up) // 2] * 2, strict=True)]
+        if down > 1:
+            around = [p + q for p, q in zip(around, [(taps - down + 1) // 2, (taps - down) // 2] * 2, strict=True)]
+        x = defined(x, f if up > 1 else None, up=up, padding=tuple(around), gain=up * up)
+        x = F.conv2d(x, weight if flip_weight else weight.flip((2, 3)), groups=groups)
+        return defined(x, f if down > 1 else None, down=down)
+
+    def ours(x, weight):
+        return ops.conv2d_resample(x, weight, f, up, down, (2, 1, 3, 2), groups, flip_weight)
+
+    same_orders(ours, steps, torch.randn(2, 4, 7, 6).double(), torch.randn(6, 4 // groups, kh, kw).double())
+
+
+def test_conv2d_resample_convolves_at_the_lower_resolution():
+    x, weight = torch.randn(1, 4, 16, 16), torch.randn(4, 4, 3, 3)
+    plain = work(lambda: F.conv2d(x, weight, padding=1))
+    assert work(lambda: ops.conv2d_resample(x, weight, FD, up=2, padding=1)) <= plain  # at 32 x 32 it would be 4
+    assert work(lambda: ops.conv2d_resample(x, weight, FD, down=2, padding=1)) <= plain / 4
+
+
+@pytest.mark.parametrize("factor", [0, 1.5, (2, 2)], ids=str)
+def test_conv2d_resample_refuses_factors(factor):
+    with pytest.raises(ValueError, match="down"):
+        ops.conv2d_resample(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3), down=factor)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_grid_sample_equals_pytorchs_to_second_order(mode, padding_mode):
+    grid = torch.rand(2, 5, 4, 2, dtype=torch.float64) * 2.6 - 1.3
+    options = dict(mode=mode, padding_mode=padding_mode, align_corners=False)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    same_orders(lambda v: ops.grid_sample(v, grid, **options), lambda v: F.grid_sample(v, grid, **options), x)
+
+
+def test_grid_sample_leaves_other_calls_to_pytorch():
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    grid = torch.rand(1, 3, 3, 2, dtype=torch.float64) * 1.6 - 0.8
+    options = dict(align_corners=True)
+    same_orders(lambda v, g: ops.grid_sample(v, g, **options), lambda v, g: F.grid_sample(v, g, **options), x, grid)
+    volume, points = torch.randn(1, 1, 3, 3, 3, requires_grad=True), torch.rand(1, 2, 2, 2, 3)
+    assert torch.equal(ops.grid_sample(volume, points, **options), F.grid_sample(volume, points, **options))
+    with pytest.raises(ValueError, match="mode"):
+        ops.grid_sample(x.requires_grad_(), grid, mode="cubic", align_corners=True)
+
+
+def test_grid_sample_sends_no_zeros_into_the_input():
+    x, by = torch.randn(1, 1, 4, 4, requires_grad=True), torch.randn(1, 1, 2, 2, requires_grad=True)
+    y = ops.grid_sample(x, torch.rand(1, 2, 2, 2), align_corners=False)
+    (grad,) = torch.autograd.grad(y, x, by, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), (x, by), allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["elu", "selu"])
+def test_elu_and_selu_match_float64(activation, dtype):
+    x, bias = torch.randn(3, 4, 5).to(dtype), torch.randn(4).to(dtype)
+    exact = getattr(F, activation)(x.double() + bias.double()[:, None]) * 1.5
+    actual = ops.bias_act(x, bias, activation=activation, gain=1.5, clamp=2.0)
+    assert_close(actual, exact.clamp(-2, 2), order=0, reference=exact.clamp(-2, 2).to(dtype))
+    overwritten = x.clone()
+    assert ops.bias_act(overwritten, bias, activation=activation, gain=1.5, clamp=2.0, inplace=True) is overwritten
+    assert torch.equal(overwritten, actual)
+
+
+@pytest.mark.parametrize("activation", ["elu", "selu"])
+def test_elu_and_selu_have_two_orders(activation):
+    plain = getattr(F, activation)
+    x, bias = torch.randn(2, 3, 4).double(), torch.randn(3).double()
+    same_orders(lambda v, b: ops.bias_act(v, b, activation=activation), lambda v, b: plain(v + b[:, None]), x, bias)
+
+
+def test_elu_on_a_named_backend_without_it_is_refused():
+    with pytest.raises(backends.BackendUnavailable, match="unfused"):
+        ops.bias_act(torch.randn(2, 2), activation="elu", backend="cpu")
+
+
+GAINS = {"linear": 1, "relu": 2**0.5, "lrelu": 2**0.5, "tanh": 1, "sigmoid": 1, "elu": 1, "selu": 1, "softplus": 1}
+GAINS |= {"swish": 2**0.5}
+
+
+@pytest.mark.parametrize("activation", GAINS)
+def test_without_a_gain_the_activations_have_stylegans(activation):
+    name = {"lrelu": "leaky_relu", "swish": "silu"}.get(activation, activation)
+    plain = torch.clone if name == "linear" else getattr(torch if name in ("tanh", "sigmoid") else F, name)
+    x = torch.randn(3, 4)
+    want = plain(x, 0.2) if activation == "lrelu" else plain(x)
+    torch.testing.assert_close(ops.bias_act(x, activation=activation, gain=None), want * GAINS[activation])
+
+
+class Discriminator(nn.Module):
+    """Layers of StyleGAN2's and StyleGAN3's kinds, from functions that are given by name."""
+
+    def __init__(self, functions, clamp=None):
+        super().__init__()
+        torch.manual_seed(0)
+        draw = lambda *sizes: nn.Parameter(torch.randn(sizes, dtype=torch.float64) / 4)  # noqa: E731
+        self.first, self.second, self.skip = draw(8, 3, 1, 1), draw(12, 8, 3, 3), draw(12, 8, 1, 1)
+        self.biases = nn.ParameterList(draw(n) for n in (8, 12, 12))
+        self.head = nn.Linear(12 * 16, 1).double()
+        self.functions, self.clamp = functions, clamp
+        self.register_buffer("grid", torch.rand(1, 8, 8, 2, dtype=torch.float64) * 2 - 1)
+
+    def forward(self, x):
+        f = self.functions
+        x = f["grid_sample"](x, self.grid.expand(len(x), -1, -1, -1), align_corners=False)
+        x = f["bias_act"](f["conv"](x, self.first, None, 1, 1, 0), self.biases[0], 2**0.5, self.clamp)
+        skip = f["conv"](x, self.skip, FD, 1, 2, 0)
+        x = f["bias_act"](f["conv"](x, self.second, FD, 1, 2, 1), self.biases[1], 1.0, self.clamp)
+        x = f["filtered"](x + skip, self.biases[2], self.clamp)
+        return self.head(x.flatten(1))
+
+
+def _plain_conv(x, weight, f, up, down, padding):
+    around = (padding,) * 4
+    if down > 1:
+        around = tuple(padding + p for p in [(len(f) - down + 1) // 2, (len(f) - down) // 2] * 2)
+    return F.conv2d(defined(x, f if down > 1 else None, padding=around), weight, stride=down)
+
+
+def _plain_act(x, bias, gain, clamp):
+    y = F.leaky_relu(x + bias[:, None, None], 0.2) * gain
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+
+def _plain_filtered(x, bias, clamp):
+    y = _plain_act(
+        defined(x + bias[:, None, None], FU, up=2, padding=5, gain=4), torch.zeros(12).double(), 2**0.5, clamp
+    )
+    return defined(y, FU, down=2)[:, :, :4, :4]
+
+
+PLAIN = dict(grid_sample=F.grid_sample, conv=_plain_conv, bias_act=_plain_act, filtered=_plain_filtered)
+OURS = dict(
+    grid_sample=ops.grid_sample,
+    conv=lambda *a: ops.conv2d_resample(*a),
+    bias_act=lambda x, b, gain, clamp: ops.bias_act(x, b, gain=gain, clamp=clamp),
+    filtered=lambda x, b, clamp: ops.filtered_lrelu(x, FU, FU, b, 2, 2, 5, clamp=clamp)[:, :, :4, :4],
+)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_a_discriminator_of_them_is_one_pass_exact_and_at_four_forwards(clamp):
+    ours = Discriminator(OURS, clamp)
+    plain = copy.deepcopy(ours)
+    plain.functions = PLAIN
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert fastgan.explain_penalty(ours, x) == "one pass"
+    v = x.clone().requires_grad_()
+    logits = plain(v)
+    (g,) = torch.autograd.grad(logits.sum(), v, create_graph=True)
+    (F.softplus(-logits).mean() + 5 * g.square().flatten(1).sum(1).mean()).backward()
+
+    def step():
+        logits, penalty = fastgan.logits_and_penalty(ours, x, kind="r1", weight=10.0)
+        (F.softplus(-logits).mean() + penalty).backward()
+
+    forward = work(lambda: ours(x))
+    assert work(step) <= 4.1 * forward
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, plain.get_parameter(name).grad, order=1)
+
+
+def test_smooth_activations_of_bias_act_are_explained():
+    class Smooth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bias = nn.Conv2d(3, 4, 3), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return ops.bias_act(self.conv(x), self.bias, activation="swish").sum((1, 2, 3))
+
+    assert "is smooth" in fastgan.explain_penalty(Smooth(), torch.randn(2, 3, 8, 8))

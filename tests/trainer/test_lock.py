@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.lock import Lock
+from fastgan.trainer.loop import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys
+from pathlib import Path
+from fastgan.trainer.lock import Lock
+Lock(Path(sys.argv[1])).take()
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
+
+
+@pytest.fixture
+def other(ring8_config):
+    """Another process that has the lock of the run."""
+    ring8_config.folder.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(ring8_config.folder / "lock")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "taken\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_and_told_which_one_has_the_run(ring8_config, other):
+    message = rf"ring8 is in use by process {other.pid} on {socket.gethostname()}: wait for it, or stop it first"
+    with pytest.raises(RunFolderError, match=message):
+        Trainer(ring8_config)
+    with pytest.raises(RunFolderError, match=message):
+        Lock(ring8_config.folder / "lock").take()
+    assert sorted(path.name for path in ring8_config.folder.iterdir()) == ["lock"]
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(ring8_config, other):
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert json.loads((ring8_config.folder / "lock").read_text())["pid"] == other.pid
+    assert Trainer(ring8_config).train() is None
+    assert not (ring8_config.folder / "lock").exists()
+
+
+def test_a_running_trainer_has_the_lock_and_gives_it_back(ring8_config):
+    trainer = Trainer(ring8_config)
+    assert json.loads((ring8_config.folder / "lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
+    if hasattr(os, "fork"):
+        child = multiprocessing.get_context("fork").Process(target=try_to_resume, args=(ring8_config,))
+        child.start()
+        child.join()
+        assert child.exitcode == 7
+    trainer.train()
+    assert not (ring8_config.folder / "lock").exists()
+
+
+def try_to_resume(config: TrainConfig) -> None:
+    try:
+        Trainer(dataclasses.replace(config, resume=True))
+    except RunFolderError:
+        os._exit(7)
+
+
+def test_a_file_that_was_removed_in_between_is_no_lock(tmp_path, monkeypatch):
+    lock = Lock(tmp_path / "lock")
+    current = iter([False, True])
+    monkeypatch.setattr(Lock, "_is_current", lambda *_: next(current))
+    lock.take()
+    assert lock.descriptor is not None
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["header", "first step"])
+def test_a_start_that_fails_leaves_nothing(ring8_config, monkeypatch, where):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    if where == "header":
+        monkeypatch.setattr("fastgan.trainer.report.page.header", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Trainer(ring8_config)
+    else:
+        trainer = Trainer(ring8_config)
+        monkeypatch.setattr(trainer.gan, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.train()
+    assert not ring8_config.runs.exists()
+
+
+def test_a_resumed_start_that_fails_keeps_the_run(ring8_config, monkeypatch):
+    Trainer(ring8_config).train()
+    before = sorted(ring8_config.folder.rglob("*"))
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    trainer = Trainer(dataclasses.replace(ring8_config, resume=True, steps=9))
+    monkeypatch.setattr(trainer.gan, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert sorted(ring8_config.folder.rglob("*")) == before

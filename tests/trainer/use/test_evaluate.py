@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastgan import cli
+from fastgan.trainer.measure.extractors import TorchScript, load_extractor
+from fastgan.trainer.measure.metrics import frechet_distance, inception_score, neighbors
+from fastgan.trainer.run import run_data
+from tests.trainer.use.conftest import write_pictures
+
+CPU = torch.device("cpu")
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(99, 99)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)  # (N, 3, 3, 3)
+
+
+class SmallInception(nn.Module):
+    """The interface of inception-2015-12-05.pt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+        self.weight = nn.Parameter(torch.randn(5, 27, generator=torch.Generator().manual_seed(0)))
+        self.bias = nn.Parameter(torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0]))
+
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        features = self.layers((img - 128) / 128).flatten(1)
+        if return_features:
+            return features
+        logits = 4 * features @ self.weight.t()
+        if not no_output_bias:
+            logits = logits + self.bias
+        return logits.softmax(1)
+
+
+class FeaturesOnly(nn.Module):
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        return img.mean([2, 3]) if return_features else img
+
+
+@pytest.fixture
+def inception(tmp_path) -> Path:
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(SmallInception()).save(str(path))
+    return path
+
+
+def test_the_file_of_inception_sees_pictures_resized_as_clean_fid_does(inception):
+    draw = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 20, 40, generator=draw) * 2 - 1
+    seen = TorchScript(inception, CPU).resized(images)
+    assert seen.shape == (2, 3, 299, 299)
+    byte = ((images[1, 2] + 1) * 127.5).round().numpy().astype(np.float32)
+    wanted = np.asarray(Image.fromarray(byte).resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+    assert np.array_equal(seen[1, 2].numpy(), wanted)
+    features = load_extractor(str(inception), CPU)(images)
+    assert features.shape == (2, 27)
+    assert torch.allclose(features, SmallInception().layers((seen - 128) / 128).flatten(1))
+
+
+def test_gray_and_transparent_pictures_have_features_too(inception):
+    extractor = load_extractor(str(inception), CPU)
+    gray = torch.zeros(1, 1, 8, 8)
+    clear = torch.cat([torch.zeros(1, 3, 8, 8), torch.full((1, 1, 8, 8), -1.0)], 1)
+    assert torch.equal(extractor(gray), extractor(gray.expand(-1, 3, -1, -1)))
+    assert torch.equal(extractor(clear), extractor(torch.ones(1, 3, 8, 8)))
+
+
+def test_gradients_pass_through_its_other_resizing_with_nearly_the_same_features(inception):
+    extractor = TorchScript(inception, CPU)
+    images = (torch.rand(1, 3, 24, 24) - 0.5).requires_grad_()
+    features = extractor.differentiable(images)
+    assert (features - extractor(images.detach())).abs().max() < 0.02
+    features.sum().backward()
+    assert images.grad.abs().max() > 0
+
+
+def test_a_module_without_classes_has_no_probabilities(tmp_path):
+    torch.jit.script(FeaturesOnly()).save(str(tmp_path / "other.pt"))
+    extractor = TorchScript(tmp_path / "other.pt", CPU)
+    assert extractor(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+    assert extractor.probabilities(torch.zeros(2, 3, 8, 8)) is None
+
+
+def test_probabilities_leave_out_the_bias_of_the_last_layer(inception):
+    images = torch.zeros(3, 3, 8, 8)
+    found = TorchScript(inception, CPU).probabilities(images)
+    pixels = torch.full((3, 3, 299, 299), 128.0)
+    assert torch.allclose(found, SmallInception()(pixels, no_output_bias=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_a_file_that_is_missing_or_is_not_torchscript_is_one_line(run, config, tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "no.pt").write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(config.folder), "--extractor", str(tmp_path / "no.pt")]) == 2
+    error = capsys.readouterr().err
+    assert ("does not exist" if content is None else "is not a TorchScript file") in error
+    assert error.count("\n") == 1
+
+
+def test_a_runs_scores_are_against_held_out_pictures_with_n_extractor_digest_and_floor(run, config, inception, capsys):
+    assert cli.main(["evaluate", str(config.folder), "--extractor", str(inception), "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    found = json.loads((config.folder / "evaluation.json").read_text())
+    digest = hashlib.sha256(inception.read_bytes()).hexdigest()[:16]
+    assert (found["n"], found["extractor"], found["digest"]) == (12, "inception-2015-12-05", digest)
+    assert found["against"] == "12 pictures that the run held out"
+    assert found["FID-inception-2015-12-05"] > found["floor"]["FID-inception-2015-12-05"] > 0
+    assert {"precision", "recall", "density", "coverage", "IS"} <= found.keys()
+    assert "5,000 samples were asked for, but there are only 12 pictures" in output
+    assert digest in output
+
+
+def test_a_run_that_was_moved_still_holds_out_the_same_pictures_after_its_data_grew(run, config, tmp_path):
+    write_pictures(config.data / "more", 40, seed=7)
+    kept = set(run.held_out.member_names())
+    moved = config.folder.rename(tmp_path / "moved")
+    _, held_out = run_data(config, moved, CPU)
+    assert set(held_out.member_names()) == kept
+    assert cli.main(["evaluate", str(moved), "--device", "cpu"]) == 0
+    assert json.loads((moved / "evaluation.json").read_text())["n"] == len(kept) == 12
+
+
+def test_training_pictures_are_used_only_when_asked_and_named(run, config):
+    assert cli.main(["evaluate", str(config.folder), "--training", "--samples", "30", "--device", "cpu"]) == 0
+    found = json.loads((config.folder / "evaluation.json").read_text())
+    assert found["against"].startswith("30 pictures that the run trained on")
+    assert "FD-RandomConv" in found
+
+
+def test_folders_are_compared_without_a_run(tmp_path, capsys):
+    same = write_pictures(tmp_path / "same", 40, seed=1)
+    real = write_pictures(tmp_path / "real", 90, seed=2)
+    other = write_pictures(tmp_path / "other", 40, seed=3, shift=55)
+    scores = []
+    for folder in (same, other):
+        flags = ["--images", str(folder), "--against", str(real), "--out", str(tmp_path / "found.json")]
+        assert cli.main(["evaluate", *flags, "--device", "cpu"]) == 0
+        scores.append(json.loads((tmp_path / "found.json").read_text()))
+    assert scores[0]["n"] == 40
+    assert "at 32 x 16 pixels" in scores[0]["against"]
+    assert scores[0]["FD-RandomConv"] < 0.5 * scores[1]["FD-RandomConv"]
+    assert scores[0]["FD-RandomConv"] < 2 * scores[0]["floor"]["FD-RandomConv"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--images", str(same), "--against", str(tmp_path / "none")]) == 2
+    assert "none cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--images", "a"], ["run", "--images", "a", "--against", "b"]])
+def test_what_to_compare_must_be_said(flags, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *flags])
+
+
+def test_the_frechet_distance_is_scipys():
+    linalg = pytest.importorskip("scipy.linalg", reason="needs scipy")
+    draw = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 6, generator=draw, dtype=torch.float64)
+    fake = torch.randn(200, 6, generator=draw, dtype=torch.float64) @ torch.randn(6, 6, generator=draw).double() + 1
+    c_r, c_f = (np.cov(x.numpy(), rowvar=False) for x in (real, fake))
+    root = linalg.sqrtm(c_r @ c_f).real
+    wanted = float((real.mean(0) - fake.mean(0)).square().sum()) + np.trace(c_r + c_f - 2 * root)
+    assert frechet_distance(real, fake) == pytest.approx(wanted, rel=1e-8)
+
+
+def test_the_inception_score_is_one_for_equal_answers_and_the_number_of_classes_for_sure_ones():
+    assert inception_score(torch.full((50, 4), 0.25)) == pytest.approx((1.0, 0.0))
+    assert inception_score(torch.eye(4).repeat(25, 1), splits=5) == pytest.approx((4.0, 0.0))
+    mixed = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    assert inception_score(mixed, splits=1)[0] == pytest.approx(float(np.exp(0.9 * np.log(1.8) + 0.1 * np.log(0.2))))
+
+
+def test_precision_is_the_share_of_samples_among_the_reals_in_any_number_of_parts(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    real = torch.randn(200, 3, generator=draw)
+    fake = torch.cat([torch.randn(60, 3, generator=draw), 50 + torch.randn(40, 3, generator=draw)])
+    whole = neighbors(real, fake)
+    assert 0.5 < whole.precision <= 0.6
+    monkeypatch.setattr("fastgan.trainer.measure.metrics.ROWS", 7)
+    assert neighbors(real, fake) == pytest.approx(whole)
