@@ -99,10 +99,9 @@ class Block {
     each_tile([&](std::int64_t j0) {
       A d[kOwnEach][kEach], a[kOwnEach][kEach];
       compare(j0, d, a);
-      for (int r = 0; r < kOwnEach; ++r)
-#pragma unroll
-        for (int k = 0; k < kEach; ++k)
-          if (compared(r, k, j0, t_.exclude_self)) sums[r] += exponential(-d[r][k]);
+      each_pair(limits_of(j0, t_.exclude_self), [&](int r, int k, bool compared) {
+        if (compared) sums[r] += exponential(-d[r][k]);
+      });
     });
     write_sample(t_.o, sum_of_lanes(sums));
   }
@@ -114,18 +113,15 @@ class Block {
     each_tile([&](std::int64_t j0) {
       A q[kOwnEach][kEach], a[kOwnEach][kEach];
       compare(j0, q, a);
-#pragma unroll
-      for (int r = 0; r < kOwnEach; ++r)
-#pragma unroll
-        for (int k = 0; k < kEach; ++k) {
-          A e = compared(r, k, j0, true) ? -exponential(-q[r][k]) : A{0};
-          const A both = shared_.own_h[own_at() + r] + shared_.other_h[other_at(k)];
-          if (kSecond) {
-            e *= a[r][k];
-            sums[r] += e;
-          }
-          q[r][k] = (kSecond ? -e : e) * both;
+      each_pair(limits_of(j0, true), [&](int r, int k, bool compared) {
+        A e = compared ? -exponential(-q[r][k]) : A{0};
+        const A both = shared_.own_h[own_at() + r] + shared_.other_h[other_at(k)];
+        if (kSecond) {
+          e *= a[r][k];
+          sums[r] += e;
         }
+        q[r][k] = (kSecond ? -e : e) * both;
+      });
       if (t_.by_m != nullptr) spread(j0, q);
     });
     if (kSecond && t_.by_h != nullptr && c_begin_ == 0) write_sample(t_.by_h, sum_of_lanes(sums));
@@ -151,10 +147,37 @@ class Block {
     }
   }
 
-  __device__ bool compared(int r, int k, std::int64_t j0, bool exclude_self) const {
-    const std::int64_t i = t_.first + row_ + own_at() + r, j = j0 + other_at(k);
-    if (j >= t_.samples || (exclude_self && i == j)) return false;
+  // Within a tile, 32 bits count: the number of its samples j, and the place that own sample 0 has or would have in it.
+  struct Limits {
+    int samples, self;
+  };
+
+  __device__ Limits limits_of(std::int64_t j0, bool exclude_self) const {
+    const std::int64_t left = t_.samples - j0, self = t_.first + row_ - j0;
+    const bool meet = exclude_self && -kOwn < self && self < kTile;
+    return {left < kTile ? static_cast<int>(left) : kTile, meet ? static_cast<int>(self) : kTile};
+  }
+
+  __device__ bool compared(int r, int k, const Limits& limits) const {
+    if (other_at(k) >= limits.samples || limits.self + own_at() + r == other_at(k)) return false;
     return t_.segments == nullptr || shared_.own_segment[own_at() + r] == shared_.other_segment[other_at(k)];
+  }
+
+  // body(r, k, compared).  Most tiles are whole, have no sample of this block and need no test of a pair.
+  template <class Body>
+  __device__ void each_pair(const Limits& limits, const Body& body) const {
+    const bool all = limits.samples == kTile && limits.self == kTile && t_.segments == nullptr;
+    if (all) {
+#pragma unroll
+      for (int r = 0; r < kOwnEach; ++r)
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) body(r, k, true);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kOwnEach; ++r)
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) body(r, k, compared(r, k, limits));
+    }
   }
 
   // body(position in the tile, sample) for existing samples of a tile, and none(position) for the rest.
@@ -193,10 +216,13 @@ class Block {
   __device__ void fetch(const void* tensor, A (*to)[kSize], std::int64_t c0, std::int64_t begin, std::int64_t end) {
     const int depth = static_cast<int>(t_.dims - c0 < kDepth ? t_.dims - c0 : kDepth);
     const T* from = static_cast<const T*>(tensor) + (b_ * t_.dims + c0) * t_.samples;
-    for (int at = threadIdx.x; at < depth * kSize; at += kThreads) {
-      const int c = at / kSize, place = at % kSize;
-      to[c][place] = begin + place < end ? static_cast<A>(load(from[c * t_.samples + begin + place])) : A{0};
-    }
+    static_assert(kThreads % kSize == 0, "a thread copies one sample's dims");
+    constexpr int kStep = kThreads / kSize;
+    const int place = threadIdx.x % kSize;
+    const bool exists = begin + place < end;
+    std::int64_t at = threadIdx.x / kSize * t_.samples + begin + place;
+    for (int c = threadIdx.x / kSize; c < depth; c += kStep, at += kStep * t_.samples)
+      to[c][place] = exists ? static_cast<A>(load(from[at])) : A{0};
   }
 
   // Loads kDepth dims of both tiles.

@@ -50,3 +50,26 @@ def test_every_grid_of_channels_can_be_launched(layout):
         assert len(grid) == 2
         assert grid[0] < 2**31
         assert 1 <= grid[1] <= _LONGEST
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize(
+    ("segments", "channels", "inner"), [(1000, 3, 7), (37, 1, 70_001), (129, 5, 2049), (1, 2, 10_000_019), (4097, 1, 1)]
+)
+def test_every_program_of_channels_has_a_tile(segments, channels, inner, every):
+    """A part without positions would divide by their count."""
+    layout = Layout(1, segments, channels, inner, channels)
+    x = torch.empty(0)
+    tile, (_tiles, parts) = norm._tile(x, layout), norm._tiles(x, layout, every=every)
+    count = triton.cdiv(segments, tile["TILE_S"]) * triton.cdiv(inner, tile["TILE_Q"])
+    each = triton.cdiv(count, parts)
+    assert (parts - 1) * each < count <= parts * each
+
+
+@pytest.mark.parametrize("rows", [1, 7, 256, 257])
+@pytest.mark.parametrize("size", [1, 4096, 16_385, 262_144, 10_000_019])
+def test_programs_share_rows_only_if_these_are_long_and_few(rows, size):
+    parts = norm._row_parts(Layout(rows, 1, size, 1, 1))
+    blocks = triton.cdiv(size, norm._LONG_BLOCK)
+    assert (parts - 1) * triton.cdiv(blocks, parts) < blocks
+    assert (parts > 1) == (rows <= 256 and size > 3 * norm._LONG_BLOCK)

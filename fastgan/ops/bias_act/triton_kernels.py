@@ -24,7 +24,7 @@ from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 
 _BLOCK = 1024
-_PROGRAMS = 512  # enough to fill any GPU
+_PROGRAMS = 2048  # of a sum over channels: enough that the warps in flight hide the latency of memory
 
 
 @triton.jit
@@ -103,6 +103,17 @@ def _plus(u, values_ptr, at, inner, channels, valid):
     """Add the value of its channel to each element of u, if there are values."""
     if values_ptr is not None:
         u += tl.load(values_ptr + at // inner % channels, mask=valid, other=0.0)
+    return u
+
+
+@triton.jit
+def _plus_in_tile(u, values_ptr, c, at, inner, channels, valid, BY_CHANNEL: tl.constexpr):
+    """The same for a tile, whose first axis has the channels ``c`` if BY_CHANNEL: a division for each element less."""
+    if BY_CHANNEL:
+        if values_ptr is not None:
+            u += tl.load(values_ptr + c, mask=c < channels, other=0.0)[:, None]
+    else:
+        u = _plus(u, values_ptr, at, inner, channels, valid)
     return u
 
 
@@ -202,6 +213,7 @@ def _backward(
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
     INDEX: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_Q: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -215,10 +227,10 @@ def _backward(
             out = tl.zeros([TILE_C, TILE_Q], ACC)
             if g_ptr is not None:
                 out += tl.load(typed(g_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            out = _plus(out, k_ptr, at, inner, channels, valid)
+            out = _plus_in_tile(out, k_ptr, c, at, inner, channels, valid, BY_CHANNEL)
             if x_ptr is not None:
                 u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-                u = _plus(u, bias_ptr, at, inner, channels, valid)
+                u = _plus_in_tile(u, bias_ptr, c, at, inner, channels, valid, BY_CHANNEL)
                 f, first, _second = _smooth(u, ACTIVATION)
                 out *= _scale(f, GAIN, CLAMP) * first
             elif signs_ptr is not None:
@@ -256,6 +268,7 @@ def _double_backward(
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
     INDEX: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_Q: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -269,9 +282,9 @@ def _double_backward(
             given = tl.zeros([TILE_C, TILE_Q], ACC)
             if h_ptr is not None:
                 given += tl.load(typed(h_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            given = _plus(given, k_ptr, at, inner, channels, valid)
+            given = _plus_in_tile(given, k_ptr, c, at, inner, channels, valid, BY_CHANNEL)
             u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
-            u = _plus(u, bias_ptr, at, inner, channels, valid)
+            u = _plus_in_tile(u, bias_ptr, c, at, inner, channels, valid, BY_CHANNEL)
             f, first, second = _smooth(u, ACTIVATION)
             given *= _scale(f, GAIN, CLAMP)
             if by_dy_ptr is not None:
@@ -292,8 +305,8 @@ _CLAMPED = {"ACTIVATION": "relu", "SLOPE": 0.0, "GAIN": 1.5, "CLAMP": 256.0}
 _GELU, _GELU_TANH, _TANH, _SOFTPLUS = (
     {"ACTIVATION": name, "SLOPE": 0.0, "GAIN": 1.0, "CLAMP": None} for name in ("gelu", "gelu_tanh", "tanh", "softplus")
 )
-_FLAT = {"INDEX": tl.int32, "TILE_C": 1, "TILE_Q": _BLOCK}
-_SUMMED = {"INDEX": tl.int64, "TILE_C": 2, "TILE_Q": 512}
+_FLAT = {"INDEX": tl.int32, "BY_CHANNEL": False, "TILE_C": 1, "TILE_Q": _BLOCK}
+_SUMMED = {"INDEX": tl.int64, "BY_CHANNEL": True, "TILE_C": 2, "TILE_Q": 512}
 
 
 def _absent(*names: str) -> dict[str, None]:
@@ -415,13 +428,13 @@ def _tiles(
     sizes = layout.size, layout.channels, layout.inner
     if sums is None:
         rows = triton.cdiv(layout.size, _BLOCK)
-        return (rows, 1), None, (*sizes, 1, rows, _BLOCK), {"TILE_C": 1, "TILE_Q": _BLOCK}
-    tile_q = min(512, triton.next_power_of_2(layout.inner))
-    tile_c = max(1, _BLOCK // 2 // tile_q)
+        return (rows, 1), None, (*sizes, 1, rows, _BLOCK), {"BY_CHANNEL": False, "TILE_C": 1, "TILE_Q": _BLOCK}
+    tile_q = min(_BLOCK, triton.next_power_of_2(layout.inner))
+    tile_c = max(1, _BLOCK // tile_q)
     tiles = triton.cdiv(layout.channels, tile_c)
     count = min(layout.outer, triton.cdiv(_PROGRAMS, tiles))
     parts = torch.empty(count, layout.channels, dtype=accumulation_dtype(dtype), device=sums.device)
-    return (tiles, count), parts, (*sizes, *layout), {"TILE_C": tile_c, "TILE_Q": tile_q}
+    return (tiles, count), parts, (*sizes, *layout), {"BY_CHANNEL": True, "TILE_C": tile_c, "TILE_Q": tile_q}
 
 
 def _add_up(parts: Tensor | None, sums: Tensor | None) -> None:

@@ -8,7 +8,9 @@
     grad_channels      dx
     grad_grad_channels    by_dy and by_x
 
-Element (s, c, q) is ``x[s * by_sample + c * by_channel + q // inner * by_segment + q % inner * by_position]``.
+Element (n, c, s, q) is ``x[n * by_sample + c * by_channel + s * by_segment + q * by_position]``. A program walks
+through tiles of TILE_C channels, TILE_S segments and TILE_Q positions. The offsets within a tile stay in registers, and
+only scalars advance: a division for each element would cost more than all the rest.
 
 Bytes: the forward reads x twice for its sums, the second time from L2, and once for y. The derivatives read their
 operands once for the sums and once for the results; weight and bias need no further read. The parts depend on the shape
@@ -32,10 +34,60 @@ def _channels(channels, groups, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position):
-    """Return the offsets of a tile's elements and the mask of valid ones."""
-    at = c.to(tl.int64)[:, None] * by_channel + (q // inner * by_segment + q % inner * by_position)[None, :]
-    return sample * by_sample + at, (c < channels)[:, None] & (q < end)[None, :]
+def _tile(c, by_channel, by_segment, by_position, TILE_S: tl.constexpr, TILE_Q: tl.constexpr):
+    """Return the offsets of a tile's elements from its first, and the segment and position of its columns."""
+    column = tl.arange(0, TILE_S * TILE_Q)
+    s = column // TILE_Q
+    q = column % TILE_Q
+    at = s.to(tl.int64) * by_segment + q.to(tl.int64) * by_position
+    return c.to(tl.int64)[:, None] * by_channel + at[None, :], s, q
+
+
+@triton.jit
+def _along(inner, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
+    return tl.cdiv(tl.cast(inner, INDEX), TILE_Q).to(tl.int32)
+
+
+@triton.jit
+def _part(segments, inner, TILE_S: tl.constexpr, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
+    """Return this program's range of tiles, and the segment and position where it starts. The launch leaves none out.
+
+    Numbers of tiles have 32 bits: divisions in 64 bits would take longer than the elements of a small range.
+    """
+    along = _along(inner, TILE_Q, INDEX)
+    tiles = tl.cdiv(segments, TILE_S) * along
+    each = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, tiles)
+    return begin, end, (begin // along).to(tl.int64) * TILE_S, (begin % along).to(INDEX) * TILE_Q
+
+
+@triton.jit
+def _inside(s, q, s0, q0, segments, inner, TILE_S: tl.constexpr):
+    """Return which columns of a tile exist."""
+    inside = q0 + q < inner
+    if TILE_S > 1:
+        inside = inside & (s < tl.minimum(segments - s0, TILE_S).to(tl.int32))
+    return inside
+
+
+@triton.jit
+def _next(first, s0, q0, inner, by_segment, by_position, TILE_S: tl.constexpr, TILE_Q: tl.constexpr):
+    """Return the offset of the next tile, its segment and its position."""
+    ends = q0 + TILE_Q >= inner
+    along = tl.cast(by_position, tl.int64) * TILE_Q
+    first += tl.where(ends, tl.cast(by_segment, tl.int64) * TILE_S - q0 * tl.cast(by_position, tl.int64), along)
+    s0 += tl.where(ends, TILE_S, 0)
+    return first, s0, tl.multiple_of(tl.where(ends, 0, q0 + TILE_Q), TILE_Q)
+
+
+@triton.jit
+def _positions_before(tile, segments, inner, TILE_S: tl.constexpr, TILE_Q: tl.constexpr, INDEX: tl.constexpr):
+    """Return the number of positions in the tiles before one."""
+    along = _along(inner, TILE_Q, INDEX)
+    s = (tile // along).to(tl.int64) * TILE_S
+    of_tile = tl.minimum(TILE_S, tl.maximum(segments - s, 0))
+    return tl.minimum(s, segments) * inner + of_tile * tl.minimum((tile % along).to(INDEX) * TILE_Q, inner)
 
 
 @triton.jit
@@ -53,17 +105,10 @@ def _parameter(values_ptr, c, channels, default, TILE_C: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def _part(positions):
-    part = tl.program_id(1).to(tl.int64)
-    parts = tl.num_programs(1)
-    return positions * part // parts, positions * (part + 1) // parts
-
-
-@triton.jit
 def channel_moments(
     x_ptr,
-    moments_ptr,  # (mean and squares, samples, parts, channels)
-    positions,
+    moments_ptr,  # (mean, squares and count, samples, parts, channels)
+    segments,
     channels,
     inner,
     by_sample,
@@ -71,33 +116,41 @@ def channel_moments(
     by_segment,
     by_position,
     TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
     TILE_Q: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = moments_ptr.dtype.element_ty
     sample, c, _row, samples = _channels(channels, 1, TILE_C)
     x = typed(x_ptr, DTYPE)
-    begin, end = _part(positions)
-    total = tl.zeros([TILE_C, TILE_Q], ACC)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        total += tl.load(x + at, mask=inside, other=0.0).to(ACC)
-    count = (end - begin).to(ACC)
+    at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    total = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        total += tl.load(x + first + at, mask=inside, other=0.0).to(ACC)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
+    before = _positions_before(begin, segments, inner, TILE_S, TILE_Q, INDEX)
+    count = (_positions_before(end, segments, inner, TILE_S, TILE_Q, INDEX) - before).to(ACC)
     near = tl.sum(total, 1) / count
-    rest = tl.zeros([TILE_C, TILE_Q], ACC)
-    squares = tl.zeros([TILE_C, TILE_Q], ACC)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        apart = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    rest = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    squares = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        apart = tl.where(inside, tl.load(x + first + at, mask=inside, other=0.0).to(ACC) - near[:, None], 0.0)
         rest += apart
         squares += apart * apart
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
     off = tl.sum(rest, 1) / count  # the rounding error of `near`
     to = moments_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(to, near + off, mask=c < channels)
     behind = samples * tl.num_programs(1) * channels
     tl.store(to + behind, tl.sum(squares, 1) - off * off * count, mask=c < channels)
+    tl.store(to + 2 * behind, tl.zeros([TILE_C], ACC) + count, mask=c < channels)
 
 
 @triton.jit
@@ -118,24 +171,25 @@ def row_statistics(
     of_row = channels // groups
     mean_ptr = moments_ptr + row // groups * parts * channels + row % groups * of_row
     squares_ptr = mean_ptr + (rows // groups).to(tl.int64) * parts * channels
+    count_ptr = squares_ptr + (rows // groups).to(tl.int64) * parts * channels
     size = tl.cast(positions, ACC) * of_row
     total = tl.zeros([BLOCK], ACC)
     for m0 in range(0, parts * of_row, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
-        part = (m // of_row).to(tl.int64)
-        count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
+        at = (m // of_row).to(tl.int64) * channels + m % of_row
         inside = m < parts * of_row
-        total += count * tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0)
+        count = tl.load(count_ptr + at, mask=inside, other=0.0)
+        total += count * tl.load(mean_ptr + at, mask=inside, other=0.0)
     near = tl.sum(total, 0) / size  # approximate: a GPU divides by its inexact reciprocal
     rest = tl.zeros([BLOCK], ACC)
     squares = tl.zeros([BLOCK], ACC)
     for m0 in range(0, parts * of_row, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
-        part = (m // of_row).to(tl.int64)
-        count = (positions * (part + 1) // parts - positions * part // parts).to(ACC)
+        at = (m // of_row).to(tl.int64) * channels + m % of_row
         inside = m < parts * of_row
-        apart = tl.load(mean_ptr + part * channels + m % of_row, mask=inside, other=0.0) - near
-        own = tl.load(squares_ptr + part * channels + m % of_row, mask=inside, other=0.0)
+        count = tl.load(count_ptr + at, mask=inside, other=0.0)
+        apart = tl.load(mean_ptr + at, mask=inside, other=0.0) - near
+        own = tl.load(squares_ptr + at, mask=inside, other=0.0)
         rest += tl.where(inside, count * apart, 0.0)
         squares += tl.where(inside, own + count * apart * apart, 0.0)
     off = tl.sum(rest, 0) / size
@@ -153,7 +207,7 @@ def normalize_channels(
     bias_ptr,
     y_ptr,
     statistics_ptr,
-    positions,
+    segments,
     channels,
     inner,
     groups,
@@ -162,7 +216,9 @@ def normalize_channels(
     by_segment,
     by_position,
     TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
     TILE_Q: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
@@ -170,13 +226,15 @@ def normalize_channels(
     mean = _column(statistics_ptr, row, c, channels)
     scale = _column(statistics_ptr, rows + row, c, channels) * _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
     bias = _parameter(bias_ptr, c, channels, 0.0, TILE_C, ACC)
-    begin, end = _part(positions)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        x = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+    at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        x = tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
         y = (x - mean) * scale + bias
-        tl.store(typed(y_ptr, DTYPE) + at, rounded(y, DTYPE), mask=inside)
+        tl.store(typed(y_ptr, DTYPE) + first + at, rounded(y, DTYPE), mask=inside)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
 
 
 @triton.jit
@@ -186,7 +244,7 @@ def channel_products(
     x_ptr,
     statistics_ptr,
     sums_ptr,  # (2 or 5, samples, parts, channels)
-    positions,
+    segments,
     channels,
     inner,
     groups,
@@ -195,30 +253,34 @@ def channel_products(
     by_segment,
     by_position,
     TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
     TILE_Q: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     sample, c, row, rows = _channels(channels, groups, TILE_C)
     mean = _column(statistics_ptr, row, c, channels)
-    begin, end = _part(positions)
-    dy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    dyd_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    h_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    hd_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    hdy_sum = tl.zeros([TILE_C, TILE_Q], ACC)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        d = tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean
-        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+    at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    dy_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    dyd_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    h_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    hd_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    hdy_sum = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        d = tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean
+        dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
         dy_sum += dy
         dyd_sum += dy * d
         if h_ptr is not None:
-            h = tl.load(typed(h_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+            h = tl.load(typed(h_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
             h_sum += h
             hd_sum += h * d
             hdy_sum += h * dy
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
     to = sums_ptr + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + c
     step = rows // groups * tl.num_programs(1) * channels
     tl.store(to, tl.sum(dy_sum, 1), mask=c < channels)
@@ -332,7 +394,7 @@ def grad_channels(
     weight_ptr,
     means_ptr,
     dx_ptr,
-    positions,
+    segments,
     channels,
     inner,
     groups,
@@ -341,7 +403,9 @@ def grad_channels(
     by_segment,
     by_position,
     TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
     TILE_Q: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
@@ -351,13 +415,15 @@ def grad_channels(
     g_mean = _column(means_ptr, 5 * row, c, channels)
     gx_mean = _column(means_ptr, 5 * row + 1, c, channels)
     w = _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
-    begin, end = _part(positions)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
-        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
-        tl.store(typed(dx_ptr, DTYPE) + at, rounded(r * (w * dy - g_mean - xh * gx_mean), DTYPE), mask=inside)
+    at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        xh = (tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean) * r
+        dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
+        tl.store(typed(dx_ptr, DTYPE) + first + at, rounded(r * (w * dy - g_mean - xh * gx_mean), DTYPE), mask=inside)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)
 
 
 @triton.jit
@@ -372,7 +438,7 @@ def grad_grad_channels(
     means_ptr,
     by_dy_ptr,
     by_x_ptr,
-    positions,
+    segments,
     channels,
     inner,
     groups,
@@ -381,7 +447,9 @@ def grad_grad_channels(
     by_segment,
     by_position,
     TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
     TILE_Q: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
@@ -396,19 +464,21 @@ def grad_grad_channels(
     w = _parameter(weight_ptr, c, channels, 1.0, TILE_C, ACC)
     hw = _parameter(h_weight_ptr, c, channels, 0.0, TILE_C, ACC)
     hb = _parameter(h_bias_ptr, c, channels, 0.0, TILE_C, ACC)
-    begin, end = _part(positions)
-    for q0 in range(begin, end, TILE_Q):
-        q = q0 + tl.arange(0, TILE_Q)
-        at, inside = _places(sample, c, q, end, channels, inner, by_sample, by_channel, by_segment, by_position)
-        xh = (tl.load(typed(x_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC) - mean) * r
-        dy = tl.load(typed(dy_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
-        h = tl.zeros([TILE_C, TILE_Q], ACC)
+    at, s, q = _tile(c, by_channel, by_segment, by_position, TILE_S, TILE_Q)
+    begin, end, s0, q0 = _part(segments, inner, TILE_S, TILE_Q, INDEX)
+    first = sample * by_sample + s0 * by_segment + q0.to(tl.int64) * by_position
+    for _ in range(begin, end):
+        inside = (c < channels)[:, None] & _inside(s, q, s0, q0, segments, inner, TILE_S)[None, :]
+        xh = (tl.load(typed(x_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC) - mean) * r
+        dy = tl.load(typed(dy_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
+        h = tl.zeros([TILE_C, TILE_S * TILE_Q], ACC)
         if h_ptr is not None:
-            h = tl.load(typed(h_ptr, DTYPE) + at, mask=inside, other=0.0).to(ACC)
+            h = tl.load(typed(h_ptr, DTYPE) + first + at, mask=inside, other=0.0).to(ACC)
         if by_dy_ptr is not None:
             by_dy = w * r * (h - h_mean - xh * hx_mean) + hw * xh + hb
-            tl.store(typed(by_dy_ptr, DTYPE) + at, rounded(by_dy, DTYPE), mask=inside)
+            tl.store(typed(by_dy_ptr, DTYPE) + first + at, rounded(by_dy, DTYPE), mask=inside)
         if by_x_ptr is not None:
             e = hw * dy - r * (h * gx_mean + w * dy * hx_mean)
             by_x = r * (e - e_mean - xh * of_xh)
-            tl.store(typed(by_x_ptr, DTYPE) + at, rounded(by_x, DTYPE), mask=inside)
+            tl.store(typed(by_x_ptr, DTYPE) + first + at, rounded(by_x, DTYPE), mask=inside)
+        first, s0, q0 = _next(first, s0, q0, inner, by_segment, by_position, TILE_S, TILE_Q)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
@@ -22,6 +23,13 @@ from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows,
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _BLOCK = 1024
+_LONG_BLOCK = 4096
+_WIDE_ROW = 20000  # bytes of a row, of which too many in flight would leave L2 before their second read
+_FEW_ROWS = 256  # of which one program each would not fill a GPU
+_TILE = 2048  # elements of a tile of channels
+_SUMS = 1024  # programs of the sums over samples
+_SHARE = 65536  # bytes of a program of the sums over channels: L2 holds those of all in flight for a second read
+_MOST_SUMS = 4096
 _PROGRAMS = 512  # programs of a sum over samples or positions; enough to fill any GPU
 _SMALL = 256  # values of a sum over parts
 _LONGEST = 65535  # largest number of programs on the second axis of a grid
@@ -33,10 +41,10 @@ def _integers(*names: str) -> dict[str, str]:
 
 _SIZES = _integers("size", "channels", "inner", "groups")
 _STRIDES = _integers("by_sample", "by_channel", "by_segment", "by_position")
-_TILED = _integers("positions", "channels", "inner", "groups") | _STRIDES
+_TILED = _integers("segments", "channels", "inner", "groups") | _STRIDES
 _BY_ROW = _integers("positions", "parts", "channels", "groups")
-_TALL: dict[str, Any] = {"TILE_C": 1, "TILE_Q": 1024}
-_WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_Q": 16}
+_TALL: dict[str, Any] = {"TILE_C": 1, "TILE_S": 2, "TILE_Q": 1024, "INDEX": tl.int32}
+_WIDE: dict[str, Any] = {"TILE_C": 64, "TILE_S": 1, "TILE_Q": 32, "INDEX": tl.int64}
 
 # For ahead-of-time compilation: each launched kernel, its arguments ("*A" points to the accumulation dtype) and the
 # combinations of its constants, without DTYPE, the dtype of the input.
@@ -44,20 +52,28 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (
         normalize_rows,
         addresses("x", "weight", "bias", "y", "mean", "rstd") | _SIZES,
-        [{"EPS": 1e-5, "BLOCK": _BLOCK}, {"EPS": 1e-5, "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None}],
+        [
+            {"EPS": 1e-5, "STAGE": "whole", "BLOCK": _BLOCK},
+            {"EPS": 1e-5, "STAGE": "results", "BLOCK": _BLOCK, "weight_ptr": None, "bias_ptr": None},
+        ],
     ),
     (
         grad_rows,
-        addresses("dy", "x", "mean", "rstd", "weight", "dx") | _SIZES,
-        [{"BLOCK": _BLOCK}, {"BLOCK": _BLOCK, "weight_ptr": None}],
+        addresses("dy", "x", "mean", "rstd", "weight", "dx", "sums") | _SIZES,
+        [
+            {"STAGE": "whole", "BLOCK": _BLOCK, "sums_ptr": None},
+            {"STAGE": "sums", "BLOCK": _BLOCK},
+            {"STAGE": "results", "BLOCK": _BLOCK, "weight_ptr": None},
+        ],
     ),
     (
         grad_grad_rows,
-        addresses("h", "h_weight", "h_bias", "dy", "x", "mean", "rstd", "weight", "by_dy", "by_x", "h_means") | _SIZES,
+        addresses("h", "h_weight", "h_bias", "dy", "x", "mean", "rstd", "weight", "by_dy", "by_x", "h_means", "sums")
+        | _SIZES,
         [
-            {"BLOCK": _BLOCK},
-            {"BLOCK": _BLOCK, "h_weight_ptr": None, "h_bias_ptr": None},
-            {"BLOCK": _BLOCK, "h_ptr": None, "weight_ptr": None, "h_means_ptr": None},
+            {"STAGE": "whole", "BLOCK": _BLOCK, "sums_ptr": None},
+            {"STAGE": "sums", "BLOCK": _BLOCK, "h_weight_ptr": None, "h_bias_ptr": None},
+            {"STAGE": "results", "BLOCK": _BLOCK, "h_ptr": None, "weight_ptr": None, "h_means_ptr": None},
         ],
     ),
     (
@@ -65,13 +81,13 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         addresses("dy", "x", "h", "mean", "rstd", "h_means", "weight_sums", "bias_sums")
         | _integers("samples", "channels", "inner", "of_row"),
         [
-            {"SECOND": False, "TILE_C": 256, "TILE_Q": 1, "h_ptr": None, "h_means_ptr": None},
-            {"SECOND": True, "TILE_C": 2, "TILE_Q": 512, "bias_sums_ptr": None},
+            {"SECOND": False, "ONE_ROW": True, "TILE_C": 1024, "TILE_Q": 1, "h_ptr": None, "h_means_ptr": None},
+            {"SECOND": True, "ONE_ROW": False, "TILE_C": 2, "TILE_Q": 512, "bias_sums_ptr": None},
         ],
     ),
     (
         channel_moments,
-        addresses("x", "moments") | _integers("positions", "channels", "inner") | _STRIDES,
+        addresses("x", "moments") | _integers("segments", "channels", "inner") | _STRIDES,
         [_TALL, _WIDE],
     ),
     (
@@ -114,26 +130,37 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
     with device_of(t.x):
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
-            constants = {"EPS": eps, "BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
-            normalize_rows[(layout.rows,)](*t[:-1], mean, rstd, *_sizes(layout), **constants)
+            parts, constants = _row_parts(layout), _row_block(t.x, layout) | {"EPS": eps}
+            if parts > 1:
+                _share_statistics(t, layout, eps)
+            stage = "whole" if parts == 1 else "results"
+            normalize_rows[(layout.rows, parts)](*t[:-1], mean, rstd, *_sizes(layout), STAGE=stage, **constants)
             return
-        tiles, constants = _tiles(t.x, layout), _tile(t.x, layout)
-        moments = t.statistics.new_empty(2, layout.samples, tiles[1], layout.channels)
-        sizes = _positions(layout), layout.channels, layout.inner
-        channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **constants)
-        small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
-        row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
-        normalize_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **constants)
+        _statistics(t, layout, eps)
+        normalize_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **_tile(t.x, layout))
+
+
+def _statistics(t: Forward, layout: Layout, eps: float) -> None:
+    tiles = _tiles(t.x, layout)
+    moments = t.statistics.new_empty(3, layout.samples, tiles[1], layout.channels)
+    sizes = layout.segments, layout.channels, layout.inner
+    channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **_tile(t.x, layout))
+    small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
+    row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
+
+
+def _share_statistics(t: Forward, layout: Layout, eps: float) -> None:
+    """Compute the statistics of long rows by several programs each: a row is the only channel of a sample."""
+    _statistics(t, Layout(layout.rows, 1, 1, _sizes(layout)[0], 1), eps)
 
 
 def backward(t: Backward, layout: Layout) -> None:
     with device_of(t.x):
         if _in_rows(layout):
             mean, rstd, *_ = t.statistics
-            constants = {"BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
             if t.dx is not None:
                 operands = t.dy, t.x, mean, rstd, t.weight, t.dx
-                grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
+                _launch_rows(grad_rows, 2, operands, t.x, mean, layout)
             if t.dweight is not None or t.dbias is not None:
                 _sum_over_samples(t, None, None, (t.dweight, t.dbias), layout)
             return
@@ -150,8 +177,7 @@ def double_backward(t: DoubleBackward, layout: Layout) -> None:
             mean, rstd, *_ = t.statistics
             h_means = None if t.by_weight is None else mean.new_empty(layout.rows, 2)
             operands = *t[:5], mean, rstd, t.weight, t.by_dy, t.by_x, h_means
-            constants = {"BLOCK": _BLOCK, "DTYPE": DTYPES[t.x.dtype]}
-            grad_grad_rows[(layout.rows,)](*operands, *_sizes(layout), **constants)
+            _launch_rows(grad_grad_rows, 7, operands, t.x, mean, layout)
             if t.by_weight is not None:
                 _sum_over_samples(t, t.h, h_means, (t.by_weight, None), layout)
             return
@@ -159,6 +185,36 @@ def double_backward(t: DoubleBackward, layout: Layout) -> None:
         if t.by_dy is not None or t.by_x is not None:
             grid = _tiles(t.x, layout, every=True)
             grad_grad_channels[grid](*t[:7], means, *t[7:9], *_tiled(layout), **_tile(t.x, layout))
+
+
+def _launch_rows(
+    kernel: Any, count: int, operands: tuple[Tensor | None, ...], x: Tensor, mean: Tensor, layout: Layout
+) -> None:
+    """Launch a derivative of contiguous rows that needs ``count`` sums of each row."""
+    parts, constants = _row_parts(layout), _row_block(x, layout)
+    grid, sizes = (layout.rows, parts), _sizes(layout)
+    if parts == 1:
+        kernel[grid](*operands, None, *sizes, STAGE="whole", **constants)
+        return
+    sums = mean.new_empty(count, layout.rows, parts)
+    kernel[grid](*operands, sums, *sizes, STAGE="sums", **constants)
+    kernel[grid](*operands, sums.sum(2), *sizes, STAGE="results", **constants)
+
+
+def _row_block(x: Tensor, layout: Layout) -> dict[str, Any]:
+    """Return the block. Wide ones keep fewer rows in flight, so that L2 holds them, and each thread has less to do."""
+    if _row_parts(layout) > 1:
+        block = _LONG_BLOCK
+    else:
+        block = 2 * _BLOCK if _sizes(layout)[0] * x.element_size() > _WIDE_ROW else _BLOCK
+    return {"BLOCK": block, "num_warps": block // 256, "DTYPE": DTYPES[x.dtype]}
+
+
+def _row_parts(layout: Layout) -> int:
+    """Return how many programs share a row: several if there are few rows and these are long."""
+    blocks = triton.cdiv(_sizes(layout)[0], _LONG_BLOCK)
+    parts = max(1, min(blocks // 2, triton.cdiv(_PROGRAMS, layout.rows))) if layout.rows <= _FEW_ROWS else 1
+    return int(triton.cdiv(blocks, triton.cdiv(blocks, parts)))  # without programs that have no block
 
 
 def _in_rows(layout: Layout) -> bool:
@@ -174,13 +230,14 @@ def _sum_over_samples(
 ) -> None:
     """Sum the gradients of weight and bias over samples, for contiguous rows."""
     mean, rstd, *_ = t.statistics
-    tile_q = min(512, triton.next_power_of_2(layout.inner))
-    tile_c = max(1, 256 // tile_q)
+    tile_q = min(_BLOCK, triton.next_power_of_2(layout.inner))
+    tile_c = min(_BLOCK // tile_q, triton.next_power_of_2(layout.channels))
     tiles = triton.cdiv(layout.channels, tile_c)
-    parts = min(layout.samples, triton.cdiv(_PROGRAMS, tiles))  # depends on the shape alone: same bits on any GPU
+    parts = min(layout.samples, triton.cdiv(_SUMS, tiles))  # depends on the shape alone: same bits on any GPU
     sums = [None if s is None else mean.new_empty(parts, layout.channels) for s in results]
     sizes = layout.samples, layout.channels, layout.inner, layout.channels // layout.groups
-    constants = {"SECOND": h is not None, "TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype]}
+    constants: dict[str, Any] = {"SECOND": h is not None, "ONE_ROW": layout.groups == 1}
+    constants |= {"TILE_C": tile_c, "TILE_Q": tile_q, "DTYPE": DTYPES[t.x.dtype], "num_warps": 8}
     affine_sums[(tiles, parts)](t.dy, t.x, h, mean, rstd, h_means, *sums, *sizes, **constants)
     _add_up(sums, results)
 
@@ -228,7 +285,7 @@ def _by_row(tiles: tuple[int, int], layout: Layout) -> tuple[int, int, int, int]
 
 
 def _tiled(layout: Layout) -> tuple[int, ...]:
-    return _positions(layout), layout.channels, layout.inner, layout.groups, *_strides(layout)
+    return layout.segments, layout.channels, layout.inner, layout.groups, *_strides(layout)
 
 
 def _strides(layout: Layout) -> tuple[int, int, int, int]:
@@ -244,15 +301,30 @@ def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
     of_channels = min(64, triton.next_power_of_2(layout.channels))
     if not layout.channels_last:
         of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
-    return {"TILE_C": of_channels, "TILE_Q": _BLOCK // of_channels, "DTYPE": DTYPES[x.dtype]}
+    positions = min(_TILE // of_channels, triton.next_power_of_2(layout.inner))
+    segments = min(_TILE // of_channels // positions, triton.next_power_of_2(layout.segments))
+    size = of_channels * segments * positions
+    return {
+        "TILE_C": of_channels,
+        "TILE_S": segments,
+        "TILE_Q": positions,
+        "INDEX": tl.int32 if layout.inner < 2**31 - _TILE else tl.int64,
+        "DTYPE": DTYPES[x.dtype],
+        "num_warps": max(1, min(8, size // 256)),
+    }
 
 
 def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
-    """Return the grid (tiles of channels of each sample, parts of the positions).
+    """Return the grid (tiles of channels of each sample, parts of their segments and positions).
 
     For sums, it has few programs, since their partial sums must be added. With ``every``, it covers all tiles.
     """
     tile = _tile(x, layout)
     tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
-    parts = triton.cdiv(_positions(layout), tile["TILE_Q"])
-    return tiles, min(triton.cdiv(parts, 4), _LONGEST) if every else min(parts, triton.cdiv(_PROGRAMS, tiles))
+    count = triton.cdiv(layout.segments, tile["TILE_S"]) * triton.cdiv(layout.inner, tile["TILE_Q"])
+    if every:
+        parts = min(triton.cdiv(count, 4), _LONGEST)
+    else:
+        programs = triton.cdiv(layout.samples * layout.channels * _positions(layout) * x.element_size(), _SHARE)
+        parts = min(count, triton.cdiv(max(_PROGRAMS, min(programs, _MOST_SUMS)), tiles))
+    return tiles, triton.cdiv(count, triton.cdiv(count, parts))  # without programs that have no tile
