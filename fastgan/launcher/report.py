@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +13,36 @@ from fastgan.launcher.timing import Unit, Way
 HEAD = ("penalized call", "module", "steps", "work, PyTorch", "work, fastgan", "PyTorch", "fastgan", "kept")
 
 
-def at_end(report: Callable[[], None]) -> None:
-    """Call it when this process ends. A worker of multiprocessing ends without atexit."""
-    owner = os.getpid()
+class _Anchor:
+    """multiprocessing calls what is registered for an object in each worker, as long as the object lives."""
 
-    def in_this_process() -> None:
-        if os.getpid() == owner:
+
+_anchor = _Anchor()
+
+
+def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]] | None = None) -> None:
+    """Call ``report`` when this process ends.
+
+    Args:
+        of_fork: is called in a worker that this process forks, and returns the worker's report.
+    """
+    owner = os.getpid()
+    done: list[bool] = []
+
+    def once() -> None:
+        if os.getpid() == owner and not done:
+            done.append(True)
             report()
 
-    atexit.register(in_this_process)
-    if multiprocessing.parent_process() is not None:
-        util.Finalize(None, in_this_process, exitpriority=0)
+    def in_worker(_: _Anchor) -> None:
+        # A worker ends without atexit, and forgets all finalizers when it starts.
+        if os.getpid() == owner:
+            util.Finalize(None, once, exitpriority=0)
+        elif of_fork is not None:
+            util.Finalize(None, of_fork(), exitpriority=0)
+
+    atexit.register(once)
+    util.register_after_fork(_anchor, in_worker)
 
 
 def print_table(units: Sequence[Unit], refused: Mapping[str, str]) -> None:

@@ -339,6 +339,17 @@ def enabled(*, always: bool = False) -> Iterator[None]:
         print_table(session.units, session.refused)
 
 
+def _report_of_fork(session: Session) -> Callable[[], None]:
+    """The table of what a forked worker does; what it has inherited is in its parent's table."""
+    units, refused = list(session.units), set(session.refused)
+
+    def report() -> None:
+        own = [unit for unit in session.units if unit not in units]
+        print_table(own, {name: why for name, why in session.refused.items() if name not in refused})
+
+    return report
+
+
 def begin(settings: Settings) -> Session:
     global _session
     _session = Session(settings)
@@ -367,7 +378,7 @@ def begin_process(settings: Settings) -> None:
         at_end(lambda: recorder.end(session))
     else:
         children.include(settings)
-        at_end(lambda: print_table(session.units, session.refused))
+        at_end(lambda: print_table(session.units, session.refused), lambda: _report_of_fork(session))
     patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
     if patch is not None:
         patch()

@@ -47,6 +47,43 @@ if __name__ == "__main__":
 """
 )
 
+CHILDREN = {
+    "forkserver": """
+    import multiprocessing
+    worker = multiprocessing.get_context("forkserver").Process(target=train, args=(6, 1))
+    worker.start()
+    worker.join()
+    print(worker.exitcode)
+""",
+    "fork": """
+    import multiprocessing
+    worker = multiprocessing.get_context("fork").Process(target=train, args=(6, 1))
+    worker.start()
+    worker.join()
+    print(worker.exitcode)
+""",
+    "torch.multiprocessing.spawn": """
+    import torch.multiprocessing
+    torch.multiprocessing.spawn(work, (6,), nprocs=1)
+    print(0)
+""",
+    "subprocess": """
+    import subprocess
+    print(subprocess.run([sys.executable, __file__, "6"]).returncode)
+""",
+}
+CHILD = (
+    TRAIN
+    + """
+def work(rank, steps):
+    train(steps, rank)
+
+if len(sys.argv) > 1:
+    train(int(sys.argv[1]))
+elif __name__ == "__main__":
+"""
+)
+
 
 def run(folder, text, *command, **variables):
     (folder / "script.py").write_text(text)
@@ -74,6 +111,19 @@ def test_a_spawned_worker_is_under_the_launcher_too(tmp_path):
     assert "True" in output
     assert output.splitlines()[-1] == "0"
     assert "script.py:" in errors  # the worker's table: its parent penalizes nothing
+
+
+@pytest.mark.parametrize("way", CHILDREN)
+def test_other_children_are_under_the_launcher_too(tmp_path, way):
+    output, errors = run(tmp_path, CHILD + CHILDREN[way], "-m", "fastgan", "run", "--always", "script.py")
+    assert output == "0\n"
+    assert "script.py:" in errors
+
+
+def test_a_forked_worker_does_not_print_its_parents_table(tmp_path):
+    script = CHILD + "    train(6)\n" + CHILDREN["fork"].replace("target=train, args=(6, 1)", "target=int")
+    _, errors = run(tmp_path, script, "-m", "fastgan", "run", "--always", "script.py")
+    assert errors.count("  script.py:") == 1
 
 
 def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
