@@ -64,6 +64,7 @@ def test_the_cpu_kernels_run_clean_under_asan_and_ubsan(instrumented):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself does not free everything
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONPATH": str(ROOT),
+        "FASTGAN_TESTS": os.environ.get("FASTGAN_TESTS", "thin"),
     }
     result = subprocess.run(
         [sys.executable, "-c", RUN, instrumented, *(f"tests/ops/test_{op}.py" for op in OPS)],
