@@ -30,6 +30,7 @@ __all__ = [
     "TracingContext",
     "apart_from_dynamo",
     "checkpoint_hook",
+    "clamp_passes_at_bound",
     "count_dispatch_modes",
     "count_function_modes",
     "current_node",
@@ -69,6 +70,10 @@ def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor is batched by vmap. Kernels cannot read such tensors."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
+# At a bound, clamp has the gradient 1 before torch 2.14, then 0 for a number and 1/2 for a tensor.
+clamp_passes_at_bound = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
 def in_transform() -> bool:

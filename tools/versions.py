@@ -78,10 +78,12 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
-def run(version: str) -> dict[str, str]:
+def run(version: str, commit: str) -> dict[str, str]:
     python = environment(version)
     told = "import json, sys, torch, triton; print(json.dumps([torch.__version__, triton.__version__, sys.version]))"
-    torch, triton, interpreter = json.loads(subprocess.run([python, "-c", told], check=True, stdout=-1).stdout)
+    torch, triton, interpreter = json.loads(
+        subprocess.run([python, "-c", told], check=True, stdout=subprocess.PIPE).stdout
+    )
     log = ROOT / "build" / "versions" / f"{version}.log"
     command = [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", *TESTS]
     with log.open("w") as file:
@@ -101,9 +103,7 @@ def run(version: str) -> dict[str, str]:
         "passed": counts.get("passed", "0"),
         "failed": str(failed),
         "skipped": counts.get("skipped", "0"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True, stdout=-1, text=True
-        ).stdout.strip(),
+        "commit": commit,
         "date": f"{datetime.date.today()}",
     }
 
@@ -121,9 +121,11 @@ def write(rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     results = []
     for version in sys.argv[1:]:
-        results.append(run(version))
+        results.append(run(version, commit))
         write(results)
         print(" ".join(f"{name} {value}" for name, value in results[-1].items()), flush=True)
     sys.exit(any(row["failed"] != "0" for row in results))

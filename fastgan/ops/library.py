@@ -94,7 +94,9 @@ def is_autocast(device_type: str) -> bool:
 
     PyTorch raises for a device type without autocast, such as meta. This function returns False for it.
     """
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Dynamo of torch 2.11 cannot trace the first of these.
+    available = torch.compiler.is_dynamo_compiling() or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

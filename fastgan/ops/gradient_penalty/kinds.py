@@ -47,7 +47,7 @@ KINDS = {
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda each: each}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # Dynamo of torch 2.11 hashes it before it has its fields
 class Penalty:
     """A function of the gradients at the points. ``gradient_penalty`` describes the fields."""
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastgan.ops.bias_act.functions import leaky_relu
 from fastgan.ops.piecewise.autograd import Linear, Step, piecewise, takes
+from fastgan.torch_private import clamp_passes_at_bound
 
 aten: Any = torch.ops.aten
 Bound = Any  # a number or a tensor, or None
@@ -54,6 +55,8 @@ def elementwise(
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         over = inplace or _is_inplace(reference, args, kwargs)
         if not takes(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
+            return reference(input, *args, **kwargs)
+        if not clamp_passes_at_bound and any(isinstance(bound, Tensor) for bound in (*args, *kwargs.values())):
             return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
@@ -120,14 +123,17 @@ def _hardshrink(x: Tensor, lambd: float = 0.5) -> tuple[Tensor, ...]:
     return (aten.hardshrink_backward(_ones(x), x, lambd).bool(),)
 
 
+_at_least, _at_most = (torch.ge, torch.le) if clamp_passes_at_bound else (torch.gt, torch.lt)
+
+
 def _clamp(x: Tensor, min: Bound = None, max: Bound = None) -> tuple[Tensor, ...]:
     if min is None:
-        return (x <= max,)
-    return (x >= min if max is None else (x >= min).logical_and_(x <= max),)
+        return (_at_most(x, max),)
+    return (_at_least(x, min) if max is None else _at_least(x, min).logical_and_(_at_most(x, max)),)
 
 
 def _clamp_max(x: Tensor, max: Bound) -> tuple[Tensor, ...]:
-    return (x <= max,)
+    return (_at_most(x, max),)
 
 
 def _abs(x: Tensor) -> tuple[Tensor, ...]:
