@@ -59,7 +59,7 @@ def grad_mask(
     KEYS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Write a tile of the gradient, summed over what the mask is broadcast to. The gradient is contiguous."""
+    """Write a tile of the mask's gradient, summed over its broadcast dimensions. The gradient is contiguous."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     GQ: tl.constexpr = gq_ptr is not None
     GK: tl.constexpr = gk_ptr is not None
