@@ -105,11 +105,12 @@ def _double_backward(*given: Any) -> None:
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    arguments: tuple[Any, ...] = *grads, stored(g), *operands, seed, *results, options
+    arguments = *grads, stored(g), *operands, seed, *results, options
     if backend == "triton":
         _triton().double_backward(*arguments)
-    else:
-        blocks_second.double_backward(*arguments, backend == "cpu")
+        return
+    run: Any = blocks_second.double_backward
+    run(*arguments, backend == "cpu")
 
 
 class _Attention(torch.autograd.Function):
