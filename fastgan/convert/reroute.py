@@ -54,9 +54,9 @@ def _is_large(module: Any, values: tuple[Any, ...]) -> bool:
 
 
 def _may_lack(module: Any, values: tuple[Any, ...]) -> bool:
-    """Whether a gradient may be differentiated that goes through a function without a second derivative.
+    """Return whether a gradient through a function without a second derivative may be differentiated.
 
-    A forward that did not call one is remembered, and the next of this form runs without a mode around it.
+    A forward that called no such function is remembered. The next forward of this form runs without a mode.
     """
     if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
         return False
@@ -80,7 +80,7 @@ def _images(values: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def convert(model: nn.Module) -> str | None:
-    """Reroute the model's own forward if it has one. Return what is rerouted from now on, or None."""
+    """Reroute the model's own forward if it has one. Return a description of the rerouted calls, or None."""
     own = type(model).__module__
     if is_converted(model) or parametrize.is_parametrized(model):
         return None
@@ -95,7 +95,7 @@ def convert(model: nn.Module) -> str | None:
     become(model, Rerouted, "forward", is_convolutional=is_convolutional, has_own_code=has_own_code)
     if is_convolutional:
         return "calls in its forward are rerouted on a CPU, for large batches"
-    return "attention and the like is rerouted if an input requires a gradient"
+    return "functions without a second derivative are rerouted if an input requires a gradient"
 
 
 _LACKING = (
@@ -105,5 +105,5 @@ _LACKING = (
 
 
 def _has_own_code(module: nn.Module) -> bool:
-    """Whether the module may call a function that PyTorch cannot differentiate twice."""
+    """Return whether the module may call a function that PyTorch cannot differentiate twice."""
     return not type(module).__module__.startswith("torch.") or isinstance(module, _LACKING)

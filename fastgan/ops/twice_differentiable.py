@@ -118,14 +118,14 @@ _PLAIN = {
     torch.Tensor,
     torch.nn.Parameter,
     torch_private.FunctionalTensor,
-}  # the last while torch.compile makes a graph
+}  # the last one while torch.compile records a graph
 
 
 class Reroute(TorchFunctionMode):
     """Args:
-    routes: what is rerouted.
-    after: the multiplications that PyTorch's own functions do first, less what calls of fastgan's would cost. What
-        PyTorch cannot differentiate twice is rerouted from the start.
+    routes: the functions that are rerouted.
+    after: the number of multiplications that PyTorch's own functions compute first, minus the cost of calling
+        fastgan's. Functions that PyTorch cannot differentiate twice are rerouted from the start.
     """
 
     def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0) -> None:
