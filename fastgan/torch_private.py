@@ -29,6 +29,8 @@ __all__ = [
     "FunctionalTensor",
     "TracingContext",
     "apart_from_dynamo",
+    "attention_on_cpu",
+    "attention_on_cpu_backward",
     "checkpoint_hook",
     "clamp_passes_at_bound",
     "count_dispatch_modes",
@@ -59,6 +61,11 @@ DisableTorchFunction = torch._C.DisableTorchFunction
 current_node = torch._C._current_autograd_node
 will_execute = torch._C._will_engine_execute_node
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+# The kernels behind F.scaled_dot_product_attention on a CPU. The first also returns the log-sum-exp, which the public
+# function hides, and the second derivative needs it.
+attention_on_cpu: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def is_jit_tracing() -> bool:
