@@ -53,6 +53,7 @@ TRAINER = [
     {"gan"},
     {"measure", "run", "progress"},
     {"report", "tune", "verify", "export", "use"},
+    {"start"},
     {"loop"},
 ]
 

@@ -223,14 +223,14 @@ class _Uncompiled:
         with self._lock:
             # If the compiler was never imported, nothing is compiled. Importing it would take a second.
             if self._stance is None and "torch._dynamo" in sys.modules:
-                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance = torch_private.set_stance("force_eager")
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0 and self._stance is not None:
-                self._stance.__exit__(None, None, None)
+                torch_private.set_stance(self._stance)
                 self._stance = None
 
 

@@ -200,6 +200,29 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert capsys.readouterr().err == "fastgan: runs/ring8 is a run on ring8, not on grid25\n"
 
 
+def test_the_same_command_with_resume_goes_on_although_it_switches_something_on(in_tmp_path, capsys):
+    command = [*RING, "--tensorboard", "--channels-last"]
+    config = cli.parse_train(command[1:])
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.json").write_text(json.dumps(config.to_json()))
+    resumed = cli.parse_train([*command[1:], "--resume", "--no-tensorboard"])
+    assert (resumed.model.channels_last, resumed.tensorboard) == (True, False)
+    assert cli.parse_train([*command[1:], "--config", "runs/ring8/config.json"]).model.channels_last
+    assert cli.main(["train", "ring8", "--resume", "--no-tensorboard", "--no-channels-last"]) == 2
+    error = capsys.readouterr().err
+    assert "channels_last: True -> False" in error
+    assert error.endswith("leave them out, or start a new run from its weights with --init-from runs/ring8\n")
+
+
+def test_an_error_of_the_system_is_a_file_and_words(in_tmp_path, capsys, monkeypatch):
+    def fail(arguments: object) -> int:
+        raise OSError(28, "No space left on device", "runs/x/samples.png")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fail)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "fastgan: runs/x/samples.png: No space left on device\n"
+
+
 def test_a_file_may_contain_only_some_settings(in_tmp_path):
     Path("some.json").write_text('{"steps": 7, "optim": {"d_lr": 0.5}, "width": 3}')
     config = cli.parse_train(["grid25", "--config", "some.json", "--seed", "4"])
