@@ -73,7 +73,7 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             if _open.regions:
                 _end_all()
             return function(*args, **kwargs)

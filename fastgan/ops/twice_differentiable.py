@@ -222,8 +222,8 @@ class _Uncompiled:
     def __enter__(self) -> None:
         with self._lock:
             # If the compiler was never imported, nothing is compiled. Importing it would take a second.
-            if self._stance is None and "torch._dynamo" in sys.modules:
-                self._stance = torch_private.set_stance("force_eager")
+            if self._stance is None and "torch._dynamo.eval_frame" in sys.modules:
+                self._stance = torch_private.force_eager()
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:

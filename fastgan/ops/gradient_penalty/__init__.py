@@ -142,7 +142,8 @@ def gradient_penalty(
             for point in points(kind, real, fake, generator)
         ]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    require_grad_mode()
+    if not torch.is_grad_enabled():
+        require_grad_mode()
     call = call_of(discriminator, (kind if isinstance(kind, str) else None, real, fake), args, kwargs)
     repeated = is_left_to_pytorch(call)
     if not repeated:
