@@ -46,11 +46,13 @@ __all__ = [
     "force_eager",
     "function_modes",
     "in_transform",
+    "intercept_autograd_grad",
     "is_batched",
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
     "keeps_graph",
     "set_stance",
+    "rebind",
     "will_execute",
 ]
 
@@ -135,6 +137,24 @@ def differentiable_gradients(
         tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
     )
     return results
+
+
+def intercept_autograd_grad() -> None:
+    """Let torch.compile pass calls of torch.autograd.grad to torch function modes, as PyTorch does."""
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().add(torch.autograd.grad)
+
+
+def rebind(variable: str, other: str) -> None:
+    """Let a variable of the frame that torch.compile traces, and all its aliases, denote the tensor of another one.
+
+    In the graph, a tensor cannot become a leaf in place. Code that called ``x.requires_grad_()`` goes on with x.
+    """
+    _, _, translator = dynamo()
+    frame = translator.current_tx().output.current_tx
+    old, new = (frame.symbolic_locals[name].realize() for name in (variable, other))
+    old.proxy, old.requires_grad = new.proxy, new.requires_grad
 
 
 def _hook_on_top() -> object | None:

@@ -77,6 +77,7 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 THINNED = {
     "test_bias_act.py": 2,
     "test_cases.py": 2,
+    "test_compilable.py": 2,
     "test_compiled_penalties.py": 4,
     "test_minibatch_discrimination.py": 2,
     "test_norm.py": 2,
