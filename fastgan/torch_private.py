@@ -20,8 +20,8 @@ from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compile
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
 from torch.autograd.graph import _engine_run_backward as _run_backward
+from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
@@ -51,8 +51,8 @@ __all__ = [
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
     "keeps_graph",
-    "set_stance",
     "rebind",
+    "set_stance",
     "will_execute",
 ]
 
