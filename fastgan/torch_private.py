@@ -29,6 +29,8 @@ __all__ = [
     "FunctionalTensor",
     "TracingContext",
     "apart_from_dynamo",
+    "attention_on_cpu",
+    "attention_on_cpu_backward",
     "checkpoint_hook",
     "clamp_passes_at_bound",
     "count_dispatch_modes",
@@ -43,6 +45,7 @@ __all__ = [
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
     "keeps_graph",
+    "set_stance",
     "will_execute",
 ]
 
@@ -59,6 +62,11 @@ DisableTorchFunction = torch._C.DisableTorchFunction
 current_node = torch._C._current_autograd_node
 will_execute = torch._C._will_engine_execute_node
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+# The kernels behind F.scaled_dot_product_attention on a CPU. The first also returns the log-sum-exp, which the public
+# function hides, and the second derivative needs it.
+attention_on_cpu: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def is_jit_tracing() -> bool:
@@ -90,6 +98,16 @@ def dynamo() -> tuple[Any, Any, Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return allow_in_graph, config, InstructionTranslator
+
+
+def set_stance(name: Any) -> Any:
+    """Set the stance of the compiler, a name or an earlier result, and return the one before.
+
+    torch.compiler.set_stance does the same with twice as many calls, which a small penalty notices.
+    """
+    from torch._dynamo import eval_frame
+
+    return eval_frame._set_stance(eval_frame.DynamoStance(name) if isinstance(name, str) else name)
 
 
 def _hook_on_top() -> object | None:

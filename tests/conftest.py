@@ -84,6 +84,8 @@ THINNED = {
     "test_penalty_conventions.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
+    "test_attention_in_models.py": 4,
+    "test_attention_shapes.py": 4,
     "test_scaled_dot_product_attention.py": 4,
     "test_second_derivatives.py": 2,
     "test_sharded_penalties.py": 3,

@@ -4,8 +4,7 @@
                style of BigGAN, or sn_u and sn_sigma. It updates v first, then u. In evaluation it also iterates, but
                does not store the result.
     wrapper    It wraps a module whose weight_bar, weight_u and weight_v are parameters, and iterates at each forward.
-    It
-               overwrites u and v, so a backward after two forwards reads the wrong ones.
+               It overwrites u and v, so a backward after two forwards reads the wrong ones.
 
 Names only find candidates. A module is replaced if its weight, its buffers and the derivatives up to the second equal
 fastgan's on random values, in training and in evaluation. If only the gradients after two forwards differ, a

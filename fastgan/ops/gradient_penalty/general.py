@@ -54,7 +54,7 @@ def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> lis
     """Return the gradients after a forward that ran only PyTorch's functions. It needs no checks and frees nothing."""
     connected = [output for output in logits if output.requires_grad]
     if connected:
-        ones = [torch.ones_like(output) for output in connected]
+        ones = [*map(torch.ones_like, connected)]
         grads = torch.autograd.grad(connected, inputs, ones, create_graph=True, allow_unused=True)
         found = [grad for grad in grads if grad is not None]
         if found:
