@@ -81,6 +81,7 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 THINNED = {
     "test_bias_act.py": 2,
     "test_cases.py": 2,
+    "test_compilable.py": 2,
     "test_compiled_penalties.py": 4,
     "test_minibatch_discrimination.py": 2,
     "test_norm.py": 2,
@@ -88,6 +89,8 @@ THINNED = {
     "test_penalty_conventions.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
+    "test_attention_in_models.py": 4,
+    "test_attention_shapes.py": 4,
     "test_scaled_dot_product_attention.py": 4,
     "test_second_derivatives.py": 2,
     "test_sharded_penalties.py": 3,

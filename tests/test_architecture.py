@@ -45,7 +45,7 @@ def test_imports_run_one_way(path):
 
 # Inside the trainer too; files that share a floor may import each other.
 TRAINER = [
-    {"errors", "device", "ranks", "lock"},
+    {"errors", "device", "ranks", "lock", "probe"},
     {"data"},
     {"game"},
     {"config", "checkpoint"},
@@ -53,6 +53,7 @@ TRAINER = [
     {"gan"},
     {"measure", "run", "progress"},
     {"report", "tune", "verify", "export", "use"},
+    {"start"},
     {"loop"},
 ]
 

@@ -57,7 +57,7 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 
 def words(text: str) -> str:
-    """Escape a text for HTML, and show what is between backticks as code."""
+    """Escape a text for HTML. Text between backticks is shown as code."""
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:  # an odd number of backticks
         return escape(text)

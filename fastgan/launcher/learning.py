@@ -1,4 +1,4 @@
-"""What a call with create_graph=True tells: which calls of root modules it penalizes, and which cannot be rerouted."""
+"""Find the module calls that a call with create_graph=True penalizes, and those that cannot be rerouted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgan.launcher.roots import OUTPUT, Call
 GRADIENT = "fastgan: a gradient with a graph"
 
 NESTED = "it is differentiated more than twice (a gradient of a gradient, with create_graph=True)"
-IN_PARAMETERS = "it is differentiated in its parameters with create_graph=True"
+IN_PARAMETERS = "it is differentiated with respect to its parameters with create_graph=True"
 BATCHED = "its gradients are batched (is_grads_batched=True)"
 HOOKED = "it has forward hooks of its own"
 COMPILED = "it is compiled by torch.compile"
@@ -21,7 +21,7 @@ COMPILED = "it is compiled by torch.compile"
 
 class Found(NamedTuple):
     calls: list[Call]
-    reason: str | None  # why none of these is rerouted
+    reason: str | None  # why these calls are not rerouted
 
 
 def tensors_in(given: Any) -> list[Tensor]:
@@ -32,7 +32,7 @@ def tensors_in(given: Any) -> list[Tensor]:
 
 
 def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
-    """The calls that lie between the outputs and the inputs."""
+    """Return the calls of root modules between the outputs and the inputs."""
     points = [x for x in tensors_in(inputs) if x.requires_grad]
     ends = {get_gradient_edge(x).node for x in points}
     nested = False
@@ -48,7 +48,7 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         call = metadata.get(OUTPUT)
         if call is not None and call not in calls:
             calls.append(call)
-        # A gradient depends on what its forward saved, which lies below the output of the root module.
+        # A gradient depends on tensors that its forward saved. These are below the output of the root module.
         earlier = metadata.get(GRADIENT)
         if earlier is not None:
             nested = True

@@ -1,7 +1,7 @@
-"""Root modules: whose calls are the outermost of all modules', and what hooks see of these calls.
+"""Root modules, whose calls are not inside the call of another module, and the hooks that observe these calls.
 
-While something is to be learned, global hooks mark the output of every root module. What has been learned stays in
-hooks of the penalized modules alone. These hooks are left out of pickles and copies, and no class is changed.
+Until the penalized calls are known, global hooks mark the output of every root module. Afterwards only the penalized
+modules have hooks. Pickles and copies leave these hooks out, and no class is changed.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ class GlobalHooks:
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """A module's hooks, of which a pickle or a copy has those that are not the launcher's, in a plain dictionary."""
+    """A module's hooks. Its pickle or copy is a plain dictionary without the launcher's hooks."""
 
     def _others(self) -> Iterator[tuple[int, Any]]:
-        ours = _ours
-        return ((key, value) for key, value in self.items() if key not in ours)
+        own = _own
+        return ((key, value) for key, value in self.items() if key not in own)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict, (), None, None, self._others()
@@ -105,7 +105,7 @@ class _Hooks(OrderedDict[int, Any]):
         return copy.deepcopy(OrderedDict(self._others()), memo)
 
 
-_ours: set[int] = set()  # the numbers of the launcher's hooks
+_own: set[int] = set()  # ids of the launcher's hooks
 _TABLES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -116,9 +116,10 @@ _TABLES = (
 
 
 def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None] | None:
-    """Hooks around every forward of this module, and how to remove them. None if it has hooks in the same places.
+    """Add hooks around every forward of a module, and return a function that removes them.
 
-    The handles of those refer to the dictionaries that would have to be replaced.
+    Return None if the module has such hooks already, because their handles refer to the dictionaries that this function
+    replaces.
     """
     if any(vars(module).get(name) for name in _TABLES):
         return None
@@ -128,7 +129,7 @@ def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
-    _ours.update(handle.id for handle in handles)
+    _own.update(handle.id for handle in handles)
 
     def remove() -> None:
         for handle in handles:

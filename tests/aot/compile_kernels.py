@@ -25,7 +25,7 @@ def compile_kernel(kernel, pointers, constants, dtype, target):
     pointers = {name: pointer.replace("*A", f"*{accumulate}") for name, pointer in pointers.items()}
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     signature = {name: "constexpr" if name in constants else pointers[name] for name in kernel.arg_names}
-    # torch allocates on 16-byte boundaries, and a launch then specialises on it.
+    # torch allocates on 16-byte boundaries, and a launch then specializes on it.
     attributes = {place[name]: [["tt.divisibility", 16]] for name in pointers if name not in constants}
     source = ASTSource(kernel, signature, {place[name]: value for name, value in constants.items()}, attributes)
     binary = triton.compile(source, target=TARGETS[target]).asm["hsaco" if target == "gfx942" else "cubin"]

@@ -66,7 +66,7 @@ def test_the_number_of_iterations_is_found(kind, iterations):
 class DataNorm(BigConv):
     """A method that swaps the storage of the u which an earlier graph has saved."""
 
-    def normalised(self):
+    def normalized(self):
         matrix = self.weight.flatten(1)
         with torch.no_grad():
             v = nn.functional.normalize(self.u0 @ matrix, eps=self.eps)
@@ -109,17 +109,17 @@ def test_a_mended_wrapper_passes_the_error_of_its_first_forward_on(module):
 
 
 class StoresInEvaluation(BigConv):
-    def normalised(self):
+    def normalized(self):
         training, self.training = self.training, True
         try:
-            return super().normalised()
+            return super().normalized()
         finally:
             self.training = training
 
 
 class Clamped(BigConv):
-    def normalised(self):
-        return super().normalised() * 0.99
+    def normalized(self):
+        return super().normalized() * 0.99
 
 
 def test_what_differs_in_a_style_is_left_alone_with_the_difference():

@@ -38,7 +38,7 @@ def succeed(*command: object, cwd: Path | None = None, **variables: str) -> str:
 
 
 def build_wheel(source: Path, destination: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    # What is asked here is what gets built and where it goes, so the optimiser and the vector sets can rest.
+    # What is asked here is what gets built and where it goes, so the optimizer and the vector sets can rest.
     settings = {"FASTGAN_CUDA": "off", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTGAN_ISAS="} | variables
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--verbose"]
     return run(*pip, "--wheel-dir", destination, source, **settings)

@@ -37,7 +37,7 @@ def inputs_of(shape):
 
 
 def pair(make, **options):
-    """The same module normalised by PyTorch and by fastgan, from the same state."""
+    """The same module normalized by PyTorch and by fastgan, from the same state."""
     theirs = parametrizations.spectral_norm(make(), **options)
     ours = utils.spectral_norm(make(), **options)
     ours.load_state_dict(theirs.state_dict())
@@ -57,14 +57,14 @@ def assert_same(model, other, x, *, order=1):
         assert_close(a, b.double(), order=order)
 
 
-def discriminator(normalise):
+def discriminator(normalize):
     return nn.Sequential(
-        normalise(nn.Conv2d(3, 8, 3, padding=1)),
+        normalize(nn.Conv2d(3, 8, 3, padding=1)),
         nn.LeakyReLU(0.2),
-        normalise(nn.ConvTranspose2d(8, 4, 4, stride=2)),
+        normalize(nn.ConvTranspose2d(8, 4, 4, stride=2)),
         nn.LeakyReLU(0.2),
         nn.Flatten(),
-        normalise(nn.Linear(4 * 18 * 18, 1)),
+        normalize(nn.Linear(4 * 18 * 18, 1)),
     )
 
 
@@ -98,9 +98,9 @@ def test_the_state_dict_has_the_keys_of_pytorch_and_loads_both_ways():
 
 def test_a_new_module_starts_from_the_same_numbers_as_under_pytorch():
     states = []
-    for normalise in (utils.spectral_norm, parametrizations.spectral_norm):
+    for normalize in (utils.spectral_norm, parametrizations.spectral_norm):
         torch.manual_seed(5)
-        states.append(normalise(nn.Linear(9, 4)).state_dict())
+        states.append(normalize(nn.Linear(9, 4)).state_dict())
     for a, b in zip(*(s.values() for s in states), strict=True):
         assert_close(a, b.double(), order=0)
 
@@ -118,14 +118,14 @@ def test_a_weight_of_one_dimension_is_divided_by_its_norm():
 )
 def test_bad_arguments_raise_what_pytorch_raises(options, error):
     messages = []
-    for normalise in (utils.spectral_norm, parametrizations.spectral_norm):
+    for normalize in (utils.spectral_norm, parametrizations.spectral_norm):
         with pytest.raises(error) as raised:
-            normalise(nn.Conv2d(3, 5, 2), **options)
+            normalize(nn.Conv2d(3, 5, 2), **options)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
 
 
-def test_remove_parametrizations_leaves_the_normalised_weight():
+def test_remove_parametrizations_leaves_the_normalized_weight():
     theirs, ours = (m.eval() for m in pair(lambda: nn.Linear(4, 3)))
     for module in (theirs, ours):
         parametrize.remove_parametrizations(module, "weight")
@@ -236,7 +236,7 @@ def test_parameter_gradients_through_a_penalty_equal_pytorchs(form):
             assert_close(a.grad, b.grad.double(), order=2)
 
 
-def test_a_sub_module_called_by_itself_normalises_its_own_weight():
+def test_a_sub_module_called_by_itself_normalizes_its_own_weight():
     model = discriminator(parametrizations.spectral_norm)
     fused = utils.fuse_spectral_norm(copy.deepcopy(model))
     assert_same(fused[0], model[0], IMAGES)
@@ -332,7 +332,7 @@ def test_a_forward_in_another_thread_does_not_disturb_this_one(form):
 
 
 @pytest.mark.parametrize("form", [utils.spectral_norm, torch_hook], ids=["parametrization", "hook"])
-def test_a_replica_of_a_fused_model_normalises_its_own_weights(form):
+def test_a_replica_of_a_fused_model_normalizes_its_own_weights(form):
     """As torch.nn.DataParallel makes them: copies whose parameters have a path back to the model's."""
     plain = nn.Sequential(form(nn.Linear(3, 4)), form(nn.Linear(4, 2))).eval()
     fused = utils.fuse_spectral_norm(copy.deepcopy(plain))
@@ -360,7 +360,7 @@ def test_a_parametrization_added_after_fusing_counts():
     assert_same(fused, model, IMAGES)
 
 
-def test_a_weight_changed_in_the_forward_is_normalised_as_it_is_then():
+def test_a_weight_changed_in_the_forward_is_normalized_as_it_is_then():
     class Clamped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -404,7 +404,7 @@ def test_modules_of_another_dtype_work(dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=error, atol=error)
 
 
-def test_autocast_multiplies_in_half_precision_and_normalises_in_single():
+def test_autocast_multiplies_in_half_precision_and_normalizes_in_single():
     linear = utils.spectral_norm(nn.Linear(64, 8))
     with torch.autocast("cpu", torch.bfloat16):
         output = linear(torch.randn(2, 64))

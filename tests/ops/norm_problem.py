@@ -1,4 +1,4 @@
-"""A normalisation and its operands, and its derivatives up to the second beside those of PyTorch in float64."""
+"""A normalization and its operands, and its derivatives up to the second beside those of PyTorch in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What normalisation takes: any strides, shapes and types that PyTorch takes, and clear words for the rest."""
+"""What normalization takes: any strides, shapes and types that PyTorch takes, and clear words for the rest."""
 
 from __future__ import annotations
 

@@ -47,18 +47,6 @@ def through_a_view(net, h):
     return h
 
 
-def assigned(net, h):
-    h = h * 1.5
-    h[:, 0] = 0.3
-    return h
-
-
-def into_a_buffer(net, h):
-    buffer = torch.zeros(N, C, S, S).double()
-    buffer[:, 1:] = h[:, 1:]
-    return buffer
-
-
 def hooked(net, h):
     h = h * 1.5
     h.register_hook(lambda grad: grad * 2)
@@ -138,9 +126,7 @@ REFUSED = {
         "was modified outside torch functions",
     ),
     "added in place to a view": (lambda net, h: (h * 2).flatten(1).add_(1.0).sub_(0.5), "adds in place to a view"),
-    "assigned": (assigned, "setitem"),
-    "assigned into a buffer": (into_a_buffer, "setitem"),
-    "added into a buffer": (lambda net, h: torch.zeros(N, C, S, S).double().add_(h), "add_"),
+    "multiplied into a buffer": (lambda net, h: torch.ones(N, C, S, S).double().mul_(h), "mul_"),
     "a custom function": (lambda net, h: Hidden.apply(h), "HiddenBackward is a custom autograd.Function"),
     "a hook": (hooked, "register_hook"),
 }

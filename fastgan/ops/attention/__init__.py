@@ -55,16 +55,13 @@ def scaled_dot_product_attention(
         query: (*, H, L, E) or (L, E); float16, bfloat16, float32 or float64.
         key: (*, H, S, E), or (*, G, S, E) with ``enable_gqa``; dtype of the query.
         value: (*, H, S, Ev), or (*, G, S, Ev) with ``enable_gqa``; dtype of the query. The dimensions before L and S
-        are
-            broadcast.
+            are broadcast.
         attn_mask: a mask that broadcasts to (*, H, L, S), or None. In a boolean mask, True means that a key takes part.
-        A
-            mask of the query's dtype or float32 is added to the scores, and it is differentiated if it requires a
+            A mask of the query's dtype or float32 is added to the scores, and it is differentiated if it requires a
             gradient. A row whose keys are all masked gives zeros.
         dropout_p: the probability with which an attention weight is set to zero, also in evaluation mode. All orders
-        use
-            the same dropout mask. It is drawn from a seed of PyTorch's generator, differs from the mask of PyTorch's
-            own dropout, and depends on the backend.
+            use the same dropout mask. It is drawn from a seed of PyTorch's generator, differs from the mask of
+            PyTorch's own dropout, and depends on the backend.
         is_causal: row i attends to the first i + 1 keys. It cannot be combined with ``attn_mask``.
         scale: factor of the scores. None: 1 / sqrt(E).
         enable_gqa: H / G heads of the query share a head of key and value.

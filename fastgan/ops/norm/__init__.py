@@ -218,7 +218,7 @@ def batch_norm(
     """Normalize each channel over all samples: (x - mean) / sqrt(var + eps) * weight + bias.
 
     The definition is that of ``torch.nn.functional.batch_norm``. In training, the running statistics move by
-    ``momentum`` towards the mean and the unbiased variance of the batch. In evaluation (``training=False``) the
+    ``momentum`` toward the mean and the unbiased variance of the batch. In evaluation (``training=False``) the
     function uses the running statistics and is affine in its input. Precision, reproducibility and strides are those of
     `layer_norm`.
 

@@ -1,7 +1,8 @@
 """upfirdn2d in Triton. The formula is in csrc/cpu/upfirdn2d.cpp.
 
-A program makes a block of the results of a plane. A result meets every u-th tap, from one that depends on its place, so
-that no zero is multiplied. Bytes: one read of x, one write of y; what several results need comes from the caches.
+A program computes a block of results of one plane. A result uses every u-th tap, starting from one that depends on its
+position, so no inserted zero is multiplied. Bytes: one read of x and one write of y. Neighboring results share elements
+of x through the caches.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _BLOCK = 512
 
 @triton.jit
 def _first(o, start, UP: tl.constexpr, DOWN: tl.constexpr):
-    """Return the first tap that meets an element of the input, and that element."""
-    shift = (tl.maximum(start, 0) + UP - 1) // UP  # keeps what is divided from being negative
+    """Return the first tap that falls on an element of the input, and that element."""
+    shift = (tl.maximum(start, 0) + UP - 1) // UP  # the dividend must not be negative
     position = o * DOWN - start + shift * UP
     k = (UP - position % UP) % UP
     return k, (position + k) // UP - shift
@@ -82,7 +83,7 @@ def _upfirdn2d(
 
 
 def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: Sequence[float]) -> None:
-    """x and y are contiguous, in the layout that ``sizes`` tell: see autograd.py."""
+    """Run the kernel. x and y are contiguous in the layout of ``sizes`` (see autograd.py)."""
     planes, inner, height, width, out_height, out_width, *pairs = sizes
     up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
     grid = (planes * triton.cdiv(out_height * out_width * inner, _BLOCK),)
@@ -107,7 +108,7 @@ _on_device: dict[Any, Tensor] = {}
 
 
 def _taps(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The taps as a tensor, made once: a copy to the device at every call would cost more than the kernel."""
+    """Return the taps as a cached tensor. A copy to the device at every call would cost more than the kernel."""
     key = values, dtype, device
     found = _on_device.get(key)
     if found is None:

@@ -153,7 +153,7 @@ class TestGallery:
         whole = (rows[:, -1] - rows[:, 0]).norm(dim=1, keepdim=True)
         assert float((steps / whole).max()) < 0.5
 
-    def test_a_copied_image_is_its_own_nearest_neighbour(self, gan):
+    def test_a_copied_image_is_its_own_nearest_neighbor(self, gan):
         copies = gan.source.fork(0).next(3)
         found = nearest_reals(gan, copies, 0, count=2).view(3, 3, *copies.shape[1:])
         assert torch.equal(found[:, 0], copies)
