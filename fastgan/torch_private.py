@@ -51,8 +51,8 @@ __all__ = [
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
     "keeps_graph",
-    "safe_softmax",
     "rebind",
+    "safe_softmax",
     "set_stance",
     "will_execute",
 ]
