@@ -140,7 +140,7 @@ def test_minibatch_stddev_is_found_by_name_and_settings(group_size, channels):
     original = copy.deepcopy(layer)
     (row,) = fastgan.convert(layer).rows
     assert row.replaced_by == "minibatch_stddev"
-    assert f"'group_size': {group_size}, 'num_channels': {channels}, 'eps': 1e-08" in row.reason
+    assert f"group_size={group_size}, num_channels={channels}, eps=1e-08" in row.reason
     x = torch.randn(12, 4, 5, 5)
     assert_close(layer(x), original(x).double(), order=0)
 
