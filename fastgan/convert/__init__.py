@@ -28,8 +28,8 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     | Layer | Recognized forms |
     |---|---|
     | spectral norm | PyTorch's parametrization and older hook; modules with u0 and sv0, or sn_u and sn_sigma |
-    | spectral norm, with ``mend=True`` | wrappers with weight_bar |
-    | minibatch standard deviation | a layer with a matching class name |
+    | spectral norm, with ``mend=True`` | wrappers with weight_bar, or with w_bar, u and v |
+    | minibatch standard deviation | a layer without tensors that appends channels |
     | minibatch discrimination | a layer with a parameter T (in_features, B, C) |
     | a large convolutional model | its forward runs inside ``twice_differentiable()`` on a CPU |
     | a model with attention or another function without a second derivative | the function, if an input requires grad |

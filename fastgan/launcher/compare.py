@@ -102,7 +102,7 @@ def compare(command: Command) -> int:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            if not file.exists():
+            if result.returncode or not file.exists():  # a script that fails writes the file, too
                 print(result.stderr, end="", file=sys.stderr)
                 print(f"fastgan: {command.name} ended with status {result.returncode}", file=sys.stderr)
                 return result.returncode or 1

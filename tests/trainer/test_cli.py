@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import fastgan_command
-from fastgan import __version__, cli
+from fastgan import __version__, _start, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
@@ -148,6 +148,35 @@ def test_idle_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
         with pytest.raises(SystemExit):
             fastgan_command.main()
         assert os.environ["OMP_WAIT_POLICY"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "passive"),
+    [
+        (["-u", "-m", "fastgan"], ["info"], True),  # as torchrun starts it
+        (["-W", "ignore", "-mfastgan"], [], True),
+        (["-m", "fastgan"], ["run", "train.py"], False),
+        (["-m", "other"], ["-m", "fastgan"], False),
+    ],
+)
+def test_idle_threads_of_python_m_sleep_too(options, arguments, passive):
+    assert _start.is_command(["python", *options, *arguments], ["-m", *arguments]) == passive
+
+
+def test_a_script_that_imports_the_package_keeps_its_threads():
+    assert not _start.is_command(["python", "train.py", "-m", "fastgan"], ["train.py", "-m", "fastgan"])
+    assert not _start.is_command(["python", "-c", "import fastgan"], ["-c"])
+    assert not _start.is_command(["python"], [""])
+
+
+def test_the_policy_is_set_before_pytorch_is_imported():
+    script = "import sys; sys.argv = ['-m', 'info']; sys.orig_argv = ['python', '-m', 'fastgan', 'info']\n"
+    script += "class Stop:\n def find_spec(self, name, *_):\n  if name == 'torch': print('torch', policy()); exit()\n"
+    script += "import os; policy = lambda: os.environ.get('OMP_WAIT_POLICY')\n"
+    script += "sys.meta_path.insert(0, Stop()); import fastgan"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "torch passive\n"
 
 
 @pytest.mark.parametrize("flag", cli.OTHER_FLAGS)

@@ -106,7 +106,7 @@ def scaled_dot_product_attention(
     if not (query.numel() and key.numel() and value.numel()):
         chosen = "reference"  # nothing to compute
     result = attend(query, key, value, attn_mask, options, chosen)
-    return result.reshape(*batch, *result.shape[2:])
+    return result if len(batch) == 2 else result.reshape(*batch, *result.shape[2:])
 
 
 def _needs_pytorch(tensors: list[Any]) -> bool:
@@ -171,11 +171,16 @@ def _by_heads(
         batches = [(*outer, count) if shapes[0] else outer for count in heads]
     else:
         batches = [_broadcast(*shapes)] * 3
-    folded = [_four(t.expand(*batch, *t.shape[-2:])) for t, batch in zip((query, key, value), batches, strict=True)]
+    folded = [
+        _four(t if t.shape[:-2] == batch else t.expand(*batch, *t.shape[-2:]))
+        for t, batch in zip((query, key, value), batches, strict=True)
+    ]
     return folded[0], folded[1], folded[2], batches[0]
 
 
 def _broadcast(*shapes: torch.Size) -> tuple[int, ...]:
+    if all(shape == shapes[0] for shape in shapes):
+        return tuple(shapes[0])  # the usual case: broadcast_shapes takes longer than a small kernel
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
