@@ -114,7 +114,7 @@ def _left_alone(module: nn.Module) -> tuple[None, str] | None:
     if type(module).__module__.startswith("torch.nn."):
         return None if _is_container(module) else (None, "PyTorch layer")
     if not _is_container(module) or module._parameters or module._buffers:
-        return None, "not a form that fastgan recognizes"
+        return None, "not a layer that fastgan replaces; penalties reroute the PyTorch functions in it"
     return None
 
 

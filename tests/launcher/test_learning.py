@@ -1,4 +1,4 @@
-"""What the launcher learns from scripts of each kind: the same losses, and the same None or zeros as without it."""
+"""The launcher in scripts of each kind: the same losses, and the same gradients of None or zeros."""
 
 from __future__ import annotations
 
