@@ -13,6 +13,7 @@ from fastgan.bench.host import lowest_times, on_fastgans_path, parts, per_layer
 from fastgan.bench.steps import batches
 from fastgan.ops.conv import autograd
 
+pytestmark = pytest.mark.small  # as for users: small discriminators are left to PyTorch
 CPU = torch.device("cpu")
 
 
