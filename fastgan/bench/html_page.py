@@ -41,7 +41,7 @@ figure:has(img.chart) { overflow-x: auto; } img.chart { min-width: 660px; }
 @media (max-width: 600px) { .stages { grid-template-columns: repeat(2, 1fr); } }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 td, th { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
-td.n { font-variant-numeric: tabular-nums; white-space: nowrap; } .wide td { white-space: nowrap; }
+td.n { font-variant-numeric: tabular-nums; white-space: nowrap; } .wide :is(td, th) { white-space: nowrap; }
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.4rem; }
 """ + "".join(
     f".s{i} {{ color: var(--s{i}); }} polyline.s{i} {{ stroke: currentColor; }} circle.s{i} {{ fill: currentColor; }}\n"
