@@ -39,11 +39,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_discriminator_is_small(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use fastgan's functions for the small discriminators of the tests. The marker ``small`` restores the default."""
-    from fastgan.ops.gradient_penalty.small import at_any_size  # after TRITON_INTERPRET is set
+def no_discriminator_is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use fastgan's functions at the small sizes of the tests. The marker ``small`` restores the default."""
+    from fastgan.ops.attention import layout  # after TRITON_INTERPRET is set
+    from fastgan.ops.gradient_penalty.small import at_any_size
 
-    with nullcontext() if request.node.get_closest_marker("small") else at_any_size():
+    is_small = request.node.get_closest_marker("small") is not None
+    if not is_small:
+        monkeypatch.setattr(layout, "FEW", 0)
+    with nullcontext() if is_small else at_any_size():
         yield
 
 

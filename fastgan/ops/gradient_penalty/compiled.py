@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgan import backends
@@ -85,6 +86,11 @@ def _call(
     *,
     follow: bool,
 ) -> tuple[tuple[Tensor, ...], Any]:
+    if isinstance(discriminator, DistributedDataParallel) and regions.is_entered(whole=True):
+        raise RuntimeError(
+            "DistributedDataParallel cannot be called in a graph: compute the loss in a module that holds the "
+            "discriminator, and wrap that module: DistributedDataParallel(torch.compile(losses))"
+        )
     x = tuple(enter(follow, *floating(inputs)))
     rest = iter(x)
     given = replaced(inputs, lambda _: next(rest))
