@@ -14,9 +14,11 @@ MAX_PARTS = 1024  # largest number of partial sums; each reader adds them up
 _MAX_LENGTH = 2**31 - 1 - BLOCK  # rows or columns; their product may be larger
 _ENOUGH_PROGRAMS = 2048  # several programs for each multiprocessor of a large GPU
 
-# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. GENERAL:
-# all other cases.
-GENERAL, ALONG, ACROSS = 0, 1, 2
+# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. RUNS: each
+# row lies in short runs, as in a transposed convolution's weight; few rows a program, since a row is long. GENERAL: all
+# other cases. The first two read single elements.
+GENERAL, RUNS, ALONG, ACROSS = 0, 1, 2, 3
+_RUN = 8  # elements of a run that fill a sector of memory
 # What a program of the last forward launch writes.
 WEIGHT_PART, U_PART, V_PART = 0, 1, 2
 
@@ -123,6 +125,8 @@ def plan_of(
 def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: bool) -> int:
     outer, rows, inner = matrix
     line = inner if outer == 1 else rows
+    if outer > 1 and inner >= _RUN and not of_columns:
+        return RUNS
     if not aligned or min(outer, inner) > 1 or line % vector:
         return GENERAL
     return ALONG if (outer == 1) != of_columns else ACROSS
@@ -130,7 +134,7 @@ def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: 
 
 def outputs_a_block(form: int, item: int) -> int:
     """Return how many elements of s or t a program computes at a time, each from its share of a block of W."""
-    return {ALONG: 4, ACROSS: 128 // item, GENERAL: 32}[form]
+    return {ALONG: 4, ACROSS: 128 // item, RUNS: 4, GENERAL: 32}[form]
 
 
 def _ceil(a: int, b: int) -> int:
