@@ -396,7 +396,7 @@ def forward(
         _product[(len(tiles),)](tiles, layers, scratch, **constants)
 
     with _on(saved.device):
-        layers = plans.table_of(plan, addresses, saved.device)
+        layers = plans.table_of(plan, addresses, saved.device, weights)
         if n_power_iterations == 0:
             product(of_t=False, stored=True, weighted=True)
         for i in range(n_power_iterations):
@@ -418,7 +418,7 @@ def backward(
     scratch = saved.new_empty(plan.chunk_sums)
     dtype = _TYPES[weights[0].dtype]
     with _on(saved.device):
-        layers = plans.table_of(plan, addresses, saved.device)
+        layers = plans.table_of(plan, addresses, saved.device, weights)
         _inner_products[(len(plan.chunks),)](plan.chunks, layers, scratch, DTYPE=dtype)
         _grad_weights[(len(plan.chunks),)](plan.chunks_back, layers, scratch, DTYPE=dtype)
 
