@@ -1,5 +1,7 @@
 """Exact, fast kernels for the methods that stabilize GAN training."""
 
+from fastgan import _start as _start  # isort: split
+
 from fastgan import nn, ops
 from fastgan._version import __version__
 from fastgan.backends import BackendUnavailable, info, use_backend

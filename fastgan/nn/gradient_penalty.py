@@ -163,7 +163,7 @@ class GradientPenalty(nn.Module):
 
 
 def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured, other than by torch.compile, whose graphs keep this apart."""
+    """Whether a CUDA graph is being captured. Captures by torch.compile do not count: its graphs guard the calls."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()

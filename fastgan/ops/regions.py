@@ -78,7 +78,7 @@ def traceable(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             if _open.regions:
                 end_all()
             return function(*args, **kwargs)

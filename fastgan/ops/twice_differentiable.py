@@ -118,14 +118,14 @@ _PLAIN = {
     torch.Tensor,
     torch.nn.Parameter,
     torch_private.FunctionalTensor,
-}  # the last while torch.compile makes a graph
+}  # the last one while torch.compile records a graph
 
 
 class Reroute(TorchFunctionMode):
     """Args:
-    routes: what is rerouted.
-    after: the multiplications that PyTorch's own functions do first, less what calls of fastgan's would cost. What
-        PyTorch cannot differentiate twice is rerouted from the start.
+    routes: the functions that are rerouted.
+    after: the number of multiplications that PyTorch's own functions compute first, minus the cost of calling
+        fastgan's. Functions that PyTorch cannot differentiate twice are rerouted from the start.
     """
 
     def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0) -> None:
@@ -222,15 +222,15 @@ class _Uncompiled:
     def __enter__(self) -> None:
         with self._lock:
             # If the compiler was never imported, nothing is compiled. Importing it would take a second.
-            if self._stance is None and "torch._dynamo" in sys.modules:
-                self._stance = torch.compiler.set_stance("force_eager")
+            if self._stance is None and "torch._dynamo.eval_frame" in sys.modules:
+                self._stance = torch_private.force_eager()
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0 and self._stance is not None:
-                self._stance.__exit__(None, None, None)
+                torch_private.set_stance(self._stance)
                 self._stance = None
 
 

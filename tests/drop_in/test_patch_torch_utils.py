@@ -92,7 +92,7 @@ def test_inside_of_a_package_the_modules_are_found_and_unknown_parameters_left_a
     assert imported("project.torch_utils.ops.bias_act").bias_act is ours.bias_act
     with caplog.at_level(logging.WARNING, "fastgan"):
         fma = imported("project.torch_utils.ops.fma").fma
-    assert "other parameters" in caplog.text
+    assert "its parameters differ" in caplog.text
     assert fma(torch.tensor(1.26), 1, 0, 1).item() == pytest.approx(1.3)
 
 
@@ -204,3 +204,54 @@ def test_a_discriminator_written_against_them_is_one_pass_exact_and_does_less(mo
     assert work(lambda: r1_by_hand(by_hand, x).backward()) < 0.75 * theirs
     for name, parameter in by_hand.named_parameters():
         assert_close(parameter.grad, plain.get_parameter(name).grad.double(), order=1)
+
+
+class Noisy(torch.nn.Module):
+    """A bias, a linear layer's bias and a factor of noise, none of which the penalty depends on."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.conv, self.strength = torch.nn.Conv2d(3, 3, 3), torch.nn.Parameter(torch.ones(()))
+        self.bias, self.last, self.call = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1)), call
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.call(x + self.strength * torch.ones_like(x), self.bias).sum((1, 2, 3)) + self.last
+
+
+ACTIVATED = {
+    "torch_utils.ops.bias_act": lambda f, x, b: f.bias_act(x, b, act="lrelu", clamp=256),
+    "torch_utils.ops.filtered_lrelu": lambda f, x, b: f.filtered_lrelu(x, TAPS, TAPS, b, 2, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_a_penalty_leaves_zeros_and_none_where_theirs_does(name):
+    module = imported(name)
+    torch.manual_seed(0)
+    model = Noisy(lambda x, b: ACTIVATED[name](module, x, b)).double()
+
+    def penalized():
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    theirs = penalized()
+    assert not theirs["strength"].any()
+    assert theirs["last"] is None
+    fastgan.patch_torch_utils()
+    ours = penalized()
+    for key, grad in theirs.items():
+        assert (ours[key] is None) == (grad is None), key
+        torch.testing.assert_close(ours[key], grad)
+
+
+def test_rosinalitys_activation_leaves_zeros_without_cuda():
+    fastgan.patch_torch_utils()
+    fused, bias = imported("basicsr.ops.fused_act").fused_leaky_relu, torch.ones(3, requires_grad=True)
+    x = X.float().requires_grad_()
+    (grad,) = torch.autograd.grad(fused(x, bias).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert not bias.grad.any()

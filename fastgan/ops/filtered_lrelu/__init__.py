@@ -1,4 +1,4 @@
-"""A leaky ReLU at a higher resolution, between an upsampling and a downsampling filter."""
+"""A leaky ReLU at a higher resolution, between upsampling and downsampling."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ def filtered_lrelu(
 ) -> Tensor:
     """Add a bias, upsample, apply a leaky ReLU with gain and clamp, and downsample.
 
-    The upsampling has the gain up_x * up_y, which makes up for the zeros between the elements. See `upfirdn2d` and
-    `bias_act`, of which this is made. On a CPU, one kernel takes these steps for a contiguous input, plane by plane, so
-    that the upsampled image is never in memory. It keeps a bit per upsampled element for the derivatives, two with
-    ``clamp``.
+    The function combines `upfirdn2d` and `bias_act`. The upsampling has the gain up_x * up_y, which compensates for the
+    zeros between the elements. On a CPU, one kernel computes all steps of a contiguous input, plane by plane, and never
+    stores the upsampled image. For the derivatives it saves one bit per upsampled element (two with ``clamp``).
 
-    Order of derivative: any. With its filters constant it is piecewise affine, so a penalty through it is one pass.
+    Order of derivative: any. If the filters are constant, the function is piecewise affine and allows one pass.
 
     Source: Karras et al., Alias-Free Generative Adversarial Networks (2021).
 
@@ -55,7 +54,7 @@ def filtered_lrelu(
     Args:
         input: (N, C, H, W); float16, bfloat16, float32 or float64.
         up_filter: filter of the upsampling: (h, w), (k,) for a separable filter, or None.
-        down_filter: filter of the downsampling, likewise.
+        down_filter: filter of the downsampling, in the same forms.
         bias: (C,), in the dtype of the input, or None.
         up: factor of the upsampling, one number or (x, y).
         down: factor of the downsampling, one number or (x, y).
@@ -71,7 +70,7 @@ def filtered_lrelu(
 
     Raises:
         TypeError: an argument is not a tensor or a number, or has an unsupported dtype.
-        ValueError: a shape or factor does not fit, or nothing of the image is left.
+        ValueError: a shape or factor does not fit, or the result would be empty.
         BackendUnavailable: the requested backend cannot run here.
     """
     if bias is not None:
@@ -95,7 +94,7 @@ def filtered_lrelu(
 
 @visible
 def in_one(input: Tensor, steps: Steps) -> Tensor:
-    """Linear between the kinks, and through zero where nothing is clamped."""
+    """Return the layout. The function is piecewise affine; without a clamp, its pieces pass through zero."""
     return apply(input, steps)
 
 
@@ -107,7 +106,7 @@ def _is_fused(
     clamped: bool,
     backend: str | None,
 ) -> bool:
-    """Whether the kernel takes this call. Others, and calls with an error, go through the steps one by one."""
+    """Return whether the kernel supports this call. Other calls run the steps one by one, which raise any errors."""
     return (
         isinstance(input, Tensor)
         and input.ndim == 4
@@ -115,7 +114,7 @@ def _is_fused(
         and input.is_contiguous()
         and all(isinstance(number, int | float) and isfinite(number) for number in numbers)
         and numbers[2] > 0
-        and not (clamped and torch_private.count_function_modes())  # the one pass looks for the constants of a clamp
+        and not (clamped and torch_private.count_function_modes())  # one pass needs the constants of a clamp
         and all(f is None or (isinstance(f, Tensor) and f.is_floating_point()) for f in (up_filter, down_filter))
         and is_constant(up_filter)
         and is_constant(down_filter)

@@ -1,6 +1,6 @@
-"""The operator of filtered_lrelu, and its derivatives: the same steps with the slopes in place of the activation.
+"""The operator of filtered_lrelu and its derivatives, which run the same steps with slopes instead of the activation.
 
-y = D act(U x). With S the slopes, the backward is U^T S D^T, the backward of that D S U, and so on.
+y = D act(U x). With the slopes S, the backward is U^T S D^T. The backward of that is D S U, and so on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Steps(NamedTuple):
 
 
 def apply(x: Tensor, steps: Steps) -> Tensor:
-    """The result for x (N, C, H, W), differentiable to any order."""
+    """Compute the result for x (N, C, H, W), differentiable to any order."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _run(x, None, None, False, steps)
     result: Tensor = _FilteredLrelu.apply(x, steps)
@@ -70,7 +70,7 @@ class _FilteredLrelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, steps: Steps) -> Tensor:
         h, w = steps.up.out_size
-        size = x.shape[0] * x.shape[1] * h * ((w + 7) // 8)  # a bit an element, each row in whole bytes
+        size = x.shape[0] * x.shape[1] * h * ((w + 7) // 8)  # one bit per element; each row has whole bytes
         signs = torch.empty(size, dtype=torch.uint8, device=x.device)
         inside = torch.empty_like(signs) if steps.clamp != inf else None
         y = _run(x, signs, inside, False, steps)
@@ -95,7 +95,7 @@ def _times_slopes(grad: Tensor | None, signs: Tensor, inside: Tensor | None, ste
 
 
 class _Slopes(torch.autograd.Function):
-    """The linear map of the derivative, with the activation's choices fixed. Its backward is its transpose."""
+    """The linear map of the derivative, with fixed slopes. Its backward is its transpose."""
 
     piecewise_affine = True
 
