@@ -9,12 +9,14 @@ from fastgan.convert import convert, revert
 from fastgan.drop_in import patch_torch_utils
 from fastgan.graphs import graphed_step
 from fastgan.launcher.session import enabled
+from fastgan.ops.compilable import compilable
 from fastgan.ops.gradient_penalty import explain_penalty, gradient_penalty, logits_and_penalty, penalty_from_logits
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "compilable",
     "convert",
     "enabled",
     "explain_penalty",

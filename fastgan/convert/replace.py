@@ -26,7 +26,8 @@ class Replacement:
     original code handles all other calls, and all calls under a tracer or compiler.
 
     ``around``, if it is set, replaces ``forward`` and receives the original forward as its first argument.
-    ``is_left_alone``, if it is set, tells whether the original code handled an equal call before. It must be cheap.
+    ``is_left_alone``, if it is set, receives the arguments of a call and tells, at a low cost, whether the original
+    code handled an equal call before.
     """
 
     replacement: Any
@@ -102,7 +103,7 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
         return mixin.around(self, base.forward, *args, **kwargs)
 
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if mixin.is_left_alone and not torch.compiler.is_dynamo_compiling() and self.is_left_alone(*args, **kwargs):
+        if mixin.is_left_alone and not torch.compiler.is_dynamo_compiling() and self.is_left_alone(args, kwargs):
             return own(self, *args, **kwargs)
         if is_traced():
             return own(self, *args, **kwargs)

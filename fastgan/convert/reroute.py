@@ -24,8 +24,11 @@ _LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; abov
 
 
 class Rerouted(Replacement):
-    def is_left_alone(self: Any, *args: Any, **kwargs: Any) -> bool:
-        return not kwargs and len(args) == 1 and _key(self, args[0]) in self.__dict__["_fastgan"].get("left_alone", ())
+    def is_left_alone(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs or len(args) != 1 or not isinstance(x := args[0], Tensor):
+            return False
+        key = self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad
+        return key in self._fastgan.get("left_alone", ())
 
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
         if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
@@ -33,8 +36,8 @@ class Rerouted(Replacement):
         values = *args, *kwargs.values()
         if _is_large(self, values) or _may_lack(self, values):
             return True
-        if len(values) == len(args) == 1 and isinstance(args[0], Tensor):
-            _remember(self, "left_alone", _key(self, args[0]), True)
+        if len(values) == len(args) == 1 and isinstance(x := args[0], Tensor):
+            _remember(self, "left_alone", (self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad), True)
         return False
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,11 +50,6 @@ class Rerouted(Replacement):
             returned = base.forward(self, *args, **kwargs)
         _remember(self, "may_lack", _form(self, values), not rerouting.only_pytorch_ran)
         return returned
-
-
-def _key(module: Any, x: Any) -> Any:
-    """Return all that ``_is_large`` and ``_may_lack`` depend on if ``x`` is the only argument."""
-    return (module.training, x.shape, x.dtype, x.is_cpu, x.requires_grad) if isinstance(x, Tensor) else None
 
 
 def _is_large(module: Any, values: tuple[Any, ...]) -> bool:

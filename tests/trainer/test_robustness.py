@@ -1,4 +1,4 @@
-"""What a run survives: kill -9 anywhere, damaged checkpoints, full disks, folders that cannot be read."""
+"""Runs survive kill -9 at any time, damaged checkpoints, full disks and unreadable folders."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def train(config: TrainConfig, **changes: object) -> Trainer:
 
 
 def go_on(config: TrainConfig) -> Trainer:
-    """What a user would type after a crash."""
+    """Resume the run as a user would after a crash."""
     started = (config.folder / "config.json").exists()
     return train(config, resume=started, overwrite=not started)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.attention import blocks, pytorch_kernel, reference
+from fastgan.ops.attention import blocks, blocks_second, pytorch_kernel, reference
 from fastgan.ops.attention.layout import Options
 from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, last_order, operator, stored, without_autocast
 from fastgan.ops.needed import needed
@@ -45,6 +45,11 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
     return exact
 
 
+_reference = _exactly(reference.attention)
+_pytorch_forward = _exactly(pytorch_kernel.forward)
+_pytorch_backward = _exactly(pytorch_kernel.backward)
+
+
 @operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
 @_exactly
 def _forward(*arguments: Any) -> None:
@@ -72,8 +77,8 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
 )
 @_exactly
-def _backward(*arguments: Any) -> None:
-    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
+def _backward(*given: Any) -> None:
+    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = given
     options = Options(scale, is_causal, dropout_p)
     targets = dq, dk, dv, dmask
     if _is_by_pytorch(q, k, v, mask, [t is not None for t in targets], options, backend):
@@ -81,8 +86,11 @@ def _backward(*arguments: Any) -> None:
         for target, result in zip(targets, results, strict=False):
             copy_back(result, target)
         return
-    run: Any = _triton().backward if backend == "triton" else blocks.backward
-    run(stored(g), q, k, v, mask, o, lse, seed, *targets, options)
+    arguments = stored(g), q, k, v, mask, o, lse, seed, *targets, options
+    if backend == "triton":
+        _triton().backward(*arguments)
+    else:
+        blocks.backward(*arguments, backend == "cpu")
 
 
 @operator(
@@ -92,13 +100,17 @@ def _backward(*arguments: Any) -> None:
     f" {_OPTIONS}) -> ()"
 )
 @_exactly
-def _double_backward(*arguments: Any) -> None:
-    *tensors, seed, scale, is_causal, dropout_p, backend = arguments
+def _double_backward(*given: Any) -> None:
+    *tensors, seed, scale, is_causal, dropout_p, backend = given
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    run: Any = _triton().double_backward if backend == "triton" else blocks.double_backward
-    run(*grads, stored(g), *operands, seed, *results, options)
+    arguments = *grads, stored(g), *operands, seed, *results, options
+    if backend == "triton":
+        _triton().double_backward(*arguments)
+        return
+    run: Any = blocks_second.double_backward
+    run(*arguments, backend == "cpu")
 
 
 class _Attention(torch.autograd.Function):
@@ -136,7 +148,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     is_direct = is_eager(q)
     if is_direct and backend != "triton" and pytorch_kernel.takes(q, k, v, mask, options.dropout_p):
-        return _exactly(pytorch_kernel.forward)(q, k, v, mask, options)  # without the operator's copy
+        return _pytorch_forward(q, k, v, mask, options)  # without the operator's copy
     o, lse = _results(q, v)
     run: Any = _forward if is_direct else torch.ops.fastgan.attention_fwd
     run(q, k, v, mask, o, lse, seed, *options, backend)
@@ -173,7 +185,7 @@ def _run_backward(
     operands = q, k, v, mask
     is_direct = is_eager(g)
     if is_direct and _is_by_pytorch(q, k, v, mask, wanted, options, backend):
-        grads = _exactly(pytorch_kernel.backward)(stored(g), q, k, v, mask, o, lse, options)
+        grads = _pytorch_backward(stored(g), q, k, v, mask, o, lse, options)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), None
     results = [
         torch.empty_like(t) if t is not None and want else None for t, want in zip(operands, wanted, strict=True)
@@ -224,7 +236,7 @@ def fits_triton(q: Tensor, v: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:
     """Run the op on canonical operands on the chosen backend."""
     if backend == "reference":
-        return _exactly(reference.attention)(q, k, v, mask, *options)
+        return _reference(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)

@@ -24,13 +24,13 @@ from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pyto
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.regions import compilable, is_entered
+from fastgan.ops.regions import is_entered, traceable
 from fastgan.ops.twice_differentiable import Rerouting, twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
 
-@compilable
+@traceable
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Inputs,
@@ -142,7 +142,8 @@ def gradient_penalty(
             for point in points(kind, real, fake, generator)
         ]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    require_grad_mode()
+    if not torch.is_grad_enabled():
+        require_grad_mode()
     call = call_of(discriminator, (kind if isinstance(kind, str) else None, real, fake), args, kwargs)
     repeated = is_left_to_pytorch(call)
     if not repeated:
@@ -188,7 +189,7 @@ def _traced_or_approximate(
         return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
 
 
-@compilable
+@traceable
 def penalty_from_logits(
     logits: Any,
     inputs: Inputs,
@@ -288,7 +289,7 @@ def gradients_of_logits(
     return returned, [grad for grad in grads if grad is not None]
 
 
-@compilable
+@traceable
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Inputs,

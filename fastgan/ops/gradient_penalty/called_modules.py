@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.gradient_penalty.size import all_modules
+from fastgan.ops.gradient_penalty.size import count_modules
 
 _DEPTH = 4  # of functions within functions
 _MOST = 64  # elements of a list that are searched
@@ -73,15 +73,18 @@ def call_of(
         values = (*inputs, *more)
     if args or kwargs:
         values = (*values, args, kwargs)
-    try:
-        # The common case is inline.
-        given = [
-            (Tensor, value.shape, value.dtype, value.device) if type(value) is Tensor else _described(value)
-            for value in values
-        ]
-    except Unknown:
-        return None
-    return Call(module, (code, module.training, len(all_modules([module])), *given))
+    details: list[Hashable] = [code, module.training, count_modules(module)]
+    for value in values:  # the common cases are inline
+        if type(value) is Tensor:
+            details.append((Tensor, value.shape, value.dtype, value.device))
+        elif value is None or type(value) is str:
+            details.append(value)
+        else:
+            try:
+                details.append(_described(value))
+            except Unknown:
+                return None
+    return Call(module, tuple(details))
 
 
 def _described(value: Any) -> Hashable:

@@ -44,7 +44,8 @@ def run_forward(
     kwargs: Mapping[str, Any] | None,
 ) -> Forward:
     """Call the discriminator and look for an obstacle to one pass."""
-    require_grad_mode()
+    if not torch.is_grad_enabled():
+        require_grad_mode()
     known = call_of(discriminator, (inputs,), args, kwargs)
     if is_left_to_pytorch(known):
         given, x = differentiable(inputs)

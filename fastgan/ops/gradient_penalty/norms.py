@@ -28,10 +28,11 @@ def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: boo
     """
     take = _squared_norm if squared else _norm
     if len(grads) == 1:
-        if dims is None and not squared and _is_plain(grads[0]):
-            norm: Tensor = torch.linalg.vector_norm(grads[0].flatten(1), dim=1)  # faster than over several dimensions
-            return norm
-        grad = _with_elements(grads[0])
+        grad = grads[0]
+        if not squared and dims is None and grad.ndim > 1 and grad.is_contiguous() and _is_small(grad, _LEAST):
+            rows: Tensor = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=_wide(grad.dtype))
+            return rows  # faster than over several dimensions
+        grad = _with_elements(grad)
         return take(grad, resolve(dims, grad.ndim), _wide(grad.dtype))
     dtype = dtype_of(grads)
     parts = [take(grad, resolve(dims, grad.ndim), dtype) for grad in map(_with_elements, grads)]
@@ -43,11 +44,6 @@ def norms(grads: Sequence[Tensor], dims: tuple[int, ...] | None, *, squared: boo
         )
     stacked = torch.stack(parts)
     return stacked.sum(0) if squared else torch.linalg.vector_norm(stacked, dim=0)
-
-
-def _is_plain(grad: Tensor) -> bool:
-    """Return whether a few of PyTorch's operations on rows compute the norms fastest."""
-    return grad.dtype.itemsize >= 4 and grad.ndim > 1 and _is_small(grad, _LEAST) and grad.is_contiguous()
 
 
 def dtype_of(grads: Sequence[Tensor]) -> torch.dtype:
@@ -112,9 +108,8 @@ def total_of_squares(x: Tensor) -> Tensor:
 
 
 def _is_small(grad: Tensor, least: int) -> bool:
-    if torch.compiler.is_dynamo_compiling():
-        return True  # compilers fuse PyTorch's operations
-    return grad.is_cpu and grad.numel() < least
+    # Compilers fuse PyTorch's operations.
+    return (grad.is_cpu and grad.numel() < least) or torch.compiler.is_dynamo_compiling()
 
 
 def _read_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
