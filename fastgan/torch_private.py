@@ -50,6 +50,7 @@ __all__ = [
     "is_batched",
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
+    "keep_graph_whole",
     "keeps_graph",
     "rebind",
     "safe_softmax",
@@ -159,6 +160,14 @@ def rebind(variable: str, other: str) -> None:
     frame = translator.current_tx().output.current_tx
     old, new = (frame.symbolic_locals[name].realize() for name in (variable, other))
     old.proxy, old.requires_grad = new.proxy, new.requires_grad
+
+
+def keep_graph_whole() -> None:
+    """Do not let DistributedDataParallel split the graph that torch.compile traces into one for each of its buckets."""
+    _, _, translator = dynamo()
+    optimizer: Any = getattr(translator.current_tx().output.compiler_fn, "__self__", None)
+    if hasattr(optimizer, "first_bucket_cap"):
+        optimizer.first_bucket_cap = optimizer.bucket_bytes_cap = float("inf")
 
 
 def _hook_on_top() -> object | None:

@@ -79,18 +79,20 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 # Files with large tables. A run takes one row in this many, always the same ones. FASTGAN_TESTS=all runs all
 # rows. Runs with -k or of single tests take all rows, too, except with FASTGAN_TESTS=thin.
 THINNED = {
+    "test_attention_in_models.py": 4,
+    "test_attention_shapes.py": 4,
     "test_bias_act.py": 2,
     "test_cases.py": 2,
     "test_compilable.py": 2,
     "test_compiled_penalties.py": 4,
+    "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 2,
     "test_norm.py": 2,
     "test_one_pass_idioms.py": 2,
     "test_penalty_conventions.py": 2,
+    "test_penalty_inputs.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
-    "test_attention_in_models.py": 4,
-    "test_attention_shapes.py": 4,
     "test_scaled_dot_product_attention.py": 4,
     "test_second_derivatives.py": 2,
     "test_sharded_penalties.py": 3,

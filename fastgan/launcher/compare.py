@@ -10,8 +10,10 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,20 +97,33 @@ def compare(command: Command) -> int:
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [sys.executable, "-m", "fastgan", "run", *(["-m"] if command.module else [])]
-            result = subprocess.run(
-                [*start, command.name, *command.arguments],
-                env={**os.environ, VARIABLE: json.dumps(given)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if result.returncode or not file.exists():  # a script that fails writes the file, too
-                print(result.stderr, end="", file=sys.stderr)
-                print(f"fastgan: {command.name} ended with status {result.returncode}", file=sys.stderr)
-                return result.returncode or 1
+            errors = Path(folder) / "errors"
+            status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
+            if status or not file.exists():  # a script that fails writes the file, too
+                print(errors.read_text(errors="replace"), end="", file=sys.stderr)
+                print(f"fastgan: {command.name} ended with status {status}", file=sys.stderr)
+                return status or 1
             found[role] = torch.load(file)
     print("\n".join(report(found, now, other)))
     return 0
+
+
+def _run(arguments: list[str], given: str, errors: Path) -> int:
+    """Run a process of the comparison. Workers that its script leaves behind end with it."""
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            arguments,
+            env={**os.environ, VARIABLE: given},
+            stdout=subprocess.DEVNULL,
+            stderr=file,  # not a pipe, which workers would hold open
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def report(found: dict[str, Any], now: int, other: int) -> list[str]:
