@@ -32,6 +32,7 @@ __all__ = [
     "FunctionalTensor",
     "TracingContext",
     "apart_from_dynamo",
+    "apply",
     "attention_on_cpu",
     "attention_on_cpu_backward",
     "checkpoint_hook",
@@ -155,6 +156,13 @@ def rebind(variable: str, other: str) -> None:
     frame = translator.current_tx().output.current_tx
     old, new = (frame.symbolic_locals[name].realize() for name in (variable, other))
     old.proxy, old.requires_grad = new.proxy, new.requires_grad
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Call ``function.apply(*args)`` of an autograd.Function, in eager mode without the steps that transforms need."""
+    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _hook_on_top() -> object | None:
