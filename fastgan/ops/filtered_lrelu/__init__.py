@@ -12,6 +12,7 @@ from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
 from fastgan.ops.library import visible
 from fastgan.ops.upfirdn2d import Factor, geometry_of, is_constant, plan_of, upfirdn2d
+from fastgan.ops.upfirdn2d.autograd import DTYPES
 from fastgan.ops.upfirdn2d.plan import image_size
 
 __all__ = ["filtered_lrelu"]
@@ -37,7 +38,8 @@ def filtered_lrelu(
     The upsampling has the gain up_x * up_y, which makes up for the zeros between the elements. See `upfirdn2d` and
     `bias_act`, of which this is made. On a CPU, one kernel takes these steps for a contiguous input, plane by plane, so
     that the upsampled image is never in memory. It keeps a bit per upsampled element for the derivatives, two with
-    ``clamp``.
+    ``clamp``. On a GPU, the kernel of the first filter activates its results and keeps two bits, and the second filter
+    follows.
 
     Order of derivative: any. With its filters constant it is piecewise affine, so a penalty through it is one pass.
 
@@ -79,13 +81,14 @@ def filtered_lrelu(
     sizes = (up, up) if isinstance(up, int) else up
     factor = sizes[0] * sizes[-1]
     numbers = (gain, slope, 1.0 if clamp is None else clamp)
-    if _is_fused(input, up_filter, down_filter, numbers, clamp is not None, backend):
+    chosen = _fused_by(input, up_filter, down_filter, numbers, clamp is not None, backend)
+    if chosen is not None:
         size = image_size(input)
         first = geometry_of(size, up_filter, up, 1, padding)
         second = geometry_of(first.out_size, down_filter, 1, down, 0)
         plans = (
-            plan_of(size, first, up_filter, input, flip_filter, factor, "cpu"),
-            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, "cpu"),
+            plan_of(size, first, up_filter, input, flip_filter, factor, chosen),
+            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
         return in_one(input, Steps(*plans, float(slope), float(gain), inf if clamp is None else float(clamp)))
     y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
@@ -99,16 +102,16 @@ def in_one(input: Tensor, steps: Steps) -> Tensor:
     return apply(input, steps)
 
 
-def _is_fused(
+def _fused_by(
     input: Tensor,
     up_filter: Tensor | None,
     down_filter: Tensor | None,
     numbers: tuple[float, ...],
     clamped: bool,
     backend: str | None,
-) -> bool:
-    """Whether the kernel takes this call. Others, and calls with an error, go through the steps one by one."""
-    return (
+) -> str | None:
+    """The backend whose kernel takes this call. Others, and calls with an error, go through the steps one by one."""
+    if not (
         isinstance(input, Tensor)
         and input.ndim == 4
         and input.numel() > 0
@@ -122,6 +125,8 @@ def _is_fused(
         and not torch.compiler.is_compiling()
         and not backends.is_lowered()
         and backends.is_plain()
-        and (backend or backends.forced()) in ("auto", "cpu")
-        and backends.why_not("filtered_lrelu", "cpu", input.device.type, input.dtype) is None
-    )
+        and input.dtype in DTYPES
+    ):
+        return None
+    chosen = backends.select("filtered_lrelu", input.device, input.dtype, backend)
+    return chosen if chosen in ("cpu", "triton") else None

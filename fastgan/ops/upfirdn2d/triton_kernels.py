@@ -9,24 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
+from fastgan.ops.upfirdn2d.triton_sums import taps_on_device, weighted_sums
 
 _BLOCK = 512
-
-
-@triton.jit
-def _first(o, start, UP: tl.constexpr, DOWN: tl.constexpr):
-    """Return the first tap that meets an element of the input, and that element."""
-    shift = (tl.maximum(start, 0) + UP - 1) // UP  # keeps what is divided from being negative
-    position = o * DOWN - start + shift * UP
-    k = (UP - position % UP) % UP
-    return k, (position + k) // UP - shift
 
 
 @triton.jit
@@ -51,32 +42,33 @@ def _upfirdn2d(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    ACC: tl.constexpr = taps_ptr.dtype.element_ty
     size = out_height * out_width * inner
     blocks = tl.cdiv(size, BLOCK)
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = e < size
-    ky, iy = _first(e // (out_width * inner), start_y, UP_Y, DOWN_Y)
-    kx, ix = _first(e // inner % out_width, start_x, UP_X, DOWN_X)
-    c = e % inner
-    total = tl.zeros([BLOCK], ACC)
-    for v in tl.static_range((TAPS_Y + UP_Y - 1) // UP_Y):
-        y = iy + v
-        k = ky + v * UP_Y
-        used = inside & (y >= 0) & (y < height) & (k < TAPS_Y)
-        line = tl.zeros([BLOCK], ACC)
-        for h in tl.static_range((TAPS_X + UP_X - 1) // UP_X):
-            x = ix + h
-            m = kx + h * UP_X
-            read = used & (x >= 0) & (x < width) & (m < TAPS_X)
-            at = ((plane * height + y) * width + x) * inner + c
-            place = m + (TAPS_Y if SEPARABLE else k * TAPS_X)
-            tap = tl.load(taps_ptr + place, mask=read, other=0.0)
-            line += tap * tl.load(typed(x_ptr, DTYPE) + at, mask=read, other=0.0).to(ACC)
-        if SEPARABLE:
-            line *= tl.load(taps_ptr + k, mask=used, other=0.0)
-        total += line
+    total = weighted_sums(
+        x_ptr,
+        taps_ptr,
+        plane,
+        e,
+        inside,
+        inner,
+        height,
+        width,
+        out_width,
+        start_y,
+        start_x,
+        UP_Y,
+        UP_X,
+        DOWN_Y,
+        DOWN_X,
+        TAPS_Y,
+        TAPS_X,
+        SEPARABLE,
+        BLOCK,
+        DTYPE,
+    )
     to = typed(y_ptr, DTYPE) + plane * size + e
     tl.store(to, rounded(total, DTYPE), mask=inside)
 
@@ -97,24 +89,10 @@ def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps:
         "BLOCK": _BLOCK,
         "DTYPE": DTYPES[x.dtype],
     }
-    of_device = _taps(tuple(taps), accumulation_dtype(x.dtype), x.device)
+    of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = inner, height, width, out_height, out_width, start_y, start_x
     with device_of(x):
         _upfirdn2d[grid](x, y, of_device, *shape, **options)
-
-
-_on_device: dict[Any, Tensor] = {}
-
-
-def _taps(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The taps as a tensor, made once: a copy to the device at every call would cost more than the kernel."""
-    key = values, dtype, device
-    found = _on_device.get(key)
-    if found is None:
-        if len(_on_device) >= 256:
-            _on_device.clear()
-        found = _on_device[key] = torch.tensor(values, dtype=dtype).to(device)
-    return found
 
 
 _POINTERS = addresses("x", "y", "taps") | dict.fromkeys(
