@@ -23,7 +23,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture
 def demo_run(page, tmp_path, monkeypatch):
-    """What the page on training starts from: runs/demo, exported."""
+    """Create runs/demo, exported, which the page on training uses."""
     if page.name != "training.md":
         return
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
@@ -42,7 +42,7 @@ def test_the_python_of_a_page_runs(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """What the headings of a page are called in links, as GitHub and mkdocs make it."""
+    """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

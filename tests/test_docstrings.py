@@ -29,3 +29,11 @@ def test_the_example_of_a_docstring_runs(name):
     assert examples
     for example in examples:
         exec(compile(example, name, "exec"), {})
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_parameter_has_an_entry_in_the_docstring(name):
+    section = re.search(r"^Args:\n(.*?)(?:^\S|\Z)", inspect.getdoc(PUBLIC[name]) or "", flags=re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^    (\S.*?):", section[1], flags=re.MULTILINE) if section else []
+    documented = [argument for entry in entries for argument in entry.split(", ")]
+    assert documented == list(inspect.signature(PUBLIC[name]).parameters)

@@ -212,17 +212,19 @@ class Block {
         [&](int at) { shared_.other_h[at] = 0; });
   }
 
+  // The loads of a thread are independent and unrolled, so that they wait for memory together.
   template <int kSize>
   __device__ void fetch(const void* tensor, A (*to)[kSize], std::int64_t c0, std::int64_t begin, std::int64_t end) {
-    const int depth = static_cast<int>(t_.dims - c0 < kDepth ? t_.dims - c0 : kDepth);
-    const T* from = static_cast<const T*>(tensor) + (b_ * t_.dims + c0) * t_.samples;
     static_assert(kThreads % kSize == 0, "a thread copies one sample's dims");
     constexpr int kStep = kThreads / kSize;
-    const int place = threadIdx.x % kSize;
-    const bool exists = begin + place < end;
-    std::int64_t at = threadIdx.x / kSize * t_.samples + begin + place;
-    for (int c = threadIdx.x / kSize; c < depth; c += kStep, at += kStep * t_.samples)
-      to[c][place] = exists ? static_cast<A>(load(from[at])) : A{0};
+    const int place = threadIdx.x % kSize, first = threadIdx.x / kSize;
+    const int depth = static_cast<int>(t_.dims - c0 < kDepth ? t_.dims - c0 : kDepth);
+    const int left = begin + place < end ? depth - first : 0;
+    const T* from = static_cast<const T*>(tensor) + (b_ * t_.dims + c0 + first) * t_.samples + begin + place;
+    const std::int64_t step = kStep * t_.samples;
+#pragma unroll
+    for (int k = 0; k < kDepth / kStep; ++k, from += step)
+      to[first + k * kStep][place] = k * kStep < left ? static_cast<A>(load(*from)) : A{0};
   }
 
   // Loads kDepth dims of both tiles.

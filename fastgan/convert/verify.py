@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fastgan.convert.probe import outcome
 from fastgan.convert.restore import revert
+from fastgan.ops.attention.multi_head import own_draws
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 # Largest allowed relative differences of a float32 model. They equal the tolerances for single ops.
@@ -32,6 +33,8 @@ _LEGEND = (
     f"sensitivity: {_FACTOR} times the change of the unconverted model's results when its inputs and parameters are "
     "perturbed by one rounding"
 )
+
+_DRAWS = "dropout in attention draws other random numbers than PyTorch on this device"
 
 Tensors = dict[str, Tensor]
 
@@ -55,11 +58,13 @@ class Difference:
 class Verification:
     """The comparison of a converted model with the original, on the same inputs and from the same state.
 
-    ``missing`` lists the kinds for which the unconverted model itself has no result, each with the reason.
+    ``missing`` lists the kinds for which the unconverted model itself has no result, each with the reason. ``note``
+    says why the models were compared in evaluation mode, if they were.
     """
 
     differences: list[Difference]
     missing: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def equal(self) -> bool:
@@ -73,6 +78,7 @@ class Verification:
         parts = [table(lines)] if compared else []
         if any(d.basis == "sensitivity" for d in compared):
             parts.append(_LEGEND)
+        parts += [self.note] * bool(self.note)
         parts += [f"not compared: {kind}, {reason}" for kind, reason in self.missing.items()]
         verdict = "equal up to rounding" if self.equal else "NOT EQUAL"
         return "\n".join([*parts, verdict if compared else "nothing could be compared"])
@@ -101,12 +107,29 @@ def verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V
     """Compare copies of the converted model and of the original."""
     if any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))):
         return _not_compared(dict.fromkeys(_TOLERANCES, "the model or its inputs are on the meta device"))
+    with own_draws() as draws:
+        verification = _verify(model, args, kwargs)
+    if verification.equal or not draws:
+        return verification
+    # Only with the same dropout can the two agree. In evaluation mode, layers have none.
+    with own_draws() as draws:
+        verification = _verify(model, args, kwargs, evaluation=True)
+    if draws and not verification.equal:
+        return _not_compared(dict.fromkeys(_TOLERANCES, f"{_DRAWS}, in evaluation mode too"))
+    return replace(verification, note=f"compared in evaluation mode: {_DRAWS}")
+
+
+def _verify(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, evaluation: bool = False
+) -> Verification:
     copies, failure = outcome(lambda: [_copied(model) for _ in range(3)])
     if failure is not None:
         return _not_compared(dict.fromkeys(_TOLERANCES, f"the model cannot be copied: {failure}"))
     converted, original, untouched = copies
     for unconverted in (original, untouched):
         revert(unconverted)
+    for copied in copies if evaluation else ():
+        copied.eval()
     expected = _results(original, args, kwargs, rerouted=False)
     actual = _results(converted, args, kwargs, rerouted=True)
     verification = _compared(actual, expected, [])

@@ -11,7 +11,7 @@ USAGE = """usage: fastgan run [--always] [--convert] [--compare N] SCRIPT [ARGUM
 
 Run a training script as python does, with its gradient penalties computed by fastgan's operations.
 
-  --always     keep fastgan's way without timing it against PyTorch's
+  --always     use fastgan without timing it against PyTorch
   --convert    also convert layers of models, such as spectral norm, where verify finds no difference on the first batch
   --compare N  take N penalized steps with PyTorch and N with fastgan, print how they differ, and stop
 
@@ -24,8 +24,8 @@ example: fastgan run train.py --batch-size 64"""
 class Settings:
     """Args:
     always: reroute without timing.
-    convert: convert the layers of models too.
-    compare: the steps of a comparison; 0 for none.
+    compare: number of steps of a comparison. 0: no comparison.
+    convert: whether to convert the layers of models too.
     """
 
     always: bool = False
@@ -42,7 +42,11 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Raises ValueError with what is wrong. What follows the script is the script's."""
+    """Parse the command line. All arguments after the script belong to the script.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
     settings, rest = Settings(), list(arguments)
     while rest:
         first = rest.pop(0)
@@ -76,7 +80,7 @@ def _checked(command: Command) -> Command:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. A script that ends by itself gives 0; its errors and its SystemExit pass through."""
+    """Run the command and return its exit status. The errors and the SystemExit of the script propagate."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2

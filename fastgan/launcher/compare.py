@@ -1,8 +1,7 @@
 """``fastgan run --compare N``: a script's steps with PyTorch's penalties and with fastgan's.
 
-The script starts four times with the same seeds, each time in a process of its own: with PyTorch's penalties, with
-fastgan's, with PyTorch's and another number of threads, and with both in turns, for the times. Each stops after the
-steps that are asked for.
+The script runs in four processes with the same seeds: with PyTorch's penalties, with fastgan's, with PyTorch's and
+another number of threads, and with both in turns to time them. Each process stops after the requested steps.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ROLES = {"PyTorch": Way.PYTORCH, "fastgan": Way.FASTGAN, "threads": Way.PYTORCH,
 
 
 class Recorder:
-    """What one of the processes writes down."""
+    """Records the losses, parameters, times and memory of one process."""
 
     def __init__(self, role: str, steps: int, file: str, threads: int) -> None:
         self.way = ROLES[role]
@@ -95,7 +94,7 @@ def _peak_memory() -> int:
 
 
 def recorder_of_this_process() -> Recorder | None:
-    """Removes what asks for it from the environment: processes that the script starts do not compare."""
+    """Return the recorder if this process is part of a comparison. Children of the script are not part of it."""
     given = os.environ.pop(VARIABLE, None)
     return Recorder(**json.loads(given)) if given else None
 
@@ -144,7 +143,7 @@ def report(found: dict[str, Any], now: int, other: int) -> list[str]:
     if not lean["steps"]:
         reasons = "".join(f"\n  {where}: {reason}" for where, reason in lean["refused"].items())
         return [f"fastgan: nothing to compare, no penalty was rerouted{reasons}"]
-    lines = [f"fastgan: {plain['steps']} steps with a penalty, with PyTorch's and with fastgan's, from the same seeds"]
+    lines = [f"fastgan: {plain['steps']} steps with a penalty, in PyTorch and with fastgan, from the same seeds"]
     before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
     if before and after:
         speed = f"{before / after:.2f} times as fast"
@@ -152,8 +151,8 @@ def report(found: dict[str, Any], now: int, other: int) -> list[str]:
     lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(lean['memory'])}")
     noise = f"PyTorch with {other} threads instead of {now}"
     for name in ("losses", "parameters"):
-        ours, pytorchs = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
-        lines.append(f"  largest difference of {name}: fastgan {ours:.2g}; {noise} {pytorchs:.2g}")
+        by_fastgan, by_threads = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
+        lines.append(f"  largest difference of {name}: fastgan {by_fastgan:.2g}; {noise} {by_threads:.2g}")
     return lines
 
 

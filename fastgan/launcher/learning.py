@@ -1,4 +1,4 @@
-"""What a call with create_graph=True tells: which calls of root modules it penalizes, and which cannot be rerouted."""
+"""Find the module calls that a call with create_graph=True penalizes, and those that cannot be rerouted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.ops.gradient_penalty.paths import paths
 GRADIENT = "fastgan: a gradient with a graph"
 
 NESTED = "it is differentiated more than twice (a gradient of a gradient, with create_graph=True)"
-IN_PARAMETERS = "it is differentiated in its parameters with create_graph=True"
+IN_PARAMETERS = "it is differentiated with respect to its parameters with create_graph=True"
 BATCHED = "its gradients are batched (is_grads_batched=True)"
 HOOKED = "it has forward hooks of its own"
 COMPILED = "it is compiled by torch.compile"
@@ -22,7 +22,7 @@ COMPILED = "it is compiled by torch.compile"
 
 class Found(NamedTuple):
     calls: list[Call]
-    reason: str | None  # why none of these is rerouted
+    reason: str | None  # why these calls are not rerouted
 
 
 def tensors_in(given: Any) -> list[Tensor]:
@@ -33,7 +33,7 @@ def tensors_in(given: Any) -> list[Tensor]:
 
 
 def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
-    """The calls that lie between the outputs and the inputs."""
+    """Return the calls of root modules between the outputs and the inputs."""
     points = [x for x in tensors_in(inputs) if x.requires_grad]
     ends = {get_gradient_edge(x).node for x in points}
     nested = False
@@ -52,7 +52,7 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
             calls.append(call)
         if INNER in metadata:
             inner[node] = metadata[INNER]
-        # A gradient depends on what its forward saved, which lies below the output of the root module.
+        # A gradient depends on tensors that its forward saved. These are below the output of the root module.
         earlier = metadata.get(GRADIENT)
         if earlier is not None:
             nested = True

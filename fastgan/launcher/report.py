@@ -1,4 +1,4 @@
-"""The table at the end: what was rerouted, its work and its time before and after, and what was not, and why."""
+"""The table at the end of a run: rerouted calls with their work and times, and the reasons why others were not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = ("penalized call", "module", "steps", "work, PyTorch", "work, fastgan", "
 
 
 class _Anchor:
-    """multiprocessing calls what is registered for an object in each worker, as long as the object lives."""
+    """multiprocessing calls a function that is registered for an object in each worker, while the object exists."""
 
 
 _anchor = _Anchor()
@@ -24,7 +24,7 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
     """Call ``report`` when this process ends.
 
     Args:
-        of_fork: is called in a worker that this process forks, and returns the worker's report.
+        of_fork: called in each worker that this process forks. It returns the worker's report.
     """
     owner = os.getpid()
     done: list[bool] = []
@@ -52,7 +52,7 @@ def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequen
 
 
 def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> list[str]:
-    """The lines, none if no penalty was seen and nothing is noted."""
+    """Return the lines of the table, or no lines if there was no penalty and there are no notes."""
     seen = [unit for unit in units if unit.steps]
     if not seen and not refused and not notes:
         return []

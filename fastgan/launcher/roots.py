@@ -1,9 +1,9 @@
-"""Root modules: whose calls are the outermost of all modules', and what hooks see of these calls.
+"""Root modules, whose calls are not inside the call of another module, and the hooks that observe these calls.
 
-While something is to be learned, global hooks mark the output of every root module. If no input of the root requires a
-gradient, they also mark the outermost calls inside with an input that does: a wrapper that augments images may make its
-inner module's input require a gradient. What has been learned stays in hooks of the penalized modules alone. These
-hooks are left out of pickles and copies, and no class is changed.
+While there is something to learn, global hooks mark the output of every root module. If no input of the root requires
+a gradient, they also mark the outermost calls inside it that have such an input: a wrapper that augments images may
+make the input of its inner module require a gradient. Afterwards only the penalized modules have hooks. Pickles and
+copies leave these hooks out, and no class is changed.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class GlobalHooks:
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """A module's hooks, of which a pickle or a copy has those that are not the launcher's, in a plain dictionary."""
+    """A module's hooks. Its pickle or copy is a plain dictionary without the launcher's hooks."""
 
     def _others(self) -> Iterator[tuple[int, Any]]:
-        ours = _ours
-        return ((key, value) for key, value in self.items() if key not in ours)
+        own = _own
+        return ((key, value) for key, value in self.items() if key not in own)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict, (), None, None, self._others()
@@ -128,7 +128,7 @@ class _Hooks(OrderedDict[int, Any]):
         return copy.deepcopy(OrderedDict(self._others()), memo)
 
 
-_ours: set[int] = set()  # the numbers of the launcher's hooks
+_own: set[int] = set()  # ids of the launcher's hooks
 _TABLES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -140,10 +140,10 @@ _CALLED = (0, 2)  # the tables with the hooks themselves
 
 
 def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None] | None:
-    """Hooks around every forward of this module, and how to remove them. None if it has hooks in the same places.
+    """Add hooks around every forward of a module, and return a function that removes them.
 
-    The handles of those refer to the dictionaries that would have to be replaced. Hooks of fastgan's fused spectral
-    norm have no handles.
+    Return None if the module has such hooks already, because their handles refer to the dictionaries that this function
+    replaces. Hooks of fastgan's fused spectral norm have no handles, so they may stay.
     """
     tables = [vars(module).get(name) or {} for name in _TABLES]
     if not all(isinstance(getattr(hook, "__self__", None), _Fused) for i in _CALLED for hook in tables[i].values()):
@@ -154,7 +154,7 @@ def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
-    _ours.update(handle.id for handle in handles)
+    _own.update(handle.id for handle in handles)
 
     def remove() -> None:
         for handle in handles:

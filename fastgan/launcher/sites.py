@@ -1,4 +1,4 @@
-"""Places in a script: the calls that lead to a call, as a key that costs a microsecond."""
+"""Call sites of a script: keys that identify the call stack, made in about a microsecond."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Site = tuple[int, ...]
 
 _DEPTH = 12
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_OURS = str(Path(__file__).parent) + os.sep
+_LAUNCHER = str(Path(__file__).parent) + os.sep
 _is_inner: dict[str, bool] = {}
 
 
@@ -23,7 +23,7 @@ def _outside(frame: FrameType | None) -> FrameType | None:
         name = frame.f_code.co_filename
         inner = _is_inner.get(name)
         if inner is None:
-            inner = _is_inner[name] = name.startswith((_TORCH, _OURS))
+            inner = _is_inner[name] = name.startswith((_TORCH, _LAUNCHER))
         if not inner:
             return frame
         frame = frame.f_back
@@ -31,9 +31,9 @@ def _outside(frame: FrameType | None) -> FrameType | None:
 
 
 def site() -> Site:
-    """The code and the instruction of each caller outside of PyTorch and of this package.
+    """Return the code and the instruction of each caller outside of PyTorch and this package.
 
-    A module's call has other frames inside of PyTorch with hooks than without.
+    A module with hooks is called through other frames of PyTorch than one without.
     """
     frame = _outside(sys._getframe(1))
     found: list[int] = []
@@ -44,13 +44,13 @@ def site() -> Site:
 
 
 def place() -> str:
-    """The file and the line of the innermost of these callers."""
+    """Return the file and line of the innermost of these callers."""
     frame = _outside(sys._getframe(1))
     return "?" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def is_called_by_fastgan() -> bool:
-    """Whether the caller of the caller is fastgan itself, which needs no help."""
+    """Return whether the caller of the caller is fastgan itself, whose penalties are rerouted already."""
     frame = sys._getframe(2)
     name = frame.f_globals.get("__name__", "")
     return name == "fastgan" or (name.startswith("fastgan.") and not name.startswith("fastgan.launcher."))

@@ -13,7 +13,7 @@ from fastgan.ops.gradient_penalty import gradient_penalty
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
-from fastgan.ops.regions import compilable
+from fastgan.ops.regions import traceable
 
 
 class _Turn:
@@ -112,7 +112,7 @@ class GradientPenalty(nn.Module):
         """The calls since the last penalty was due, this one included; 0: the next call takes a penalty."""
         return self._turn.index
 
-    @compilable
+    @traceable
     def forward(
         self,
         discriminator: Callable[..., Any],
@@ -163,7 +163,7 @@ class GradientPenalty(nn.Module):
 
 
 def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured, other than by torch.compile, whose graphs keep this apart."""
+    """Whether a CUDA graph is being captured. Captures by torch.compile do not count: its graphs guard the calls."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()

@@ -94,8 +94,11 @@ def is_autocast(device_type: str) -> bool:
 
     PyTorch raises for a device type without autocast, such as meta. This function returns False for it.
     """
-    # Dynamo of torch 2.11 cannot trace the first of these.
-    available = torch.compiler.is_dynamo_compiling() or torch.amp.is_autocast_available(device_type)
+    available = (
+        device_type in ("cpu", "cuda")
+        or torch.compiler.is_dynamo_compiling()  # the next function cannot be traced in torch 2.11
+        or torch.amp.is_autocast_available(device_type)
+    )
     return available and torch.is_autocast_enabled(device_type)
 
 

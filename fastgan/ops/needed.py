@@ -2,7 +2,7 @@
 
 ``ctx.needs_input_grad`` tells which inputs require a gradient, not which gradients are requested. All its entries can
 be true in ``autograd.grad(y, x)``, the first pass of every penalty, although that call requests no gradient of a
-parameter. Only the autograd engine knows what is requested.
+parameter. Only the autograd engine knows which gradients are requested.
 """
 
 from __future__ import annotations

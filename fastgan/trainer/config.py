@@ -131,7 +131,7 @@ class TrainConfig:
             usual = {"image_size": 32, **dataclasses.asdict(PictureConfig())}
             if changed := [name for name, value in settings.items() if value != usual[name]]:
                 raise ValueError(
-                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)}, which apply to "
+                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)}, which belong to "
                     f"{' and '.join(PICTURES)}"
                 )
         if not self.name or Path(self.name).name != self.name:
@@ -235,7 +235,10 @@ def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
     changed = [key for key in before if key not in RESUME_MAY_CHANGE and before[key] != after[key]]
     if changed:
         what = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in changed)
-        raise RunFolderError(f"cannot resume {asked.folder} with different settings ({what})")
+        raise RunFolderError(
+            f"cannot resume {asked.folder} with different settings ({what}): leave them out, or "
+            f"start a new run from its weights with --init-from {asked.folder}"
+        )
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_inside_of_a_package_the_modules_are_found_and_unknown_parameters_left_a
     assert imported("project.torch_utils.ops.bias_act").bias_act is ours.bias_act
     with caplog.at_level(logging.WARNING, "fastgan"):
         fma = imported("project.torch_utils.ops.fma").fma
-    assert "other parameters" in caplog.text
+    assert "its parameters differ" in caplog.text
     assert fma(torch.tensor(1.26), 1, 0, 1).item() == pytest.approx(1.3)
 
 

@@ -1,4 +1,4 @@
-"""What the launcher learns from scripts of each kind: the same losses, and the same None or zeros as without it."""
+"""The launcher in scripts of each kind: the same losses, and the same gradients of None or zeros."""
 
 from __future__ import annotations
 
@@ -514,7 +514,7 @@ def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
 
 
 def test_a_slower_way_is_not_kept():
-    from fastgan.launcher.timing import LEAST_GAIN, PAIRS, Unit, Way, usual
+    from fastgan.launcher.timing import LEAST_GAIN, PAIRS, Unit, Way, typical
 
     def decided(lean):
         unit = Unit(nn.Linear(1, 1), (), "here", Way.FASTER)
@@ -528,7 +528,7 @@ def test_a_slower_way_is_not_kept():
         assert sum(ways[2:-1]) == PAIRS
         return ways[-1]
 
-    assert usual([1.0, 9.0, 1.2, 30.0]) == pytest.approx(1.1)  # two steps were interrupted
+    assert typical([1.0, 9.0, 1.2, 30.0]) == pytest.approx(1.1)  # two steps were interrupted
     assert decided(0.7)
     assert not decided(1.5)
     assert not decided(1 / LEAST_GAIN + 0.001)

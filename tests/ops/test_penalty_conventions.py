@@ -1,4 +1,4 @@
-"""The calls of docs/conventions.md, evaluated as they stand there, against the formulas of papers and code bases."""
+"""The calls in docs/conventions.md, evaluated as written there, against the formulas of papers and code bases."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Pac(nn.Module):
 
 @pytest.fixture
 def given():
-    """What the page's calls name, in float64, with weights large enough for norms around one."""
+    """The names that the calls use, in float64, with weights large enough for norms around one."""
     torch.manual_seed(3)
     real, fake = torch.randn(2, N, 3, 8, 8).double()
     flat = nn.Flatten()

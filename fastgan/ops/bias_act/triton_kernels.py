@@ -35,7 +35,24 @@ def _log1p(w):
 
 
 @triton.jit
-def _smooth(u, ACTIVATION: tl.constexpr):
+def _normal(u, HALF: tl.constexpr):
+    """Return the distribution function of the normal distribution and exp(-u^2 / 2)."""
+    e = tl.exp(-0.5 * u * u)
+    if HALF:
+        # A polynomial in t, with a relative error of 8.3e-6 for all u: 2 % of a unit of float16. erf takes 24
+        # instructions, more than memory leaves time for in half precision.
+        t = 1.0 / (1.0 + 0.3 * tl.abs(u))
+        q = 0.21603089813806747 - 0.0770960366230271 * t
+        q = 0.14419046091415216 + t * (q * t - 0.0169389225284019)
+        below = e * t * (0.12007406133630777 + t * (0.11374361157976845 + t * q))
+        p = tl.where(u < 0.0, below, 1.0 - below)
+    else:
+        p = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+    return p, e
+
+
+@triton.jit
+def _smooth(u, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     """Return the value, the first and the second derivative. The compiler removes those that are not used."""
     if ACTIVATION == "tanh_of_y":
         f = u
@@ -55,8 +72,8 @@ def _smooth(u, ACTIVATION: tl.constexpr):
         first = 4.0 * e * r * r
         second = -2.0 * f * first
     elif ACTIVATION == "gelu":
-        p = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
-        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        p, e = _normal(u, HALF)
+        density = 0.3989422804014327 * e
         f = u * p
         first = p + u * density
         second = density * (2.0 - u * u)
@@ -103,6 +120,21 @@ def _plus(u, values_ptr, at, inner, channels, valid):
     """Add the value of its channel to each element of u, if there are values."""
     if values_ptr is not None:
         u += tl.load(values_ptr + at // inner % channels, mask=valid, other=0.0)
+    return u
+
+
+@triton.jit
+def _plus_in_rows(u, values_ptr, row, bit, inner, channels, size, EIGHT: tl.constexpr):
+    """The same for rows of eight elements. EIGHT: they have "one" channel or "successive" ones, or "any"."""
+    if values_ptr is not None:
+        if EIGHT == "one":
+            u += tl.load(values_ptr + row * 8 // inner % channels, mask=row * 8 < size, other=0.0)[:, None]
+        elif EIGHT == "successive":
+            c = (row * 8 % channels)[:, None] + bit
+            u += tl.load(values_ptr + c, mask=(row * 8 < size)[:, None], other=0.0)
+        else:
+            at = row[:, None] * 8 + bit
+            u = _plus(u, values_ptr, at, inner, channels, at < size)
     return u
 
 
@@ -157,6 +189,7 @@ def _activate(
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
     INDEX: tl.constexpr,
+    EIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -165,7 +198,7 @@ def _activate(
     bit = tl.arange(0, 8)[None, :]
     at = row[:, None] * 8 + bit
     u = tl.load(typed(x_ptr, DTYPE) + at, mask=at < size, other=0.0).to(ACC)
-    u = _plus(u, bias_ptr, at, inner, channels, at < size)
+    u = _plus_in_rows(u, bias_ptr, row, bit, inner, channels, size, EIGHT)
     if ACTIVATION == "linear":
         y = u * GAIN
     elif ACTIVATION == "relu":
@@ -173,7 +206,7 @@ def _activate(
     elif ACTIVATION == "leaky_relu":
         y = tl.where(u <= 0.0, u * (GAIN * SLOPE), u * GAIN)
     else:
-        f, _first, _second = _smooth(u, ACTIVATION)
+        f, _first, _second = _smooth(u, ACTIVATION, DTYPE.primitive_bitwidth == 16)
         y = f * GAIN
     if signs_ptr is not None:
         signs = tl.sum(tl.where(u <= 0.0, 0, 1 << bit), 1)
@@ -231,7 +264,7 @@ def _backward(
             if x_ptr is not None:
                 u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
                 u = _plus_in_tile(u, bias_ptr, c, at, inner, channels, valid, BY_CHANNEL)
-                f, first, _second = _smooth(u, ACTIVATION)
+                f, first, _second = _smooth(u, ACTIVATION, DTYPE.primitive_bitwidth == 16)
                 out *= _scale(f, GAIN, CLAMP) * first
             elif signs_ptr is not None:
                 below = 0.0 if ACTIVATION == "relu" else out * (GAIN * SLOPE)
@@ -285,7 +318,7 @@ def _double_backward(
             given = _plus_in_tile(given, k_ptr, c, at, inner, channels, valid, BY_CHANNEL)
             u = tl.load(typed(x_ptr, DTYPE) + at, mask=valid, other=0.0).to(ACC)
             u = _plus_in_tile(u, bias_ptr, c, at, inner, channels, valid, BY_CHANNEL)
-            f, first, second = _smooth(u, ACTIVATION)
+            f, first, second = _smooth(u, ACTIVATION, DTYPE.primitive_bitwidth == 16)
             given *= _scale(f, GAIN, CLAMP)
             if by_dy_ptr is not None:
                 tl.store(typed(by_dy_ptr, DTYPE) + at, rounded(first * given, DTYPE), mask=valid)
@@ -320,11 +353,11 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
         _activate,
         addresses("x", "bias", "y") | _BITS | _SIZES,
         [
-            _LEAKY | {"INDEX": tl.int32, "BLOCK": _BLOCK} | _absent("bias", "inside"),
-            _CLAMPED | {"INDEX": tl.int64, "BLOCK": _BLOCK},
+            _LEAKY | {"INDEX": tl.int32, "EIGHT": "any", "BLOCK": _BLOCK} | _absent("bias", "inside"),
+            _CLAMPED | {"INDEX": tl.int64, "EIGHT": "any", "BLOCK": _BLOCK},
             *(
-                form | {"INDEX": tl.int32, "BLOCK": _BLOCK} | _absent("signs", "inside")
-                for form in (_GELU, _TANH, _SOFTPLUS)
+                form | {"INDEX": tl.int32, "EIGHT": eight, "BLOCK": _BLOCK} | _absent("signs", "inside")
+                for form, eight in ((_GELU, "one"), (_TANH, "successive"), (_SOFTPLUS, "any"))
             ),
         ],
     ),
@@ -355,9 +388,14 @@ def piecewise_forward(
     options: Options,
 ) -> None:
     sizes = layout.size, layout.channels, layout.inner
-    constants = _constants(x.dtype, layout, options)
+    eight = "any"
+    if layout.inner % 8 == 0:
+        eight = "one"
+    elif layout.inner == 1 and layout.channels % 8 == 0:
+        eight = "successive"
+    constants = _constants(x.dtype, layout, options) | {"EIGHT": eight, "BLOCK": _BLOCK}
     with device_of(x):
-        _activate[(triton.cdiv(layout.size, _BLOCK),)](x, bias, y, signs, inside, *sizes, **constants, BLOCK=_BLOCK)
+        _activate[(triton.cdiv(layout.size, _BLOCK),)](x, bias, y, signs, inside, *sizes, **constants)
 
 
 def piecewise_apply(

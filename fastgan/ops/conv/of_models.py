@@ -1,4 +1,4 @@
-"""Convolutions for fastgan's functions of several steps, seen by modes as PyTorch's are."""
+"""Convolutions inside fastgan's composite functions. Modes see them as calls of PyTorch's functions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The operator of filtered_lrelu, and its derivatives: the same steps with the slopes in place of the activation.
+"""The operator of filtered_lrelu and its derivatives, which run the same steps with slopes instead of the activation.
 
-y = D act(U x). With S the slopes, the backward is U^T S D^T, the backward of that D S U, and so on.
+y = D act(U x). With the slopes S, the backward is U^T S D^T. The backward of that is D S U, and so on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Steps(NamedTuple):
 
 
 def apply(x: Tensor, steps: Steps) -> Tensor:
-    """The result for x (N, C, H, W), differentiable to any order."""
+    """Compute the result for x (N, C, H, W), differentiable to any order."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _run(x, None, None, False, steps)
     result: Tensor = _FilteredLrelu.apply(x, steps)
@@ -94,7 +94,7 @@ def _empty_bits(x: Tensor, steps: Steps) -> tuple[Tensor, Tensor | None]:
     if steps.up.backend == "triton":
         from fastgan.ops.filtered_lrelu.triton_kernels import size_of_bits
 
-        return torch.empty(size_of_bits(planes, h * w), dtype=torch.uint8, device=x.device), None
+        return torch.empty(size_of_bits(planes, h, w), dtype=torch.uint8, device=x.device), None
     signs = torch.empty(planes * h * ((w + 7) // 8), dtype=torch.uint8, device=x.device)  # each row in whole bytes
     return signs, torch.empty_like(signs) if steps.clamp != inf else None
 
@@ -127,7 +127,7 @@ def _times_slopes(grad: Tensor | None, signs: Tensor, inside: Tensor | None, ste
 
 
 class _Slopes(torch.autograd.Function):
-    """The linear map of the derivative, with the activation's choices fixed. Its backward is its transpose."""
+    """The linear map of the derivative, with fixed slopes. Its backward is its transpose."""
 
     piecewise_affine = True
 

@@ -4,7 +4,8 @@
     with READ       z = S (U x), with the slopes S from these bits
 
 upfirdn2d does the second filter. One kernel for both would have to compute an upsampled element for each of the taps
-that reads it: 36 times for 12 taps and a factor of 2. Bytes: one read of x, one write of z, two bits per element of z.
+that reads it: 36 times for 12 taps and a factor of 2. A thread makes 4 UP_Y rows of a column, as in upfirdn2d, whose
+bits are UP_Y bytes. Bytes: one read of x, one write of z, two bits per element of z.
 """
 
 from __future__ import annotations
@@ -19,9 +20,29 @@ from torch import Tensor
 
 from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
-from fastgan.ops.upfirdn2d.triton_sums import taps_on_device, weighted_sums
+from fastgan.ops.upfirdn2d.triton_rows import BLOCK, ROWS, first_input, rows_of_phase, taps_on_device
 
-_BLOCK = 512  # whole bytes of bits, four elements each
+
+@triton.jit
+def _activate(u, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """Return the activation, and its two bits."""
+    above = u > 0.0
+    z = u * tl.where(above, tl.full(u.shape, GAIN, u.dtype), tl.full(u.shape, SLOPE * GAIN, u.dtype))
+    bits = above.to(tl.int32)
+    if CLAMP is None:
+        bits += 2
+    else:
+        limit = tl.full(u.shape, CLAMP, u.dtype)
+        kept = tl.abs(z) <= limit
+        bits += 2 * kept.to(tl.int32)
+        z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
+    return z, bits
+
+
+@triton.jit
+def _times_slope(u, bits, SLOPE: tl.constexpr, GAIN: tl.constexpr):
+    z = u * tl.where((bits & 1) != 0, tl.full(u.shape, GAIN, u.dtype), tl.full(u.shape, SLOPE * GAIN, u.dtype))
+    return tl.where((bits & 2) != 0, z, 0.0)
 
 
 @triton.jit
@@ -40,6 +61,8 @@ def _activated(
     UP_X: tl.constexpr,
     DOWN_Y: tl.constexpr,
     DOWN_X: tl.constexpr,
+    PHASE_Y: tl.constexpr,
+    PHASE_X: tl.constexpr,
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
     SEPARABLE: tl.constexpr,
@@ -47,64 +70,79 @@ def _activated(
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
     READ: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    size = out_height * out_width
-    blocks = tl.cdiv(size, BLOCK)
-    plane = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = e < size
-    u = weighted_sums(
-        x_ptr,
-        taps_ptr,
-        plane,
-        e,
-        inside,
-        1,
-        height,
-        width,
-        out_width,
-        start_y,
-        start_x,
-        UP_Y,
-        UP_X,
-        DOWN_Y,
-        DOWN_X,
-        TAPS_Y,
-        TAPS_X,
-        SEPARABLE,
-        BLOCK,
-        DTYPE,
-    )
-    quarter = tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    shifts = 2 * tl.arange(0, 4)
-    slope = tl.full([BLOCK], SLOPE * GAIN, u.dtype)
-    gain = tl.full([BLOCK], GAIN, u.dtype)
-    if READ:
-        packed = tl.load(bits_ptr + quarter).to(tl.int32)  # (BLOCK / 4,)
-        bits = tl.reshape((packed[:, None] >> shifts[None, :]) & 3, [BLOCK])
-        z = u * tl.where((bits & 1) != 0, gain, slope)
-        z = tl.where((bits & 2) != 0, z, 0.0)
-    else:
-        above = u > 0.0
-        z = u * tl.where(above, gain, slope)
-        kept = tl.full([BLOCK], True, tl.int1)
-        if CLAMP is not None:
-            limit = tl.full([BLOCK], CLAMP, u.dtype)
-            kept = tl.abs(z) <= limit
-            z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
-        if bits_ptr is not None:
-            bits = above.to(tl.int32) + 2 * kept.to(tl.int32)
-            packed = tl.sum(tl.reshape(bits, [BLOCK // 4, 4]) << shifts[None, :], axis=1)
-            tl.store(bits_ptr + quarter, packed.to(tl.uint8))
-    tl.store(typed(z_ptr, DTYPE) + plane * size + e, rounded(z, DTYPE), mask=inside)
+    columns = tl.cdiv(out_width, UP_X)
+    along = tl.cdiv(columns, TILE_X)
+    down = tl.cdiv(tl.cdiv(out_height, UP_Y), ROWS * TILE_Y)
+    tile = tl.program_id(0) % (along * down)
+    plane = (tl.program_id(0) // (along * down)).to(tl.int64)
+    x_plane = typed(x_ptr, DTYPE) + plane * height * width
+    z_plane = typed(z_ptr, DTYPE) + plane * out_height * out_width
+    column = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
+    group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
+    for p in tl.static_range(UP_X):
+        ox = column * UP_X + p
+        none = tl.zeros([TILE_Y, TILE_X], tl.int32)
+        first = none  # the bytes of this column
+        second = none
+        third = none
+        fourth = none
+        for q in tl.static_range(UP_Y):
+            rows = rows_of_phase(
+                x_plane,
+                taps_ptr,
+                group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y),
+                column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X),
+                column < columns,
+                0,
+                1,
+                height,
+                width,
+                (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,
+                (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
+                UP_Y,
+                UP_X,
+                DOWN_Y,
+                TAPS_Y,
+                TAPS_X,
+                SEPARABLE,
+                INDEX,
+            )
+            for row in tl.static_range(ROWS):
+                oy = (group * ROWS + row) * UP_Y + q
+                inside = (oy < out_height) & (ox < out_width)
+                if READ:
+                    place = (group * UP_Y + (row * UP_Y + q) // 4).to(INDEX) * out_width + ox
+                    bits_plane = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width
+                    bits = tl.load(bits_plane + place, mask=inside, other=0).to(tl.int32)
+                    z = _times_slope(rows[row], bits >> (2 * ((row * UP_Y + q) % 4)), SLOPE, GAIN)
+                else:
+                    z, bits = _activate(rows[row], SLOPE, GAIN, CLAMP)
+                    bits = bits << (2 * ((row * UP_Y + q) % 4))
+                    if (row * UP_Y + q) // 4 == 0:
+                        first += bits
+                    elif (row * UP_Y + q) // 4 == 1:
+                        second += bits
+                    elif (row * UP_Y + q) // 4 == 2:
+                        third += bits
+                    else:
+                        fourth += bits
+                tl.store(z_plane + (oy.to(INDEX) * out_width + ox), rounded(z, DTYPE), mask=inside)
+        if not READ and bits_ptr is not None:
+            packed = (first, second, third, fourth)
+            for b in tl.static_range(UP_Y):
+                line = group * UP_Y + b
+                to = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width + (line.to(INDEX) * out_width + ox)
+                tl.store(to, packed[b].to(tl.uint8), mask=(line * 4 < out_height) & (ox < out_width))
 
 
-def size_of_bits(planes: int, elements: int) -> int:
-    """The bytes for the bits of all planes."""
-    blocks: int = triton.cdiv(elements, _BLOCK)
-    return planes * blocks * (_BLOCK // 4)
+def size_of_bits(planes: int, height: int, width: int) -> int:
+    """The bytes for the bits of all planes: a byte has four elements of a column."""
+    return planes * ((height + 3) // 4) * width
 
 
 def activated(
@@ -122,12 +160,16 @@ def activated(
     """x and z are contiguous. The sizes are those of upfirdn2d's kernel, with inner 1."""
     planes, _, height, width, out_height, out_width, *pairs = sizes
     up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
-    grid = (planes * triton.cdiv(out_height * out_width, _BLOCK),)
+    columns, rows = triton.cdiv(out_width, up_x), triton.cdiv(triton.cdiv(out_height, up_y), ROWS.value)
+    tile_x = min(BLOCK, triton.next_power_of_2(columns))
+    tile_y = min(BLOCK // tile_x, triton.next_power_of_2(rows))
     options: dict[str, Any] = {
         "UP_Y": up_y,
         "UP_X": up_x,
         "DOWN_Y": down_y,
         "DOWN_X": down_x,
+        "PHASE_Y": start_y % up_y,
+        "PHASE_X": start_x % up_x,
         "TAPS_Y": taps_y,
         "TAPS_X": taps_x,
         "SEPARABLE": separable,
@@ -135,12 +177,15 @@ def activated(
         "GAIN": gain,
         "CLAMP": None if clamp == inf else clamp,
         "READ": read,
-        "BLOCK": _BLOCK,
+        "TILE_Y": tile_y,
+        "TILE_X": tile_x,
+        "INDEX": tl.int32 if max(height * width, out_height * out_width) < 2**30 else tl.int64,
         "DTYPE": DTYPES[x.dtype],
     }
     of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = height, width, out_height, out_width, start_y, start_x
     with device_of(x):
+        grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
         _activated[grid](x, z, of_device, bits, *shape, **options)
 
 
@@ -155,10 +200,12 @@ AOT = [
         _POINTERS,
         [
             {
-                "UP_Y": 1 if read else 2,
-                "UP_X": 1 if read else 2,
+                "UP_Y": 2,
+                "UP_X": 2,
                 "DOWN_Y": 1,
                 "DOWN_X": 1,
+                "PHASE_Y": 0,
+                "PHASE_X": 1,
                 "TAPS_Y": 12,
                 "TAPS_X": 12,
                 "SEPARABLE": True,
@@ -166,7 +213,9 @@ AOT = [
                 "GAIN": 2**0.5,
                 "CLAMP": 256.0,
                 "READ": read,
-                "BLOCK": _BLOCK,
+                "TILE_Y": 4,
+                "TILE_X": BLOCK // 4,
+                "INDEX": tl.int32,
             }
             for read in (False, True)
         ],

@@ -17,12 +17,13 @@ Dynamo also runs both functions once on fake tensors to get the shapes of their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgan import backends
@@ -85,6 +86,11 @@ def _call(
     *,
     follow: bool,
 ) -> tuple[tuple[Tensor, ...], Any]:
+    if isinstance(discriminator, DistributedDataParallel) and regions.is_entered(whole=True):
+        raise RuntimeError(
+            "DistributedDataParallel cannot be called in a graph: compute the loss in a module that holds the "
+            "discriminator, and wrap that module: DistributedDataParallel(torch.compile(losses))"
+        )
     x = tuple(enter(follow, *floating(inputs)))
     rest = iter(x)
     given = replaced(inputs, lambda _: next(rest))
@@ -167,16 +173,21 @@ def _gradients(
     logits: list[Tensor], inputs: tuple[Tensor, ...], private_graph: bool, leaves: Mapping[Node, Tensor]
 ) -> tuple[Tensor, ...]:
     found, path = gradients(logits, inputs, private_graph=private_graph)
-    if any(type(node).__name__ in _OPAQUE for node in path):
-        raise RuntimeError(
-            "the discriminator calls a custom autograd.Function, and torch.compile loses the second derivative of "
-            "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) first, or compute the penalty inside "
-            "a function decorated with torch.compiler.disable"
-        )
+    refuse_opaque(path)
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]
     found[first] = fill_zeros(made[0], path, inputs, made, leaves)
     return tuple(torch.zeros_like(x) if grad is None else grad for grad, x in zip(found, inputs, strict=True))
+
+
+def refuse_opaque(path: Iterable[Node]) -> None:
+    """Raise if these nodes include one whose second derivative Dynamo has lost."""
+    if any(type(node).__name__ in _OPAQUE for node in path):
+        raise RuntimeError(
+            "a custom autograd.Function is differentiated twice, and torch.compile loses the second derivative of "
+            "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) first, or compute the derivative "
+            "inside a function decorated with torch.compiler.disable"
+        )
 
 
 _OPAQUE = ("ApplyTemplateBackward",)  # the node of a Function that Dynamo traced

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan.ops.gradient_penalty.called_modules import Call, call_of
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.small import (
@@ -44,18 +44,20 @@ def run_forward(
     kwargs: Mapping[str, Any] | None,
 ) -> Forward:
     """Call the discriminator and look for an obstacle to one pass."""
+    if not torch.is_grad_enabled():
+        require_grad_mode()
+    known = call_of(discriminator, (inputs,), args, kwargs)
+    if is_left_to_pytorch(known):
+        given, x = differentiable(inputs)
+        with uncompiled:
+            returned = discriminator(given, *args, **(kwargs or {}))
+        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
     check_call(inputs, select)
-    given = differentiable(inputs)
-    x = floating(given)
+    given, x = differentiable(inputs)
 
     def call() -> Any:
         return discriminator(given, *args, **(kwargs or {}))
 
-    known = call_of(discriminator, x, args, kwargs)
-    if is_left_to_pytorch(known, x):
-        with uncompiled:
-            returned = call()
-        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
     size = size_of(discriminator, x)
     if size is not Size.LARGE:
         return _run_maybe_small(discriminator, call, known, size, select, x)
@@ -117,5 +119,5 @@ def naming_layers(
         layers = Layers(discriminator)
         with layers.watched():
             forward = run_forward(discriminator, inputs, select, args, kwargs)
-        forget(call_of(discriminator, floating(inputs), args, kwargs))
+        forget(call_of(discriminator, (inputs,), args, kwargs))
         raise error.named(layers.missing(forward.logits, forward.inputs)) from None

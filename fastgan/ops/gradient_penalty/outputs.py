@@ -23,7 +23,7 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     Without ``select``, the output must be one tensor, or several that can only be logits of several scales or periods.
     The same applies to a list that an index or a key selects. The result of a function is used without this check.
     """
-    if select is None and isinstance(returned, Tensor) and returned.ndim and len(returned) == samples:
+    if select is None and isinstance(returned, Tensor) and returned.ndim and returned.shape[0] == samples:
         return [returned]  # the common case
     if select is None:
         logits = _sole(returned, samples)

@@ -21,6 +21,7 @@ from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
 from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.gradient_penalty.writes import WRITES, keep_target
 from fastgan.ops.norm.evaluation import scale_and_shift
 
 
@@ -43,7 +44,7 @@ def _sum(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
     if call.layout(other) is None:
         call.add_constant(other if alpha == 1 else other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input)
+        call.add_constant(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -51,7 +52,7 @@ def _difference(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layo
     if call.layout(other) is None:
         call.add_constant(-other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input)
+        call.add_constant(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -207,8 +208,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         functions("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), Rule(_cast)
     ),
-    **dict.fromkeys(functions("add", "__add__", "__radd__", "__iadd__"), Rule(_sum)),
-    **dict.fromkeys(functions("sub", "subtract", "__sub__", "__isub__"), Rule(_difference)),
+    **dict.fromkeys(functions("add", "__add__", "__radd__", "__iadd__"), Rule(_sum, keep_target)),
+    **dict.fromkeys(functions("sub", "subtract", "__sub__", "__isub__"), Rule(_difference, keep_target)),
     **dict.fromkeys(functions("rsub", "__rsub__"), Rule(_reversed_difference)),
     **dict.fromkeys(functions("mul", "multiply", "__mul__", "__rmul__", "__imul__"), Rule(_product)),
     **dict.fromkeys(
@@ -230,4 +231,5 @@ RULES: dict[Any, Rule] = {
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
+    **{function: Rule(rule, keep_target) for function, rule in WRITES.items()},
 }

@@ -34,6 +34,17 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(found)
 
 
+def count_modules(module: nn.Module) -> int:
+    """Return the number of modules inside this one, including it, at the lowest cost."""
+    found, waiting = {module}, [module]
+    for each in waiting:
+        for child in each._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                waiting.append(child)
+    return len(waiting)
+
+
 class Cost(NamedTuple):
     multiplications: int
     layers: int

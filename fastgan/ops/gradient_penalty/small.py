@@ -76,15 +76,15 @@ def takes_less(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
     return most is not None and most.multiplications < multiplications
 
 
-# Calls that are small and that PyTorch can differentiate twice. The next such call is not intercepted.
+# Calls that are small and that PyTorch can differentiate twice. The next such call is neither checked nor intercepted.
 _left_to_pytorch: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
-def is_left_to_pytorch(call: Call | None, inputs: Sequence[Tensor]) -> bool:
+def is_left_to_pytorch(call: Call | None) -> bool:
     """Return whether an equal earlier call was small and ran only PyTorch's own functions."""
     if call is None or call.details not in _left_to_pytorch.get(call.module, ()):
         return False
-    return _depends_on_size(inputs) and not may_be_sharded()
+    return not (_any_size.get() or backends.is_forced() or in_transform() or may_be_sharded())
 
 
 def leave_to_pytorch(call: Call) -> None:

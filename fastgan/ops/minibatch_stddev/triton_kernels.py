@@ -25,6 +25,7 @@ from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, t
 
 _MEMBERS = 16  # members held in registers at a time
 _TILE = 2048  # values of all these members together
+_BYTES = 8192  # of a tile of one row: a thread has all of up to 4 members in 16-byte loads, and no sum leaves it
 _BLOCK = 1024
 
 
@@ -38,13 +39,19 @@ def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl
     parts = tl.cdiv(count, BLOCK)
     slot = tl.program_id(0) // parts
     feature = slot % features
-    p = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) % parts * BLOCK
+    p = first + tl.arange(0, BLOCK)
     inside = p < count
     row = tl.zeros([BLOCK], tl.int64)
     if MANY_ROWS:
-        row = p // run
-        p = p % run
+        row0 = first // run
+        within = (first - row0 * run).to(tl.int32) + tl.arange(0, BLOCK)  # divided in 32 bits
+        row = row0 + within // run
+        p = (within % run).to(tl.int64)
     narrow = (slot // features * outer + row) * features * run + feature * run + p
+    if MANY_ROWS:
+        # A row of the result is not a multiple of 16 bytes. Read as it is written, values need not change threads.
+        narrow = tl.max_contiguous(narrow, [1])
     wide = (slot // features * outer + row) * features * (run + tail) + feature * run + p
     rows = tl.cast(groups, tl.int64) * outer * features
     return narrow, wide, rows * run, rows * (run + tail), inside, slot
@@ -306,7 +313,7 @@ def _append_sums(sums: Tensor, to: Tensor, layout: Layout, dtype: Any) -> None:
 
 def _plan(x: Tensor, layout: Layout, eps: float) -> tuple[tuple[int], dict[str, Any]]:
     members = min(_MEMBERS, triton.next_power_of_2(layout.size))
-    block = _TILE // members
+    block = (_TILE if layout.outer > 1 else _BYTES // x.element_size()) // members
     constants = {"MANY_ROWS": layout.outer > 1, "EPS": eps, "SIZE": layout.size, "MEMBERS": members, "BLOCK": block}
     parts = triton.cdiv(layout.outer * layout.run, block)
     return (layout.groups * layout.features * parts,), constants | {"DTYPE": DTYPES[x.dtype]}

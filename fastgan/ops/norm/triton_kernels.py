@@ -137,14 +137,16 @@ def forward(t: Forward, layout: Layout, eps: float) -> None:
             normalize_rows[(layout.rows, parts)](*t[:-1], mean, rstd, *_sizes(layout), STAGE=stage, **constants)
             return
         _statistics(t, layout, eps)
-        normalize_channels[_tiles(t.x, layout, every=True)](*t, *_tiled(layout), **_tile(t.x, layout))
+        tile = _tile(t.x, layout)
+        normalize_channels[_tiles(t.x, layout, tile, every=True)](*t, *_tiled(layout), **tile)
 
 
 def _statistics(t: Forward, layout: Layout, eps: float) -> None:
-    tiles = _tiles(t.x, layout)
+    tile = _tile(t.x, layout, 2 * _TILE)  # one operand leaves registers for more of it
+    tiles = _tiles(t.x, layout, tile)
     moments = t.statistics.new_empty(3, layout.samples, tiles[1], layout.channels)
     sizes = layout.segments, layout.channels, layout.inner
-    channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **_tile(t.x, layout))
+    channel_moments[tiles](t.x, moments, *sizes, *_strides(layout), **tile)
     small = {"EPS": eps, "VARIANCE": len(t.statistics) == 3, "BLOCK": _SMALL}
     row_statistics[(layout.rows,)](moments, t.statistics, *_by_row(tiles, layout), **small)
 
@@ -167,8 +169,8 @@ def backward(t: Backward, layout: Layout) -> None:
         means = _means(t, None, None, (t.dweight, t.dbias), layout)
         if t.dx is not None:
             operands = t.dy, t.x, t.statistics, t.weight, means, t.dx
-            grid = _tiles(t.x, layout, every=True)
-            grad_channels[grid](*operands, *_tiled(layout), **_tile(t.x, layout))
+            tile = _tile(t.x, layout)
+            grad_channels[_tiles(t.x, layout, tile, every=True)](*operands, *_tiled(layout), **tile)
 
 
 def double_backward(t: DoubleBackward, layout: Layout) -> None:
@@ -183,8 +185,9 @@ def double_backward(t: DoubleBackward, layout: Layout) -> None:
             return
         means = _means(t, t.h, t.h_weight, (t.by_weight, None), layout)
         if t.by_dy is not None or t.by_x is not None:
-            grid = _tiles(t.x, layout, every=True)
-            grad_grad_channels[grid](*t[:7], means, *t[7:9], *_tiled(layout), **_tile(t.x, layout))
+            tile = _tile(t.x, layout)
+            grid = _tiles(t.x, layout, tile, every=True)
+            grad_grad_channels[grid](*t[:7], means, *t[7:9], *_tiled(layout), **tile)
 
 
 def _launch_rows(
@@ -203,11 +206,12 @@ def _launch_rows(
 
 def _row_block(x: Tensor, layout: Layout) -> dict[str, Any]:
     """Return the block. Wide ones keep fewer rows in flight, so that L2 holds them, and each thread has less to do."""
-    if _row_parts(layout) > 1:
-        block = _LONG_BLOCK
-    else:
-        block = 2 * _BLOCK if _sizes(layout)[0] * x.element_size() > _WIDE_ROW else _BLOCK
-    return {"BLOCK": block, "num_warps": block // 256, "DTYPE": DTYPES[x.dtype]}
+    size = _sizes(layout)[0]
+    of_whole_row = 2 * _BLOCK if size * x.element_size() > _WIDE_ROW else _BLOCK
+    block = _LONG_BLOCK if _row_parts(layout) > 1 else of_whole_row
+    # The sums over a row that is one block outweigh few elements of a thread.
+    of_thread = 16 if x.element_size() == 2 and size <= _BLOCK else 8
+    return {"BLOCK": block, "num_warps": block // (32 * of_thread), "DTYPE": DTYPES[x.dtype]}
 
 
 def _row_parts(layout: Layout) -> int:
@@ -251,10 +255,11 @@ def _means(
 ) -> Tensor:
     """Return the means that the derivatives need per row, and write the gradients of weight and bias to ``results``."""
     second = isinstance(t, DoubleBackward)
-    tiles = _tiles(t.x, layout)
+    tile = _tile(t.x, layout)
+    tiles = _tiles(t.x, layout, tile)
     acc = t.statistics
     sums = acc.new_empty(5 if h is not None else 2, layout.samples, tiles[1], layout.channels)
-    channel_products[tiles](h, t.dy, t.x, acc, sums, *_tiled(layout), **_tile(t.x, layout))
+    channel_products[tiles](h, t.dy, t.x, acc, sums, *_tiled(layout), **tile)
     means = acc.new_empty(layout.rows, 5)
     unsummed = [None if s is None else acc.new_empty(layout.samples, layout.channels) for s in results]
     block_c = min(16, triton.next_power_of_2(layout.channels // layout.groups))
@@ -296,30 +301,32 @@ def _strides(layout: Layout) -> tuple[int, int, int, int]:
     return layout.segments * segment, layout.inner, segment, 1
 
 
-def _tile(x: Tensor, layout: Layout) -> dict[str, Any]:
-    """Return the tile. Lanes are adjacent in memory: over channels if these are last, otherwise over positions."""
+def _tile(x: Tensor, layout: Layout, most: int = _TILE) -> dict[str, Any]:
+    """Return a tile of at most ``most`` elements.
+
+    Lanes are adjacent in memory: over channels if these are last, otherwise over positions.
+    """
     of_channels = min(64, triton.next_power_of_2(layout.channels))
     if not layout.channels_last:
         of_channels = min(of_channels, max(1, 32 // triton.next_power_of_2(layout.inner)))
-    positions = min(_TILE // of_channels, triton.next_power_of_2(layout.inner))
-    segments = min(_TILE // of_channels // positions, triton.next_power_of_2(layout.segments))
+    positions = min(most // of_channels, triton.next_power_of_2(layout.inner))
+    segments = min(most // of_channels // positions, triton.next_power_of_2(layout.segments))
     size = of_channels * segments * positions
     return {
         "TILE_C": of_channels,
         "TILE_S": segments,
         "TILE_Q": positions,
-        "INDEX": tl.int32 if layout.inner < 2**31 - _TILE else tl.int64,
+        "INDEX": tl.int32 if layout.inner < 2**31 - 2 * _TILE else tl.int64,
         "DTYPE": DTYPES[x.dtype],
         "num_warps": max(1, min(8, size // 256)),
     }
 
 
-def _tiles(x: Tensor, layout: Layout, every: bool = False) -> tuple[int, int]:
+def _tiles(x: Tensor, layout: Layout, tile: dict[str, Any], every: bool = False) -> tuple[int, int]:
     """Return the grid (tiles of channels of each sample, parts of their segments and positions).
 
     For sums, it has few programs, since their partial sums must be added. With ``every``, it covers all tiles.
     """
-    tile = _tile(x, layout)
     tiles = triton.cdiv(layout.channels, tile["TILE_C"]) * layout.samples
     count = triton.cdiv(layout.segments, tile["TILE_S"]) * triton.cdiv(layout.inner, tile["TILE_Q"])
     if every:
