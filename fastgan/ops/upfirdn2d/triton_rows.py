@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,15 +83,35 @@ def rows_of_phase(
     return first, second, third, fourth
 
 
-_on_device: dict[Any, Tensor] = {}
+@dataclass
+class _Resident:
+    """Taps on a device."""
+
+    tensor: Tensor
+    streams: set[int] = field(default_factory=set)  # those that have used it
+    captured: bool = False  # graphs read it at each replay
+
+
+_MOST = 256
+_on_device: dict[Any, _Resident] = {}
 
 
 def taps_on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The taps as a tensor, made once: a copy to the device at every call would cost more than the kernel."""
     key = values, dtype, device
+    captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _on_device.get(key)
     if found is None:
-        if len(_on_device) >= 256:
-            _on_device.clear()
-        found = _on_device[key] = torch.tensor(values, dtype=dtype).to(device)
-    return found
+        if captures:
+            raise RuntimeError("upfirdn2d with new taps cannot be captured: run the step once before the capture")
+        if len(_on_device) >= _MOST:
+            for old in [old for old, resident in _on_device.items() if not resident.captured]:
+                del _on_device[old]
+        found = _on_device[key] = _Resident(torch.tensor(values, dtype=dtype).to(device))
+    found.captured |= captures
+    if device.type == "cuda" and not captures:
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream not in found.streams:  # its memory is not reused before the stream is done with it
+            found.streams.add(stream.cuda_stream)
+            found.tensor.record_stream(stream)
+    return found.tensor
