@@ -35,9 +35,9 @@ def scaled_dot_product_attention(
     The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. PyTorch's fused kernels have no
     second derivative, and its unfused form keeps several (L, S) matrices per head for it. Here every order needs memory
     proportional to L + S, apart from calls on a CPU with at most 2**19 scores in all, which are faster in plain
-    operations. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give
-    the same bits. Under autocast, the operands are cast as in PyTorch. PyTorch's own function runs under a tracer, and
-    for nested tensors and tensors on the meta device.
+    operations. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give the same
+    bits. Under autocast, the operands are cast as in PyTorch. PyTorch's own function runs under a tracer, and for
+    nested tensors and tensors on the meta device.
 
     Order of derivative: two. A third derivative raises RuntimeError, unless the call ran in plain operations;
     ``use_backend("reference")`` has every order.
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
             gradient. A row whose keys are all masked gives zeros.
         dropout_p: the probability with which an attention weight is set to zero, also in evaluation mode. All orders
             use the same dropout mask. It is drawn from a seed of PyTorch's generator, differs from the mask of
-            PyTorch's own dropout, and depends on the backend.
+            PyTorch's own dropout, and depends on the backend and the size.
         is_causal: row i attends to the first i + 1 keys. It cannot be combined with ``attn_mask``.
         scale: factor of the scores. None: 1 / sqrt(E).
         enable_gqa: H / G heads of the query share a head of key and value.
