@@ -134,9 +134,9 @@ def is_recorded() -> bool:
     fastgan. Modes that only observe (a FLOP counter, a profiler, a logger) do not record. Neither does torch.compile:
     its graphs run in this process and can call fastgan's operators.
     """
-    if is_lowered():
+    if _lowered.depth:
         return False  # a region of a penalty, whose record torch.compile runs in this process
-    if _is_in_penalty():
+    if _penalty_was_traced and _is_in_penalty():
         return True
     if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
         return True
@@ -157,6 +157,7 @@ class _Lowered(local):
 
 
 _lowered = _Lowered()
+_penalty_was_traced = False  # by Dynamo in this process; spares eager calls the next look-up
 _penalties: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # traces by Dynamo: how many penalties they are inside of
 
 
@@ -172,6 +173,8 @@ def set_lowered(step: int) -> None:
 
 def enter_penalty() -> None:
     """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
+    global _penalty_was_traced
+    _penalty_was_traced = True
     context = torch_private.TracingContext.get()
     _penalties[context] = _penalties.get(context, 0) + 1
 
