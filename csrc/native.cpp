@@ -32,6 +32,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name_of(fastgan::best_isa()); });
   fastgan::bind_minibatch_discrimination(m);
   fastgan::bind_minibatch_stddev(m);
+  fastgan::bind_attention(m);
   fastgan::bind_avg_pool(m);
   fastgan::bind_conv(m);
   fastgan::bind_bias_act(m);

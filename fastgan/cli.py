@@ -87,6 +87,8 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # a second Ctrl-C
         print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
         return INTERRUPTED
+    except OSError as error:  # for example a full disk
+        raise OSError(f"{message_of(error)}; continue from the last checkpoint with: {again}") from error
     short = too_short(trainer.step)
     if number is None:
         if short and trainer.writes:
@@ -117,6 +119,8 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         preset = TrainConfig.load(file, preset)
 
     def parse(settings: TrainConfig) -> TrainConfig:
+        # A file or a run may have switched something on. Then its flag means no change, and --no-... switches it off.
+        on_or_off = () if file is not None or "--resume" in flags else (tyro.conf.FlagCreatePairsOff,)
         # Parse one preset at a time. With all presets as subcommands, messages would mention the other presets' flags.
         return tyro.cli(
             TrainConfig,
@@ -124,7 +128,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
             description=f"{text}\n\nexample: fastgan train {name}{PLACE.get(name, '')} --steps 500",
             default=settings,
             args=flags,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            config=(tyro.conf.OmitArgPrefixes, *on_or_off),
         )
 
     config = parse(preset)
@@ -383,7 +387,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not fixable(error):
             raise
-        return fail(str(error))
+        return fail(message_of(error))
+
+
+def message_of(error: Exception) -> str:
+    """Return an error's message; for a system's error, the file and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def fixable(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: losses, penalty, backward and optimizer, replayed by one launch."""
+"""A whole training step as one CUDA graph: losses, penalty, backward and optimizer in one launch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from fastgan.ops.gradient_penalty.small import at_any_size
+
 _MOST_CAPTURES = 4
 _CHANGES = (
     "make the learning rate a tensor, lr=torch.tensor(1e-4, device='cuda'), so that a graph can read its new value"
@@ -24,7 +26,7 @@ class GraphedStep:
     """The result of ``graphed_step``.
 
     Attributes:
-        reason: why the step runs as it was given; None where it is, or will be, a graph.
+        reason: why the step runs without a graph; None if it runs, or will run, as a graph.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class GraphedStep:
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs)
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether these have the shapes of the graph; the last batch of an epoch may be smaller."""
+        """Return whether the inputs have the shapes of the graph. The last batch of an epoch may be smaller."""
         if len(inputs) != len(self._examples):
             raise TypeError(f"the step was graphed with {len(self._examples)} inputs, got {len(inputs)}")
         return all(
@@ -71,11 +73,11 @@ class GraphedStep:
         )
 
     def _on_side_stream(self, inputs: Sequence[Tensor]) -> Any:
-        """Run a step as PyTorch asks for before a capture. It is a step of the training like any other."""
+        """Run a normal training step on a side stream, as PyTorch requires before a capture."""
         stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         before = _host_random_state()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), at_any_size():
             outputs = self._step(*inputs)
         current.wait_stream(stream)
         if _host_random_state() != before:
@@ -89,7 +91,7 @@ class GraphedStep:
             return
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph):
+            with torch.cuda.device(self._device), at_any_size(), torch.cuda.graph(graph):
                 outputs = self._step(*self._examples)
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [type(error).__name__]
@@ -104,7 +106,7 @@ class GraphedStep:
         warnings.warn(f"the step runs without a CUDA graph: {reason}", stacklevel=4)
 
     def _find_constants(self) -> Any:
-        """The numbers and modes that a graph holds as constants."""
+        """Return the numbers and modes that are constants in a graph."""
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         settings = [
             {name: value for name, value in group.items() if isinstance(value, int | float | tuple)} for group in groups
@@ -120,17 +122,17 @@ def graphed_step(
     optimizers: Iterable[Optimizer],
     warmup: int = 3,
 ) -> GraphedStep:
-    """Make a training step one CUDA graph: a replay launches all its kernels at once, with no Python in between.
+    """Capture a training step in one CUDA graph. A replay launches all kernels at once, without Python in between.
 
-    The first ``warmup`` calls run the step as it is. The next one captures it, and later ones replay it. All of them
-    are steps of the training. Outputs are copies, so that they may be kept.
+    The first ``warmup`` calls run the step without a graph. The next call captures it, and all later calls replay it.
+    Each of these calls is a normal training step. Outputs are copies, so you may keep them.
 
-    The step runs without a graph, with the reason in ``reason`` and in a warning, if a replay would be wrong or the
-    capture fails: an optimizer without ``capturable=True``, random numbers drawn on the host, GradientPenalty with
-    ``every`` above 1, DistributedDataParallel, values read by the host (``loss.item()``, GradScaler). So does a single
-    call with other shapes, such as the last batch of an epoch. If the learning rate (as a number) or a module's mode
-    changes, the step is captured again; a learning rate that changes at each step must be a tensor. On a CPU the
-    step always runs as it is.
+    The step runs without a graph if a replay would be wrong or the capture fails: for an optimizer without
+    ``capturable=True``, random numbers drawn on the host, GradientPenalty with ``every`` above 1,
+    DistributedDataParallel, and values read by the host (``loss.item()``, GradScaler). A warning and the attribute
+    ``reason`` state the reason. A call with other shapes, such as the last batch of an epoch, also runs without the
+    graph. If a module's mode or a learning rate that is a number changes, the step is captured again. A learning rate
+    that changes at each step must be a tensor. On a CPU there is no graph.
 
     Example:
 
@@ -157,13 +159,13 @@ def graphed_step(
 
     Args:
         step: a function of tensors. It clears gradients, computes the losses, runs backward and steps its optimizers.
-        example_inputs: tensors of the shapes, dtypes and device that the step will get. Their values are not read.
+        example_inputs: tensors with the shapes, dtypes and device of the step's inputs. Their values are not read.
         modules: all modules that the step runs.
-        optimizers: all optimizers that it steps.
-        warmup: calls before the capture, at least 1; PyTorch asks for 3.
+        optimizers: all optimizers that the step calls.
+        warmup: number of calls before the capture, at least 1. PyTorch recommends 3.
 
     Returns:
-        A callable with the step's arguments and results.
+        A callable with the arguments and results of ``step``, and the attribute ``reason``.
 
     Raises:
         TypeError: an example is not a tensor.

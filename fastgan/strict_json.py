@@ -1,4 +1,4 @@
-"""JSON that every reader takes: numbers that are not finite, which JSON lacks, are the strings NaN and Infinity."""
+"""JSON for strict parsers: numbers that are not finite are written as the strings NaN and Infinity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def loads(text: str) -> Any:
-    """What `dumps` was given."""
+    """Parse the output of `dumps`."""
     return _numbered(json.loads(text))
 
 

@@ -7,7 +7,8 @@ an error that contains the name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compile
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
@@ -29,20 +32,30 @@ __all__ = [
     "FunctionalTensor",
     "TracingContext",
     "apart_from_dynamo",
+    "apply",
+    "attention_on_cpu",
+    "attention_on_cpu_backward",
     "checkpoint_hook",
     "clamp_passes_at_bound",
     "count_dispatch_modes",
     "count_function_modes",
     "current_node",
+    "differentiable_gradients",
     "dispatch_mode",
     "dispatch_modes",
     "dynamo",
+    "force_eager",
     "function_modes",
     "in_transform",
+    "intercept_autograd_grad",
     "is_batched",
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
+    "keep_graph_whole",
     "keeps_graph",
+    "rebind",
+    "safe_softmax",
+    "set_stance",
     "will_execute",
 ]
 
@@ -59,6 +72,14 @@ DisableTorchFunction = torch._C.DisableTorchFunction
 current_node = torch._C._current_autograd_node
 will_execute = torch._C._will_engine_execute_node
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+# The kernels behind F.scaled_dot_product_attention on a CPU. The first also returns the log-sum-exp, which the public
+# function hides, and the second derivative needs it.
+attention_on_cpu: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Softmax that is 0 in a row of -inf, as in PyTorch's plain form of attention.
+safe_softmax: Any = torch._safe_softmax
 
 
 def is_jit_tracing() -> bool:
@@ -90,6 +111,71 @@ def dynamo() -> tuple[Any, Any, Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return allow_in_graph, config, InstructionTranslator
+
+
+def force_eager() -> Any:
+    """Run compiled functions uncompiled from now on. Return the stance of the compiler before, for `set_stance`.
+
+    The compiler must be imported. torch.compiler.set_stance makes more calls, which a small penalty notices.
+    """
+    return sys.modules["torch._dynamo.eval_frame"]._set_stance(_eager_stance())
+
+
+def set_stance(stance: Any) -> Any:
+    return sys.modules["torch._dynamo.eval_frame"]._set_stance(stance)
+
+
+@cache
+def _eager_stance() -> Any:
+    return sys.modules["torch._dynamo.eval_frame"].DynamoStance("force_eager")
+
+
+def differentiable_gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Call torch.autograd.grad with ``create_graph=True`` and ``allow_unused=True``.
+
+    Plain tensors go straight to the engine. The checks of torch.autograd.grad take as long as a small layer.
+    """
+    if has_torch_function((*outputs, *inputs)):
+        return torch.autograd.grad(outputs, inputs, factors, create_graph=True, allow_unused=True)
+    results: Sequence[Tensor | None] = _run_backward(
+        tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
+    )
+    return results
+
+
+def intercept_autograd_grad() -> None:
+    """Let torch.compile pass calls of torch.autograd.grad to torch function modes, as PyTorch does."""
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().add(torch.autograd.grad)
+
+
+def rebind(variable: str, other: str) -> None:
+    """Let a variable of the frame that torch.compile traces, and all its aliases, denote the tensor of another one.
+
+    In the graph, a tensor cannot become a leaf in place. Code that called ``x.requires_grad_()`` goes on with x.
+    """
+    _, _, translator = dynamo()
+    frame = translator.current_tx().output.current_tx
+    old, new = (frame.symbolic_locals[name].realize() for name in (variable, other))
+    old.proxy, old.requires_grad = new.proxy, new.requires_grad
+
+
+def keep_graph_whole() -> None:
+    """Do not let DistributedDataParallel split the graph that torch.compile traces into one for each of its buckets."""
+    _, _, translator = dynamo()
+    optimizer: Any = getattr(translator.current_tx().output.compiler_fn, "__self__", None)
+    if hasattr(optimizer, "first_bucket_cap"):
+        optimizer.first_bucket_cap = optimizer.bucket_bytes_cap = float("inf")
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Call ``function.apply(*args)`` of an autograd.Function, in eager mode without the steps that transforms need."""
+    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _hook_on_top() -> object | None:

@@ -45,7 +45,7 @@ def test_imports_run_one_way(path):
 
 # Inside the trainer too; files that share a floor may import each other.
 TRAINER = [
-    {"errors", "device", "ranks", "lock"},
+    {"errors", "device", "ranks", "lock", "probe"},
     {"data"},
     {"game"},
     {"config", "checkpoint"},
@@ -53,6 +53,7 @@ TRAINER = [
     {"gan"},
     {"measure", "run", "progress"},
     {"report", "tune", "verify", "export", "use"},
+    {"start"},
     {"loop"},
 ]
 
@@ -91,7 +92,7 @@ def test_importing_the_package_does_not_import_the_trainer():
     assert result.stdout.strip() == "[]"
 
 
-def test_source_files_fit_in_one_room():
+def test_source_files_have_at_most_500_lines():
     for path in [*FILES, *(ROOT / "csrc").rglob("*.c*"), *(ROOT / "csrc").rglob("*.h")]:
         lines = len(path.read_text().splitlines())
-        assert lines <= 500, f"{path} has {lines} lines: two rooms"
+        assert lines <= 500, f"{path} has {lines} lines: split it"

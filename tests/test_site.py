@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import inspect
 import os
 import re
 import subprocess
@@ -34,6 +36,20 @@ def test_every_public_name_has_an_entry_in_the_reference(site, module):
     names = {name for name in module.__all__ if name not in ("__version__", "nn", "ops", "utils")}
     missing = {name for name in names if f"{module.__name__}.{name}" not in anchors}
     assert not missing
+
+
+@pytest.mark.parametrize("module", [fastgan, fastgan.nn, fastgan.nn.utils, fastgan.ops], ids=lambda m: m.__name__)
+def test_each_entry_of_the_reference_is_the_docstring_of_the_name_and_not_of_a_module(site, module):
+    pages = "".join(page.read_text() for page in (site / "reference").rglob("index.html"))
+    texts = [" ".join(html.unescape(re.sub("<[^>]+>", "", entry)).split()) for entry in pages.split("<h3 ")]
+    for name in module.__all__:
+        documented = getattr(module, name)
+        if name != "__version__" and not inspect.ismodule(documented):
+            summary = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].replace("`", "").split())
+            heading = f"{module.__name__}.{name}¶"
+            entries = [text for text in texts if heading in text.replace(" ¶", "¶")]
+            assert len(entries) == 1, heading
+            assert summary in entries[0]
 
 
 def test_no_page_asks_the_network_for_anything(site):

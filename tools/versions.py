@@ -41,6 +41,7 @@ TESTS = (
             "one_pass_idioms",
             "one_pass_outputs",
             "one_pass_refused",
+            "one_pass_writes",
             "penalty_conventions",
             "penalty_fuzz",
             "penalty_kinds",

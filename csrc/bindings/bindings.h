@@ -16,6 +16,7 @@ namespace py = pybind11;
 // Throws std::invalid_argument for an instruction set that this build or this processor does not support.
 Isa isa_of(const std::string& name);
 
+void bind_attention(py::module_& m);
 void bind_avg_pool(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_minibatch_discrimination(py::module_& m);

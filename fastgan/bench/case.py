@@ -66,7 +66,7 @@ class Case:
     sizes: Mapping[str, int] = field(default_factory=dict)
     growth: Growth | None = None
     negligible: float = 1e-6  # norms smaller than this, relative to the largest tensor's norm, count as rounding
-    about: Callable[[torch.device, torch.dtype], dict[str, Any]] | None = None  # what else the record says of it
+    about: Callable[[torch.device, torch.dtype], dict[str, Any]] | None = None  # further entries of the record
 
 
 def on_backend(backend: str, run: Run) -> Run:

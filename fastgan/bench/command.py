@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 BATCH = 16  # of --model
-ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 9, "model": 7}
+ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 9, "host": 30, "model": 7}
 SUITES = tuple(suite for suite in ROUNDS if suite != "model")
 BESIDE = Path()  # --report without a folder writes next to the JSON
 
@@ -18,6 +18,7 @@ suites:
   growth   time and memory as one size doubles, with fitted and theoretical exponents
   forms    loss + R1 of discriminators in the forms of well-known families: work in forwards, path, speed-up
   sizes    penalties and whole steps from tiny to large discriminators, where fastgan must never be slower
+  host     penalties and whole steps of small layers: the time of the host, and microseconds per layer and part
 
 examples:
   fastgan bench --case 'spectral_norm/small/*' --device cpu

@@ -79,7 +79,7 @@ def load(spec: str, shape: Sequence[int] | None, batch: int | None, device: torc
 
 
 def _built(spec: str) -> Any:
-    """Return an instance or a pair as it is; call a class or a function without arguments."""
+    """Return an instance or a pair unchanged. Call a class or a function without arguments."""
     found = _attribute(spec)
     if isinstance(found, nn.Module | tuple):
         return found

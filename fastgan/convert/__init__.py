@@ -28,24 +28,24 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     | Layer | Recognized forms |
     |---|---|
     | spectral norm | PyTorch's parametrization and older hook; modules with u0 and sv0, or sn_u and sn_sigma |
-    | spectral norm, with ``mend=True`` | wrappers with weight_bar |
-    | minibatch standard deviation | a layer with a matching class name |
+    | spectral norm, with ``mend=True`` | wrappers with weight_bar, or with w_bar, u and v |
+    | minibatch standard deviation | a layer without tensors that appends channels |
     | minibatch discrimination | a layer with a parameter T (in_features, B, C) |
     | a large convolutional model | its forward runs inside ``twice_differentiable()`` on a CPU |
     | a model with attention or another function without a second derivative | the function, if an input requires grad |
 
     A layer that is not PyTorch's own is replaced only if a copy of it and fastgan's layer agree on random inputs, in
-    values and in derivatives up to the second. The report states how much they differ. If such a layer is called in a
+    values and in derivatives up to the second. The report states the difference. If such a layer is called in a
     way that was not compared (other arguments, dimensions or settings), its original code runs.
 
     Convolutions, activations and norms stay PyTorch modules. ``gradient_penalty`` and ``twice_differentiable`` reroute
     their calls. On a CPU, the forward of a converted model reroutes them too if it has about 2^36 multiplications or
     more, gradients are enabled, no backend is requested by name, and no tracer records the call. A hand-written penalty
-    then creates no dense zeros either. Where an input requires a gradient, on any device and at any size, the functions
-    that PyTorch cannot differentiate twice are rerouted, such as attention, so that a hand-written penalty can follow.
+    then creates no dense zeros either. Functions that PyTorch cannot differentiate twice, such as attention, are
+    rerouted on any device and at any size if an input requires a gradient. A hand-written penalty can then follow.
 
     A conversion changes a training run by no more than rounding. A layer whose own gradients are wrong is not replaced,
-    and the report states what is wrong. A wrapper with weight_bar is such a layer. It overwrites u and v in each
+    and the report describes the error. A wrapper with weight_bar is such a layer. It overwrites u and v in each
     forward, so after ``D(real)`` and ``D(fake)`` the backward of the first uses the vectors of the second.
     ``mend=True`` replaces these layers by layers with correct gradients.
 
@@ -83,6 +83,15 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    report = convert_layers(model, mend)
+    rerouted = reroute.convert(model)
+    if rerouted is not None:
+        report.rows.insert(0, Row("", _name_of(model), None, rerouted))
+    return report
+
+
+def convert_layers(model: nn.Module, mend: bool = False) -> Report:
+    """Convert a model's layers, and leave its own forward as it is."""
     by_torch = torch_spectral_norm.convert(model)
     rows: list[Row] = []
     for path, module in model.named_modules():
@@ -98,9 +107,6 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
             outcome = found or _left_alone(module)
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
-    rerouted = reroute.convert(model)
-    if rerouted is not None:
-        rows.insert(0, Row("", _name_of(model), None, rerouted))
     return Report(model, rows)
 
 
@@ -114,7 +120,7 @@ def _left_alone(module: nn.Module) -> tuple[None, str] | None:
     if type(module).__module__.startswith("torch.nn."):
         return None if _is_container(module) else (None, "PyTorch layer")
     if not _is_container(module) or module._parameters or module._buffers:
-        return None, "not a form that fastgan recognizes"
+        return None, "not a layer that fastgan replaces; penalties reroute the PyTorch functions in it"
     return None
 
 

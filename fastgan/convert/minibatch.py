@@ -1,13 +1,16 @@
 """Convert minibatch statistics layers from other codebases.
 
-A layer is found by its name. It is replaced only if its values and its derivatives up to the second equal those of
-fastgan's layer on batches of several sizes. A layer with other groups, another variance or another eps is not replaced.
+A layer is found by its name, or because it appends channels to its input that are constant over the positions. It is
+replaced only if its values and its derivatives up to the second equal those of fastgan's layer on batches of several
+sizes. A layer with other groups, another variance or another eps is not replaced.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastgan import ops
-from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
+from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn, undisturbed
 from fastgan.convert.replace import Replacement, become, can_become
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
@@ -26,6 +29,7 @@ Outcome = tuple[str | None, str]
 _STDDEV = re.compile(r"mini_?batch_?(std|stat|average)|batch_?std", re.IGNORECASE)
 _GROUP_SIZE = ("group_size", "stddev_group", "mbstd_group_size", "group")
 _NUM_CHANNELS = ("num_channels", "num_new_features", "stddev_feat", "mbstd_num_channels", "num_features")
+_INLINE = ("stddev_group", "mbstd_group_size", "stddev_feat")
 _EPS = (1e-8, 1e-6, 1e-10, 1e-7, 1e-5, 1e-12, 1e-4)
 
 
@@ -56,15 +60,37 @@ def convert(module: nn.Module) -> Outcome | None:
     if isinstance(module, MinibatchStdDev | MinibatchDiscrimination):
         return None, "already a fastgan layer"
     T = module._parameters.get("T")
-    by_name = bool(_STDDEV.search(type(module).__name__))
-    if not by_name and (T is None or is_lazy(T) or T.ndim != 3):
+    if T is not None and not is_lazy(T) and T.ndim == 3:
+        convert_it: Callable[[], Outcome] = partial(_convert_discrimination, module, T)
+    elif _STDDEV.search(type(module).__name__) or _appends_statistics(module):
+        convert_it = partial(_convert_stddev, module)
+    elif any(name in vars(module) for name in _INLINE) and not any(
+        _STDDEV.search(type(part).__name__) for part in module.modules()
+    ):
+        return None, "its own forward computes a minibatch statistic; only whole layers are replaced"
+    else:
         return None
     if not can_become(module, "forward"):
         return None, "its forward is overridden on the instance"
-    if by_name:
-        return _convert_stddev(module)
-    assert T is not None
-    return _convert_discrimination(module, T)
+    with undisturbed():
+        return convert_it()
+
+
+def _appends_statistics(module: nn.Module) -> bool:
+    """Return whether a layer without tensors appends channels that are constant over the positions."""
+    if module._modules or module._parameters or module._buffers or type(module).__module__.startswith("torch."):
+        return False
+    found, _ = outcome(lambda: inspect.signature(module.forward).bind(None))
+    if found is None:
+        return False
+    x = randn(4, 6, 4, 4)
+    with undisturbed(), torch.no_grad():
+        y, _ = outcome(lambda: double(module).train().forward(x.clone()))
+    if not isinstance(y, Tensor) or y.dtype != x.dtype or y.ndim != 4 or y.shape[1] <= 6:
+        return False
+    if y[:, :6].shape != x.shape:
+        return False
+    return torch.equal(y[:, :6], x) and torch.equal(y[:, 6:], y[:, 6:, :1, :1].expand_as(y[:, 6:]))
 
 
 def _convert_stddev(module: nn.Module) -> Outcome:
@@ -88,7 +114,8 @@ def _convert_stddev(module: nn.Module) -> Outcome:
                 reason = f"could not be compared: {failure}"
             elif error <= TOLERANCE:
                 become(module, _Stddev, "forward", ndim=4, settings=settings)
-                return "minibatch_stddev", f"agrees to {error:.0e} up to the second order: {settings}"
+                listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+                return "minibatch_stddev", f"agrees to {error:.0e} up to the second order: {listed}"
             else:
                 reason = "computes another statistic (different groups, variance, eps or remainder)"
     return None, reason

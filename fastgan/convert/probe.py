@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,3 +66,17 @@ def outcome(function: Callable[[], Any]) -> tuple[Any, str | None]:
             return function(), None
     except Exception as error:
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore the random number generators on the CPU afterwards: a module that is tried may draw numbers."""
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])

@@ -24,11 +24,21 @@ _LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; abov
 
 
 class Rerouted(Replacement):
+    def runs_original(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs or len(args) != 1 or not isinstance(x := args[0], Tensor):
+            return False
+        key = self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad
+        return key in self._fastgan.get("left_alone", ())
+
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
         if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
             return False
         values = *args, *kwargs.values()
-        return _is_large(self, values) or _may_lack(self, values)
+        if _is_large(self, values) or _may_lack_derivatives(self, values):
+            return True
+        if len(values) == len(args) == 1 and isinstance(x := args[0], Tensor):
+            _remember(self, "left_alone", (self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad), True)
+        return False
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
         base, _, _ = made_from(self)
@@ -53,10 +63,10 @@ def _is_large(module: Any, values: tuple[Any, ...]) -> bool:
     return large
 
 
-def _may_lack(module: Any, values: tuple[Any, ...]) -> bool:
-    """Whether a gradient may be differentiated that goes through a function without a second derivative.
+def _may_lack_derivatives(module: Any, values: tuple[Any, ...]) -> bool:
+    """Return whether a gradient through a function without a second derivative may be differentiated.
 
-    A forward that did not call one is remembered, and the next of this form runs without a mode around it.
+    A forward that called no such function is remembered. The next forward of this form runs without a mode.
     """
     if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
         return False
@@ -80,7 +90,7 @@ def _images(values: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def convert(model: nn.Module) -> str | None:
-    """Reroute the model's own forward if it has one. Return what is rerouted from now on, or None."""
+    """Reroute the model's own forward if it has one. Return a description of the rerouted calls, or None."""
     own = type(model).__module__
     if is_converted(model) or parametrize.is_parametrized(model):
         return None
@@ -95,7 +105,7 @@ def convert(model: nn.Module) -> str | None:
     become(model, Rerouted, "forward", is_convolutional=is_convolutional, has_own_code=has_own_code)
     if is_convolutional:
         return "calls in its forward are rerouted on a CPU, for large batches"
-    return "attention and the like is rerouted if an input requires a gradient"
+    return "functions without a second derivative are rerouted if an input requires a gradient"
 
 
 _LACKING = (
@@ -105,5 +115,5 @@ _LACKING = (
 
 
 def _has_own_code(module: nn.Module) -> bool:
-    """Whether the module may call a function that PyTorch cannot differentiate twice."""
+    """Return whether the module may call a function that PyTorch cannot differentiate twice."""
     return not type(module).__module__.startswith("torch.") or isinstance(module, _LACKING)

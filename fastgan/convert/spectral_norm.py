@@ -2,10 +2,10 @@
 
     method     The module has a weight, a buffer (1, out) for u and a buffer (1) for sigma: u0 and sv0 with W_() in the
                style of BigGAN, or sn_u and sn_sigma. It updates v first, then u. In evaluation it also iterates, but
-               does not store the result.
-    wrapper    It wraps a module whose weight_bar, weight_u and weight_v are parameters, and iterates at each forward.
-    It
-               overwrites u and v, so a backward after two forwards reads the wrong ones.
+               does not store the result. BigGAN iterates once there, whatever the number of iterations is.
+    wrapper    It wraps a module whose weight_bar, weight_u and weight_v are parameters, or has w_bar, u and v itself,
+               as torchgan's, and iterates at each forward. It overwrites u and v, so a backward after two forwards
+               reads the wrong ones.
 
 Names only find candidates. A module is replaced if its weight, its buffers and the derivatives up to the second equal
 fastgan's on random values, in training and in evaluation. If only the gradients after two forwards differ, a
@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -59,7 +60,7 @@ class _Method(Replacement):
             [u],
             [v],
             dims=[0],
-            n_power_iterations=settings["n_power_iterations"],
+            n_power_iterations=settings["n_power_iterations"] if self.training else settings["in_evaluation"],
             eps=settings["eps"],
             v_first=True,
         )
@@ -93,10 +94,35 @@ class _Wrapper(Replacement):
         try:
             return forward(self, *args, **kwargs)
         finally:
-            # A weight with a graph cannot be copied or pickled. After a failed forward there may be no weight.
-            weight = getattr(self.module, self.name, None)
-            if isinstance(weight, Tensor):
-                setattr(self.module, self.name, weight.detach())
+            _detach_weight(self)
+
+
+class _WholeForward(Replacement):
+    """A wrapper that has w_bar, u and v itself, and sets the weight of its inner module in its forward."""
+
+    def replacement(self: Any, *args: Any) -> Any:
+        settings = self._fastgan
+        (normalized,) = ops.spectral_norm(
+            [self.w_bar],
+            [self.u],
+            [self.v],
+            dims=[0],
+            n_power_iterations=settings["n_power_iterations"],
+            eps=settings["eps"],
+            v_first=True,
+        )
+        setattr(self.module, self.name, normalized)
+        try:
+            return self.module(*args) if settings["hooks"] else self.module.forward(*args)
+        finally:
+            _detach_weight(self)
+
+
+def _detach_weight(wrapper: Any) -> None:
+    """A weight with a graph cannot be copied or pickled. After a failed forward there may be no weight."""
+    weight = getattr(wrapper.module, wrapper.name, None)
+    if isinstance(weight, Tensor):
+        setattr(wrapper.module, wrapper.name, weight.detach())
 
 
 def convert(module: nn.Module, mend: bool) -> Outcome | None:
@@ -111,6 +137,8 @@ def convert(module: nn.Module, mend: bool) -> Outcome | None:
         return _convert_method(module, *buffers, mend)
     if _is_wrapper(module):
         return _convert_wrapper(module, mend)
+    if all(isinstance(module._parameters.get(name), nn.Parameter) for name in ("w_bar", "u", "v")):
+        return _convert_whole_forward(module, mend)
     return None
 
 
@@ -196,6 +224,55 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
     return _replace_if_equal(module, _Wrapper, attribute, results, mend, hidden=1 in weight.flatten(1).shape)
 
 
+class _Shown(nn.Module):
+    """Stands for the inner module of a wrapper, and returns the weight that it was given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.arguments = name, list[tuple[Any, ...]]()
+
+    def forward(self, *args: Any) -> Tensor:
+        self.arguments.append(args)
+        return cast(Tensor, getattr(self, self.name))
+
+
+def _convert_whole_forward(module: Any, mend: bool) -> Outcome | None:
+    name = getattr(module, "name", None)
+    if not isinstance(name, str) or not isinstance(module._modules.get("module"), nn.Module) or module.w_bar.ndim < 2:
+        return None
+    current = getattr(module.module, name, None)
+    if isinstance(current, Tensor) and not isinstance(current, nn.Parameter):  # left by a forward
+        setattr(module.module, name, current.detach())
+    hooks: list[bool] = []  # for each forward, whether the inner module's hooks ran
+
+    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
+        shown = copied.module = _Shown(name)
+        called: list[object] = []
+        shown.register_forward_pre_hook(lambda *_: called.append(None))
+
+        def normalized(w: Tensor) -> Tensor:
+            weight = copied.forward(1, 2)
+            if shown.arguments[-1] != (1, 2):
+                raise ValueError("its forward does not pass its arguments on")
+            return cast(Tensor, weight)
+
+        copied.w_bar.requires_grad_()
+        with torch.no_grad():
+            for i, vector in enumerate((copied.u, copied.v)):
+                vector.copy_(nn.functional.normalize(randn(*vector.shape, seed=i), dim=0))
+        found: list[Tensor] = []
+        for training in (True, True, False):
+            copied.train(training)
+            found += derivatives(normalized, copied.w_bar)
+            found += [copied.u.detach().clone(), copied.v.detach().clone()]
+        hooks.append(bool(called))
+        return found, _after_two_forwards(normalized, copied, copied.w_bar)
+
+    outcome(lambda: results(double(module)))
+    settings = {"hooks": hooks[0] if hooks else True, "hidden": 1 in module.w_bar.flatten(1).shape}
+    return _replace_if_equal(module, _WholeForward, "forward", results, mend, **settings)
+
+
 def _after_two_forwards(normalized: Callable[[Tensor], Tensor], copied: nn.Module, weight: Tensor) -> list[Tensor]:
     """Return derivatives for a backward after two training forwards, or an empty list if the module raises."""
     copied.train()
@@ -223,8 +300,8 @@ def _replace_if_equal(
         return None, f"could not be tried: {failure}"
     expected, expected_later = found
     error = math.inf
-    for eps in declared or _COMMON_EPS[:1]:
-        settings |= {"n_power_iterations": iterations, "eps": float(eps)}
+    for eps, in_evaluation in product(declared or _COMMON_EPS[:1], sorted({iterations, 1}, reverse=True)):
+        settings |= {"n_power_iterations": iterations, "in_evaluation": in_evaluation, "eps": float(eps)}
         candidate = double(module)
         become(candidate, mixin, attribute, **copy.copy(settings))
         found, failure = outcome(partial(results, candidate))

@@ -12,15 +12,17 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgan.convert.distance import distance, norm
 from fastgan.convert.probe import outcome
 from fastgan.convert.restore import revert
+from fastgan.ops.attention.multi_head import own_draws
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 # Largest allowed relative differences of a float32 model. They equal the tolerances for single ops.
@@ -32,6 +34,8 @@ _LEGEND = (
     f"sensitivity: {_FACTOR} times the change of the unconverted model's results when its inputs and parameters are "
     "perturbed by one rounding"
 )
+
+_DRAWS = "dropout in attention draws other random numbers than PyTorch on this device"
 
 Tensors = dict[str, Tensor]
 
@@ -55,11 +59,13 @@ class Difference:
 class Verification:
     """The comparison of a converted model with the original, on the same inputs and from the same state.
 
-    ``missing`` lists the kinds for which the unconverted model itself has no result, each with the reason.
+    ``missing`` lists the kinds for which the unconverted model itself has no result, each with the reason. ``note``
+    says why the models were compared in evaluation mode, if they were.
     """
 
     differences: list[Difference]
     missing: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def equal(self) -> bool:
@@ -73,6 +79,7 @@ class Verification:
         parts = [table(lines)] if compared else []
         if any(d.basis == "sensitivity" for d in compared):
             parts.append(_LEGEND)
+        parts += [self.note] * bool(self.note)
         parts += [f"not compared: {kind}, {reason}" for kind, reason in self.missing.items()]
         verdict = "equal up to rounding" if self.equal else "NOT EQUAL"
         return "\n".join([*parts, verdict if compared else "nothing could be compared"])
@@ -101,12 +108,29 @@ def verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V
     """Compare copies of the converted model and of the original."""
     if any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))):
         return _not_compared(dict.fromkeys(_TOLERANCES, "the model or its inputs are on the meta device"))
+    with own_draws() as draws:
+        verification = _verify(model, args, kwargs)
+    if verification.equal or not draws:
+        return verification
+    # Only with the same dropout can the two agree. In evaluation mode, layers have none.
+    with own_draws() as draws:
+        verification = _verify(model, args, kwargs, evaluation=True)
+    if draws and not verification.equal:
+        return _not_compared(dict.fromkeys(_TOLERANCES, f"{_DRAWS}, in evaluation mode too"))
+    return replace(verification, note=f"compared in evaluation mode: {_DRAWS}")
+
+
+def _verify(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, evaluation: bool = False
+) -> Verification:
     copies, failure = outcome(lambda: [_copied(model) for _ in range(3)])
     if failure is not None:
         return _not_compared(dict.fromkeys(_TOLERANCES, f"the model cannot be copied: {failure}"))
     converted, original, untouched = copies
     for unconverted in (original, untouched):
         revert(unconverted)
+    for copied in copies if evaluation else ():
+        copied.eval()
     expected = _results(original, args, kwargs, rerouted=False)
     actual = _results(converted, args, kwargs, rerouted=True)
     verification = _compared(actual, expected, [])
@@ -297,44 +321,20 @@ def tensors_in(values: Any, *, graphs: bool = False) -> Iterator[Tensor]:
 
 
 def _largest(kind: str, actual: Tensors, expected: Tensors, perturbed: list[Tensors]) -> Difference:
-    norms = {name: _norm(t) for name, t in expected.items()}
+    norms = {name: norm(t) for name, t in expected.items()}
     least = 1e-6 * max(norms.values(), default=0.0)  # compared with the largest tensor, a smaller one is rounding noise
     rounding = max((torch.finfo(t.dtype).eps for t in expected.values() if _is_float(t)), default=0.0)
     tolerance = max(_TOLERANCES[kind], 4 * rounding)
     worst = Difference(kind, 0.0, "-", tolerance)
     for name, wanted in expected.items():
         scale = max(norms[name], least) or 1.0
-        error, *moves = (_distance(other.get(name), wanted) / scale for other in (actual, *perturbed))
+        error, *moves = (distance(other.get(name), wanted) / scale for other in (actual, *perturbed))
         sensitivity = max((_FACTOR * move for move in moves if math.isfinite(move)), default=0.0)
         basis = "sensitivity" if sensitivity > tolerance else "tolerance"
         allowed = max(tolerance, sensitivity)
         if error * worst.allowed > worst.error * allowed:
             worst = Difference(kind, error, name, allowed, basis)
     return worst
-
-
-@torch.no_grad()
-def _norm(tensor: Tensor) -> float:
-    values = _exact(tensor)
-    return float(values[values.isfinite()].norm())
-
-
-@torch.no_grad()
-def _distance(actual: Tensor | None, wanted: Tensor) -> float:
-    """Return the norm of the difference. It is infinite if the shapes or the non-finite elements differ."""
-    if actual is None or actual.shape != wanted.shape:
-        return math.inf
-    a, w = _exact(actual), _exact(wanted)
-    finite = w.isfinite()
-    if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].nan_to_num(), w[~finite].nan_to_num()):
-        return math.inf
-    return float((a[finite] - w[finite]).norm())
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    dense = dense.dequantize() if dense.is_quantized else dense
-    return (torch.view_as_real(dense) if dense.is_complex() else dense).double()
 
 
 def table(lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""fastgan's operations in place of those that other code bases bring along."""
+"""Replace the custom operations of other code bases by fastgan's."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["patch_torch_utils"]
 
 
 def patch_torch_utils() -> Patch:
-    """Give StyleGAN's code bases fastgan's operations, under the signatures that their code calls.
+    """Replace the custom CUDA operations of StyleGAN's code bases by fastgan's, with the same signatures.
 
     - StyleGAN2-ADA, StyleGAN3, R3GAN and their descendants: upfirdn2d, bias_act, filtered_lrelu, conv2d_gradfix,
       conv2d_resample, grid_sample_gradfix and fma of ``torch_utils.ops``
     - rosinality's stylegan2-pytorch and its descendants: upfirdn2d, fused_act and conv2d_gradfix of ``op``
-    - BasicSR and what is made with it: upfirdn2d and fused_act of ``basicsr.ops``
+    - BasicSR and packages built on it: upfirdn2d and fused_act of ``basicsr.ops``
 
-    Modules of these names are patched whether they are imported already or later, also inside of another package
-    (``stylegan3.torch_utils.ops.upfirdn2d``), and so are the modules that imported a function from one by name. Nothing
-    is compiled by nvcc, and everything runs on a CPU. ``torch_utils.misc``, ``training.networks`` and everything else
-    stay as they are. A function whose parameters are not the ones that fastgan knows stays too, with a warning in the
-    log of the name "fastgan".
+    Modules with these names are patched, whether they are already imported or are imported later, also inside another
+    package (``stylegan3.torch_utils.ops.upfirdn2d``). Modules that imported one of the functions by name are patched
+    too. Nothing is compiled by nvcc, and everything also runs on a CPU. Other modules, such as ``torch_utils.misc`` and
+    ``training.networks``, do not change. A function with parameters that fastgan does not know is not replaced, and the
+    logger "fastgan" gets a warning.
 
-    Call it once, before training. Calling it again does nothing more.
+    Call it once, before training. Further calls have no effect.
 
     ```python
     import fastgan
@@ -33,7 +33,7 @@ def patch_torch_utils() -> Patch:
     ```
 
     Returns:
-        An object with ``replaced``, the names of the functions that were replaced so far, and ``restore()``, which puts
-        the original functions back.
+        An object with two members. ``replaced`` lists the names of the functions that were replaced so far.
+        ``restore()`` restores the original functions.
     """
     return Patch.begin(TABLES)

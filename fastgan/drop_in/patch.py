@@ -1,4 +1,4 @@
-"""Replace functions of modules that are imported already, and of others as they are imported."""
+"""Replace functions in modules that are already imported, and in others when they are imported."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class _Replaced(NamedTuple):
     module: ModuleType
     name: str
     original: Any
-    ours: Any
+    replacement: Any
 
 
 class Patch(MetaPathFinder):
-    """What was replaced, and the finder that replaces what is imported from now on."""
+    """An import hook that replaces functions in new modules, and the list of all replaced functions."""
 
     _active: ClassVar[Patch | None] = None
 
     def __init__(self, tables: Mapping[str, Functions]) -> None:
         self._tables = tables
         self._replaced: list[_Replaced] = []
+        self._is_paused = False
 
     @classmethod
     def begin(cls, tables: Mapping[str, Functions]) -> Patch:
@@ -44,19 +45,27 @@ class Patch(MetaPathFinder):
 
     @property
     def replaced(self) -> list[str]:
-        """The names of the functions that were replaced so far, by the modules that hold them."""
+        """The names of the functions that were replaced so far, each with the module that holds it."""
         return [f"{entry.module.__name__}.{entry.name}" for entry in self._replaced]
 
     def restore(self) -> None:
-        """Put the original functions back, and leave what is imported later as it is."""
+        """Restore the original functions. Modules that are imported later are not patched."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         if Patch._active is self:
             Patch._active = None
-        for module, name, original, ours in reversed(self._replaced):
-            if vars(module).get(name) is ours:
+        for module, name, original, replacement in reversed(self._replaced):
+            if vars(module).get(name) is replacement:
                 setattr(module, name, original)
         self._replaced.clear()
+
+    def pause(self, is_paused: bool) -> None:
+        """Put the originals back for a while, or end this."""
+        self._is_paused = is_paused
+        for module, name, original, ours in self._replaced:
+            held, other = (ours, original) if is_paused else (original, ours)
+            if vars(module).get(name) is held:
+                setattr(module, name, other)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,37 +87,38 @@ class Patch(MetaPathFinder):
         return None
 
     def _watch(self, spec: ModuleSpec) -> None:
-        """Have the module patched as soon as it is loaded."""
+        """Patch the module as soon as it is loaded."""
         loader: Any = spec.loader
         load = getattr(loader, "exec_module", None)
         if load is None:
             return
 
         def load_and_replace(module: ModuleType) -> None:
-            with _nothing_compiled():
+            with _no_compilation():
                 load(module)
             self._replace_in(spec.name, module)
 
-        loader.exec_module = load_and_replace  # of this loader alone: each module has its own
+        loader.exec_module = load_and_replace  # each module has its own loader
 
     def _replace_in(self, module_name: str, module: ModuleType) -> None:
         functions = self._functions(module_name)
         if functions is None or not isinstance(module, ModuleType):
             return
-        for name, ours in functions.items():
+        for name, replacement in functions.items():
             original = vars(module).get(name)
-            if not callable(original) or original is ours or isinstance(original, ModuleType):
+            if not callable(original) or original is replacement or isinstance(original, ModuleType):
                 continue
-            if not _takes(ours, original):
-                _log.warning("%s.%s has other parameters than fastgan's and is left as it is", module_name, name)
+            if not _has_parameters_of(original, replacement):
+                _log.warning("%s.%s is not replaced: its parameters differ from fastgan's", module_name, name)
                 continue
             for holder, held in [*_holders(original)]:
-                setattr(holder, held, ours)
-                self._replaced.append(_Replaced(holder, held, original, ours))
+                if not self._is_paused:
+                    setattr(holder, held, replacement)
+                self._replaced.append(_Replaced(holder, held, original, replacement))
 
 
 def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
-    """The modules that hold this function, and its name there: where it was made, and where it was imported."""
+    """Yield each module that has this function, and its name there: where it is defined and where it is imported."""
     for module in [*sys.modules.values()]:
         if isinstance(module, ModuleType):
             for name, value in [*vars(module).items()]:
@@ -116,25 +126,25 @@ def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
                     yield module, name
 
 
-def _takes(ours: Callable[..., Any], original: Callable[..., Any]) -> bool:
-    """Whether ours has the parameters of the original, in its order."""
+def _has_parameters_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
+    """Return whether the replacement has the parameters of the original, in the same order."""
     try:
-        theirs = [*inspect.signature(original).parameters]
+        parameters = [*inspect.signature(original).parameters]
     except (TypeError, ValueError):
         return False
-    return [*inspect.signature(ours).parameters][: len(theirs)] == theirs
+    return [*inspect.signature(replacement).parameters][: len(parameters)] == parameters
 
 
 class _NotCompiled:
-    """Stands for an extension whose functions are replaced."""
+    """A stand-in for a compiled extension whose functions are replaced."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"{name}: fastgan.patch_torch_utils() replaces this extension, which was not compiled")
 
 
 @contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """While a module is loaded, extensions are not compiled: these modules do so as they are imported."""
+def _no_compilation() -> Iterator[None]:
+    """Inside this context, torch.utils.cpp_extension compiles nothing. The modules would compile at their import."""
     try:
         from torch.utils import cpp_extension
     except ImportError:  # it needs setuptools

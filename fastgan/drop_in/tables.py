@@ -1,4 +1,4 @@
-"""Which functions of which modules are replaced by which of ours."""
+"""The functions that are replaced, by module, and their replacements."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _UPFIRDN: Functions = {
     "upsample2d": torch_utils.upsample2d,
     "downsample2d": torch_utils.downsample2d,
 }
-_THEIR_UPFIRDN: Functions = {"upfirdn2d": rosinality.upfirdn2d}
-_THEIR_ACT: Functions = {"fused_leaky_relu": rosinality.fused_leaky_relu}
-# The ends of the modules' names.
+_ROSINALITY_UPFIRDN: Functions = {"upfirdn2d": rosinality.upfirdn2d}
+_ROSINALITY_ACT: Functions = {"fused_leaky_relu": rosinality.fused_leaky_relu}
+# Keys are the ends of module names.
 TABLES: dict[str, Functions] = {
     "torch_utils.ops.upfirdn2d": _UPFIRDN,
     "torch_utils.ops.bias_act": {"bias_act": torch_utils.bias_act},
@@ -27,9 +27,9 @@ TABLES: dict[str, Functions] = {
     "torch_utils.ops.conv2d_resample": {"conv2d_resample": torch_utils.conv2d_resample},
     "torch_utils.ops.grid_sample_gradfix": {"grid_sample": torch_utils.grid_sample},
     "torch_utils.ops.fma": {"fma": torch_utils.fma},
-    "op.upfirdn2d": _THEIR_UPFIRDN,
-    "op.fused_act": _THEIR_ACT,
+    "op.upfirdn2d": _ROSINALITY_UPFIRDN,
+    "op.fused_act": _ROSINALITY_ACT,
     "op.conv2d_gradfix": _GRADFIX,
-    "basicsr.ops.upfirdn2d.upfirdn2d": _THEIR_UPFIRDN,
-    "basicsr.ops.fused_act.fused_act": _THEIR_ACT,
+    "basicsr.ops.upfirdn2d.upfirdn2d": _ROSINALITY_UPFIRDN,
+    "basicsr.ops.fused_act.fused_act": _ROSINALITY_ACT,
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgan import ops
+from fastgan.drop_in.zeros import leave_zeros
 from fastgan.ops.conv import of_models
 
 
@@ -71,7 +72,7 @@ def bias_act(
     clamp: float | None = None,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.bias_act(
+    y = ops.bias_act(
         x,
         None if b is None else b.to(x.dtype),
         activation=act,
@@ -81,6 +82,7 @@ def bias_act(
         clamp=None if clamp is None or clamp < 0 else float(clamp),
         backend=_backend(impl),
     )
+    return leave_zeros(y) if act in ("relu", "lrelu") and impl != "ref" else y
 
 
 def filtered_lrelu(
@@ -100,7 +102,8 @@ def filtered_lrelu(
     b = None if b is None else b.to(x.dtype)
     limit = None if clamp is None else float(clamp)
     options: dict[str, Any] = {"gain": float(gain), "slope": float(slope), "clamp": limit, "flip_filter": flip_filter}
-    return ops.filtered_lrelu(x, fu, fd, b, up, down, padding, **options, backend=_backend(impl))
+    y = ops.filtered_lrelu(x, fu, fd, b, up, down, padding, **options, backend=_backend(impl))
+    return y if impl == "ref" else leave_zeros(y)
 
 
 def conv2d(

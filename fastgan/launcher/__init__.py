@@ -1,1 +1,1 @@
-"""fastgan in existing training code: `fastgan run` and `fastgan.enabled`. Neither needs an edit of a model."""
+"""fastgan in unchanged training code: `fastgan run` and `fastgan.enabled`."""

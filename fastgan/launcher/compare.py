@@ -1,8 +1,7 @@
 """``fastgan run --compare N``: a script's steps with PyTorch's penalties and with fastgan's.
 
-The script starts four times with the same seeds, each time in a process of its own: with PyTorch's penalties, with
-fastgan's, with PyTorch's and another number of threads, and with both in turns, for the times. Each stops after the
-steps that are asked for.
+The script runs in four processes with the same seeds: with PyTorch's penalties, with fastgan's, with PyTorch's and
+another number of threads, and with both in turns to time them. Each process stops after the requested steps.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,7 @@ ROLES = {"PyTorch": Way.PYTORCH, "fastgan": Way.FASTGAN, "threads": Way.PYTORCH,
 
 
 class Recorder:
-    """What one of the processes writes down."""
+    """Records the losses, parameters, times and memory of one process."""
 
     def __init__(self, role: str, steps: int, file: str, threads: int) -> None:
         self.way = ROLES[role]
@@ -37,12 +38,22 @@ class Recorder:
         self._losses: list[float] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._ended = False
+        self._patch = self._begin_patch()
         random.seed(0)
         torch.manual_seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         if role == "threads":
             torch.set_num_threads(threads)
+
+    def _begin_patch(self) -> Any:
+        """Of the operations of StyleGAN's code bases. None where the script is to keep its own.
+
+        With CUDA, these would be compiled, and fastgan's stay in all processes.
+        """
+        from fastgan.drop_in import patch_torch_utils
+
+        return None if self.way is Way.PYTORCH and not torch.cuda.is_available() else patch_torch_utils()
 
     def loss(self, tensors: Any) -> None:
         values = [tensors] if isinstance(tensors, Tensor) else tensors
@@ -51,6 +62,8 @@ class Recorder:
     def stepped(self, session: Any, optimizer: torch.optim.Optimizer) -> None:
         if not any(optimizer is other for other in self._optimizers):
             self._optimizers.append(optimizer)
+        if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
+            self._patch.pause(not any(unit.is_next_lean() for unit in session.units))
         if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()
@@ -81,7 +94,7 @@ def _peak_memory() -> int:
 
 
 def recorder_of_this_process() -> Recorder | None:
-    """Removes what asks for it from the environment: processes that the script starts do not compare."""
+    """Return the recorder if this process is part of a comparison. Children of the script are not part of it."""
     given = os.environ.pop(VARIABLE, None)
     return Recorder(**json.loads(given)) if given else None
 
@@ -96,20 +109,33 @@ def compare(command: Command) -> int:
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [sys.executable, "-m", "fastgan", "run", *(["-m"] if command.module else [])]
-            result = subprocess.run(
-                [*start, command.name, *command.arguments],
-                env={**os.environ, VARIABLE: json.dumps(given)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if not file.exists():
-                print(result.stderr, end="", file=sys.stderr)
-                print(f"fastgan: {command.name} ended with status {result.returncode}", file=sys.stderr)
-                return result.returncode or 1
+            errors = Path(folder) / "errors"
+            status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
+            if status or not file.exists():  # a script that fails writes the file, too
+                print(errors.read_text(errors="replace"), end="", file=sys.stderr)
+                print(f"fastgan: {command.name} ended with status {status}", file=sys.stderr)
+                return status or 1
             found[role] = torch.load(file)
     print("\n".join(report(found, now, other)))
     return 0
+
+
+def _run(arguments: list[str], given: str, errors: Path) -> int:
+    """Run a process of the comparison. Workers that its script leaves behind end with it."""
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            arguments,
+            env={**os.environ, VARIABLE: given},
+            stdout=subprocess.DEVNULL,
+            stderr=file,  # not a pipe, which workers would hold open
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def report(found: dict[str, Any], now: int, other: int) -> list[str]:
@@ -117,7 +143,7 @@ def report(found: dict[str, Any], now: int, other: int) -> list[str]:
     if not lean["steps"]:
         reasons = "".join(f"\n  {where}: {reason}" for where, reason in lean["refused"].items())
         return [f"fastgan: nothing to compare, no penalty was rerouted{reasons}"]
-    lines = [f"fastgan: {plain['steps']} steps with a penalty, with PyTorch's and with fastgan's, from the same seeds"]
+    lines = [f"fastgan: {plain['steps']} steps with a penalty, in PyTorch and with fastgan, from the same seeds"]
     before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
     if before and after:
         speed = f"{before / after:.2f} times as fast"
@@ -125,8 +151,8 @@ def report(found: dict[str, Any], now: int, other: int) -> list[str]:
     lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(lean['memory'])}")
     noise = f"PyTorch with {other} threads instead of {now}"
     for name in ("losses", "parameters"):
-        ours, pytorchs = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
-        lines.append(f"  largest difference of {name}: fastgan {ours:.2g}; {noise} {pytorchs:.2g}")
+        by_fastgan, by_threads = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
+        lines.append(f"  largest difference of {name}: fastgan {by_fastgan:.2g}; {noise} {by_threads:.2g}")
     return lines
 
 

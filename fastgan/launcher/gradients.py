@@ -1,8 +1,8 @@
-"""Which parameters an optimizer finds with zeros and which with None, in a plain step and in one of fastgan's.
+"""Gives parameters the same gradients of zeros or None in fastgan's steps as in PyTorch's.
 
-An optimizer with momentum or weight decay moves a parameter whose gradient is zeros, and leaves one without a gradient.
-fastgan's operations leave the zeros of PyTorch's double backward where their graph tells of them. What else differs is
-made good here.
+An optimizer with momentum or weight decay moves a parameter whose gradient is zeros, and skips one without a gradient.
+`fill_zeros` adds the zeros of PyTorch's double backward that the graph shows. This module corrects all others, from the
+gradients of a step that ran PyTorch's functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pattern:
         self._zeros[optimizer] = [ref(parameter) for parameter in parameters if _is_zeros(parameter.grad)]
 
     def restore(self, optimizer: torch.optim.Optimizer) -> int:
-        """Give zeros or None to what had them. The number of parameters that did not have them."""
+        """Restore zeros and None as in the plain step, and return the number of changed parameters."""
         changed = 0
         for reference in self._zeros.get(optimizer, ()):
             parameter = reference()

@@ -1,4 +1,4 @@
-"""What a call with create_graph=True tells: which calls of root modules it penalizes, and which cannot be rerouted."""
+"""Find the module calls that a call with create_graph=True penalizes, and those that cannot be rerouted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from fastgan.launcher.roots import OUTPUT, Call
+from fastgan.launcher.roots import INNER, OUTPUT, Call
+from fastgan.ops.gradient_penalty.paths import paths
 
 GRADIENT = "fastgan: a gradient with a graph"
 
 NESTED = "it is differentiated more than twice (a gradient of a gradient, with create_graph=True)"
-IN_PARAMETERS = "it is differentiated in its parameters with create_graph=True"
+IN_PARAMETERS = "it is differentiated with respect to its parameters with create_graph=True"
 BATCHED = "its gradients are batched (is_grads_batched=True)"
 HOOKED = "it has forward hooks of its own"
 COMPILED = "it is compiled by torch.compile"
@@ -21,7 +22,7 @@ COMPILED = "it is compiled by torch.compile"
 
 class Found(NamedTuple):
     calls: list[Call]
-    reason: str | None  # why none of these is rerouted
+    reason: str | None  # why these calls are not rerouted
 
 
 def tensors_in(given: Any) -> list[Tensor]:
@@ -32,11 +33,12 @@ def tensors_in(given: Any) -> list[Tensor]:
 
 
 def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
-    """The calls that lie between the outputs and the inputs."""
+    """Return the calls of root modules between the outputs and the inputs."""
     points = [x for x in tensors_in(inputs) if x.requires_grad]
     ends = {get_gradient_edge(x).node for x in points}
     nested = False
     calls: list[Call] = []
+    inner: dict[Node, Call] = {}
     waiting: list[Node | None] = [output.grad_fn for output in tensors_in(outputs)]
     seen: set[Node] = set()
     while waiting:
@@ -48,7 +50,9 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         call = metadata.get(OUTPUT)
         if call is not None and call not in calls:
             calls.append(call)
-        # A gradient depends on what its forward saved, which lies below the output of the root module.
+        if INNER in metadata:
+            inner[node] = metadata[INNER]
+        # A gradient depends on tensors that its forward saved. These are below the output of the root module.
         earlier = metadata.get(GRADIENT)
         if earlier is not None:
             nested = True
@@ -58,6 +62,9 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         return Found(calls, NESTED)
     if any(isinstance(x, nn.Parameter) for x in points):
         return Found(calls, IN_PARAMETERS)
+    if inner:
+        between = paths(tensors_in(outputs), *points)
+        calls += [call for node, call in inner.items() if node in between and call not in calls]
     return Found(calls, BATCHED if batched else None)
 
 

@@ -1,4 +1,4 @@
-"""The table at the end: what was rerouted, its work and its time before and after, and what was not, and why."""
+"""The table at the end of a run: rerouted calls with their work and times, and the reasons why others were not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = ("penalized call", "module", "steps", "work, PyTorch", "work, fastgan", "
 
 
 class _Anchor:
-    """multiprocessing calls what is registered for an object in each worker, as long as the object lives."""
+    """multiprocessing calls a function that is registered for an object in each worker, while the object exists."""
 
 
 _anchor = _Anchor()
@@ -24,7 +24,7 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
     """Call ``report`` when this process ends.
 
     Args:
-        of_fork: is called in a worker that this process forks, and returns the worker's report.
+        of_fork: called in each worker that this process forks. It returns the worker's report.
     """
     owner = os.getpid()
     done: list[bool] = []
@@ -45,16 +45,16 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
     util.register_after_fork(_anchor, in_worker)
 
 
-def print_table(units: Sequence[Unit], refused: Mapping[str, str]) -> None:
-    lines = table(units, refused)
+def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> None:
+    lines = table(units, refused, notes)
     if lines and sys.stderr is not None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
-    """The lines, none if no penalty was seen."""
+def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> list[str]:
+    """Return the lines of the table, or no lines if there was no penalty and there are no notes."""
     seen = [unit for unit in units if unit.steps]
-    if not seen and not refused:
+    if not seen and not refused and not notes:
         return []
     lines = ["fastgan: penalties of this run (work in forwards, time per step with a penalty)"]
     if seen:
@@ -67,6 +67,7 @@ def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
         if unit.within and not unit.steps
     ]
     lines += [f"  not rerouted: {where}: {reason}" for where, reason in refused.items()]
+    lines += [f"  {note}" for note in notes]
     return lines
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, cast
 
-_OURS = str(Path(__file__).parent) + os.sep
-_kept: list[ModuleType] = []  # the __main__ that started the script: its functions are still on the stack
+_LAUNCHER = str(Path(__file__).parent) + os.sep
+_kept: list[ModuleType] = []  # the original __main__, whose functions are still on the stack
 
 
 def run_file(path: str, arguments: Sequence[str]) -> None:
-    """``python path arguments``."""
+    """Run a script as ``python path arguments`` does."""
     if os.path.isdir(path) or _is_archive(path):
         sys.argv[:] = [path, *arguments]
         _set_first_path(os.path.abspath(path))
@@ -38,7 +38,7 @@ def run_file(path: str, arguments: Sequence[str]) -> None:
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:
-    """``python -m name arguments``."""
+    """Run a module as ``python -m name arguments`` does."""
     sys.argv[:] = ["-m", *arguments]
     _set_first_path(os.getcwd())
     try:
@@ -97,7 +97,7 @@ def _run(code: bytes | CodeType, module: ModuleType) -> None:
 
 
 class _WithoutFrames:
-    """A hook for uncaught errors that passes tracebacks on without the frames of the launcher."""
+    """An excepthook that removes the launcher's frames from tracebacks."""
 
     def __init__(self, hook: Any) -> None:
         self._hook = hook
@@ -115,7 +115,7 @@ class _WithoutFrames:
 
 
 def without_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback without what started the script and without the launcher's functions that the script calls."""
+    """Return the traceback without the frames of the launcher."""
     entry = traceback
     while entry is not None:
         if entry.tb_frame.f_code is _run.__code__:
@@ -124,7 +124,7 @@ def without_frames(traceback: TracebackType | None) -> TracebackType | None:
     first: TracebackType | None = None
     last: TracebackType | None = None
     while traceback is not None:
-        if not traceback.tb_frame.f_code.co_filename.startswith(_OURS):
+        if not traceback.tb_frame.f_code.co_filename.startswith(_LAUNCHER):
             if last is None:
                 first = traceback
             else:

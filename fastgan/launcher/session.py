@@ -1,8 +1,8 @@
-"""Learn which calls are penalized, reroute these alone, and keep the faster way. ``enabled`` and ``fastgan run`` begin.
+"""Find the penalized calls of a script, reroute only these, and keep the faster implementation.
 
-``torch.autograd.grad`` and ``torch.autograd.backward`` are watched. A call with create_graph=True is traced back to the
-root modules whose outputs it differentiates. From then on, only their calls from the same place, with an input that
-requires a gradient, are rerouted.
+A session replaces ``torch.autograd.grad`` and ``torch.autograd.backward``. A call with create_graph=True is traced back
+to the root modules whose outputs it differentiates. From then on, calls of these modules from the same place, with an
+input that requires a gradient, are rerouted. ``enabled`` and ``fastgan run`` begin a session.
 """
 
 from __future__ import annotations
@@ -24,82 +24,24 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fastgan import torch_private
 from fastgan.launcher import learning
 from fastgan.launcher.command import Settings
+from fastgan.launcher.conversion import Conversion
+from fastgan.launcher.penalized import Root
 from fastgan.launcher.report import at_end, print_table
-from fastgan.launcher.roots import OUTPUT, Call, GlobalHooks, add_hooks, mark, requires_gradient
+from fastgan.launcher.roots import Call, GlobalHooks, mark
 from fastgan.launcher.sites import Site, is_called_by_fastgan, place, site
 from fastgan.launcher.timing import Step, Unit, Way
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
-from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
 
-PATIENCE = 200  # steps of optimizers with global hooks and no penalty
-TRIES = 4  # of learning about one call with create_graph=True
+PATIENCE = 200  # optimizer steps without a penalty after which the global hooks are removed
+TRIES = 4  # attempts to find the modules behind one call with create_graph=True
 
 _grad, _backward = torch.autograd.grad, torch.autograd.backward
 _session: Session | None = None
 
 
-class Root:
-    """A module with penalized calls."""
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        self.units: dict[Site, Unit] = {}
-        self._session = session
-        self.remove: Callable[[], None] | None = add_hooks(module, self._before, self._after)
-        self.reason = None if self.remove is not None else learning.HOOKED  # why its calls are not rerouted
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._session.here.calls.append((self, self._open(module, (args, kwargs))))
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls = self._session.here.calls
-        if torch.compiler.is_compiling() or not calls or calls[-1][0] is not self:
-            return
-        opened: _Opened | None = calls.pop()[1]
-        if opened is not None:
-            opened.close()
-            mark(output, OUTPUT, opened.call)
-
-    def _open(self, module: nn.Module, given: Any) -> _Opened | None:
-        if not torch.is_grad_enabled() or not self.units or not requires_gradient(given):
-            return None
-        unit = self.units.get(key := site())
-        if unit is None or torch_private.in_transform():
-            return None
-        step = self._session.here.step_of(unit)
-        return _Opened(step, Call(unit.module, key, unit.place, True), _may_reroute(given))
-
-
-class _Opened:
-    """A penalized call that runs."""
-
-    def __init__(self, step: Step, call: Call, may_reroute: bool) -> None:
-        self.call = call
-        self._step = step
-        self._before = step.count.total if step.count is not None else 0
-        self._inside = ExitStack()
-        self._inside.enter_context(step.counting())
-        if step.is_lean and may_reroute:
-            step.rerouted = True
-            self._inside.enter_context(Rerouting())
-
-    def close(self) -> None:
-        self._inside.close()
-        if self._step.count is not None:
-            self._step.forward_work += self._step.count.total - self._before
-
-
-def _may_reroute(given: Any) -> bool:
-    return not is_rerouting() and not any(x.is_meta for x in torch.utils._pytree.tree_leaves(given) if _is(x))
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 class _Here(local):
-    """What runs in this thread."""
+    """The running calls and the current step of a thread."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Root, Any]] = []
@@ -118,17 +60,19 @@ class _Here(local):
 
 
 class Session:
-    """What has been learned, and the hooks by which it is used."""
+    """The penalized calls that were found, and the hooks that reroute them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.here = _Here()
         self.units: list[Unit] = []
-        self.refused: dict[str, str] = {}  # places, and why nothing is rerouted there
-        self.recorder: Any = None  # of a comparison
+        self.refused: dict[str, str] = {}  # place -> why nothing is rerouted there
+        self.recorder: Any = None  # records a comparison
         self.way = Way.FASTGAN if settings.always else Way.FASTER
         self._roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
-        self._hooks = GlobalHooks()
+        self.notes: list[str] = []  # what was converted and what was not
+        self._conversion = Conversion(self.notes) if settings.convert else None
+        self._hooks = GlobalHooks(self._conversion.consider if self._conversion is not None else None)
         self._known: dict[Site, list[Call]] = {}
         self._tries: dict[Site, int] = {}
         self._waited = 0
@@ -137,7 +81,7 @@ class Session:
 
     def begin(self) -> None:
         self._hooks.turn_on()
-        # The hooks see nothing of compiled modules, so that it does not matter how often they run.
+        # The hooks ignore compiled modules, so PyTorch's warning about them does not matter.
         warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)
         self._handles = [
             register_optimizer_step_pre_hook(self._before_optimizer),
@@ -154,9 +98,11 @@ class Session:
             if root.remove is not None:
                 root.remove()
         self._roots.clear()
+        if self._conversion is not None:
+            self._conversion.undo()
 
     def before(self, outputs: Any, inputs: Any, key: Site, where: str, batched: bool) -> None:
-        """A call with create_graph=True begins."""
+        """Called before a call with create_graph=True."""
         if (key in self._known and not self._hooks.are_on) or torch_private.in_transform():
             return
         with self._lock:
@@ -165,7 +111,7 @@ class Session:
             if not calls and not self._hooks.are_on and self._tries.get(key, 0) < TRIES:
                 self._tries[key] = self._tries.get(key, 0) + 1
                 self._waited = 0
-                self._hooks.turn_on()  # for the next time
+                self._hooks.turn_on()  # the next such call finds its modules
                 return
             if key not in self._known:
                 self._waited = max(0, PATIENCE - 2)  # the hooks stay for the other penalties of this step
@@ -196,7 +142,7 @@ class Session:
             self.units.append(unit)
 
     def after(self, outputs: Any, inputs: Any, result: Any, key: Site) -> Any:
-        """A call with create_graph=True has its result, which gets the zeros of PyTorch's."""
+        """Called after a call with create_graph=True. Return its result, with the zeros that PyTorch's would have."""
         step = self.here.step
         points = [x for x in tensors(inputs) if x.requires_grad]
         if step is not None and step.rerouted and not step.ended and isinstance(result, tuple) and points:
@@ -283,7 +229,7 @@ def _counting(session: Session) -> Any:
 
 
 def _exchange(functions: dict[Any, Any]) -> None:
-    """In every module that is imported, also where a name was imported from another module."""
+    """Replace functions in all imported modules, also under names imported from another module."""
     by_id = {id(function): new for function, new in functions.items()}
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)
@@ -298,17 +244,17 @@ def is_off() -> bool:
 
 
 @contextmanager
-def enabled(*, always: bool = False) -> Iterator[None]:
-    """Context manager: gradient penalties of the code inside are computed by fastgan's operations, where it is faster.
+def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
+    """Context manager: compute the hand-written gradient penalties of the code inside with fastgan, where it is faster.
 
-    The code stays as it is. The first step with a penalty is PyTorch's own. It shows which calls of which modules are
-    differentiated with ``create_graph=True``, and these alone are rerouted (see ``twice_differentiable``). A few steps
-    are timed both ways, and the faster way stays. Losses and gradients are equal to PyTorch's up to rounding, and a
-    parameter keeps its zeros or None.
+    The code does not change. The first step with a penalty runs PyTorch's functions and shows which module calls are
+    differentiated with ``create_graph=True``. Only these calls are rerouted (see ``twice_differentiable``). A few steps
+    are timed with PyTorch and with fastgan, and the faster one is kept. Losses and gradients equal PyTorch's up to
+    rounding. A parameter whose gradient is zeros or None in PyTorch has the same here.
 
-    At the end a table on stderr shows what was rerouted, what was not, and why. ``fastgan run train.py`` does the same
-    for a whole script. With ``FASTGAN=off`` in the environment, this does nothing. Contexts may be nested; the
-    outermost one counts.
+    At the end, a table on stderr lists the rerouted calls, and the other penalties with the reasons. ``fastgan run
+    train.py`` does the same for a whole script. With ``FASTGAN=off`` in the environment, the context does nothing.
+    Contexts may be nested; only the outermost one has an effect.
 
     ```python
     import torch
@@ -326,26 +272,30 @@ def enabled(*, always: bool = False) -> Iterator[None]:
     ```
 
     Args:
-        always: reroute without timing.
+        always: use fastgan without timing it against PyTorch.
+        convert: also convert layers of the models that are trained, such as spectral norm, as ``fastgan.convert`` does.
+            A model is converted after its first training call, and only if ``verify`` finds no difference on these
+            inputs. The end of the context reverts it.
     """
     if _session is not None or is_off():
         yield
         return
-    session = begin(Settings(always=always))
+    session = begin(Settings(always=always, convert=convert))
     try:
         yield
     finally:
         end()
-        print_table(session.units, session.refused)
+        print_table(session.units, session.refused, session.notes)
 
 
 def _report_of_fork(session: Session) -> Callable[[], None]:
-    """The table of what a forked worker does; what it has inherited is in its parent's table."""
-    units, refused = list(session.units), set(session.refused)
+    """Return a function that prints the table of a forked worker. Its parent's table has the inherited entries."""
+    units, refused, notes = list(session.units), set(session.refused), len(session.notes)
 
     def report() -> None:
         own = [unit for unit in session.units if unit not in units]
-        print_table(own, {name: why for name, why in session.refused.items() if name not in refused})
+        others = {name: why for name, why in session.refused.items() if name not in refused}
+        print_table(own, others, session.notes[notes:])
 
     return report
 
@@ -365,7 +315,7 @@ def end() -> None:
 
 
 def begin_process(settings: Settings) -> None:
-    """For this process and those that it starts, until they end."""
+    """Begin a session for this process and its children, until they end."""
     if is_off() or _session is not None:
         return
     from fastgan.launcher import children
@@ -378,7 +328,7 @@ def begin_process(settings: Settings) -> None:
         at_end(lambda: recorder.end(session))
     else:
         children.include(settings)
-        at_end(lambda: print_table(session.units, session.refused), lambda: _report_of_fork(session))
-    patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
-    if patch is not None:
-        patch()
+        at_end(lambda: print_table(session.units, session.refused, session.notes), lambda: _report_of_fork(session))
+        patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
+        if patch is not None:
+            patch()

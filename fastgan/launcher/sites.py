@@ -1,4 +1,4 @@
-"""Places in a script: the calls that lead to a call, as a key that costs a microsecond."""
+"""Call sites of a script: keys that identify the call stack, made in about a microsecond."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Site = tuple[int, ...]
 
 _DEPTH = 12
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_OURS = str(Path(__file__).parent) + os.sep
+_LAUNCHER = str(Path(__file__).parent) + os.sep
 _is_inner: dict[str, bool] = {}
 
 
-def _first_outside() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(2)
+def _outside(frame: FrameType | None) -> FrameType | None:
+    """The frame, or the first of its callers that is neither in PyTorch nor in this package."""
     while frame is not None:
         name = frame.f_code.co_filename
         inner = _is_inner.get(name)
         if inner is None:
-            inner = _is_inner[name] = name.startswith((_TORCH, _OURS))
+            inner = _is_inner[name] = name.startswith((_TORCH, _LAUNCHER))
         if not inner:
             return frame
         frame = frame.f_back
@@ -31,23 +31,26 @@ def _first_outside() -> FrameType | None:
 
 
 def site() -> Site:
-    """The code and the instruction of each caller outside of PyTorch and of this package."""
-    frame = _first_outside()
+    """Return the code and the instruction of each caller outside of PyTorch and this package.
+
+    A module with hooks is called through other frames of PyTorch than one without.
+    """
+    frame = _outside(sys._getframe(1))
     found: list[int] = []
     while frame is not None and len(found) < 2 * _DEPTH:
         found += [id(frame.f_code), frame.f_lasti]
-        frame = frame.f_back
+        frame = _outside(frame.f_back)
     return tuple(found)
 
 
 def place() -> str:
-    """The file and the line of the innermost of these callers."""
-    frame = _first_outside()
+    """Return the file and line of the innermost of these callers."""
+    frame = _outside(sys._getframe(1))
     return "?" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def is_called_by_fastgan() -> bool:
-    """Whether the caller of the caller is fastgan itself, which needs no help."""
+    """Return whether the caller of the caller is fastgan itself, whose penalties are rerouted already."""
     frame = sys._getframe(2)
     name = frame.f_globals.get("__name__", "")
     return name == "fastgan" or (name.startswith("fastgan.") and not name.startswith("fastgan.launcher."))

@@ -1,7 +1,8 @@
-"""Steps with a penalty, timed with PyTorch's derivatives and with fastgan's, of which the faster stays.
+"""Time steps with a penalty in PyTorch and with fastgan, and choose the faster one.
 
-A step begins with the first penalized forward and ends with the last backward before the optimizer steps. The first one
-is PyTorch's own: its gradients and its work are noted. The second one warms fastgan up. Then both take turns.
+A step begins with the first penalized forward and ends with the last backward before the optimizer's step. The first
+step runs PyTorch's functions, and its gradients and work are recorded. The second step is a warm-up of fastgan. After
+that, both take turns.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from fastgan.launcher.sites import Site
 from fastgan.launcher.work import Count, is_counting_possible
 
 PAIRS = 8
-LEAST_GAIN = 1.02  # below it, timings of equal steps could decide
+LEAST_GAIN = 1.02  # a smaller gain may be noise
 
 
-def usual(times: list[float]) -> float:
-    """The mean of the faster half: what interrupts a step makes it slower, never faster."""
+def typical(times: list[float]) -> float:
+    """Return the mean of the faster half. Interruptions only make steps slower."""
     return fmean(sorted(times)[: (len(times) + 1) // 2])
 
 
 class Way(Enum):
-    """How the steps after the first one are taken."""
+    """Who computes the steps after the first one."""
 
     FASTER = auto()
     FASTGAN = auto()
@@ -40,15 +41,15 @@ class Way(Enum):
 
 
 class Unit:
-    """What is known of the steps that begin with one penalized call."""
+    """The times and the work of the steps that begin with one penalized call."""
 
     def __init__(self, module: nn.Module, site: Site, place: str, way: Way) -> None:
         self.module, self.site, self.place = ref(module), site, place
         self.name = type(module).__name__
         self.way = way
         self.steps = 0
-        self.within = ""  # where the steps begin that have its calls
-        self.times: dict[bool, list[float]] = {False: [], True: []}  # by whether it was fastgan's
+        self.within = ""  # the place where the steps that contain its calls begin
+        self.times: dict[bool, list[float]] = {False: [], True: []}  # key: whether fastgan computed the step
         self.work: dict[bool, int] = {}
         self.forward_work = 0
         self.pattern = Pattern()
@@ -67,8 +68,11 @@ class Unit:
             return Step(self, True, timed=True)
         if self.choice is not None:
             return Step(self, self.choice)
-        # plain, lean, lean, plain: a drift of the machine's speed is shared by both
+        # plain, lean, lean, plain: a drift of the machine's speed affects both alike
         return Step(self, (number // 2) % 2 == number % 2, timed=True)
+
+    def is_next_lean(self) -> bool:
+        return self.steps % 2 == 1
 
     def end(self, step: Step) -> None:
         if step.count is not None:
@@ -81,10 +85,10 @@ class Unit:
         if self.choice is None and self.way is Way.FASTER:
             plain, lean = self.times[False], self.times[True]
             if len(plain) >= PAIRS and len(lean) >= PAIRS:
-                self.choice = usual(plain) > LEAST_GAIN * usual(lean)
+                self.choice = typical(plain) > LEAST_GAIN * typical(lean)
 
     def time(self, is_lean: bool) -> float | None:
-        return usual(self.times[is_lean]) if self.times[is_lean] else None
+        return typical(self.times[is_lean]) if self.times[is_lean] else None
 
 
 @dataclass
@@ -95,7 +99,7 @@ class Step:
     is_lean: bool
     timed: bool = False
     count: Count | None = None
-    units: set[int] = field(default_factory=set)  # ids of those whose calls it has
+    units: set[int] = field(default_factory=set)  # ids of the units whose calls it contains
     rerouted: bool = False
     forward_work: int = 0
     first: float = 0.0

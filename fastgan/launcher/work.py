@@ -1,4 +1,4 @@
-"""Multiplications of operators that ran, counted one by one."""
+"""Count the floating-point operations of the operators that run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Count(TorchDispatchMode):
-    """Count what runs inside. It can be entered again, and goes on."""
+    """Count the operations inside this context. It can be entered again and continues to count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -27,5 +27,5 @@ class Count(TorchDispatchMode):
 
 
 def is_counting_possible() -> bool:
-    """Whether no mode of the script intercepts operators."""
+    """Return whether no mode of the script intercepts operators."""
     return torch.utils._python_dispatch._get_current_dispatch_mode() is None

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fastgan.ops.gradient_penalty import gradients_of_logits
 from fastgan.ops.gradient_penalty.inputs import Inputs
 from fastgan.ops.gradient_penalty.norms import norms
-from fastgan.ops.library import untraced
+from fastgan.ops.regions import traceable
 
 
 class GradientNormalized(nn.Module):
-    """A discriminator f as f / (|grad f| + |f|), whose slope in the input is at most 1 where f is piecewise affine.
+    """Gradient normalization: f / (|grad f| + |f|). Where f is piecewise affine, its slope is at most 1.
 
     ```python
     import torch
@@ -27,20 +27,21 @@ class GradientNormalized(nn.Module):
     (discriminator(fake) - discriminator(real)).mean().backward()
     ```
 
-    The gradient is that of the sum of a sample's logits in its input, in float32 or better; |grad f| is its norm. With
-    several logits a sample, each is divided by the sum of |grad f| and its own absolute value, as in the authors' code.
-    Where f and its gradient are both zero, so is the result.
+    |grad f| is the norm of the gradient of a sample's logits, summed, with respect to its input, in float32 or float64.
+    If there are several logits per sample, each is divided by the sum of |grad f| and its own absolute value, as in the
+    authors' code. Where f and its gradient are both zero, the result is zero.
 
     Args:
         discriminator: returns one tensor of logits, (N, ...).
 
-    Shape: that of the discriminator. ``forward`` takes its inputs, (N, *S) or a tuple, list or dict of these, and its
-    further arguments.
+    Shape: the output has the shape of the discriminator's. ``forward`` takes the discriminator's inputs, (N, *S) or a
+    tuple, list or dict of these, and its further arguments.
 
     Raises:
-        TypeError, ValueError: as ``fastgan.gradient_penalty``, and for a discriminator that returns several tensors.
+        TypeError, ValueError: as in ``fastgan.gradient_penalty``, and if the discriminator returns several tensors.
 
-    Differentiable once in parameters and inputs. It takes a forward and a backward, without gradients too.
+    Order of derivative: one, with respect to parameters and inputs. The result costs a forward and a backward of the
+    discriminator, even if gradients are disabled.
 
     Source: Wu et al., Gradient Normalization for Generative Adversarial Networks (2021).
     """
@@ -49,7 +50,7 @@ class GradientNormalized(nn.Module):
         super().__init__()
         self.discriminator = discriminator
 
-    @untraced
+    @traceable
     def forward(self, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor:
         differentiable = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():

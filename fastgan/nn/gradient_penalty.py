@@ -13,7 +13,7 @@ from fastgan.ops.gradient_penalty import gradient_penalty
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, floating
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, check_select
-from fastgan.ops.regions import compilable
+from fastgan.ops.regions import traceable
 
 
 class _Turn:
@@ -55,6 +55,9 @@ class GradientPenalty(nn.Module):
     of ``every=1``. The number of calls since the last penalty is part of the state_dict. The zero of the other calls
     can be added to a loss. Outside torch.compile, ``backward`` can also be called on it alone; parameters get no
     gradient.
+
+    Call the module as ``penalty(discriminator, real, fake=None, args=(), kwargs=None, generator=None)``. The arguments
+    are those of ``fastgan.gradient_penalty``.
 
     Order of derivative: one, with respect to the parameters of the discriminator.
 
@@ -112,7 +115,7 @@ class GradientPenalty(nn.Module):
         """The calls since the last penalty was due, this one included; 0: the next call takes a penalty."""
         return self._turn.index
 
-    @compilable
+    @traceable
     def forward(
         self,
         discriminator: Callable[..., Any],
@@ -163,7 +166,7 @@ class GradientPenalty(nn.Module):
 
 
 def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured, other than by torch.compile, whose graphs keep this apart."""
+    """Whether a CUDA graph is being captured. Captures by torch.compile do not count: its graphs guard the calls."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()

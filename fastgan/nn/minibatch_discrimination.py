@@ -40,7 +40,7 @@ class MinibatchDiscrimination(nn.Module):
         weight_scale: replace T by ``T exp(log_weight_scale) / norm(T)``, where the norm of each column is taken over F
             and the parameter ``log_weight_scale`` (B, C) starts at 0.
         process_group: compare with the samples of all ranks of this group, see
-        ``fastgan.ops.minibatch_discrimination``.
+            ``fastgan.ops.minibatch_discrimination``.
 
     Raises:
         ValueError: a size is below 1, or an input is not (N, F).

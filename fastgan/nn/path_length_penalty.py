@@ -1,4 +1,4 @@
-"""StyleGAN2's regularization of a generator, as a module that holds the average length."""
+"""StyleGAN2's path length regularization, as a module that holds the average length."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastgan.ops.gradient_penalty.path_length import path_lengths
-from fastgan.ops.library import untraced
 from fastgan.ops.minibatch_discrimination.ranks import Group
+from fastgan.ops.regions import traceable
 
 
 class PathLengthPenalty(nn.Module):
-    """Path length regularization: weight * mean (|J^T y| - a)^2, with J the derivative of images in latents.
+    """Path length regularization: weight * mean (|J^T y| - a)^2, where J is the derivative of images by latents.
 
-    y is noise, N(0, 1), over the square root of the number of pixels, and ``a`` the running average of the lengths. A
-    call in training renews ``a`` before it compares with it, from the samples of all ranks.
+    y is noise, N(0, 1) divided by the square root of the number of pixels. ``a`` is the moving average of the lengths
+    on all ranks. In training, each call updates ``a`` before it computes the penalty.
 
     ```python
     import torch
@@ -34,9 +34,9 @@ class PathLengthPenalty(nn.Module):
     ```
 
     Args:
-        weight: factor.
+        weight: factor of the penalty.
         decay: the step of the moving average: ``a += decay * (mean length of the batch - a)``.
-        process_group: the ranks over which lengths are averaged. Default: the default group, if there is one. All ranks
+        process_group: the ranks over which lengths are averaged. None: the default group, if there is one. All ranks
             must call the module equally often.
 
     Shape: images (N, C, ...), latents (N, D) or (N, L, D). For (N, L, D), the squared length is the sum over D and the
@@ -48,7 +48,7 @@ class PathLengthPenalty(nn.Module):
         ValueError: the latents have another shape or require no gradient, or the images do not depend on them.
         RuntimeError: gradients are disabled.
 
-    The penalty can be differentiated once, with respect to the parameters of the generator and the latents.
+    Order of derivative: one, with respect to the parameters of the generator and the latents.
 
     Source: Karras et al., StyleGAN2 (2020).
     """
@@ -62,7 +62,7 @@ class PathLengthPenalty(nn.Module):
         self.weight, self.decay, self.process_group = weight, decay, process_group
         self.register_buffer("average", torch.zeros(()))
 
-    @untraced
+    @traceable
     def forward(self, images: Tensor, latents: Tensor) -> Tensor:
         _check(images, latents)
         noise = torch.randn_like(images) / prod(images.shape[2:]) ** 0.5

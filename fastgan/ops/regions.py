@@ -55,27 +55,32 @@ def _may_enter(whole: bool) -> bool:
     allow_in_graph, config, translator = torch_private.dynamo()
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST or torch.compiler.is_exporting():
         return False
-    _end_all()
+    end_all()
     while _in_graph:  # at the first use, because this imports the compiler
         allow_in_graph(_in_graph.pop())
     root: Any = translator.current_tx().output.root_tx
     if root.one_graph or whole:
-        return bool(root.one_graph)
-    return not (root.f_code.co_filename.startswith(_FASTGAN_FILES) or getattr(config, "nested_graph_breaks", False))
+        may = bool(root.one_graph)
+    else:
+        in_fastgan = root.f_code.co_filename.startswith(_FASTGAN_FILES)
+        may = not (in_fastgan or getattr(config, "nested_graph_breaks", False))
+    if may:
+        torch_private.keep_graph_whole()
+    return may
 
 
 _may_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def compilable(function: Callable[P, R]) -> Callable[P, R]:
+def traceable(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: torch.compile traces the function if a region is possible, and otherwise breaks the graph there."""
     apart: Callable[P, R] = torch_private.apart_from_dynamo(function)  # imports the compiler when called
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             if _open.regions:
-                _end_all()
+                end_all()
             return function(*args, **kwargs)
         return (function if is_entered() else apart)(*args, **kwargs)
 
@@ -96,12 +101,12 @@ class _Open(local):
 _open = _Open()
 
 
-def begin(modes: Sequence[TorchFunctionMode]) -> None:
-    """Enter the modes, the outermost first, and enable gradients."""
+def begin(modes: Sequence[TorchFunctionMode], grad_mode: bool = True) -> None:
+    """Enter the modes, the outermost first, and set the grad mode. A record may start without gradients."""
     lowered = is_recorded()
     _open.regions.append(_Region(list(modes), lowered, torch.is_grad_enabled()))
     backends.set_lowered(int(lowered))
-    torch.set_grad_enabled(True)
+    torch.set_grad_enabled(grad_mode)
     for mode in modes:
         mode.__enter__()
 
@@ -117,8 +122,8 @@ def end() -> list[TorchFunctionMode]:
     return region.modes
 
 
-def _end_all() -> None:
-    """End regions that an error left open. This is called at places where no region can be open."""
+def end_all() -> None:
+    """End regions that an error left open. This is called after errors and at places where no region can be open."""
     while _open.regions:
         end()
 

@@ -118,22 +118,25 @@ _PLAIN = {
     torch.Tensor,
     torch.nn.Parameter,
     torch_private.FunctionalTensor,
-}  # the last while torch.compile makes a graph
+}  # the last one while torch.compile records a graph
 
 
 class Reroute(TorchFunctionMode):
     """Args:
-    routes: what is rerouted.
-    after: the multiplications that PyTorch's own functions do first, less what calls of fastgan's would cost. What
-        PyTorch cannot differentiate twice is rerouted from the start.
+    routes: the functions that are rerouted.
+    after: the number of multiplications that PyTorch's own functions compute first, minus the cost of calling
+        fastgan's. Functions that PyTorch cannot differentiate twice are rerouted from the start.
+    call: the cost of calling one of fastgan's functions.
     """
 
-    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0) -> None:
+    def __init__(
+        self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0, call: int = CALL
+    ) -> None:
         super().__init__()
         self._routes = routes
         self.is_whole = routes is _ROUTES
         self.taken = False  # whether any call was rerouted
-        self.left = after
+        self.left, self._call = after, call
         self.leaves: dict[Node, torch.Tensor] = {}
 
     def __torch_function__(
@@ -161,7 +164,7 @@ class Reroute(TorchFunctionMode):
     ) -> Callable[..., Any] | None:
         if self.left > 0:
             cost = work(func, args, kwargs)
-            self.left -= cost - CALL if cost else 0
+            self.left -= cost - self._call if cost else 0
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
     def _keep_leaves(self, given: Any) -> None:
@@ -194,9 +197,9 @@ def is_rerouting() -> bool:
 
 
 @regions.in_graph
-def _begin() -> torch.Tensor:
+def _begin(grad_mode: bool) -> torch.Tensor:
     if not regions.is_rehearsal():
-        regions.begin([Reroute()])
+        regions.begin([Reroute()], grad_mode)
     return torch.empty(0)  # a node of Dynamo's graph has a result
 
 
@@ -222,15 +225,15 @@ class _Uncompiled:
     def __enter__(self) -> None:
         with self._lock:
             # If the compiler was never imported, nothing is compiled. Importing it would take a second.
-            if self._stance is None and "torch._dynamo" in sys.modules:
-                self._stance = torch.compiler.set_stance("force_eager")
+            if self._stance is None and "torch._dynamo.eval_frame" in sys.modules:
+                self._stance = torch_private.force_eager()
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0 and self._stance is not None:
-                self._stance.__exit__(None, None, None)
+                torch_private.set_stance(self._stance)
                 self._stance = None
 
 
@@ -238,13 +241,13 @@ uncompiled = _Uncompiled()
 
 
 class Rerouting:
-    """``twice_differentiable`` from the call on that passes ``after`` multiplications.
+    """``twice_differentiable`` from the call on that passes ``after`` multiplications, less ``call`` for each call.
 
     Before it, and throughout if ``after`` is None, only functions that PyTorch cannot differentiate twice are rerouted.
     """
 
-    def __init__(self, after: int | None = 0) -> None:
-        self._mode = Reroute(_LACKING) if after is None else Reroute(after=after)
+    def __init__(self, after: int | None = 0, call: int = CALL) -> None:
+        self._mode = Reroute(_LACKING) if after is None else Reroute(after=after, call=call)
         self._inside = False
 
     @property
@@ -272,6 +275,18 @@ class Rerouting:
 
 
 @contextmanager
+def compiled_region() -> Iterator[None]:
+    """``twice_differentiable`` in a function that torch.compile traces, where ``regions.is_entered()`` allows it."""
+    _begin(torch.is_grad_enabled())
+    backends.enter_penalty()
+    try:
+        yield
+    finally:
+        backends.leave_penalty()
+        _end()
+
+
+@contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Context manager: PyTorch functions use fastgan's ops wherever these make the second derivative cheaper.
 
@@ -296,7 +311,8 @@ def twice_differentiable() -> Iterator[None]:
     torch.utils.checkpoint, and while a tracer records the call (torch.jit.trace, torch.export, make_fx, torch.fx).
 
     Functions compiled by torch.compile run uncompiled inside this context. Inside a function that torch.compile traces,
-    the context does nothing. It applies to the current thread and may be nested.
+    the context works with ``fullgraph=True`` and otherwise does nothing; see ``fastgan.compilable``. It applies to the
+    current thread and may be nested.
 
     ```python
     import torch
@@ -311,13 +327,8 @@ def twice_differentiable() -> Iterator[None]:
     ```
     """
     if regions.is_entered(whole=True):
-        _begin()
-        backends.enter_penalty()
-        try:
+        with compiled_region():
             yield
-        finally:
-            backends.leave_penalty()
-            _end()
         return
     if is_rerouting() and not is_traced():
         with uncompiled:

@@ -35,7 +35,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         # The partial file is useless, and it may occupy space that the user needs.
         _remove(partial)
         kept = [found.name for found in _checkpoints(folder)]
-        advice = f"{kept[-1]} is intact: free some space, then continue with --resume" if kept else "it was the first"
+        advice = (
+            f"{kept[-1]} is intact: free some space, then continue with --resume"
+            if kept
+            else ("it was the first one: free some space, then start again with --resume")
+        )
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); {advice}"
         ) from error

@@ -19,3 +19,9 @@ class CheckpointError(TrainerError):
 
 class NonFiniteLossError(TrainerError):
     """A loss became infinite or NaN."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong in one line, without the number and the path of a system's error."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(words).partition("\n")[0]

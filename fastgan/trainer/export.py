@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> Path:
 def write_export(
     path: Path, settings: TrainConfig, data: dict[str, Any], step: int, weights: dict[str, Tensor]
 ) -> None:
-    """Write weights and what is needed to build the generator, atomically."""
+    """Write weights and the settings that rebuild the generator, atomically."""
     from safetensors.torch import save
 
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}

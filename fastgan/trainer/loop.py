@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,7 +24,7 @@ from fastgan.trainer.data.record import DataRecord, check_same, record_of
 from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import NonFiniteLossError
-from fastgan.trainer.export import read_export, write_export
+from fastgan.trainer.export import write_export
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure import alarms
 from fastgan.trainer.measure.diagnostics import Diagnostics
@@ -36,10 +35,10 @@ from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
 from fastgan.trainer.run import MEASURING, RunFolder
+from fastgan.trainer.start import start_from
 
 GRID_SAMPLES = 64
 POINT_SAMPLES = 2000
-PROBLEMS = 12  # weights that do not fit, to name
 LOSS_NAMES = ("discriminator", "generator")
 
 
@@ -77,7 +76,7 @@ class Trainer:
             self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
         if config.init_from and not config.resume:
-            self._start_from(config.init_from)
+            start_from(self.gan, config, config.init_from, quiet=not self.writes)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
         points = len(source.shape) == 1
@@ -235,31 +234,6 @@ class Trainer:
             "digest": self.data.digest if self.data else None,
         }
 
-    def _start_from(self, path: Path) -> None:
-        """Copy the weights of a run or of an exported generator."""
-        if path.is_file():
-            generator, discriminator = read_export(path)[3], None
-        else:
-            TrainConfig.load(path / "config.json")  # raises RunFolderError if there is no run
-            state, _ = checkpoint.load_newest(path / "checkpoints")
-            generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
-        total = len(self.gan.generator.state_dict()) + len(self.gan.discriminator.state_dict())
-        torch.manual_seed(4 * self.config.seed)  # loading a checkpoint has set the random state
-        problems = self.gan.start_from(generator, discriminator)
-        if not self.writes:
-            return
-        print(
-            f"starting from {path}: {len(problems)} of {total} tensors do not fit"
-            if problems
-            else f"starting from {path}: all tensors fit"
-        )
-        for line in problems[:PROBLEMS]:
-            print(f"  {line}")
-        if len(problems) > PROBLEMS:
-            print(f"  and {len(problems) - PROBLEMS} more")
-        if discriminator is None:
-            print("  the file has no discriminator: its weights are new")
-
     def _save(self, bar: Progress) -> None:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
@@ -322,6 +296,7 @@ class Trainer:
         self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
+        print(report.summary(quality))
 
 
 @contextmanager

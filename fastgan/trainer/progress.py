@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgan.trainer.probe import probe
+
 WINDOW = 10.0  # seconds over which the rate is measured
 REDRAW = 0.5  # seconds between readings of the losses, which wait for the device
 LOGGED = 10.0  # seconds between lines that do not go to a terminal
-JUDGED_AFTER = 5.0  # seconds of training after which the share of the processor is judged
-BUSY = 0.5  # share of the time below which other programs probably use the cores
+FIRST_PROBE, NEXT_PROBE, LATER_PROBES = 5.0, 5.0, 60.0  # seconds before the first probe, one that confirms it, others
 
 
 class Progress:
@@ -26,8 +26,9 @@ class Progress:
         self.images_per_step, self.device = images_per_step, device
         self.steps: deque[tuple[float, int]] = deque()  # time and step number over the last seconds
         self.drawn = 0.0
-        self.started = (time.monotonic(), time.thread_time())
-        self.judged = device.type != "cpu" or not shown
+        # The slowness of cores matters if they do the work. It is reported once, when two probes in a row find it.
+        self.probe_at = time.monotonic() + FIRST_PROBE if device.type == "cpu" and shown else math.inf
+        self.suspected = False
         self.bar = tqdm(
             total=1.0,
             initial=done,
@@ -63,11 +64,17 @@ class Progress:
             rate = f"{plain(self.rate())} images/s  {memory(self.device)}"
             self.bar.set_postfix_str(f"step {number:,}  {losses_now}  {rate}", refresh=False)
         self.bar.update(done - self.bar.n)
-        if not self.judged and now - self.started[0] > JUDGED_AFTER:
-            self.judged = True
-            computed = time.thread_time() - self.started[1]
-            if line := why_slow(computed, now - self.started[0], torch.get_num_threads(), load()):
-                self.write(line)
+        if now >= self.probe_at:
+            self._probe(now)
+
+    def _probe(self, now: float) -> None:
+        line = probe().complaint(torch.get_num_threads())
+        if line and self.suspected:
+            self.write(line)
+            self.probe_at = math.inf
+            return
+        self.suspected = line is not None
+        self.probe_at = now + (NEXT_PROBE if line else LATER_PROBES)
 
     def rate(self) -> float:
         """Return the pictures a second over the last seconds."""
@@ -78,28 +85,6 @@ class Progress:
 def plain(number: float) -> str:
     """Write a rate with at most three digits that matter, never with an exponent."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
-
-
-def why_slow(computed: float, passed: float, threads: int, load: float) -> str | None:
-    """Return a line if this thread computed for a small part of the time, because the cores are busy.
-
-    Args:
-        computed, passed: seconds that the thread computed, and seconds that passed.
-        threads: of PyTorch.
-        load: programs that wait for a core or use one, for each core.
-    """
-    share = computed / passed
-    if share >= BUSY or load < BUSY:
-        return None
-    fewer = f": --threads {max(1, threads // 2)} may be faster" if threads > 1 else ""
-    return f"steps are slow, because other programs use the cores: this one computed {share:.0%} of the time{fewer}"
-
-
-def load() -> float:
-    """Return the average load of a core over the last minute, or infinity if the system does not say."""
-    if not hasattr(os, "getloadavg"):
-        return math.inf
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def memory(device: torch.device) -> str:

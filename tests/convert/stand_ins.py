@@ -1,4 +1,4 @@
-"""Models as codebases write them, in every style that convert knows."""
+"""Models in each style of code that convert recognizes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 class MethodNorm:
-    """A weight's norm by v first, then u; in evaluation an iteration too, which is not stored."""
+    """Spectral norm that updates v first, then u. Evaluation iterates too, but does not store the result."""
 
     def set_up(self, u, sigma, iterations=1, eps=1e-12):
         self.names, self.iterations_, self.eps = (u, sigma), iterations, eps
         self.register_buffer(u, torch.randn(1, self.weight.shape[0]))
         self.register_buffer(sigma, torch.ones(1))
 
-    def normalised(self):
+    def normalized(self):
         matrix, u = self.weight.flatten(1), getattr(self, self.names[0])
         with torch.no_grad():
             for _ in range(self.iterations_):
@@ -42,7 +42,7 @@ class BigConv(nn.Conv2d, MethodNorm):
         self.set_up("u0", "sv0", num_itrs, eps)
 
     def W_(self):  # noqa: N802
-        return self.normalised()
+        return self.normalized()
 
     def forward(self, x):
         return F.conv2d(x, self.W_(), self.bias, self.stride, self.padding)
@@ -54,7 +54,7 @@ class BigLinear(nn.Linear, MethodNorm):
         self.set_up("u0", "sv0", eps=1e-6)
 
     def W_(self):  # noqa: N802
-        return self.normalised()
+        return self.normalized()
 
     def forward(self, x):
         return F.linear(x, self.W_(), self.bias)
@@ -68,7 +68,7 @@ class SnConv(nn.Conv2d, MethodNorm):
         self.set_up("sn_u", "sn_sigma")
 
     def sn_weights(self):
-        return self.normalised()
+        return self.normalized()
 
     def forward(self, x):
         return F.conv2d(x, self.sn_weights(), self.bias, self.stride, self.padding)
@@ -83,7 +83,7 @@ class SnLinear(nn.Linear, MethodNorm):
 
     @property
     def sn_weight(self):
-        return self.normalised()
+        return self.normalized()
 
     def forward(self, x):
         return F.linear(x, self.sn_weight, self.bias)

@@ -1,4 +1,4 @@
-"""What verify compares, what it can't, and that no model makes it raise."""
+"""verify: its comparisons, results that cannot be compared, and models that raise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import fastgan
+from fastgan.ops.attention import multi_head
 from tests.convert.stand_ins import IMAGES, BarNorm, BigConv
 
 
@@ -262,3 +263,37 @@ def test_the_figure_that_a_difference_is_held_to_is_named():
     assert ("sensitivity: 8 times what the unconverted model changes by" in str(verification)) == (
         "sensitivity" in used
     )
+
+
+class Attending(nn.Module):
+    def __init__(self, always=False):
+        super().__init__()
+        self.always = always
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1, 2))
+        if self.always:
+            h = F.scaled_dot_product_attention(h, h, h, dropout_p=0.4)
+        return self.head(h).mean(1)
+
+
+def test_attention_that_draws_other_random_numbers_is_compared_in_evaluation(monkeypatch):
+    said = str(fastgan.convert(Attending()).verify(IMAGES))
+    assert said.endswith("equal up to rounding")
+    assert "evaluation" not in said
+    monkeypatch.setattr(multi_head, "_runs_plain_form", lambda query: False)  # as on a GPU
+    verification = fastgan.convert(Attending()).verify(IMAGES)
+    assert verification.equal, str(verification)
+    assert "compared in evaluation mode: dropout in attention draws other random numbers" in str(verification)
+    said = str(fastgan.convert(Attending(always=True)).verify(IMAGES))
+    assert "NOT EQUAL" not in said
+    assert "not compared: output, dropout in attention draws other random numbers" in said
+
+
+def test_attention_that_is_wrong_is_not_excused_by_its_dropout(monkeypatch):
+    wrong = multi_head.scaled_dot_product_attention
+    monkeypatch.setattr(multi_head, "_runs_plain_form", lambda query: False)
+    monkeypatch.setattr(multi_head, "scaled_dot_product_attention", lambda *a, **k: 1.1 * wrong(*a, **k))
+    assert str(fastgan.convert(Attending()).verify(IMAGES)).endswith("NOT EQUAL")

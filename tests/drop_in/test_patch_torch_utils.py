@@ -7,7 +7,9 @@ import importlib
 import inspect
 import logging
 import sys
+import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan.drop_in import torch_utils as ours
+from fastgan.launcher.compare import Recorder
+from fastgan.launcher.timing import Unit
 from fastgan.ops.upfirdn2d import native_kernels
 from tests.harness import assert_close
 from tests.ops.one_pass_problem import work
@@ -92,7 +96,7 @@ def test_inside_of_a_package_the_modules_are_found_and_unknown_parameters_left_a
     assert imported("project.torch_utils.ops.bias_act").bias_act is ours.bias_act
     with caplog.at_level(logging.WARNING, "fastgan"):
         fma = imported("project.torch_utils.ops.fma").fma
-    assert "other parameters" in caplog.text
+    assert "its parameters differ" in caplog.text
     assert fma(torch.tensor(1.26), 1, 0, 1).item() == pytest.approx(1.3)
 
 
@@ -204,3 +208,113 @@ def test_a_discriminator_written_against_them_is_one_pass_exact_and_does_less(mo
     assert work(lambda: r1_by_hand(by_hand, x).backward()) < 0.75 * theirs
     for name, parameter in by_hand.named_parameters():
         assert_close(parameter.grad, plain.get_parameter(name).grad.double(), order=1)
+
+
+class Noisy(torch.nn.Module):
+    """A bias, a linear layer's bias and a factor of noise, none of which the penalty depends on."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.conv, self.strength = torch.nn.Conv2d(3, 3, 3), torch.nn.Parameter(torch.ones(()))
+        self.bias, self.last, self.call = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1)), call
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.call(x + self.strength * torch.ones_like(x), self.bias).sum((1, 2, 3)) + self.last
+
+
+ACTIVATED = {
+    "torch_utils.ops.bias_act": lambda f, x, b: f.bias_act(x, b, act="lrelu", clamp=256),
+    "torch_utils.ops.filtered_lrelu": lambda f, x, b: f.filtered_lrelu(x, TAPS, TAPS, b, 2, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_a_penalty_leaves_zeros_and_none_where_theirs_does(name):
+    module = imported(name)
+    torch.manual_seed(0)
+    model = Noisy(lambda x, b: ACTIVATED[name](module, x, b)).double()
+
+    def penalized():
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    theirs = penalized()
+    assert not theirs["strength"].any()
+    assert theirs["last"] is None
+    fastgan.patch_torch_utils()
+    ours = penalized()
+    for key, grad in theirs.items():
+        assert (ours[key] is None) == (grad is None), key
+        torch.testing.assert_close(ours[key], grad)
+
+
+def test_rosinalitys_activation_leaves_zeros_without_cuda():
+    fastgan.patch_torch_utils()
+    fused, bias = imported("basicsr.ops.fused_act").fused_leaky_relu, torch.ones(3, requires_grad=True)
+    x = X.float().requires_grad_()
+    (grad,) = torch.autograd.grad(fused(x, bias).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert not bias.grad.any()
+
+
+def test_a_pause_puts_the_originals_back_for_a_while():
+    networks = imported("networks")
+    original = networks.bias_act.bias_act
+    patch = fastgan.patch_torch_utils()
+    patch.pause(True)
+    assert networks.bias_act.bias_act is original
+    later = imported("project.torch_utils.ops.bias_act")
+    assert later.bias_act is not ours.bias_act
+    patch.pause(False)
+    assert networks.bias_act.bias_act is later.bias_act is ours.bias_act
+    patch.pause(True)
+    patch.restore()
+    assert networks.bias_act.bias_act is original
+
+
+@pytest.mark.parametrize("role", ["PyTorch", "fastgan", "turns"])
+def test_a_comparison_is_with_the_scripts_own_operations(role, tmp_path):
+    networks = imported("networks")
+    recorder = Recorder(role, 2, str(tmp_path / "found.pt"), 1)
+    is_ours = networks.bias_act.bias_act is ours.bias_act
+    assert is_ours == (role != "PyTorch")
+    if role == "turns":
+        unit = Unit(torch.nn.Identity(), (), "script.py:1", recorder.way)
+        session = Mock(units=[unit])
+        unit.begin()  # PyTorch's
+        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
+        assert networks.bias_act.bias_act is ours.bias_act
+        unit.begin()
+        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
+        assert networks.bias_act.bias_act is not ours.bias_act
+
+
+PICKLED = """
+from torch_utils.ops import upfirdn2d
+from torch_utils.ops.bias_act import bias_act
+
+def forward(x):
+    return bias_act(upfirdn2d.upfirdn2d(x, None), act="lrelu")
+"""
+
+
+@pytest.mark.parametrize("first", ["load", "patch"])
+def test_a_module_that_is_made_from_the_source_in_a_pickle_gets_them(first):
+    """As persistence classes are: their module has a name of its own, and its source came with the pickle."""
+    name = "_imported_module_1234"
+    module = sys.modules[name] = types.ModuleType(name)
+    try:
+        if first == "patch":
+            fastgan.patch_torch_utils()
+        exec(PICKLED, vars(module))
+        if first == "load":
+            fastgan.patch_torch_utils()
+        assert module.bias_act is ours.bias_act
+        assert module.upfirdn2d.upfirdn2d is ours.upfirdn2d
+        assert_close(module.forward(X), F.leaky_relu(X, 0.2) * 2**0.5, order=0)
+    finally:
+        del sys.modules[name]

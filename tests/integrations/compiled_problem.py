@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
@@ -176,6 +179,35 @@ DISCRIMINATORS = {
     "all frozen but one": lambda: frozen("first", "last"),
     "a compiled submodule": part_compiled,
 }
+
+
+class Counted:
+    """aot_eager, with the number of convolutions in what AOTAutograd recorded."""
+
+    def __init__(self):
+        self.convolutions = 0
+
+    def __call__(self, graph, inputs):
+        return aot_autograd(fw_compiler=self.count, bw_compiler=self.count)(graph, inputs)
+
+    def count(self, graph, _):
+        self.convolutions += sum(convolutions_of(node.target, node.args) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+
+class CountedEagerly(TorchDispatchMode):
+    convolutions = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.convolutions += convolutions_of(function, args)
+        return function(*args, **(kwargs or {}))
+
+
+def convolutions_of(function, args):
+    """How many convolutions an operator computes: each gradient of an input or a weight is one."""
+    if function is torch.ops.aten.convolution_backward.default:
+        return sum(args[-1][:2])
+    return int(function is torch.ops.aten.convolution.default)
 
 
 def make(name):

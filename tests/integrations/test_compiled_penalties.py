@@ -23,6 +23,8 @@ from tests.integrations.compiled_problem import (
     DISCRIMINATORS,
     STEPS,
     WEIGHT,
+    Counted,
+    CountedEagerly,
     Critic,
     assert_same,
     assert_trains_alike,
@@ -86,44 +88,14 @@ def test_inductor_compiles_a_step(name, step):
     assert_trains_alike(step, torch.compile(step, fullgraph=True), make(name), tolerance=1e-3)
 
 
-class Counted:
-    """aot_eager, with the number of convolutions in what AOTAutograd recorded."""
-
-    def __init__(self):
-        self.convolutions = 0
-
-    def __call__(self, graph, inputs):
-        return aot_autograd(fw_compiler=self.count, bw_compiler=self.count)(graph, inputs)
-
-    def count(self, graph, _):
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.aten.convolution_backward.default:
-                self.convolutions += sum(node.args[-1][:2])
-            elif node.target is torch.ops.aten.convolution.default:
-                self.convolutions += 1
-        return make_boxed_func(graph.forward)
-
-
-class CountedEagerly(torch.utils._python_dispatch.TorchDispatchMode):
-    convolutions = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.convolution_backward.default:
-            CountedEagerly.convolutions += sum(args[-1][:2])
-        elif function is torch.ops.aten.convolution.default:
-            CountedEagerly.convolutions += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["leaky ReLU", "batch norm in evaluation", "max pooling", "SiLU"])
 def test_the_graph_holds_the_convolutions_of_the_eager_penalty(name, step):
-    backend, model, x = Counted(), make(name), images()
+    backend, eager, model, x = Counted(), CountedEagerly(), make(name), images()
     torch.compile(step, backend=backend, fullgraph=True)(model, x).backward()
-    CountedEagerly.convolutions = 0
-    with CountedEagerly():
+    with eager:
         step(model, x).backward()
-    assert backend.convolutions == CountedEagerly.convolutions > 0
+    assert backend.convolutions == eager.convolutions > 0
 
 
 def run(function, *inputs, backend="aot_eager", **options):

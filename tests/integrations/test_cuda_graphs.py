@@ -1,6 +1,6 @@
-"""CUDA graphs: a whole step of the discriminator is captured, asks nothing of the host, and replays to the same.
+"""CUDA graphs: a whole step of the discriminator is captured without a synchronization and replays correctly.
 
-What a replay is compared with is an eager step; that this is right is tested here without a GPU too.
+Replays are compared with eager steps. The eager steps are tested without a GPU too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def relativistic(discriminator, real, fake):
 
 
 @pytest.fixture
-def no_synchronisation():
+def no_synchronization():
     """Allowed until `forbid` is called: plans are made, and kernels compiled, at the first step."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
@@ -46,7 +46,7 @@ def no_synchronisation():
 @pytest.mark.gpu
 @pytest.mark.parametrize("minibatch", [True, False], ids=["minibatch statistics", "no statistics"])
 @pytest.mark.parametrize("loss", [loss_alone, with_r1, with_wgan_gp, relativistic])
-def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch, no_synchronisation):
+def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch, no_synchronization):
     discriminator = make_discriminator(minibatch).cuda()
     twin = copy.deepcopy(discriminator)
     real, fake = torch.randn(2, 4, *SHAPE, device="cuda")
@@ -64,7 +64,7 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
     with torch.cuda.stream(stream):
         for i in range(WARM_UP):
             if i == WARM_UP - 1:
-                no_synchronisation()
+                no_synchronization()
             optimizer.zero_grad()
             step(discriminator, optimizer)
     torch.cuda.current_stream().wait_stream(stream)

@@ -85,7 +85,7 @@ def test_infinity_and_nan_give_what_pytorch_gives(name):
     expected = getattr(F, name)(x)
     with fastgan.use_backend("cpu"):
         actual = getattr(functions, name)(x)
-    if name == "gelu":  # PyTorch's vectorised gelu of infinity is NaN; the limit is infinity
+    if name == "gelu":  # PyTorch's vectorized gelu of infinity is NaN; the limit is infinity
         actual, expected = actual[2::2], expected[2::2]
     torch.testing.assert_close(actual, expected, equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""Normalisation: values and derivatives on every backend."""
+"""Normalization: values and derivatives on every backend."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_gradcheck_and_gradgradcheck_hold(backend, case):
     problem = problem_of(smaller[case], device=device_of(backend)).to(torch.float64)
     inputs = problem.x, problem.weight, problem.bias
 
-    def normalised(x, weight, bias):
+    def normalized(x, weight, bias):
         return apply(problem.op, problem.argument, x, weight, bias, backend)
 
     fast = backend == "triton"  # its interpreter is slow: random projections instead of every element
-    assert gradcheck(normalised, inputs, fast_mode=fast)
-    assert gradgradcheck(normalised, inputs, fast_mode=fast)
+    assert gradcheck(normalized, inputs, fast_mode=fast)
+    assert gradgradcheck(normalized, inputs, fast_mode=fast)
 
 
 def recorded(monkeypatch, name):

@@ -1,4 +1,4 @@
-"""What one pass would get wrong: seen, named, and exact by the general path."""
+"""Calls for which one pass would be wrong: they are detected and named, and the general path is exact."""
 
 from __future__ import annotations
 
@@ -47,18 +47,6 @@ def through_a_view(net, h):
     return h
 
 
-def assigned(net, h):
-    h = h * 1.5
-    h[:, 0] = 0.3
-    return h
-
-
-def into_a_buffer(net, h):
-    buffer = torch.zeros(N, C, S, S).double()
-    buffer[:, 1:] = h[:, 1:]
-    return buffer
-
-
 def hooked(net, h):
     h = h * 1.5
     h.register_hook(lambda grad: grad * 2)
@@ -69,7 +57,7 @@ def permuted_samples(index):
     return lambda net, h: h + h[index]
 
 
-# What mixes samples, or is not affine, or cannot be seen: each is refused by name, and exact all the same.
+# Calls that mix samples, are not affine, or cannot be traced. Each is named, and the result is exact.
 REFUSED = {
     "mean over samples": (lambda net, h: h - h.mean(0), "mean"),
     "mean over all": (lambda net, h: h - h.mean(), "mean"),
@@ -138,9 +126,7 @@ REFUSED = {
         "was modified outside torch functions",
     ),
     "added in place to a view": (lambda net, h: (h * 2).flatten(1).add_(1.0).sub_(0.5), "adds in place to a view"),
-    "assigned": (assigned, "setitem"),
-    "assigned into a buffer": (into_a_buffer, "setitem"),
-    "added into a buffer": (lambda net, h: torch.zeros(N, C, S, S).double().add_(h), "add_"),
+    "multiplied into a buffer": (lambda net, h: torch.ones(N, C, S, S).double().mul_(h), "mul_"),
     "a custom function": (lambda net, h: Hidden.apply(h), "HiddenBackward is a custom autograd.Function"),
     "a hook": (hooked, "register_hook"),
 }

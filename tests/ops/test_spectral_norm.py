@@ -110,12 +110,12 @@ def test_gradcheck_and_gradgradcheck_hold(backend, dim):
     (weight,), (u,), (v,), _, _ = operands([((3, 4, 2), dim)], torch.float64, device_of(backend))
     weight.requires_grad_()
 
-    def normalised(w: Tensor) -> Tensor:
+    def normalized(w: Tensor) -> Tensor:
         return ops.spectral_norm([w], [u.clone()], [v.clone()], dims=[dim], update=False, backend=backend)[0]
 
     fast = backend == "triton"  # its interpreter is slow: random projections instead of every element
-    assert gradcheck(normalised, weight, fast_mode=fast)
-    assert gradgradcheck(normalised, weight, fast_mode=fast)
+    assert gradcheck(normalized, weight, fast_mode=fast)
+    assert gradgradcheck(normalized, weight, fast_mode=fast)
 
 
 def penalty_gradients(backend, problem, dtype):

@@ -1,4 +1,4 @@
-"""The tables of addresses that the kernels read, with a capture played on the CPU."""
+"""The tables of addresses that the kernels read, with a capture simulated on the CPU."""
 
 from __future__ import annotations
 

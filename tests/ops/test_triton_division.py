@@ -1,4 +1,4 @@
-"""Triton divides by a reciprocal that a GPU rounds: means far from zero keep their digits though it is a bit off."""
+"""A GPU divides by a rounded reciprocal. Means far from zero must keep their digits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reciprocal(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "normalise"),
+    ("shape", "normalize"),
     [
         ((5, 3, 7, 5), lambda x, backend: ops.batch_norm(x, None, None, training=True, backend=backend)),
         ((3, 12, 5, 7), lambda x, backend: ops.group_norm(x, 4, backend=backend)),
@@ -38,10 +38,10 @@ def reciprocal(request, monkeypatch):
     ],
     ids=["batch", "group, channels_last", "layer"],
 )
-def test_a_mean_far_from_zero_keeps_its_digits(shape, normalise, reciprocal, monkeypatch):
+def test_a_mean_far_from_zero_keeps_its_digits(shape, normalize, reciprocal, monkeypatch):
     monkeypatch.setattr(ops.norm, "_LEAST", 0)
     x = (torch.randn(shape) + 1000).contiguous(memory_format=torch.channels_last)
-    assert relative_error(normalise(x, "triton"), normalise(x.double(), "reference")) < 3e-5
+    assert relative_error(normalize(x, "triton"), normalize(x.double(), "reference")) < 3e-5
 
 
 @pytest.mark.parametrize("samples", [3, 7])

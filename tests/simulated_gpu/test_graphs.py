@@ -204,7 +204,7 @@ def test_plans_of_captured_spectral_norms_go_with_their_parameters(plans):
 
 
 def test_captured_taps_stay_where_a_replay_reads_them(monkeypatch):
-    kernels = pytest.importorskip("fastgan.ops.upfirdn2d.triton_kernels")
+    kernels = pytest.importorskip("fastgan.ops.upfirdn2d.triton_rows")
     monkeypatch.setattr(kernels, "_MOST", len(kernels._on_device) + 1)
     x, taps = torch.randn(1, 1, 6, 6, device="cuda"), torch.tensor([1.0, 2.0, 5.0])
     expected = ops.upfirdn2d(x, taps, padding=1, backend="triton")

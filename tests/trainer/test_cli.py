@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import fastgan_command
-from fastgan import __version__, cli
+from fastgan import __version__, _start, cli
 from fastgan.trainer.config import PRESETS, TrainConfig
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
@@ -150,6 +150,35 @@ def test_idle_threads_sleep_unless_the_user_wants_otherwise(monkeypatch):
         assert os.environ["OMP_WAIT_POLICY"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments", "passive"),
+    [
+        (["-u", "-m", "fastgan"], ["info"], True),  # as torchrun starts it
+        (["-W", "ignore", "-mfastgan"], [], True),
+        (["-m", "fastgan"], ["run", "train.py"], False),
+        (["-m", "other"], ["-m", "fastgan"], False),
+    ],
+)
+def test_idle_threads_of_python_m_sleep_too(options, arguments, passive):
+    assert _start.is_command(["python", *options, *arguments], ["-m", *arguments]) == passive
+
+
+def test_a_script_that_imports_the_package_keeps_its_threads():
+    assert not _start.is_command(["python", "train.py", "-m", "fastgan"], ["train.py", "-m", "fastgan"])
+    assert not _start.is_command(["python", "-c", "import fastgan"], ["-c"])
+    assert not _start.is_command(["python"], [""])
+
+
+def test_the_policy_is_set_before_pytorch_is_imported():
+    script = "import sys; sys.argv = ['-m', 'info']; sys.orig_argv = ['python', '-m', 'fastgan', 'info']\n"
+    script += "class Stop:\n def find_spec(self, name, *_):\n  if name == 'torch': print('torch', policy()); exit()\n"
+    script += "import os; policy = lambda: os.environ.get('OMP_WAIT_POLICY')\n"
+    script += "sys.meta_path.insert(0, Stop()); import fastgan"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "torch passive\n"
+
+
 @pytest.mark.parametrize("flag", cli.OTHER_FLAGS)
 def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
     assert cli.main(["train", "folder", flag, "1"]) == 2
@@ -198,6 +227,41 @@ def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_setti
     assert "width: 8 -> 9" in capsys.readouterr().err
     assert cli.main(["train", "grid25", "--name", "ring8", "--resume"]) == 2
     assert capsys.readouterr().err == "fastgan: runs/ring8 is a run on ring8, not on grid25\n"
+
+
+def test_the_same_command_with_resume_goes_on_although_it_switches_something_on(in_tmp_path, capsys):
+    command = [*RING, "--tensorboard", "--channels-last"]
+    config = cli.parse_train(command[1:])
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.json").write_text(json.dumps(config.to_json()))
+    resumed = cli.parse_train([*command[1:], "--resume", "--no-tensorboard"])
+    assert (resumed.model.channels_last, resumed.tensorboard) == (True, False)
+    assert cli.parse_train([*command[1:], "--config", "runs/ring8/config.json"]).model.channels_last
+    assert cli.main(["train", "ring8", "--resume", "--no-tensorboard", "--no-channels-last"]) == 2
+    error = capsys.readouterr().err
+    assert "channels_last: True -> False" in error
+    assert error.endswith("leave them out, or start a new run from its weights with --init-from runs/ring8\n")
+
+
+def test_a_disk_that_is_full_in_training_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
+    def fail(trainer: object, bar: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer._record", fail)
+    assert cli.main(RING) == 2
+    again = "fastgan train ring8 --name ring8 --runs runs --resume"
+    assert capsys.readouterr().err.endswith(
+        f"fastgan: No space left on device; continue from the last checkpoint with: {again}\n"
+    )
+
+
+def test_an_error_of_the_system_is_a_file_and_words(in_tmp_path, capsys, monkeypatch):
+    def fail(arguments: object) -> int:
+        raise OSError(28, "No space left on device", "runs/x/samples.png")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fail)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "fastgan: runs/x/samples.png: No space left on device\n"
 
 
 def test_a_file_may_contain_only_some_settings(in_tmp_path):

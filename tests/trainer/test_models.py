@@ -168,7 +168,7 @@ def test_attention_trains_with_a_penalty(penalty, kernels):
     assert not torch.equal(query, before)
 
 
-def test_a_pack_joins_neighbours_along_the_channels():
+def test_a_pack_joins_neighbors_along_the_channels():
     x = torch.arange(24.0).view(4, 2, 3)
     assert torch.equal(packed(x, 2), torch.stack([torch.cat([x[0], x[1]]), torch.cat([x[2], x[3]])]))
     assert packed(x, 1) is x

@@ -11,6 +11,7 @@ from fastgan.bench.cases import (
     forms,
     gradient_penalty,
     growth,
+    host,
     minibatch_discrimination,
     minibatch_stddev,
     norm,
@@ -36,6 +37,7 @@ _FILES = (
     growth,
     forms,
     sizes,
+    host,
 )
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
 
@@ -51,4 +53,5 @@ SUITES: dict[str, tuple[str, ...]] = {
     "growth": _of("growth"),
     "forms": _of("forms"),
     "sizes": _of("sizes"),
+    "host": _of("host"),
 }

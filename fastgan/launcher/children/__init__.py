@@ -1,4 +1,4 @@
-"""Processes that a script starts: an environment variable and a sitecustomize.py tell them."""
+"""Child processes of a script. An environment variable and a sitecustomize.py start the launcher in them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FOLDER = str(Path(__file__).parent / "start")
 
 
 def include(settings: Settings) -> None:
-    """From now on, Python processes that this one starts are under the launcher too.
+    """Start the launcher in all Python processes that this process starts from now on.
 
-    A process that never imports PyTorch does not notice.
+    A process that never imports PyTorch is not affected.
     """
     if VARIABLE in os.environ:
         return
@@ -26,7 +26,7 @@ def include(settings: Settings) -> None:
 
 
 def begin() -> None:
-    """In such a process, once PyTorch is imported."""
+    """Start the launcher in a child process. This runs after PyTorch is imported."""
     from fastgan.launcher import session
 
     given = os.environ.get(VARIABLE)

@@ -55,8 +55,7 @@ def convert_spectral_norm_state_dict(
 
     Raises:
         ValueError: ``form`` is unknown, or a weight lacks its u or v. Checkpoints from before PyTorch 1.0 have no v,
-        and
-            a dictionary of parameters alone has neither.
+            and a dictionary of parameters alone has neither.
     """
     if form not in ("parametrization", "hook"):
         raise ValueError(f"form must be 'parametrization' or 'hook', got {form!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.attention import blocks, reference
+from fastgan.ops.attention import blocks, blocks_second, pytorch_kernel, reference
 from fastgan.ops.attention.layout import Options
-from fastgan.ops.library import accumulation_dtype, is_eager, last_order, operator, stored, without_autocast
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, last_order, operator, stored, without_autocast
 from fastgan.ops.needed import needed
 
 P = ParamSpec("P")
@@ -45,21 +45,23 @@ def _exactly(run: Callable[P, R]) -> Callable[P, R]:
     return exact
 
 
+_reference = _exactly(reference.attention)
+_pytorch_forward = _exactly(pytorch_kernel.forward)
+_pytorch_backward = _exactly(pytorch_kernel.backward)
+
+
 @operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
 @_exactly
 def _forward(*arguments: Any) -> None:
     q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, backend = arguments
+    options = Options(scale, is_causal, dropout_p)
     if backend == "triton":
-        _triton().forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
-        return
-    if not (q.is_cpu and _is_fused_by_pytorch(q, k, v, mask, dropout_p)):
-        blocks.forward(q, k, v, mask, seed, o, lse, Options(scale, is_causal, dropout_p))
-        return
-    reference_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    results = reference_kernel(q, k, v, 0.0, is_causal, attn_mask=_additive(mask, q.dtype), scale=scale)
-    o.copy_(results[0])
-    lse.copy_(results[1])
+        _triton().forward(q, k, v, mask, seed, o, lse, options)
+    elif pytorch_kernel.takes(q, k, v, mask, dropout_p):
+        for target, result in zip((o, lse), pytorch_kernel.forward(q, k, v, mask, options), strict=True):
+            target.copy_(result)
+    else:
+        blocks.forward(q, k, v, mask, seed, o, lse, options)
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,33 +72,25 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
 
 
-def _is_fused_by_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    """Return whether PyTorch's CPU kernel, which returns the log-sum-exp, can run without a copy of a large mask."""
-    if dropout_p > 0 or v.shape[-1] != q.shape[-1] or any(t.stride(-1) != 1 for t in (q, k, v)):
-        return False
-    if mask is None or mask.dtype == torch.bool:
-        return mask is None or mask.numel() <= q.numel()
-    return mask.dtype == q.dtype and mask.stride(-1) == 1 and mask.shape[-1] == k.shape[-2]
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-
-
 @operator(
     f"attention_bwd(Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
     f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
 )
 @_exactly
-def _backward(*arguments: Any) -> None:
-    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = arguments
+def _backward(*given: Any) -> None:
+    g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = given
     options = Options(scale, is_causal, dropout_p)
-    if backend == "triton":
-        _triton().backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
+    targets = dq, dk, dv, dmask
+    if _is_by_pytorch(q, k, v, mask, [t is not None for t in targets], options, backend):
+        results = pytorch_kernel.backward(stored(g), q, k, v, mask, o, lse, options)
+        for target, result in zip(targets, results, strict=False):
+            copy_back(result, target)
         return
-    blocks.backward(stored(g), q, k, v, mask, o, lse, seed, dq, dk, dv, dmask, options)
+    arguments = stored(g), q, k, v, mask, o, lse, seed, *targets, options
+    if backend == "triton":
+        _triton().backward(*arguments)
+    else:
+        blocks.backward(*arguments, backend == "cpu")
 
 
 @operator(
@@ -106,13 +100,17 @@ def _backward(*arguments: Any) -> None:
     f" {_OPTIONS}) -> ()"
 )
 @_exactly
-def _double_backward(*arguments: Any) -> None:
-    *tensors, seed, scale, is_causal, dropout_p, backend = arguments
+def _double_backward(*given: Any) -> None:
+    *tensors, seed, scale, is_causal, dropout_p, backend = given
     grads, g, operands, results = tensors[:4], tensors[4], tensors[5:11], tensors[11:]
     grads = [None if t is None else stored(t) for t in grads]
     options = Options(scale, is_causal, dropout_p)
-    run: Any = _triton().double_backward if backend == "triton" else blocks.double_backward
-    run(*grads, stored(g), *operands, seed, *results, options)
+    arguments = *grads, stored(g), *operands, seed, *results, options
+    if backend == "triton":
+        _triton().double_backward(*arguments)
+        return
+    run: Any = blocks_second.double_backward
+    run(*arguments, backend == "cpu")
 
 
 class _Attention(torch.autograd.Function):
@@ -127,9 +125,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
         backend: str,
     ) -> Tensor:
-        run: Any = _forward if is_eager(q) else torch.ops.fastgan.attention_fwd
-        o, lse = _results(q, v)
-        run(q, k, v, mask, o, lse, seed, *options, backend)
+        o, lse = _run_forward(q, k, v, mask, seed, options, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, mask, o, lse, seed)
         ctx.options, ctx.backend = options, backend
@@ -147,6 +143,32 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options, backend: str
+) -> tuple[Tensor, Tensor]:
+    is_direct = is_eager(q)
+    if is_direct and backend != "triton" and pytorch_kernel.takes(q, k, v, mask, options.dropout_p):
+        return _pytorch_forward(q, k, v, mask, options)  # without the operator's copy
+    o, lse = _results(q, v)
+    run: Any = _forward if is_direct else torch.ops.fastgan.attention_fwd
+    run(q, k, v, mask, o, lse, seed, *options, backend)
+    return o, lse
+
+
+def _is_by_pytorch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+    options: Options,
+    backend: str,
+) -> bool:
+    """Return whether PyTorch's kernel computes the backward."""
+    takes = backend != "triton" and pytorch_kernel.takes(q, k, v, mask, options.dropout_p)
+    return takes and pytorch_kernel.is_faster(q, wanted)
+
+
 def _run_backward(
     g: Tensor,
     q: Tensor,
@@ -161,10 +183,14 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     operands = q, k, v, mask
+    is_direct = is_eager(g)
+    if is_direct and _is_by_pytorch(q, k, v, mask, wanted, options, backend):
+        grads = _pytorch_backward(stored(g), q, k, v, mask, o, lse, options)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), None
     results = [
         torch.empty_like(t) if t is not None and want else None for t, want in zip(operands, wanted, strict=True)
     ]
-    run: Any = _backward if is_eager(g) else torch.ops.fastgan.attention_bwd
+    run: Any = _backward if is_direct else torch.ops.fastgan.attention_bwd
     run(g, *operands, o, lse, *results, seed, *options, backend)
     return tuple(results)
 
@@ -210,7 +236,7 @@ def fits_triton(q: Tensor, v: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, backend: str) -> Tensor:
     """Run the op on canonical operands on the chosen backend."""
     if backend == "reference":
-        return _exactly(reference.attention)(q, k, v, mask, *options)
+        return _reference(q, k, v, mask, *options)
     q, k, v = stored(q), stored(k), stored(v)
     seed = torch.randint(2**62, (), device=q.device) if options.dropout_p > 0 else None
     result: Tensor = _Attention.apply(q, k, v, mask, seed, options, backend)

@@ -24,14 +24,15 @@ from math import inf
 import torch
 from torch import Tensor
 
+from fastgan.ops.attention import native_kernels
 from fastgan.ops.attention.layout import Heads, Options, partition
 from fastgan.ops.library import accumulation_dtype
 
 
-class _Block:
+class Block:
     """Rows of the scores of some heads. They may attend to the first ``columns`` keys."""
 
-    def __init__(self, call: _Blocks, heads: Heads, rows: slice, columns: int) -> None:
+    def __init__(self, call: Blocks, heads: Heads, rows: slice, columns: int) -> None:
         self.call, self.heads, self.rows, self.columns = call, heads, rows, columns
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -51,14 +52,14 @@ class _Block:
             _ = whole.masked_fill_(mask.logical_not(), -inf) if mask.dtype == torch.bool else whole.add_(mask)
         return scores
 
-    def dropout(self, p: Tensor) -> Tensor | None:
+    def dropout(self, like: Tensor) -> Tensor | None:
         """Return D, or None without dropout."""
         generator = self.call.generator
         if generator is None:
             return None
         generator.manual_seed(self.call.next_seed())
         keep = 1 - self.call.options.dropout_p
-        return self.buffer("D", p).bernoulli_(keep, generator=generator).mul_(1 / keep if keep else 0)
+        return self.buffer("D", like).bernoulli_(keep, generator=generator).mul_(1 / keep if keep else 0)
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
         return self.call.buffer(name, *like.shape)
@@ -70,22 +71,31 @@ class _Block:
             target += self.heads.by_sample(values).sum_to_size(target.shape)
 
 
-class _Blocks:
+class Blocks:
     """All blocks of a call and their shared buffers."""
 
-    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options) -> None:
-        self.dtype = accumulation_dtype(q.dtype)
-        self.parts, self.most = partition(q, k)
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        options: Options,
+        is_native: bool = False,
+    ) -> None:
+        self.dtype, self.is_native = accumulation_dtype(q.dtype), is_native
+        # All orders must draw the same dropout, whatever the number of threads is by then.
+        self.parts, self.most = partition(q, k, torch.get_num_threads() if seed is None and q.is_cpu else 2)
         self.length, self.keys = q.shape[2], k.shape[2]
         self.device, self.mask, self.options = q.device, mask, options
         self.generator = None if seed is None else torch.Generator(q.device)
         self._seed = 0 if seed is None else int(seed)
         self._buffers: dict[str, Tensor] = {}
 
-    def of(self, heads: Heads) -> Iterator[_Block]:
+    def of(self, heads: Heads) -> Iterator[Block]:
         for first in range(0, self.length, self.most):
             last = min(first + self.most, self.length)
-            yield _Block(self, heads, slice(first, last), min(self.keys, last) if self.options.is_causal else self.keys)
+            yield Block(self, heads, slice(first, last), min(self.keys, last) if self.options.is_causal else self.keys)
 
     def next_seed(self) -> int:
         self._seed += 1
@@ -97,6 +107,16 @@ class _Blocks:
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self._buffers[name][:size].view(heads, rows, columns)
 
+    def derive(
+        self,
+        scores: Tensor,
+        apart: Tensor,
+        tangent: Tensor | None = None,
+        values: Tensor | None = None,
+        moved: Tensor | None = None,
+    ) -> None:
+        (native_kernels.derive if self.is_native else derive)(scores, apart, tangent, values, moved)
+
     def zeros(self, like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=self.dtype, device=self.device)
 
@@ -105,7 +125,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
     """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
-    blocks = _Blocks(q, k, mask, seed, options)
+    blocks = Blocks(q, k, mask, seed, options)
     for heads in blocks.parts:
         queries = heads.queries(q, blocks.dtype) * options.scale
         keys, values = heads.keys(k, blocks.dtype), heads.keys(v, blocks.dtype)
@@ -124,12 +144,33 @@ def forward(
             heads.put_queries(o, p @ values[:, : block.columns], block.rows)
 
 
-class _Operands:
-    """The operands of some heads that both backward orders read. ``of`` computes P and dP - delta of a block."""
+def derive(scores: Tensor, apart: Tensor, tangent: Tensor | None, values: Tensor | None, moved: Tensor | None) -> None:
+    """Compute everything between two matrix products of a block, in place.
+
+    ``scores``, less the log-sum-exp of their row, become P, and ``apart``, dP - delta, becomes dS. ``tangent``, T,
+    becomes dS2, and so does ``values``, R, if T is None. ``moved`` receives P (T - tau).
+    """
+    p = scores.exp_()
+    if tangent is not None:
+        tangent -= torch.linalg.vecdot(p, tangent).unsqueeze(-1)
+        if moved is not None:
+            torch.mul(p, tangent, out=moved)
+        _ = tangent.mul_(apart) if values is None else torch.addcmul(values, tangent, apart, out=tangent)
+    apart *= p
+    m = values if tangent is None else tangent
+    if m is not None:
+        m.sub_(torch.linalg.vecdot(p, m).unsqueeze(-1)).mul_(p)
+
+
+class Operands:
+    """The operands of some heads that both backward orders read.
+
+    ``of`` computes the scores of a block, less the log-sum-exp, and dP - delta.
+    """
 
     def __init__(
         self,
-        blocks: _Blocks,
+        blocks: Blocks,
         heads: Heads,
         g: Tensor,
         q: Tensor,
@@ -146,19 +187,19 @@ class _Operands:
         self._o, self._lse = heads.queries(o, blocks.dtype), heads.queries(lse, blocks.dtype).unsqueeze(-1)
         self._scale = blocks.options.scale
 
-    def of(self, block: _Block) -> tuple[Tensor, Tensor | None, Tensor]:
+    def of(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor]:
         rows = block.rows
         left = torch.cat([self.q[:, rows] * self._scale, -self._lse[:, rows]], -1)
-        p = block.masked(block.product("P", left, self._k1)).exp_()
-        factors = block.dropout(p)
+        scores = block.masked(block.product("P", left, self._k1))
+        factors = block.dropout(scores)
         g = self.g[:, rows]
         delta = torch.linalg.vecdot(g, self._o[:, rows]).unsqueeze(-1)
         if factors is None:
-            return p, None, block.product("dP", torch.cat([g, -delta], -1), self._v1)
-        return p, factors, block.product("dP", g, self.v).mul_(factors).sub_(delta)
+            return scores, None, block.product("dP", torch.cat([g, -delta], -1), self._v1)
+        return scores, factors, block.product("dP", g, self.v).mul_(factors).sub_(delta)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """Add scale left^T right to total[:, :columns]."""
     total = total[:, : left.shape[2]]
     torch.baddbmm(total, left.mT, right, alpha=scale, out=total)
@@ -178,20 +219,21 @@ def backward(
     dv: Tensor | None,
     dmask: Tensor | None,
     options: Options,
+    is_native: bool,
 ) -> None:
-    blocks = _Blocks(q, k, mask, seed, options)
+    blocks = Blocks(q, k, mask, seed, options, is_native)
     into_mask = None if dmask is None else blocks.zeros(dmask)
     for heads in blocks.parts:
-        x = _Operands(blocks, heads, g, q, k, v, o, lse)
+        x = Operands(blocks, heads, g, q, k, v, o, lse)
         by_k, by_v = blocks.zeros(x.k), blocks.zeros(x.v)
         for block in blocks.of(heads):
             rows, columns = block.rows, block.columns
             p, factors, d_scores = x.of(block)
-            d_scores.mul_(p)
+            blocks.derive(p, d_scores)
             if dv is not None:
-                _add_product(by_v, p if factors is None else p.mul_(factors), x.g[:, rows])
+                add_product(by_v, p if factors is None else p.mul_(factors), x.g[:, rows])
             if dk is not None:
-                _add_product(by_k, d_scores, x.q[:, rows], options.scale)
+                add_product(by_k, d_scores, x.q[:, rows], options.scale)
             if dq is not None:
                 heads.put_queries(dq, (d_scores @ x.k[:, :columns]).mul_(options.scale), rows)
             block.add_to_mask(into_mask, d_scores)
@@ -200,128 +242,3 @@ def backward(
                 heads.put_keys(target, values)
     if dmask is not None and into_mask is not None:
         dmask.copy_(into_mask)
-
-
-class _Second:
-    """The gradients of the backward's results for some heads, and the double backward's results from them."""
-
-    def __init__(
-        self,
-        blocks: _Blocks,
-        heads: Heads,
-        x: _Operands,
-        gq: Tensor | None,
-        gk: Tensor | None,
-        gv: Tensor | None,
-        gmask: Tensor | None,
-    ) -> None:
-        self._x, self._scale, self._gmask = x, blocks.options.scale, gmask
-        self.gq = None if gq is None else heads.queries(gq, blocks.dtype)
-        self.gk = None if gk is None else heads.keys(gk, blocks.dtype)
-        self.gv = None if gv is None else heads.keys(gv, blocks.dtype)
-        left = [t for t, other in ((self.gq, gq), (x.q, gk)) if t is not None and other is not None]
-        right = [t for t, other in ((x.k, gq), (self.gk, gk)) if t is not None and other is not None]
-        # s (GQ K^T + Q GK^T) as one product
-        self._left = torch.cat(left, -1).mul_(self._scale) if left else None
-        self._right = torch.cat(right, -1) if right else None
-
-    def of(
-        self, block: _Block, p: Tensor, factors: Tensor | None, d_scores: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return D P, D P (T - tau) and dS2 (None: zeros). d_scores holds dP - delta and becomes dS."""
-        t = self._tangent(block, p)
-        weighted = p if factors is None or self.gv is None else torch.mul(p, factors, out=block.buffer("DP", p))
-        of_value = of_tangent = None
-        if self.gv is not None:
-            of_value = block.product("R", self._x.g[:, block.rows], self.gv)
-            if factors is not None:
-                of_value *= factors
-        if t is not None:
-            t -= torch.linalg.vecdot(p, t).unsqueeze(-1)
-            of_tangent = torch.mul(p, t, out=block.buffer("PT", p))
-            if factors is not None:
-                of_tangent *= factors
-            t = t.mul_(d_scores) if of_value is None else torch.addcmul(of_value, t, d_scores, out=t)
-        m = of_value if t is None else t
-        d_scores *= p
-        if m is not None:
-            m = m.sub_(torch.linalg.vecdot(p, m).unsqueeze(-1)).mul_(p)
-        return weighted, of_tangent, m
-
-    def _tangent(self, block: _Block, p: Tensor) -> Tensor | None:
-        t: Tensor | None = None
-        if self._left is not None and self._right is not None:
-            t = block.product("T", self._left[:, block.rows], self._right)
-        if self._gmask is not None:
-            t = block.buffer("T", p).zero_() if t is None else t
-            by_sample = block.heads.by_sample(t)
-            by_sample += block.heads.of_mask(self._gmask, block.rows, block.columns)
-        return t
-
-    def by_g(self, weighted: Tensor, of_tangent: Tensor | None, columns: int) -> Tensor | None:
-        result = None if of_tangent is None else of_tangent @ self._x.v[:, :columns]
-        return _plus(result, weighted, None if self.gv is None else self.gv[:, :columns])
-
-    def by_q(self, d_scores: Tensor, ds2: Tensor | None, columns: int) -> Tensor | None:
-        result = None if ds2 is None else ds2 @ self._x.k[:, :columns]
-        result = _plus(result, d_scores, None if self.gk is None else self.gk[:, :columns])
-        return None if result is None else result.mul_(self._scale)
-
-    def add_by_k(self, total: Tensor, d_scores: Tensor, ds2: Tensor | None, rows: slice) -> None:
-        if self.gq is not None:
-            _add_product(total, d_scores, self.gq[:, rows], self._scale)
-        if ds2 is not None:
-            _add_product(total, ds2, self._x.q[:, rows], self._scale)
-
-
-def _plus(total: Tensor | None, left: Tensor, right: Tensor | None) -> Tensor | None:
-    if right is None:
-        return total
-    return left @ right if total is None else torch.baddbmm(total, left, right, out=total)
-
-
-def double_backward(
-    gq: Tensor | None,
-    gk: Tensor | None,
-    gv: Tensor | None,
-    gmask: Tensor | None,
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    by_g: Tensor | None,
-    by_q: Tensor | None,
-    by_k: Tensor | None,
-    by_v: Tensor | None,
-    by_mask: Tensor | None,
-    options: Options,
-) -> None:
-    """Run the double backward. gq, gk, gv and gmask are the gradients of the backward's results, None for zeros."""
-    blocks = _Blocks(q, k, mask, seed, options)
-    into_mask = None if by_mask is None else blocks.zeros(by_mask)
-    for heads in blocks.parts:
-        x = _Operands(blocks, heads, g, q, k, v, o, lse)
-        second = _Second(blocks, heads, x, gq, gk, gv, gmask)
-        into_k, into_v = blocks.zeros(x.k), blocks.zeros(x.v)
-        for block in blocks.of(heads):
-            rows, columns = block.rows, block.columns
-            p, factors, d_scores = x.of(block)
-            weighted, p_t, ds2 = second.of(block, p, factors, d_scores)
-            if by_g is not None:
-                heads.put_queries(by_g, second.by_g(weighted, p_t, columns), rows)
-            if by_q is not None:
-                heads.put_queries(by_q, second.by_q(d_scores, ds2, columns), rows)
-            if by_k is not None:
-                second.add_by_k(into_k, d_scores, ds2, rows)
-            if by_v is not None and p_t is not None:
-                _add_product(into_v, p_t, x.g[:, rows])
-            block.add_to_mask(into_mask, ds2)
-        for target, values in ((by_k, into_k), (by_v, into_v)):
-            if target is not None:
-                heads.put_keys(target, values)
-    if by_mask is not None and into_mask is not None:
-        by_mask.copy_(into_mask)

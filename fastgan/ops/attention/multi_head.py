@@ -6,6 +6,9 @@ code with another ``scaled_dot_product_attention`` among its globals.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -14,6 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.attention import scaled_dot_product_attention
+
+_own_draws: ContextVar[list[float] | None] = ContextVar("own_draws", default=None)
+
+
+@contextmanager
+def own_draws() -> Iterator[list[float]]:
+    """Yield a list that gets dropout_p of each call of a model's attention that draws fastgan's random numbers."""
+    draws: list[float] = []
+    token = _own_draws.set(draws)
+    try:
+        yield draws
+    finally:
+        _own_draws.reset(token)
 
 
 def attention_of_a_model(
@@ -30,9 +46,17 @@ def attention_of_a_model(
 
     There PyTorch runs its plain form, which has every derivative, and draws its own random numbers.
     """
-    reference = dropout_p > 0 and isinstance(query, Tensor) and query.is_cpu
+    reference = dropout_p > 0 and _runs_plain_form(query)
+    draws = _own_draws.get()
+    if dropout_p > 0 and not reference and draws is not None:
+        draws.append(dropout_p)
     attend = F.scaled_dot_product_attention if reference else scaled_dot_product_attention
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _runs_plain_form(query: Any) -> bool:
+    """Return whether PyTorch computes attention with dropout in its plain form."""
+    return isinstance(query, Tensor) and query.is_cpu
 
 
 @cache

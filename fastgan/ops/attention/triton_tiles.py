@@ -53,7 +53,7 @@ def store_tile(ptr, values, first, count, DTYPE: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def scores_of(left, right, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """left right^T, for two operands as they are stored."""
+    """Compute left right^T of two operands in their storage type."""
     if _INTERPRETED:  # it has no products of bfloat16
         return tl.dot(left.to(ACC), tl.trans(right.to(ACC)), out_dtype=ACC)
     return tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=ACC)
@@ -61,7 +61,7 @@ def scores_of(left, right, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def plus_product(weights, operand, total, PRECISION: tl.constexpr):
-    """total + weights operand, for a tile of P or the like and an operand as it is stored."""
+    """Return total + weights operand. ``weights`` is a tile of P or dS; the operand has its storage type."""
     return total + tl.dot(weights, operand.to(weights.dtype), input_precision=PRECISION, out_dtype=weights.dtype)
 
 

@@ -31,7 +31,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Args:
         input: tensor of any shape. PyTorch's function runs for dtypes other than float16, bfloat16, float32 and
-        float64. negative_slope: slope for negative values. inplace: overwrite ``input``.
+            float64.
+        negative_slope: slope for negative values.
+        inplace: overwrite ``input``.
 
     Returns:
         A tensor with the shape and dtype of the input.
@@ -59,7 +61,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: tensor of any shape. PyTorch's function runs for dtypes other than float16, bfloat16, float32 and
-        float64. inplace: overwrite ``input``.
+            float64.
+        inplace: overwrite ``input``.
 
     Returns:
         A tensor with the shape and dtype of the input.

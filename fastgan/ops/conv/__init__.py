@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -71,6 +72,20 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
     function.__name__ = function.__qualname__ = name
     sizes, weight_sizes = ", ".join(["8"] * n), ", ".join(["3"] * n)
     channels = "3, 16" if "transpose" in name else "16, 3"
+    options = {
+        "stride": "step of the kernel, one number or one per dimension.",
+        "padding": "zeros on both sides of each dimension of the input, one number or one per dimension.",
+        "dilation": "distance between elements of the kernel, one number or one per dimension.",
+        "groups": "number of groups of channels that are convolved separately.",
+    }
+    if "transpose" in name:
+        options["padding"] = "rows and columns that are removed from each side of the result."
+        options["output_padding"] = "rows and columns that are added to one side of the result."
+    else:
+        options["padding"] = options["padding"][:-1] + ', or "valid" or "same".'
+    entries = "\n        ".join(
+        f"{option}: {options[option]}" for option in signature(function).parameters if option in options
+    )
     function.__doc__ = f"""Drop-in for ``torch.nn.functional.{name}`` with the same arguments, results and errors.
 
     Order of derivative: any. Each backward computes only the requested gradients.
@@ -87,6 +102,7 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
             complex one.
         weight: {weight_shape}, dtype of the input.
         bias: (C_out,), or None.
+        {entries}
 
     Returns:
         (N, C_out, *S'), dtype of the input.
@@ -116,6 +132,8 @@ def _kernels_allowed() -> bool:
 
 
 def _tuple(size: Size, n: int) -> tuple[int, ...]:
+    if type(size) is tuple and len(size) == n:
+        return size
     sizes = tuple(size) if isinstance(size, Sequence) else (operator.index(size),)
     return sizes * n if len(sizes) == 1 else sizes
 

@@ -1,4 +1,4 @@
-"""A convolution between an upsampling and a downsampling, with as few products as its factors allow."""
+"""A convolution with upsampling before it or downsampling after it, at the lower resolution."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def conv2d_resample(
 ) -> Tensor:
     """Upsample with a filter, convolve with a weight, and downsample with the filter.
 
-    The filter is centered, as in `upsample2d` and `downsample2d`, and the convolution adds no padding of its own. The
-    two commute, so the convolution runs at the lower resolution: as a transposed one with stride ``up`` before the
-    filter, or with stride ``down`` after it.
+    The filter is centered, as in `upsample2d` and `downsample2d`. The convolution itself adds no padding. Filter and
+    convolution commute, so the convolution runs at the lower resolution: as a transposed convolution with stride ``up``
+    before the filter, or with stride ``down`` after it.
 
     Order of derivative: any. See `upfirdn2d` and `conv2d`.
 
@@ -56,7 +56,7 @@ def conv2d_resample(
 
     Raises:
         TypeError: an argument has an unsupported type.
-        ValueError: a factor is not positive, a shape does not fit, or nothing of the image is left.
+        ValueError: a factor is not positive, a shape does not fit, or the result would be empty.
     """
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, int) or factor < 1:
@@ -84,7 +84,7 @@ def conv2d_resample(
     if kh == kw == 1:
         return _pointwise(input, weight, filter, up, down, around, groups, flip_filter)
     if up > 1:
-        # The transposed convolution is the full one, with kernel - 1 elements of padding, less the zeros at the end.
+        # The transposed convolution is a full convolution, padded by kernel - 1 elements, without the zeros at the end.
         input = conv_transpose2d(input, _transposed(weight, groups), stride=up, groups=groups)
         around = left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up
         input = upfirdn2d(input, filter, 1, 1, around, flip_filter, up * up)
@@ -107,7 +107,7 @@ def _pointwise(
     groups: int,
     flip_filter: bool,
 ) -> Tensor:
-    """A 1x1 kernel commutes with everything: it runs where there are the fewest pixels."""
+    """Run a 1x1 kernel where there are the fewest pixels. It commutes with all other steps."""
     if up == 1:
         if down > 1 or any(around):
             input = upfirdn2d(input, filter if down > 1 else None, 1, down, around, flip_filter)
@@ -117,7 +117,7 @@ def _pointwise(
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:
-    """The weight (C, K / groups, h, w) of the transposed convolution that correlates with ``weight``."""
+    """Return the weight (C, K / groups, h, w) of the transposed convolution that correlates with ``weight``."""
     k, c, h, w = weight.shape
     weight = weight.flip((2, 3)).reshape(groups, k // groups, c, h, w)
     return weight.transpose(1, 2).reshape(groups * c, k // groups, h, w)

@@ -1,7 +1,8 @@
-"""A leaky ReLU at a higher resolution, between an upsampling and a downsampling filter."""
+"""A leaky ReLU at a higher resolution, between upsampling and downsampling."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isfinite
 
 import torch
@@ -12,9 +13,13 @@ from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
 from fastgan.ops.library import visible
 from fastgan.ops.upfirdn2d import Factor, geometry_of, is_constant, plan_of, upfirdn2d
+from fastgan.ops.upfirdn2d.autograd import DTYPES
 from fastgan.ops.upfirdn2d.plan import image_size
 
 __all__ = ["filtered_lrelu"]
+
+
+MOST = 4  # the largest factor of Triton's kernel
 
 
 def filtered_lrelu(
@@ -34,12 +39,12 @@ def filtered_lrelu(
 ) -> Tensor:
     """Add a bias, upsample, apply a leaky ReLU with gain and clamp, and downsample.
 
-    The upsampling has the gain up_x * up_y, which makes up for the zeros between the elements. See `upfirdn2d` and
-    `bias_act`, of which this is made. On a CPU, one kernel takes these steps for a contiguous input, plane by plane, so
-    that the upsampled image is never in memory. It keeps a bit per upsampled element for the derivatives, two with
-    ``clamp``.
+    The function combines `upfirdn2d` and `bias_act`. The upsampling has the gain up_x * up_y, which compensates for the
+    zeros between the elements. On a CPU, one kernel computes all steps of a contiguous input, plane by plane, and never
+    stores the upsampled image. For the derivatives it saves one bit per upsampled element (two with ``clamp``). On a
+    GPU, the kernel of the first filter also applies the activation and saves two bits, and the second filter follows.
 
-    Order of derivative: any. With its filters constant it is piecewise affine, so a penalty through it is one pass.
+    Order of derivative: any. If the filters are constant, the function is piecewise affine and allows one pass.
 
     Source: Karras et al., Alias-Free Generative Adversarial Networks (2021).
 
@@ -55,7 +60,7 @@ def filtered_lrelu(
     Args:
         input: (N, C, H, W); float16, bfloat16, float32 or float64.
         up_filter: filter of the upsampling: (h, w), (k,) for a separable filter, or None.
-        down_filter: filter of the downsampling, likewise.
+        down_filter: filter of the downsampling, in the same forms.
         bias: (C,), in the dtype of the input, or None.
         up: factor of the upsampling, one number or (x, y).
         down: factor of the downsampling, one number or (x, y).
@@ -71,7 +76,7 @@ def filtered_lrelu(
 
     Raises:
         TypeError: an argument is not a tensor or a number, or has an unsupported dtype.
-        ValueError: a shape or factor does not fit, or nothing of the image is left.
+        ValueError: a shape or factor does not fit, or the result would be empty.
         BackendUnavailable: the requested backend cannot run here.
     """
     if bias is not None:
@@ -79,13 +84,16 @@ def filtered_lrelu(
     sizes = (up, up) if isinstance(up, int) else up
     factor = sizes[0] * sizes[-1]
     numbers = (gain, slope, 1.0 if clamp is None else clamp)
-    if _is_fused(input, up_filter, down_filter, numbers, clamp is not None, backend):
+    chosen = _fused_by(input, up_filter, down_filter, numbers, clamp is not None, backend)
+    if chosen == "triton" and not _fits_triton(up, down):
+        chosen = None
+    if chosen is not None:
         size = image_size(input)
         first = geometry_of(size, up_filter, up, 1, padding)
         second = geometry_of(first.out_size, down_filter, 1, down, 0)
         plans = (
-            plan_of(size, first, up_filter, input, flip_filter, factor, "cpu"),
-            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, "cpu"),
+            plan_of(size, first, up_filter, input, flip_filter, factor, chosen),
+            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
         return in_one(input, Steps(*plans, float(slope), float(gain), inf if clamp is None else float(clamp)))
     y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
@@ -95,33 +103,41 @@ def filtered_lrelu(
 
 @visible
 def in_one(input: Tensor, steps: Steps) -> Tensor:
-    """Linear between the kinks, and through zero where nothing is clamped."""
+    """Return the layout. The function is piecewise affine; without a clamp, its pieces pass through zero."""
     return apply(input, steps)
 
 
-def _is_fused(
+def _fused_by(
     input: Tensor,
     up_filter: Tensor | None,
     down_filter: Tensor | None,
     numbers: tuple[float, ...],
     clamped: bool,
     backend: str | None,
-) -> bool:
-    """Whether the kernel takes this call. Others, and calls with an error, go through the steps one by one."""
-    return (
+) -> str | None:
+    """Return the backend whose kernel supports this call. Other calls run the steps one by one, with their errors."""
+    if not (
         isinstance(input, Tensor)
         and input.ndim == 4
         and input.numel() > 0
         and input.is_contiguous()
         and all(isinstance(number, int | float) and isfinite(number) for number in numbers)
         and numbers[2] > 0
-        and not (clamped and torch_private.count_function_modes())  # the one pass looks for the constants of a clamp
+        and not (clamped and torch_private.count_function_modes())  # one pass needs the constants of a clamp
         and all(f is None or (isinstance(f, Tensor) and f.is_floating_point()) for f in (up_filter, down_filter))
         and is_constant(up_filter)
         and is_constant(down_filter)
         and not torch.compiler.is_compiling()
         and not backends.is_lowered()
         and backends.is_plain()
-        and (backend or backends.forced()) in ("auto", "cpu")
-        and backends.why_not("filtered_lrelu", "cpu", input.device.type, input.dtype) is None
+        and input.dtype in DTYPES
+    ):
+        return None
+    chosen = backends.select("filtered_lrelu", input.device, input.dtype, backend)
+    return chosen if chosen in ("cpu", "triton") else None
+
+
+def _fits_triton(*factors: Factor) -> bool:
+    return all(
+        number <= MOST for factor in factors for number in (factor if isinstance(factor, Sequence) else (factor,))
     )

@@ -18,19 +18,19 @@ from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, pena
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
-from fastgan.ops.gradient_penalty.points import points
+from fastgan.ops.gradient_penalty.points import check_points, points
 from fastgan.ops.gradient_penalty.sharding import gathering
 from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, size_of
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.regions import compilable, is_entered
-from fastgan.ops.twice_differentiable import Rerouting, twice_differentiable, uncompiled
+from fastgan.ops.regions import is_entered, traceable
+from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
 
-@compilable
+@traceable
 def gradient_penalty(
     discriminator: Callable[..., Any],
     real: Inputs,
@@ -70,8 +70,8 @@ def gradient_penalty(
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
     ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. On a CPU, models that are too small to gain from fastgan
-    run PyTorch's own functions, unless ``use_backend`` selects a backend.
+    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan on their
+    device run PyTorch's own functions, unless ``use_backend`` selects a backend.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -133,43 +133,63 @@ def gradient_penalty(
     lists the calls that match the penalties of other code bases.
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
-    check_select(select)
+    if select is not None:
+        check_select(select)
+    if is_entered() or penalty.is_approximate:
+        check_points(kind, real, fake)
+        parts = [
+            _traced_or_approximate(discriminator, point, penalty, select, args, kwargs)
+            for point in points(kind, real, fake, generator)
+        ]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    if not torch.is_grad_enabled():
+        require_grad_mode()
+    call = call_of(discriminator, (kind if isinstance(kind, str) else None, real, fake), args, kwargs)
+    repeated = is_left_to_pytorch(call)
+    if not repeated:
+        check_points(kind, real, fake)
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
-        require_grad_mode()
-        if is_entered():
-            _refuse_approximate(penalty)
-            part = penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
-            total = part if total is None else total + part
-            continue
-        if penalty.is_approximate:
-            with gathering(discriminator):
-                return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
-        given = differentiable(point)
-        x = floating(given)
-        call = call_of(discriminator, x, args, kwargs)
-        if is_left_to_pytorch(call, x):
+        given, x = differentiable(point)
+        if repeated:
             with uncompiled:
                 returned = discriminator(given, *args, **(kwargs or {}))
             part = penalty(plain_gradients(logits_of(returned, select, x[0].shape[0]), x))
-            total = part if total is None else total + part
-            continue
-        with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
-            with Rerouting(size_of(discriminator, x).after) as rerouting:
-                returned = discriminator(given, *args, **(kwargs or {}))
-            small = rerouting.never_began
-            part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)
-        if small and call is not None and rerouting.only_pytorch_ran:
-            leave_to_pytorch(call)
-        if not small:
-            for tensor in x:
-                mark_unused(tensor)
+        else:
+            with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
+                with size_of(discriminator, x).rerouting(x) as rerouting:
+                    returned = discriminator(given, *args, **(kwargs or {}))
+                small = rerouting.never_began
+                part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)
+            if not small:
+                for tensor in x:
+                    mark_unused(tensor)
+            call = call if small and rerouting.only_pytorch_ran else None
         total = part if total is None else total + part
+    if call is not None and not repeated:
+        leave_to_pytorch(call)
     assert total is not None
     return total
 
 
-@compilable
+def _traced_or_approximate(
+    discriminator: Callable[..., Any],
+    point: Inputs,
+    penalty: Penalty,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Tensor:
+    """Compute the penalty at one point while torch.compile traces, or by finite differences."""
+    require_grad_mode()
+    if is_entered():
+        _refuse_approximate(penalty)
+        return penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
+    with gathering(discriminator):
+        return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
+
+
+@traceable
 def penalty_from_logits(
     logits: Any,
     inputs: Inputs,
@@ -258,6 +278,8 @@ def gradients_of_logits(
     Inputs that require a gradient stay connected to their own graph.
     """
     check_inputs("inputs", inputs)
+    if is_entered():
+        return compiled.logits_and_gradients(discriminator, inputs, args, kwargs, create_graph)
     given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
     x = floating(given)
     with gathering(discriminator):
@@ -269,7 +291,7 @@ def gradients_of_logits(
     return returned, [grad for grad in grads if grad is not None]
 
 
-@compilable
+@traceable
 def logits_and_penalty(
     discriminator: Callable[..., Any],
     inputs: Inputs,

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.gradient_penalty.size import all_modules
+from fastgan.ops.gradient_penalty.size import count_modules
 
 _DEPTH = 4  # of functions within functions
 _MOST = 64  # elements of a list that are searched
@@ -46,33 +46,58 @@ def code_of(discriminator: Any) -> CodeType | None:
 
 
 class Call(NamedTuple):
-    """The only module that a call runs, and everything else that can change which functions it calls."""
+    """The only module that a call runs, and everything else that its checks and the functions that it calls depend on.
+
+    An equal call passes the same checks and calls the same functions.
+    """
 
     module: nn.Module
     details: Hashable
 
 
 def call_of(
-    discriminator: Any, inputs: Sequence[Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    discriminator: Any, inputs: tuple[Any, ...], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Call | None:
-    """Identify a call of the discriminator. Return None unless it depends on exactly one module."""
-    module, code = discriminator, None
-    values = [*args, *(value for item in kwargs.items() for value in item)] if kwargs else args
-    if not isinstance(discriminator, nn.Module):
+    """Identify a call of the discriminator. Return None unless it depends on exactly one module.
+
+    Args:
+        inputs: the arguments of the penalty that decide at which points it calls the discriminator, and these points.
+    """
+    if isinstance(discriminator, nn.Module):
+        module, code, values = discriminator, None, inputs
+    else:
         around = _around(discriminator)
         if around is None:
             return None
         module, code, more = around
-        values = [*values, *more]
-    given: list[Hashable] = [x.shape for x in inputs]
-    for value in values:
-        if isinstance(value, Tensor):
-            given.append(value.shape)
-        elif value is None or isinstance(value, int | float | str | type):
-            given.append((type(value), value))
+        values = (*inputs, *more)
+    if args or kwargs:
+        values = (*values, args, kwargs)
+    details: list[Hashable] = [code, module.training, count_modules(module)]
+    for value in values:  # the common cases are inline
+        if type(value) is Tensor:
+            details.append((Tensor, value.shape, value.dtype, value.device))
+        elif value is None or type(value) is str:
+            details.append(value)
         else:
-            return None
-    return Call(module, (code, module.training, len(all_modules([module])), tuple(given)))
+            try:
+                details.append(_described(value))
+            except Unknown:
+                return None
+    return Call(module, tuple(details))
+
+
+def _described(value: Any) -> Hashable:
+    """Return what the checks of an argument, and the functions that a call runs, may depend on."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device
+    if value is None or isinstance(value, int | float | str | type):
+        return type(value), value
+    if isinstance(value, tuple | list) and len(value) <= _MOST:
+        return type(value), *map(_described, value)
+    if isinstance(value, Mapping):
+        return type(value), _described(tuple(value)), _described(tuple(value.values()))
+    raise Unknown
 
 
 def _around(function: Any) -> tuple[nn.Module, CodeType, list[Any]] | None:

@@ -37,8 +37,7 @@ def finite_difference(
         keep: whether the caller may differentiate the output.
     """
     again = _Repetition(discriminator, floating(inputs))
-    given = differentiable(inputs)
-    x = floating(given)
+    given, x = differentiable(inputs)
     returned = discriminator(given, *args, **kwargs)
     logits = [output for output in logits_of(returned, select, len(x[0])) if output.requires_grad]
     ones = [torch.ones_like(output) for output in logits]

@@ -31,6 +31,7 @@ from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
+from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES
 
 _UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
 _NO_RULE = (
@@ -77,7 +78,10 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LOOKS:
             return func(*args, **kwargs)
-        touched = [known for t in tensors((args, kwargs)) if (known := self._known(t)) is not None]
+        made = self._made
+        touched = [
+            known for t in tensors((args, kwargs)) if (known := made.get(id(t))) is not None and known.tensor() is t
+        ]
         if touched and func in LIKE and self._known(args[0]) is None:
             touched = []
         if not touched or not torch.is_grad_enabled():  # without gradients, the result is a constant
@@ -98,14 +102,14 @@ class Tracer(TorchFunctionMode):
             result = func(*args, **kwargs)
             with torch_private.DisableTorchFunction():
                 if why is not None:
-                    self._mark(result, None, why)
+                    self._mark(args[0] if func is Tensor.__setitem__ else result, None, why)
                 else:
                     self._judge_unknown(func, result, args, kwargs)
             return result
         call.result = result = call.func(*call.args, **call.kwargs)
         with torch_private.DisableTorchFunction():
             layout, why = self._end(call, rule.after)
-            self._mark(result, layout, why)
+            self._mark(call.result, layout, why)  # a rule sets the result of __setitem__, which returns None
         return result
 
     def _known(self, tensor: Any) -> _Made | None:
@@ -114,8 +118,9 @@ class Tracer(TorchFunctionMode):
 
     def layout(self, tensor: Any) -> Layout | None:
         """Return the layout of the samples in a tensor, or None for a constant."""
-        made = self._known(tensor)
-        return made.layout if made is not None and tensor.requires_grad else None
+        made = self._made.get(id(tensor))
+        known = made.tensor() if made is not None else None
+        return made.layout if made is not None and known is tensor and known.requires_grad else None
 
     def counts(self, index: Tensor, size: int) -> bool:
         """Return whether the index equals ``torch.arange(size)``."""
@@ -136,8 +141,10 @@ class Tracer(TorchFunctionMode):
         return None
 
     def _begin(self, before: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if func in WRITES:
+            self._writes_slices = True
         if func in IN_PLACE:
-            if self.layout(args[0]) is None:
+            if self.layout(args[0]) is None and func not in INTO_CONSTANTS:
                 raise Ineligible(
                     "writes a tensor that depends on the input into a constant; use the form that is not in place"
                 )

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fastgan.ops.gradient_penalty.called_modules import Call, call_of
 from fastgan.ops.gradient_penalty.eligibility import Tracer
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.small import (
-    REASON,
     Size,
     forget,
     is_left_to_pytorch,
     leave_to_pytorch,
+    reason,
     remember,
     size_of,
     was_small,
@@ -44,18 +44,20 @@ def run_forward(
     kwargs: Mapping[str, Any] | None,
 ) -> Forward:
     """Call the discriminator and look for an obstacle to one pass."""
+    if not torch.is_grad_enabled():
+        require_grad_mode()
+    known = call_of(discriminator, (inputs,), args, kwargs)
+    if is_left_to_pytorch(known):
+        given, x = differentiable(inputs)
+        with uncompiled:
+            returned = discriminator(given, *args, **(kwargs or {}))
+        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, reason(x), plain=True)
     check_call(inputs, select)
-    given = differentiable(inputs)
-    x = floating(given)
+    given, x = differentiable(inputs)
 
     def call() -> Any:
         return discriminator(given, *args, **(kwargs or {}))
 
-    known = call_of(discriminator, x, args, kwargs)
-    if is_left_to_pytorch(known, x):
-        with uncompiled:
-            returned = call()
-        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
     size = size_of(discriminator, x)
     if size is not Size.LARGE:
         return _run_maybe_small(discriminator, call, known, size, select, x)
@@ -76,7 +78,7 @@ def _run_maybe_small(
     """Run a forward and count its multiplications, unless its parameters already show that it is small."""
     seen = size is Size.SMALL or was_small(discriminator, x)
     tracer = None if seen else Tracer(*x)
-    with Rerouting(size.after) as rerouting, tracer or nullcontext():
+    with size.rerouting(x) as rerouting, tracer or nullcontext():
         returned = call()
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_began
@@ -85,7 +87,7 @@ def _run_maybe_small(
     elif size is Size.UNKNOWN and small != seen:
         remember(discriminator, x, small)
     if small:
-        return Forward(returned, logits, x, None, REASON)
+        return Forward(returned, logits, x, None, reason(x))
     if tracer is None:
         return Forward(returned, logits, x, None, "an earlier forward with these shapes was small")
     return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned, late=True))
@@ -117,5 +119,5 @@ def naming_layers(
         layers = Layers(discriminator)
         with layers.watched():
             forward = run_forward(discriminator, inputs, select, args, kwargs)
-        forget(call_of(discriminator, floating(inputs), args, kwargs))
+        forget(call_of(discriminator, (inputs,), args, kwargs))
         raise error.named(layers.missing(forward.logits, forward.inputs)) from None

@@ -22,6 +22,7 @@ _AVOID_FORWARD = frozenset(
         *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Unfold", "Diagonal", "AsStrided", "Values"),
         *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im"),
         *("Index", "IndexSelect", "Gather", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy"),
+        *("IndexPut", "IndexFill", "SliceScatter", "SelectScatter", "DiagonalScatter"),
         *("Where", "MaskedFill", "NativeDropout", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
         *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
         *("Cummax", "Cummin", "Frac", "NanToNum"),
@@ -31,7 +32,7 @@ _AVOID_FORWARD = frozenset(
         *("UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBilinear2DAa", "UpsampleTrilinear3D"),
         *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
-) | {"LerpBackward0"}
+) | {"LerpBackward0", "CopyBackwards"}
 # Piecewise affine functions whose double backward returns zeros for their inputs.
 SENDS_ZEROS = frozenset(
     f"{name}Backward{version}"

@@ -1,4 +1,4 @@
-"""The rule of bias_act, whose constant is inside: the bias, before the slopes."""
+"""The rule of bias_act. Its constant, the bias, is added before the activation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 def split_bias(
     call: Call, input: Tensor, bias: Tensor | None = None, *, activation: str = "leaky_relu", **options: Any
 ) -> None:
-    """Let the call read the sum of input and bias: the pass needs its gradient, of each sample by itself."""
+    """Make the call read input + bias from a tensor of its own. One pass needs the gradient of each sample there."""
     call.require_input(input)
     call.require_constants(bias)
     if ALIASES.get(activation, activation) not in PIECEWISE:

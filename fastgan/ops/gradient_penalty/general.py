@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fastgan import torch_private
 from fastgan.ops.gradient_penalty.freeing import may_free
 from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
@@ -54,8 +55,8 @@ def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> lis
     """Return the gradients after a forward that ran only PyTorch's functions. It needs no checks and frees nothing."""
     connected = [output for output in logits if output.requires_grad]
     if connected:
-        ones = [torch.ones_like(output) for output in connected]
-        grads = torch.autograd.grad(connected, inputs, ones, create_graph=True, allow_unused=True)
+        ones = [*map(torch.ones_like, connected)]
+        grads = torch_private.differentiable_gradients(connected, inputs, ones)
         found = [grad for grad in grads if grad is not None]
         if found:
             return found

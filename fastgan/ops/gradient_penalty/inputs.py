@@ -44,11 +44,13 @@ def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
     return make(new)  # type: ignore[no-any-return]
 
 
-def differentiable(inputs: Inputs) -> Inputs:
-    """Detach the inputs. Every floating-point tensor then requires a gradient."""
+def differentiable(inputs: Inputs) -> tuple[Inputs, tuple[Tensor, ...]]:
+    """Detach the inputs. Return them, and the floating-point tensors among them, which then require a gradient."""
     if isinstance(inputs, Tensor):
-        return inputs.detach().requires_grad_()
-    return replaced(inputs, lambda tensor: tensor.detach().requires_grad_())
+        x = inputs.detach().requires_grad_()
+        return x, (x,)
+    given = replaced(inputs, lambda tensor: tensor.detach().requires_grad_())
+    return given, floating(given)
 
 
 def check_inputs(name: str, inputs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining, sum_of_squares
+from fastgan.ops.gradient_penalty.norms import dtype_of, norms, remaining, sum_of_squares, total_of_squares
 from fastgan.ops.library import is_autocast
 
 Kind = str | Callable[[Tensor], Tensor]
@@ -23,14 +23,15 @@ class _Formula(NamedTuple):
     """The penalty of each sample as a function of its norm or squared norm (N,) and a target."""
 
     of: Callable[[Tensor, Any], Tensor]
+    is_root: bool = False  # ``of`` returns the square root of the penalty
     target: float | None = None  # None: the formula has no target
     squared: bool = False
     factor: float = 1.0
     largest: bool = False  # return the largest penalty instead of the mean
 
 
-_TWO_SIDED = _Formula(lambda norms, target: (norms - target).square(), target=1.0)
-_ONE_SIDED = _Formula(lambda norms, target: (norms - target).clamp(min=0).square(), target=1.0)
+_TWO_SIDED = _Formula(lambda norms, target: norms - target, is_root=True, target=1.0)
+_ONE_SIDED = _Formula(lambda norms, target: (norms - target).clamp(min=0), is_root=True, target=1.0)
 _SQUARED = _Formula(lambda squares, _: squares, squared=True)
 
 KINDS = {
@@ -78,7 +79,7 @@ class Penalty:
         object.__setattr__(self, "_over", _checked_dims(self.dims))
         object.__setattr__(self, "_formula", formula)
         sums = formula.squared and not formula.largest and self.reduction != "none"
-        object.__setattr__(self, "_sums_all", sums and self._over is None and not isinstance(self.weight, Tensor))
+        object.__setattr__(self, "_sums_all", sums and self._over is None)
         if self.target is not None and self._formula.target is None:
             raise ValueError(
                 f"{self._name} has no target, got target={self.target}: only wgan-gp, wgan-lp and dragan take one"
@@ -102,20 +103,21 @@ class Penalty:
     def _of(self, grads: Sequence[Tensor]) -> Tensor:
         formula = self._formula
         if self._sums_all and (total := sum_of_squares(grads)) is not None:
-            samples = len(grads[0]) if self.reduction == "mean" else 1
-            return total * (self._weight * (formula.factor / samples))
+            return self._weighted(total, grads[0].shape[0] if self.reduction == "mean" else 1)
         target = formula.target if self.target is None else self.target
         size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
         each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)
-        penalty = each.max() if formula.largest else _REDUCTIONS[self.reduction](each)
-        if isinstance(self.weight, Tensor):
-            return self.weight.to(penalty.dtype) * (formula.factor * penalty)
-        return penalty * (self._weight * formula.factor)
+        if formula.is_root:
+            if self.reduction != "none":
+                return self._weighted(total_of_squares(each), each.numel() if self.reduction == "mean" else 1)
+            each = each.square()
+        return self._weighted(each.max() if formula.largest else _REDUCTIONS[self.reduction](each))
 
-    @property
-    def _weight(self) -> float:
-        assert not isinstance(self.weight, Tensor)
-        return 10.0 if self.weight is None else self.weight
+    def _weighted(self, penalty: Tensor, count: int = 1) -> Tensor:
+        factor = self._formula.factor / count
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(penalty.dtype) * (factor * penalty)
+        return penalty * ((10.0 if self.weight is None else self.weight) * factor)
 
     def zero(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return a zero with the shape and dtype of a penalty at these inputs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,51 +11,51 @@ from fastgan.ops.gradient_penalty.drawn import uniform
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, replaced
 
 
-def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> Iterator[Inputs]:
-    """Yield the points, in the structure of ``real``: two for "r1+r2", otherwise one."""
+def check_points(kind: Any, real: Inputs, fake: Inputs | None) -> None:
+    """Raise if ``points`` cannot make the points of this kind from these arguments."""
     check_inputs("real", real)
-    if kind in ("r1", "r1-finite-difference") or (callable(kind) and fake is None):
-        yield real
-    elif kind == "dragan":
-        yield _perturbed(real, generator)
-    else:
+    if _uses_fake(kind, fake):
         if fake is None:
             raise TypeError(f"kind {kind!r} needs fake, got None")
         check_inputs("fake", fake)
         check_same_form(real, fake)
-        if kind == "r1+r2":
-            yield real
-            yield fake
-        elif kind == "r2":
-            yield fake
-        else:
-            yield _between(real, fake, _alpha(real, generator))
 
 
-def _alpha(real: Inputs, generator: torch.Generator | None) -> Tensor:
-    """Draw alpha, (N,), uniform in [0, 1)."""
-    first = floating(real)[0]
-    return uniform([first.shape[0]], first, generator)
+def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Generator | None) -> list[Inputs]:
+    """Return the points, in the structure of ``real``: two for "r1+r2", otherwise one."""
+    if kind == "dragan":
+        return [_perturbed(real, generator)]
+    if fake is None or not _uses_fake(kind, fake):
+        return [real]
+    if kind == "r1+r2":
+        return [real, fake]
+    return [fake if kind == "r2" else _between(real, fake, generator)]
 
 
-def _beside(alpha: Tensor, x: Tensor) -> Tensor:
-    """Reshape alpha (N,) to (N, 1, ...), so that it broadcasts over x (N, *S)."""
-    same = alpha.dtype == x.dtype and alpha.device == x.device
-    return (alpha if same else alpha.to(x)).view(-1, *[1] * (x.ndim - 1))
+def _uses_fake(kind: Any, fake: Inputs | None) -> bool:
+    return kind not in ("r1", "r1-finite-difference", "dragan") and not (callable(kind) and fake is None)
 
 
-def _fixed(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
+def _alpha(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw alpha, (N, 1, ...), uniform in [0, 1), so that it broadcasts over a tensor (N, *S)."""
+    return uniform([like.shape[0], *[1] * (like.ndim - 1)], like, generator)
+
+
+def _per_sample(alpha: Tensor, x: Tensor) -> Tensor:
+    """Reshape alpha, so that it broadcasts over x (N, *S)."""
+    return alpha.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
     noises = iter([uniform(x.shape, x, generator) for x in floating(real)])
-    alpha = _alpha(real, generator)
-    return replaced(real, lambda x: x.detach() + _beside(alpha, x) * 0.5 * x.detach().std() * next(noises))
+    alpha = _alpha(floating(real)[0], generator)
+    return replaced(real, lambda x: x.detach() + _per_sample(alpha, x) * 0.5 * x.detach().std() * next(noises))
 
 
-def _between(real: Inputs, fake: Inputs, alpha: Tensor) -> Inputs:
+def _between(real: Inputs, fake: Inputs, generator: torch.Generator | None) -> Inputs:
     if isinstance(real, Tensor) and isinstance(fake, Tensor) and real.dtype == fake.dtype:
-        return torch.lerp(_fixed(fake), _fixed(real), _beside(alpha, real))
-    fakes = iter(floating(fake))
-    return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))
+        start = fake.detach() if fake.requires_grad else fake
+        end = real.detach() if real.requires_grad else real
+        return torch.lerp(start, end, _alpha(real, generator))
+    fakes, alpha = iter(floating(fake)), _alpha(floating(real)[0], generator)
+    return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _per_sample(alpha, x)))

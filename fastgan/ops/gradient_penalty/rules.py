@@ -21,6 +21,7 @@ from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
 from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+from fastgan.ops.gradient_penalty.writes import WRITES, keep_target
 from fastgan.ops.norm.evaluation import scale_and_shift
 
 
@@ -43,7 +44,7 @@ def _sum(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
     if call.layout(other) is None:
         call.add_constant(other if alpha == 1 else other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input)
+        call.add_constant(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -51,7 +52,7 @@ def _difference(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layo
     if call.layout(other) is None:
         call.add_constant(-other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input)
+        call.add_constant(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -110,7 +111,7 @@ def _keep_source(call: Call, *args: Any, **kwargs: Any) -> None:
     call.source = made[0].clone() if inplace else made[0]
 
 
-def _bent(call: Call, *args: Any, **kwargs: Any) -> Layout:
+def _piecewise(call: Call, *args: Any, **kwargs: Any) -> Layout:
     """Functions that are piecewise affine in each element. The constant is the result minus slope times element."""
     made = [t for t in tensors((args, kwargs)) if call.layout(t) is not None]
     if len(made) == 1:
@@ -140,14 +141,14 @@ def _keep_source_of_two(call: Call, input: Tensor, *rest: Any, **named: Any) -> 
 def _extremum(call: Call, input: Tensor, *rest: Any, **named: Any) -> Any:
     """max and min of two tensors, over one dimension, or over all elements."""
     if any(True for _ in tensors((rest, named))):
-        return _bent(call, input, *rest, **named)
+        return _piecewise(call, input, *rest, **named)
     return reduced(call, input, *rest, **named)
 
 
 def _clamped(call: Call, input: Tensor, *bounds: Any, **named: Any) -> Layout:
     if len(bounds) + len(named) == 1 and all(isinstance(x, int | float) and x == 0 for x in (*bounds, *named.values())):
         return call.layout_of(input)
-    return _bent(call, input, *bounds, **named)
+    return _piecewise(call, input, *bounds, **named)
 
 
 def _keep_alias(call: Call, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> None:
@@ -207,8 +208,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         functions("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), Rule(_cast)
     ),
-    **dict.fromkeys(functions("add", "__add__", "__radd__", "__iadd__"), Rule(_sum)),
-    **dict.fromkeys(functions("sub", "subtract", "__sub__", "__isub__"), Rule(_difference)),
+    **dict.fromkeys(functions("add", "__add__", "__radd__", "__iadd__"), Rule(_sum, keep_target)),
+    **dict.fromkeys(functions("sub", "subtract", "__sub__", "__isub__"), Rule(_difference, keep_target)),
     **dict.fromkeys(functions("rsub", "__rsub__"), Rule(_reversed_difference)),
     **dict.fromkeys(functions("mul", "multiply", "__mul__", "__rmul__", "__imul__"), Rule(_product)),
     **dict.fromkeys(
@@ -222,7 +223,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(functions("clamp", "clip", "clamp_min", "clamp_max"), Rule(_clamped, _keep_source)),
     **dict.fromkeys(
         functions("maximum", "minimum", "hardtanh", "relu6", "threshold", "softshrink", "hardsigmoid"),
-        Rule(_bent, _keep_source),
+        Rule(_piecewise, _keep_source),
     ),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
@@ -230,4 +231,5 @@ RULES: dict[Any, Rule] = {
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
+    **{function: Rule(rule, keep_target) for function, rule in WRITES.items()},
 }

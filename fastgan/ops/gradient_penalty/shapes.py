@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.filtered_lrelu import in_one
-from fastgan.ops.gradient_penalty.call import Call
+from fastgan.ops.gradient_penalty.call import Call, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
 from fastgan.ops.grid_sample import grid_sample
@@ -143,11 +143,22 @@ def _kth(call: Call, input: Tensor, k: int, dim: int = -1, keepdim: bool = False
 
 
 def _within(call: Call, input: Tensor, dim: int = -1, *rest: Any, **named: Any) -> Layout:
-    """Functions along one dimension that keep the shape: sort, cumsum."""
+    """Functions along one dimension that keep the shape: sort, cumsum, cummax."""
     layout = call.layout_of(input)
     if dim % input.ndim == layout.dim:
         raise MixesSamples
     return layout
+
+
+def _diff(
+    call: Call, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Layout:
+    if any(call.layout(t) is None for t in tensors((prepend, append))):
+        call.add_constant(call.evaluate_at_zero())
+    layouts = {call.layout_of(t) for t in tensors((input, prepend, append)) if call.layout(t) is not None}
+    if len(layouts) != 1 or dim % input.ndim == next(iter(layouts)).dim:
+        raise MixesSamples
+    return layouts.pop()
 
 
 def _topk(call: Call, input: Tensor, k: int, dim: int = -1, *rest: Any, **named: Any) -> Layout:
@@ -235,6 +246,7 @@ _VIEWS = (
     *("narrow", "select", "unbind", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit"),
     *("expand", "expand_as", "broadcast_to", "squeeze", "unsqueeze", "diagonal", "unfold"),
 )
+_POOLINGS = ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool", "fractional_max_pool", "max_unpool")
 _RESHAPES = ("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
 SHAPES: dict[Any, Callable[..., Any]] = {
     **{function: _view for function in functions(*_VIEWS) if function not in IN_PLACE},
@@ -248,12 +260,21 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("sum", "mean", "amax", "amin"), reduced),
     **dict.fromkeys(functions("median"), reduced),
     **dict.fromkeys(functions("kthvalue"), _kth),
-    **dict.fromkeys(functions("sort", "cumsum"), _within),
+    **dict.fromkeys(functions("sort", "cumsum", "cummax", "cummin"), _within),
     **dict.fromkeys(functions("topk"), _topk),
+    torch.diff: _diff,
+    Tensor.diff: _diff,
     **{
         function: _trailing(n)
         for n in (1, 2, 3)
-        for name in ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool", "fractional_max_pool")
+        for name in (
+            "avg_pool",
+            "adaptive_avg_pool",
+            "max_pool",
+            "max_unpool",
+            "adaptive_max_pool",
+            "fractional_max_pool",
+        )
         for form in (f"{name}{n}d", f"_{name}{n}d", f"{name}{n}d_with_indices")
         for function in functions(form)
     },

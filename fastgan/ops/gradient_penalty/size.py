@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fastgan.ops.work import CALL, NORMALIZED
+from fastgan.ops.gradient_penalty.overhead import Threshold
+from fastgan.ops.work import NORMALIZED
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,13 +35,23 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(found)
 
 
+def count_modules(module: nn.Module) -> int:
+    """Return the number of modules inside this one, including it, at the lowest cost."""
+    found, waiting = {module}, [module]
+    for each in waiting:
+        for child in each._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                waiting.append(child)
+    return len(waiting)
+
+
 class Cost(NamedTuple):
     multiplications: int
     layers: int
 
-    def minus_overhead(self) -> int:
-        """Return the multiplications minus the overhead of calling fastgan's functions, one per layer."""
-        return self.multiplications - CALL * self.layers
+    def reaches(self, threshold: Threshold) -> bool:
+        return self.multiplications >= threshold.least + threshold.per_layer * self.layers
 
 
 def bound(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost | None:

@@ -47,20 +47,25 @@ def fill_zeros(
         return penalty
     # A leaf that the penalty reaches in the graph may still get None, as the bias of PyTorch's group norm does. So a
     # bias always gets zeros, which are cheap to add. A weight gets them only if the penalty does not reach it.
-    depends = _reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
+    depends = reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
     leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2]
     if not leaves:
         return penalty
-    result: Tensor = _WithZeros.apply(penalty, *leaves)  # type: ignore[no-untyped-call]
+    return with_zeros(penalty, leaves)
+
+
+def with_zeros(made: Tensor, leaves: Iterable[Tensor]) -> Tensor:
+    """Return the tensor, whose backward also gives zeros to the leaves."""
+    result: Tensor = _WithZeros.apply(made, *leaves)  # type: ignore[no-untyped-call]
     return result
 
 
 def reached_by_zeros(path: Iterable[Node]) -> dict[Node, None]:
     """Return the nodes that the zeros of PyTorch's double backward reach, in a fixed order."""
-    return _reached(node.next_functions[index][0] for node in path for index in filled_inputs(node))
+    return reached(node.next_functions[index][0] for node in path for index in filled_inputs(node))
 
 
-def _reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
+def reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
     """Return all nodes that a backward from these nodes reaches."""
     seen: dict[Node, None] = {}
     waiting = list(nodes)
@@ -68,7 +73,8 @@ def _reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
+            for following, _ in node.next_functions:
+                waiting.append(following)  # a generator would cost more, in each node of the graph
     return seen
 
 

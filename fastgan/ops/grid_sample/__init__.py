@@ -1,4 +1,4 @@
-"""grid_sample, linear in the image: its transpose is its backward, to every order."""
+"""grid_sample, which is linear in the image. Its backward is its transpose, to any order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgan.ops.library import is_batched, stored, visible
 
 __all__ = ["grid_sample"]
 
-_MODES = {"bilinear": 0, "nearest": 1}  # the numbers that PyTorch's operators take
+_MODES = {"bilinear": 0, "nearest": 1}  # the codes that PyTorch's operators expect
 _PADDING = {"zeros": 0, "border": 1, "reflection": 2}
 _Options = tuple[int, int, bool]
 
@@ -24,9 +24,9 @@ def grid_sample(
 ) -> Tensor:
     """Drop-in for ``torch.nn.functional.grid_sample`` with the same arguments, results and errors.
 
-    Order of derivative: any, of an image with a constant grid: the backward is the transpose, whose backward samples
-    again. No gradient flows to ``input`` in a double backward, whereas PyTorch propagates zeros, and a penalty through
-    it is one pass. PyTorch's function runs for a grid that requires a gradient, for volumes and for mode "bicubic".
+    Order of derivative: any, if the grid is constant. The backward is the transpose, and its backward samples again. In
+    a double backward, no gradient flows to ``input``, whereas PyTorch propagates zeros. The function allows one pass.
+    PyTorch's function runs for volumes, mode "bicubic", and a grid that requires a gradient.
 
     ```python
     import torch
@@ -41,13 +41,13 @@ def grid_sample(
         input: (N, C, H, W).
         grid: (N, H', W', 2), positions (x, y) from -1 to 1.
         mode: "bilinear", "nearest" or "bicubic".
-        padding_mode: what lies outside of the image: "zeros", "border" or "reflection".
+        padding_mode: values outside of the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centers of the corner pixels, or their outer corners.
 
     Returns:
         (N, C, H', W'), dtype of the input.
     """
-    ours = (
+    supported = (
         isinstance(input, Tensor)
         and input.ndim == 4
         and mode in _MODES
@@ -58,9 +58,9 @@ def grid_sample(
         and backends.is_known(input.device)
         and not torch.compiler.is_compiling()
     )
-    if not ours:
+    if not supported:
         return F.grid_sample(input, grid, mode, padding_mode, align_corners)
-    with torch.no_grad():  # PyTorch's errors, its warning of align_corners, and what autocast makes of the dtypes
+    with torch.no_grad():  # for PyTorch's errors, its warning about align_corners, and the dtypes under autocast
         sampled = F.grid_sample(input, grid, mode, padding_mode, align_corners)
     options = _MODES[mode], _PADDING[padding_mode], bool(align_corners)
     run: Any = _Sample.apply

@@ -45,8 +45,7 @@ def minibatch_discrimination(
 
     Args:
         activations: m, (N, B, C); float16, bfloat16, float32 or float64. If N or B is 0, the result is empty. If C is
-        0,
-            every distance is 0.
+            0, every distance is 0.
         exclude_self: exclude the pairs with j = i.
         segments: (N,) integers, or None. Only samples of the same segment are compared, for example to keep real and
             fake samples apart.

@@ -1,4 +1,4 @@
-"""Resampling of images with an FIR filter. It is linear, and its gradient is the same operation."""
+"""Resampling of images with an FIR filter. The operation is linear, and its gradient is the same operation."""
 
 from __future__ import annotations
 
@@ -44,14 +44,13 @@ def upfirdn2d(
 
     The result has (H * up + top + bottom - h) // down + 1 rows, and as many columns by the same formula.
 
-    Order of derivative: any. The gradient is ``upfirdn2d`` with the factors exchanged and the filter turned around, so
-    a penalty through it is one pass. No product with an inserted zero is computed. A filter of rank one, such as the
-    outer product of two, is applied in two passes. A filter that requires a gradient gets one, from PyTorch's
-    operations.
+    Order of derivative: any. The gradient is ``upfirdn2d`` with exchanged factors and a flipped filter. The function
+    allows one pass. Products with inserted zeros are skipped. A filter of rank one, such as an outer product, is
+    applied as two filters, one per direction. If the filter requires a gradient, PyTorch's operations run.
 
     The computation runs in float32 (float64 for float64 input). The result has the memory format of the input.
 
-    Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN (2020), whose networks resample so.
+    Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN (2020).
 
     ```python
     import torch
@@ -76,7 +75,7 @@ def upfirdn2d(
 
     Raises:
         TypeError: an argument is not a tensor or a number, or has an unsupported dtype.
-        ValueError: a shape or factor does not fit, or nothing of the image is left.
+        ValueError: a shape or factor does not fit, or the result would be empty.
         BackendUnavailable: the requested backend cannot run here.
     """
     _check_tensors(input, filter)
@@ -130,7 +129,7 @@ def upsample2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Enlarge an image by a factor, with the filter centered and its gain adjusted. See `upfirdn2d`.
+    """Enlarge an image by a factor, with a centered filter. See `upfirdn2d`.
 
     ```python
     import torch
@@ -144,9 +143,9 @@ def upsample2d(
         input: (N, C, H, W).
         filter: (h, w), (k,) or None.
         up: factor of the upsampling, one number or (x, y).
-        padding: padding of the result, in addition to what centers the filter.
+        padding: padding of the result, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
-        gain: factor of the result. The zeros that are inserted are made up for in addition.
+        gain: factor of the result, in addition to up_x * up_y, which compensates for the inserted zeros.
         backend: name of the backend to use. None: the fastest one.
 
     Returns:
@@ -168,7 +167,7 @@ def downsample2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Reduce an image by a factor, with the filter centered. See `upfirdn2d`.
+    """Reduce an image by a factor, with a centered filter. See `upfirdn2d`.
 
     ```python
     import torch
@@ -182,7 +181,7 @@ def downsample2d(
         input: (N, C, H, W).
         filter: (h, w), (k,) or None.
         down: factor of the downsampling, one number or (x, y).
-        padding: padding of the input, in addition to what centers the filter.
+        padding: padding of the input, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
         gain: factor of the result.
         backend: name of the backend to use. None: the fastest one.
@@ -218,7 +217,7 @@ def filter2d(
     Args:
         input: (N, C, H, W).
         filter: (h, w), (k,) or None.
-        padding: padding of the result, in addition to what centers the filter.
+        padding: padding of the result, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
         gain: factor of the result.
         backend: name of the backend to use. None: the fastest one.
@@ -295,7 +294,7 @@ def _taps(filter: Tensor | None, input: Tensor, flip: bool, gain: float) -> Taps
 
 
 def _plane(filter: Tensor | None, input: Tensor, flip: bool, gain: float) -> Tensor:
-    """The filter as it meets the input in order, the gain among it: (h, w)."""
+    """Return the filter (h, w) in the order of the input, multiplied by the gain."""
     acc = accumulation_dtype(input.dtype)
     if filter is None:
         return torch.full((1, 1), gain, dtype=acc, device=input.device)

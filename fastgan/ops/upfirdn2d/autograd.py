@@ -1,4 +1,4 @@
-"""The operator of upfirdn2d, its implementation on each backend, and its Function: its gradient is upfirdn2d again."""
+"""The operator of upfirdn2d, its implementation on each backend, and its derivative, which is upfirdn2d again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16}
 backends.register("upfirdn2d", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
 
 
-# sizes: planes, inner, height, width, height and width of the result, and the pairs up, down, start, taps as (y, x).
-# The planes are those of (N, C), with inner 1, or in channels_last those of N, with inner C.
+# sizes: planes, inner, height, width, height and width of the result, then up, down, start and taps as (y, x) pairs.
+# Contiguous input has N * C planes and inner 1. channels_last input has N planes and inner C.
 @operator("upfirdn2d(Tensor x, Tensor(a!) y, int[] sizes, bool separable, float[] taps, str backend) -> ()")
 def _kernel(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: Sequence[float], backend: str) -> None:
     if backend == "triton":
@@ -30,7 +30,7 @@ def _kernel(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: S
 
 
 def apply(x: Tensor, plan: Plan) -> Tensor:
-    """The result, differentiable to any order."""
+    """Compute the result, differentiable to any order."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return run(x, plan)
     result: Tensor = _Upfirdn2d.apply(x, plan)

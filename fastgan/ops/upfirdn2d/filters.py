@@ -1,4 +1,4 @@
-"""The taps of a filter, read from its tensor once and kept as long as the tensor lives unchanged."""
+"""The taps of a filter. They are read from its tensor once and cached until the tensor changes or is freed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _NO_FILTER = Taps((1.0, 1.0), 1, 1, True)
 
 
 def taps_of(f: Tensor | None, flip: bool, gain: float, dtype: torch.dtype) -> Taps:
-    """The taps as they meet the input in order, the gain among them.
+    """Return the taps in the order of the input, multiplied by the gain.
 
     Args:
         f: (h, w), or (k,) for both directions, or None.
-        flip: take the taps in the order of ``f``, in which a convolution takes the last one first.
-        gain: a factor of the result.
-        dtype: the dtype of the sums. A plane of rank one is separable where it is so in this precision.
+        flip: keep the order of ``f``. A convolution reverses it.
+        gain: factor of the result.
+        dtype: the dtype of the sums. Its precision decides whether a plane is separable.
     """
     if f is None:
         return _NO_FILTER if gain == 1 else _NO_FILTER._replace(values=(gain, 1.0))
@@ -53,7 +53,7 @@ def _values(f: Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def plane_of(f: Tensor) -> Tensor:
-    """The filter as a plane (h, w), in its own dtype."""
+    """Return the filter as a plane (h, w), in its own dtype."""
     return f if f.ndim == 2 else f[:, None] * f
 
 
@@ -71,7 +71,7 @@ def _ordered(rows: tuple[tuple[float, ...], ...], flip: bool, gain: float, eps: 
 
 
 def _factors(rows: tuple[tuple[float, ...], ...], eps: float) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """A column and a row whose products are the plane up to a relative error of ``eps``, or None."""
+    """Return a column and a row whose outer product is the plane up to a relative error of ``eps``, or None."""
     largest, i, j = max((abs(value), i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
     if not 0 < largest < float("inf"):
         return None

@@ -12,6 +12,6 @@ from fastgan.ops.library import dtype_name
 
 
 def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: Sequence[float]) -> None:
-    """x and y are contiguous, in the layout that ``sizes`` tell: see autograd.py."""
+    """Run the kernel. x and y are contiguous in the layout of ``sizes`` (see autograd.py)."""
     threads = torch.get_num_threads()
     backends.native().upfirdn2d(dtype_name(x), x.data_ptr(), y.data_ptr(), sizes, separable, taps, threads)

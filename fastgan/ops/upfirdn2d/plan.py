@@ -1,7 +1,8 @@
-"""A call as the kernels see it: the taps, the factors, where the first tap lies, and the sizes.
+"""A call as the kernels see it: taps, factors, position of the first tap, and sizes.
 
-With z the input with zeros inserted, z[u i] = x[i] and 0 elsewhere, the result is y[o] = sum_k f[k] z[o d + k - start].
-Its transpose is the same with u and d exchanged, the taps in reverse order and start' = K - 1 - start.
+Let z be the input with inserted zeros: z[u i] = x[i], and 0 elsewhere. The result is
+y[o] = sum_k f[k] z[o d + k - start]. The transpose is the same operation with u and d exchanged, reversed taps and
+start' = K - 1 - start.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Pair = tuple[int, int]  # (y, x)
 
 
 class Taps(NamedTuple):
-    """Of a separable filter the vertical taps, then the horizontal ones; of another the rows of its plane."""
+    """The vertical, then the horizontal taps of a separable filter. Otherwise the rows of its plane."""
 
     values: tuple[float, ...]
     height: int
@@ -35,7 +36,7 @@ class Taps(NamedTuple):
         return self._replace(values=self.values[: self.height][::-1] + self.values[self.height :][::-1])
 
     def plane(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The filter (h, w)."""
+        """Return the filter (h, w)."""
         values = torch.tensor(self.values, dtype=torch.float64)
         if self.separable:
             values = torch.outer(values[: self.height], values[self.height :])
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
 
 
 def image_size(x: Tensor) -> Pair:
-    """(H, W), the last two sizes; constants of the graph that torch.jit.trace records."""
+    """Return the last two sizes, (H, W). They are constants in a graph of torch.jit.trace."""
     h, w = x.shape[-2:]
     if not torch_private.is_jit_tracing():
         return h, w

@@ -1,4 +1,4 @@
-"""upfirdn2d in PyTorch, by zeros, padding, a convolution and slices: the specification and the fallback."""
+"""upfirdn2d in PyTorch: inserted zeros, padding, a convolution and slices. The specification and the fallback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastgan.ops.upfirdn2d.plan import Pair, image_size, memory_format
 
 
 def upfirdn2d(x: Tensor, taps: Tensor, up: Pair, down: Pair, start: Pair, size: Pair) -> Tensor:
-    """x (N, C, H, W) and taps (h, w); ``size`` is that of the result."""
+    """Resample x (N, C, H, W) with the taps (h, w). ``size`` is the size of the result."""
     (n, c), (h, w), taps_size = x.shape[:2], image_size(x), image_size(taps)
     z = x.to(accumulation_dtype(x.dtype))
     if up != (1, 1):
         z = F.pad(z[:, :, :, None, :, None], (0, up[1] - 1, 0, 0, 0, up[0] - 1))  # (N, C, H, uy, W, ux)
     z = z.reshape(n, c, h * up[0], w * up[1])
-    # What the last result reads ends here. Negative numbers crop.
+    # The last element that a result reads. Negative numbers crop.
     bottom, right = (
         (size[i] - 1) * down[i] + taps_size[i] - start[i] - length for i, length in enumerate((h * up[0], w * up[1]))
     )

@@ -6,10 +6,10 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
-from fastgan.trainer.errors import DataError
+from fastgan.trainer.errors import DataError, reason
 
 NOT_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # folders that systems leave beside pictures
 
@@ -44,11 +44,11 @@ def counts(name: str) -> bool:
 
 
 class Folder(Container):
-    """Links to folders are followed, and each folder is visited once."""
+    """Links to folders are followed, and each folder is visited once. Links to a parent of the folder are not."""
 
     def find(self) -> list[Entry]:
-        self._read_or_raise(self.path)
-        visited = {os.path.realpath(self.path)}
+        root = os.path.realpath(self.path)
+        visited = {root, *map(str, PurePath(root).parents)}
         waiting, links = [self.path], list[Path]()
         found: list[Entry] = []
         while waiting or links:
@@ -65,7 +65,7 @@ class Folder(Container):
                 if item.is_dir():
                     if item.is_symlink():
                         links.append(Path(item.path))
-                    else:
+                    elif os.path.realpath(item.path) not in visited:  # a link may have led here before
                         visited.add(os.path.realpath(item.path))
                         waiting.append(Path(item.path))
                 elif item.is_file():
@@ -79,7 +79,7 @@ class Folder(Container):
             with os.scandir(folder) as items:
                 return sorted(items, key=lambda item: item.name)
         except OSError as error:
-            raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{folder} cannot be read: {reason(error)}") from error
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -90,8 +90,7 @@ class Zip(Container):
         try:
             self.file = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.path} cannot be read as a zip file: {reason}") from error
+            raise DataError(f"{self.path} cannot be read as a zip file: {reason(error)}") from error
         members = [member for member in self.file.infolist() if not member.is_dir()]
         return [Entry(member.filename, member.file_size, member.CRC) for member in members]
 

@@ -13,7 +13,7 @@ from fastgan.trainer.data.cache import cache_folder, cache_path, stamp
 from fastgan.trainer.data.image_folder import Pictures, is_kept, kept_pictures
 from fastgan.trainer.data.options import Channels
 from fastgan.trainer.data.pixels import Layout
-from fastgan.trainer.errors import DataError
+from fastgan.trainer.errors import DataError, reason
 
 FONT = "NotoColorEmoji.ttf"
 DEBIAN_FOLDER = Path("/usr/share/fonts/truetype/noto")
@@ -64,7 +64,7 @@ def bitmaps_of(font: Path) -> list[bytes]:
                 return []
             return [glyph.imageData for glyph in tables["CBDT"].strikeData[0].values() if hasattr(glyph, "imageData")]
     except (TTLibError, OSError) as error:
-        raise DataError(f"{font} cannot be read: {error}") from error
+        raise DataError(f"{font} cannot be read: {reason(error)}") from error
 
 
 def padded(png: bytes) -> Image.Image:

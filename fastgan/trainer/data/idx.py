@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastgan.trainer.errors import DataError
+from fastgan.trainer.errors import DataError, reason
 
 UNSIGNED_BYTE = 0x08
 
@@ -28,7 +28,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     except EOFError:
         raise DataError(f"{path} is truncated: its gzip stream ends early") from None
     except (OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}") from error
 
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
         raise DataError(f"{path} has the wrong magic {content[:4].hex()}, expected 000008 and a number of axes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fastgan.trainer.data.cache import cache_path, mapped, write, written
 from fastgan.trainer.data.containers import Container, open_container
 from fastgan.trainer.data.labels import JSON, chosen_split, find_labels
 from fastgan.trainer.data.options import LabelRule
 from fastgan.trainer.data.pixels import UNREADABLE, Layout, endings, large_pictures_refused, open_image, pixels_of
-from fastgan.trainer.errors import DataError
+from fastgan.trainer.errors import DataError, reason
 
 REPORTED = 5  # skipped files to report by name
 MOST_THREADS, AHEAD = 8, 64  # threads that convert pictures, and pictures that they convert at a time
@@ -58,26 +60,29 @@ def read_pictures(
     container = open_container(path)
     listed = [entry for entry in container.entries if PurePosixPath(entry.name).suffix.lower() in endings()]
     if not listed:
-        raise DataError(f"{path} contains 0 readable images{other_endings(container)}, but at least 2 are needed")
+        instead = other_endings(container)
+        raise DataError(f"{path} contains 0 readable images{instead}, but at least 2 are needed{zips_in(container)}")
     names, about_split = chosen_split([entry.name for entry in listed], split)
     chosen = set(names)
     entries = [entry for entry in listed if entry.name in chosen]
-    labels = find_labels(names, rule, *dataset_json(container, names))
+    listed_labels = dataset_json(container, names) if rule in ("auto", "json") else (None, JSON)
+    labels = find_labels(names, rule, *listed_labels)
 
-    where = cache_path(f"{path.resolve().name}-{layout.width}", "2", str(path.resolve()), layout, entries)
+    where = cache_path(f"{path.resolve().name}-{layout.width}", "3", str(path.resolve()), layout, entries)
     opened = [(name, partial(opened_from, container, name)) for name in names]
     found = kept_pictures(where, layout, opened)
     found.notes = [f"{len(found.names):,} pictures" + (f" in {about_split}" if about_split else "")]
     if others := sum(container.endings().values()) - len(listed) - (JSON in names_of(container)):
         are = "file is no picture" if others == 1 else "files are not pictures"
-        found.notes.append(f"{others:,} {are}{other_endings(container)}")
+        found.notes.append(f"{others:,} {are}{other_endings(container)}{zips_in(container)}")
     if labels.of is not None:
         unlabeled = [name for name in found.names if name not in labels.of]
         found.skipped += [f"{name}: it has no label" for name in unlabeled]
         found = without(found, set(unlabeled))
-        found.labels = torch.tensor([labels.of[name] for name in found.names], device="cpu")
-        found.class_names = labels.names
-    found.notes.append(labels.rule)
+        numbers = torch.tensor([labels.of[name] for name in found.names], device="cpu")
+        used, found.labels = numbers.unique(return_inverse=True)  # no class without pictures, which is never trained
+        found.class_names = [labels.names[number] for number in used.tolist()]
+    found.notes.append(labels.line(found.class_names or []))
     if not quiet:
         report_skipped(found.skipped)
     if len(found.names) < 2:
@@ -105,13 +110,25 @@ def other_endings(container: Container) -> str:
     return f" ({most})" if most else ""
 
 
+def zips_in(container: Container) -> str:
+    """Say how to read a zip file that lies among the data."""
+    names = [entry.name for entry in container.entries if entry.name.lower().endswith(".zip")]
+    if not names:
+        return ""
+    how = "unpack it" if container.path.is_file() else f"--data {shlex.quote(str(container.path / names[0]))} reads it"
+    return f"; {names[0]} is a zip file: {how}"
+
+
 def dataset_json(container: Container, names: Sequence[str]) -> tuple[bytes | None, str]:
     """Return dataset.json's content and name: in the container, or in the folder that all pictures are in."""
     places = [JSON, *(str(PurePosixPath(*PurePosixPath(names[0]).parts[:depth]) / JSON) for depth in (1, 2))]
     there = {entry.name for entry in container.entries}
     for place in places:
         if place in there:
-            return container.read(place), place
+            try:
+                return container.read(place), place
+            except UNREADABLE as error:
+                raise DataError(f"{place} cannot be read ({reason(error)}): --labels none leaves it out") from error
     return None, JSON
 
 
@@ -124,15 +141,21 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
     good: list[str] = []
     hashes: list[str] = []
     bad: list[str] = []
-    if len(images) >= MANY:
+    whole = True  # no file was there that the system did not let us read; that may change without a trace in the key
+    quiet = len(images) < MANY or not is_first_rank()
+    if not quiet:
         print(f"reading {len(images):,} pictures; later runs take them from the cache", flush=True)
 
     def parts() -> Iterator[bytes]:
+        nonlocal whole
         for values in (good, hashes, bad):
             values.clear()
-        for name, content in converted(images, layout):
-            if isinstance(content, str):
-                bad.append(f"{name}: {content}")
+        rest = converted(images, layout)
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        for name, content in tqdm(rest, "reading", len(images), disable=quiet, unit=" pictures", mininterval=interval):
+            if not isinstance(content, bytes):
+                bad.append(f"{name}: {reason(content)}")
+                whole = whole and getattr(content, "errno", None) is None
                 continue
             good.append(name)
             hashes.append(blake2b(content, digest_size=8).hexdigest())
@@ -140,7 +163,7 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
 
     found = as_images(written(path, parts), layout)
     about = {"names": good, "hashes": hashes, "bad": bad}
-    if good:
+    if good and whole:
         with contextlib.suppress(OSError):  # without this file the next run reads the images again
             write(beside, [json.dumps(about).encode()])
     return Pictures(found, None, good, hashes, skipped=bad)
@@ -148,14 +171,14 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
 
 def converted(
     images: Sequence[tuple[str, Callable[[], Image.Image]]], layout: Layout
-) -> Iterator[tuple[str, bytes | str]]:
-    """Yield each picture's name, and its pixels or the reason why it cannot be read, in order. Threads convert them."""
+) -> Iterator[tuple[str, bytes | Exception]]:
+    """Yield each picture's name, and its pixels or why it cannot be read, in order. Threads convert them."""
 
-    def convert(opened: Callable[[], Image.Image]) -> bytes | str:
+    def convert(opened: Callable[[], Image.Image]) -> bytes | Exception:
         try:
             return pixels_of(opened(), layout).tobytes()
         except UNREADABLE as error:
-            return str(error)
+            return error
 
     with large_pictures_refused(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         for start in range(0, len(images), AHEAD):
@@ -183,8 +206,12 @@ def as_images(pixels: Any, layout: Layout) -> Tensor:
     return torch.from_numpy(pixels).view(-1, layout.channels, *layout.stored)
 
 
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def report_skipped(skipped: Sequence[str]) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return
     for line in skipped[:REPORTED]:
         print(f"fastgan: skipped {line}", file=sys.stderr)

@@ -18,7 +18,15 @@ SHOWN = 12  # class names in a line
 class Labels(NamedTuple):
     of: dict[str, int] | None  # the class of each picture's name; a picture that is missing here has no label
     names: list[str]  # of the classes
-    rule: str  # one line that says where the labels come from
+    origin: str  # where the labels come from, or why there are none
+
+    def line(self, used: Sequence[str]) -> str:
+        """Return one line about the labels. `used` are the classes with a readable picture."""
+        if self.of is None:
+            return self.origin
+        missing = [name for name in self.names if name not in used]
+        without = f"; no pictures of {shown(missing)}" if missing else ""
+        return f"{counted(used)} from {self.origin}: {shown(used)}{without}"
 
 
 def root_of(names: Iterable[str], stop_at_splits: bool = False) -> PurePosixPath:
@@ -102,7 +110,7 @@ def from_folders(names: Sequence[str], forced: bool = False) -> Labels | None:
         return None
     index = {kind: number for number, kind in enumerate(kinds)}
     of = {name: index[folder] for name, folder in zip(names, folders, strict=True) if folder is not None}
-    return Labels(of, kinds, f"{counted(kinds)} from folder names: {shown(kinds)}")
+    return Labels(of, kinds, "folder names")
 
 
 def from_json(names: Sequence[str], listed: bytes, where: str) -> Labels | None:
@@ -128,7 +136,7 @@ def from_json(names: Sequence[str], listed: bytes, where: str) -> Labels | None:
     if not of:
         raise DataError(f"{where} names none of the pictures: --labels folders or none leaves it out")
     kinds = [str(kind) for kind in classes]
-    return Labels(of, kinds, f"{counted(kinds)} from {where}: {shown(kinds)}")
+    return Labels(of, kinds, where)
 
 
 def class_of(value: Any) -> Any:

@@ -95,7 +95,7 @@ def pixels_of(image: Image.Image, layout: Layout) -> Pixels:
         left, top = (image.width - across) / 2, (image.height - down) / 2
         if height == width:
             left, top = left // 1, top // 1
-        box = (left, top, left + across, top + down)
+        box = (max(left, 0), max(top, 0), min(left + across, image.width), min(top + down, image.height))  # rounding
     resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))  # (H, W) or (H, W, C)
     return np.ascontiguousarray(resized.reshape(height, width, layout.channels).transpose(2, 0, 1))
 

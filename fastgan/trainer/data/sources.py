@@ -326,8 +326,6 @@ def pictures_of(
     found = read_pictures(folder, layout, pictures.labels, pictures.split)
     window = (layout.height, layout.width) if pictures.crop == "random" else None
     source = Images(found.images, seed, device, found.labels, mirror=pictures.mirror, window=window)
-    if found.class_names:
-        source.classes = len(found.class_names)  # the last one may have no readable picture
     source.names, source.hashes, source.class_names = found.names, found.hashes, found.class_names
     source.notes = found.notes
     return source

@@ -96,6 +96,17 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     )
 
 
+def summary(quality: dict[str, Any]) -> str:
+    """Return the scores in one line, with the floors, or why there are none."""
+    if "unscored" in quality:
+        return f"no scores: {quality['unscored']}"
+    floor = quality.get("floor", {})
+    chosen = [key for key in quality if "-" in key or key in ("covered", "high_quality", "coverage", "recall")]
+    parts = [f"{key} {quality[key]:.4g}" + (f" (floor {floor[key]:.4g})" if key in floor else "") for key in chosen]
+    note = f"; {quality['note']}" if "note" in quality else ""
+    return f"scores of {quality['n']:,} samples: {', '.join(parts)}{note}" if parts else "no scores"
+
+
 def best_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the first record with the lowest cost, or None without scores during training."""
     return min((record for record in records if "cost" in record), key=lambda record: record["cost"], default=None)

@@ -1,1 +1,1 @@
-"""What a trained generator is used for: samples, interpolations, projections, scores."""
+"""Uses of a trained generator: samples, interpolations, projections, scores."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan.trainer.data.pixels import UNREADABLE, open_image, pixels_of
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.errors import DataError, TrainerError
+from fastgan.trainer.errors import DataError, TrainerError, reason
 from fastgan.trainer.measure.extractors import Extractor, label, load_extractor
 from fastgan.trainer.measure.quality import measures_images
 from fastgan.trainer.report.pictures import as_picture, grid_of
@@ -58,7 +58,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
     try:
         pixels = pixels_of(open_image(config.picture.read_bytes()), layout_of(shape, trained.config.pictures))
     except UNREADABLE as error:
-        raise DataError(f"{config.picture} cannot be read: {error}") from error
+        raise DataError(f"{config.picture} cannot be read: {reason(error)}") from error
     target = torch.from_numpy(pixels).float().div(127.5).sub(1)[None].to(trained.device)
     name = config.extractor or trained.config.extractor
     distance = Distance(target, load_extractor(name, trained.device))

@@ -170,7 +170,7 @@ def test_a_split_shares_the_pixels_and_keeps_images_with_their_labels(folder):
     assert sorted(seen) == list(range(20))
 
 
-def colour_font(path: Path, colors: list[str]) -> Path:
+def color_font(path: Path, colors: list[str]) -> Path:
     """A font of color bitmaps of 136x128, one glyph a color; the first color is there twice."""
     names = [".notdef", *(f"g{i}" for i in range(len(colors) + 1))]
     builder = FontBuilder(1024, isTTF=True)
@@ -209,7 +209,7 @@ def colour_font(path: Path, colors: list[str]) -> Path:
 
 
 def test_emoji_are_the_different_bitmaps_of_the_font_on_white_squares(tmp_path):
-    font = colour_font(tmp_path / "NotoColorEmoji.ttf", ["red", "blue", "lime"])
+    font = color_font(tmp_path / "NotoColorEmoji.ttf", ["red", "blue", "lime"])
     images = read_emoji(font, 64)
     assert images.shape == (3, 3, 64, 64)
     middle = images[:, :, 16:48].float().mean((2, 3)) / 255
@@ -233,7 +233,7 @@ def test_a_font_that_is_missing_or_has_no_bitmaps_says_so(tmp_path, monkeypatch)
         read_emoji(tmp_path / "plain.ttf", 32)
 
 
-def test_stacked_images_are_three_classes_as_colours(tmp_path, write_idx):
+def test_stacked_images_are_three_classes_as_colors(tmp_path, write_idx):
     import numpy as np
 
     images = np.repeat(np.arange(10, dtype=np.uint8) * 20, 3)[:, None, None] * np.ones((1, 28, 28), np.uint8)

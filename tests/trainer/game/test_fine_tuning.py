@@ -45,9 +45,18 @@ def test_an_exported_generator_is_a_start_too_and_layers_that_do_not_fit_are_nam
     model = dataclasses.replace(config.model, latent_dim=12)
     new = Trainer(dataclasses.replace(config, name="new", model=model, init_from=path))
     output = capsys.readouterr().out
+    assert f"starting from {path} as far as tensors fit (latent_dim was 8 and is 12); these do not:" in output
     assert "generator.0.weight: (256, 8) became (256, 12)" in output
     assert "the file has no discriminator: its weights are new" in output
     assert torch.equal(new.gan.generator.state_dict()["4.weight"], old.gan.ema.module.state_dict()["4.weight"])
+
+
+def test_a_start_from_which_nothing_fits_is_refused(config):
+    trained(config)
+    model = dataclasses.replace(config.model, width=5)
+    with pytest.raises(ValueError, match=r"no weights of .* fit these networks: width was 4 and is 5"):
+        Trainer(dataclasses.replace(config, name="new", model=model, init_from=config.folder))
+    assert not (config.runs / "new").exists()
 
 
 def test_a_run_that_is_not_there_is_an_error_and_leaves_nothing(config):

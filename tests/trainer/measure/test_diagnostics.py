@@ -147,7 +147,7 @@ class TestDiversity:
 
 
 @pytest.mark.parametrize("kind", ["fused", "per-layer", "torch"])
-def test_sigma_is_the_largest_singular_value_of_every_normalised_layer(kind):
+def test_sigma_is_the_largest_singular_value_of_every_normalized_layer(kind):
     model = normalize(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)), kind)
     for _ in range(100):
         model(torch.randn(2, 2, 4, 4))

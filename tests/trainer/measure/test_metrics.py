@@ -83,7 +83,7 @@ def test_frechet_distance_of_fewer_samples_than_features_is_finite():
     assert math.isfinite(frechet_distance(torch.randn(10, 64), torch.randn(10, 64)))
 
 
-class TestNeighbours:
+class TestNeighbors:
     def test_equal_sets_cover_each_other(self):
         x = torch.randn(200, 3)
         found = neighbors(x, x)
@@ -115,7 +115,7 @@ def test_features_of_different_widths_are_refused(metric):
         metric(torch.randn(9, 3), torch.randn(9, 4))
 
 
-def test_more_neighbours_than_samples_are_refused():
+def test_more_neighbors_than_samples_are_refused():
     with pytest.raises(ValueError, match="k must be less than the number of samples, got 5"):
         neighbors(torch.randn(5, 2), torch.randn(5, 2))
 

@@ -1,4 +1,4 @@
-"""Run at the start of every Python process below ``fastgan run``: once PyTorch is imported, the launcher begins."""
+"""Runs at the start of every Python process below ``fastgan run``. It starts the launcher after PyTorch's import."""
 
 import importlib.abc
 import importlib.machinery
@@ -11,7 +11,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _run_the_next() -> None:
-    """The sitecustomize.py that this one hides."""
+    """Run the sitecustomize.py that this file hides, if there is one."""
     elsewhere = [folder for folder in sys.path if os.path.abspath(folder or ".") != _HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
     if spec is not None and spec.loader is not None:
@@ -21,7 +21,7 @@ def _run_the_next() -> None:
 
 
 class _OnceImported(importlib.abc.MetaPathFinder):
-    """Find PyTorch as it is found anyway, and begin after it has run."""
+    """Find PyTorch with the other finders, and start the launcher after its import."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch":

@@ -1,0 +1,1 @@
+"""Operations under the names and signatures that the StyleGAN family uses, in plain PyTorch."""

@@ -1,0 +1,138 @@
+"""Rules for functions that write one tensor into part of another, in place or not: slices, scatter, index_add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.ops.gradient_penalty.call import Call, bind, tensors
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, viewed
+from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+
+
+def keep_target(call: Call, input: Any, *args: Any, **kwargs: Any) -> None:
+    """Store the values of a constant that an in-place call is about to change."""
+    if call.func in IN_PLACE and call.layout(input) is None:
+        if input.requires_grad:
+            raise Ineligible("writes into a tensor that requires a gradient; use the form that is not in place")
+        call.source = input.clone()
+
+
+def _at_zero(call: Call) -> Tensor:
+    """Return the result of the call with zeros for all tensors that depend on the input."""
+    target = call.args[0]
+    if call.source is not None:
+        target = call.source
+    elif call.layout(target) is not None:
+        target = target.new_zeros(target.shape)
+
+    def zeros(value: Any) -> Any:
+        return value if call.layout(value) is None else value.new_zeros(value.shape)
+
+    result: Tensor = call.func(target, *bind(zeros, call.args[1:]), **bind(zeros, call.kwargs))
+    return target if call.func in IN_PLACE else result  # __setitem__ returns None
+
+
+def _writes_along(call: Call, input: Tensor, dim: int, index: Tensor, *written: Any, **named: Any) -> Layout:
+    """scatter, scatter_add, index_add, index_copy, index_fill: at constant indices along one dimension."""
+    call.require_constants(index)
+    layout = call.layout(input)
+    for source in tensors((written, named)):
+        made = call.layout(source)
+        if made is not None and layout is not None and made != layout:
+            raise MixesSamples
+        layout = made or layout
+        if made is not None and source.shape[made.dim] != input.shape[made.dim]:
+            raise MixesSamples  # scatter may write fewer samples than there are
+    return _finish(call, input, layout, dim)
+
+
+def _finish(call: Call, input: Tensor, layout: Layout | None, dim: int) -> Layout:
+    if _adds(call, input):
+        call.add_constant(_at_zero(call))
+    if layout is None or call.samples == 1 or dim % input.ndim == layout.dim:
+        raise MixesSamples
+    return layout
+
+
+def _adds(call: Call, input: Tensor) -> bool:
+    """Return whether the call writes a constant, or into one."""
+    written = [*tensors((call.args[1:], call.kwargs))]
+    return call.layout(input) is None or all(call.layout(value) is None for value in written)
+
+
+def _set_item(call: Call, input: Tensor, index: Any, value: Any) -> Layout:
+    call.result = input
+    call.require_constants(index)
+    if isinstance(value, Tensor) and call.layout(value) is not None:
+        if any(isinstance(item, Tensor | list) for item in (index if isinstance(index, tuple) else (index,))):
+            raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
+        return _written(call, input, value, lambda target: target[index])
+    if not (isinstance(value, int | float) and value == 0):
+        call.add_constant(_at_zero(call))
+    return call.layout_of(input)
+
+
+def _copy(call: Call, input: Tensor, value: Tensor, non_blocking: bool = False) -> Layout:
+    if call.layout(value) is None:
+        raise Ineligible("overwrites a tensor that depends on the input with a constant")
+    layout = call.layout_of(value)
+    if value.shape != input.shape:
+        raise MixesSamples
+    return layout
+
+
+def _scatter_view(name: str) -> Callable[..., Layout]:
+    """slice_scatter, select_scatter and diagonal_scatter: the function that returns the view, by its name."""
+
+    def rule(call: Call, input: Tensor, src: Tensor, *args: Any, **named: Any) -> Layout:
+        if name == "slice":
+            return _written(call, input, src, lambda target: _slice(target, *args, **named))
+        return _written(call, input, src, lambda target: getattr(target, name)(*args, **named))
+
+    return rule
+
+
+def _slice(target: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+    return target[(slice(None),) * (dim % target.ndim) + (slice(start, end, step),)]
+
+
+def _written(call: Call, input: Tensor, value: Tensor, view: Callable[[Tensor], Tensor]) -> Layout:
+    """Return the layout of a tensor into whose view a value was written."""
+    if _adds(call, input):
+        call.add_constant(_at_zero(call))
+    made = call.layout(value)
+    if made is None:
+        return call.layout_of(input)
+    if call.samples == 1:
+        raise MixesSamples
+    target = call.layout(input)
+    size = value.shape[made.dim]
+    shape = tuple(input.shape)
+    candidates = [made._replace(dim=d) for d in range(input.ndim) if shape[d] == size]
+    for layout in candidates if target is None else [target]:
+        try:
+            inside: Layout = viewed(layout, shape, view, call.samples)
+        except MixesSamples:
+            continue
+        ndim = view(torch.empty(()).expand(shape)).ndim
+        if inside == made._replace(dim=made.dim - value.ndim + ndim):
+            return layout
+    raise MixesSamples
+
+
+# In-place functions that may turn a constant into a tensor that depends on the input.
+INTO_CONSTANTS = IN_PLACE.intersection(
+    functions("scatter", "scatter_add", "index_add", "index_copy", "add", "sub", "subtract", "__iadd__", "__isub__")
+) | {Tensor.__setitem__, Tensor.copy_}
+WRITES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(functions("scatter", "scatter_add", "index_add", "index_copy", "index_fill"), _writes_along),
+    **dict.fromkeys(functions("slice_scatter"), _scatter_view("slice")),
+    **dict.fromkeys(functions("select_scatter"), _scatter_view("select")),
+    **dict.fromkeys(functions("diagonal_scatter"), _scatter_view("diagonal")),
+    Tensor.__setitem__: _set_item,
+    Tensor.copy_: _copy,
+}
