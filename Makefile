@@ -35,7 +35,7 @@ help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, interpolate, write runs/demo/"
 	@echo "make test    install, then run the tests"
 	@echo "make test-gpu-simulated   run tests on a simulated CUDA device; SIMULATED=all runs all of them"
-	@echo "make examples install accelerate and Lightning, then run the tests of every example"
+	@echo "make examples install accelerate, Lightning and Chromium, then run the tests of every example and take screenshots"
 	@echo "make versions   run the core tests with the oldest supported torch, with 2.11 and with the newest (15 GB)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time every operation against its reference"
@@ -67,7 +67,8 @@ test-gpu-simulated: build
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
-	$(PY) -m pytest tests/test_examples.py
+	sh tools/browser.sh
+	. tools/toolchain.sh && FASTGAN_BROWSER=require $(PY) -m pytest tests/test_examples.py tests/trainer/report/test_browser.py
 
 versions: build
 	$(PY) -m tools.versions $(VERSIONS)

@@ -38,7 +38,18 @@ _forced: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was requested by name and cannot run this op here. The message says why."""
+    """A backend was requested by name and cannot run this op here. The message states the reason.
+
+    ```python
+    import torch
+    import fastgan
+
+    try:
+        fastgan.ops.layer_norm(torch.randn(2, 64), 64, backend="cuda")
+    except fastgan.BackendUnavailable as error:
+        print(error)  # layer_norm has no cuda implementation
+    ```
+    """
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,15 @@ def register(op: str, implementations: dict[str, frozenset[torch.dtype]], *, cud
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastgan op called inside, in this thread, on one backend. A backward uses its forward's backend.
+    """Context manager: run every fastgan op inside, in this thread, on one backend. A backward uses its forward's.
+
+    ```python
+    import torch
+    import fastgan
+
+    with fastgan.use_backend("reference"):  # pure PyTorch
+        y = fastgan.ops.layer_norm(torch.randn(8, 64), 64)
+    ```
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -288,7 +307,14 @@ def build_info() -> dict[str, Any]:
 
 
 def info() -> str:
-    """Return a text table of devices, versions, the build, and which backends of each op can run here or why not."""
+    """Return a table as text: versions, devices, the build, and the backends of each op or why they cannot run here.
+
+    ```python
+    import fastgan
+
+    print(fastgan.info())  # the output of the command `fastgan info`
+    ```
+    """
     lines = [f"fastgan {__version__}   torch {torch.__version__}   triton {_version('triton')}"]
     lines.append(f"CPU      {torch.get_num_threads()} threads, {_native_summary()}")
     lines.append(f"GPU      {_gpu_summary()}")

@@ -87,6 +87,8 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # a second Ctrl-C
         print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
         return INTERRUPTED
+    except OSError as error:  # for example a full disk
+        raise OSError(f"{message_of(error)}; continue from the last checkpoint with: {again}") from error
     short = too_short(trainer.step)
     if number is None:
         if short and trainer.writes:

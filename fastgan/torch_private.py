@@ -51,8 +51,10 @@ __all__ = [
     "is_batched",
     "is_fx_symbolic_tracing",
     "is_jit_tracing",
+    "keep_graph_whole",
     "keeps_graph",
     "rebind",
+    "safe_softmax",
     "set_stance",
     "will_execute",
 ]
@@ -75,6 +77,9 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 # function hides, and the second derivative needs it.
 attention_on_cpu: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Softmax that is 0 in a row of -inf, as in PyTorch's plain form of attention.
+safe_softmax: Any = torch._safe_softmax
 
 
 def is_jit_tracing() -> bool:
@@ -156,6 +161,14 @@ def rebind(variable: str, other: str) -> None:
     frame = translator.current_tx().output.current_tx
     old, new = (frame.symbolic_locals[name].realize() for name in (variable, other))
     old.proxy, old.requires_grad = new.proxy, new.requires_grad
+
+
+def keep_graph_whole() -> None:
+    """Do not let DistributedDataParallel split the graph that torch.compile traces into one for each of its buckets."""
+    _, _, translator = dynamo()
+    optimizer: Any = getattr(translator.current_tx().output.compiler_fn, "__self__", None)
+    if hasattr(optimizer, "first_bucket_cap"):
+        optimizer.first_bucket_cap = optimizer.bucket_bytes_cap = float("inf")
 
 
 def apply(function: Any, *args: Any) -> Any:

@@ -39,11 +39,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_discriminator_is_small(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use fastgan's functions for the small discriminators of the tests. The marker ``small`` restores the default."""
-    from fastgan.ops.gradient_penalty.small import at_any_size  # after TRITON_INTERPRET is set
+def no_discriminator_is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use fastgan's functions at the small sizes of the tests. The marker ``small`` restores the default."""
+    from fastgan.ops.attention import layout  # after TRITON_INTERPRET is set
+    from fastgan.ops.gradient_penalty.small import at_any_size
 
-    with nullcontext() if request.node.get_closest_marker("small") else at_any_size():
+    is_small = request.node.get_closest_marker("small") is not None
+    if not is_small:
+        monkeypatch.setattr(layout, "FEW", 0)
+    with nullcontext() if is_small else at_any_size():
         yield
 
 
@@ -75,18 +79,20 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 # Files with large tables. A run takes one row in this many, always the same ones. FASTGAN_TESTS=all runs all
 # rows. Runs with -k or of single tests take all rows, too, except with FASTGAN_TESTS=thin.
 THINNED = {
+    "test_attention_in_models.py": 4,
+    "test_attention_shapes.py": 4,
     "test_bias_act.py": 2,
     "test_cases.py": 2,
     "test_compilable.py": 2,
     "test_compiled_penalties.py": 4,
+    "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 2,
     "test_norm.py": 2,
     "test_one_pass_idioms.py": 2,
     "test_penalty_conventions.py": 2,
+    "test_penalty_inputs.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
-    "test_attention_in_models.py": 4,
-    "test_attention_shapes.py": 4,
     "test_scaled_dot_product_attention.py": 4,
     "test_second_derivatives.py": 2,
     "test_sharded_penalties.py": 3,

@@ -1,4 +1,4 @@
-"""hypothesis, if it is installed. Otherwise its tests are skipped and say why, as on a GPU machine without network.
+"""hypothesis, if it is installed. Otherwise its tests are skipped with the reason, as on a machine without network.
 
 Each example starts with the same seed of torch, so that a failure can be reproduced. A run draws the same examples
 every time; with FASTGAN_TESTS=all it draws new ones.

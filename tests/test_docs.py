@@ -23,7 +23,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture
 def demo_run(page, tmp_path, monkeypatch):
-    """What the page on training starts from: runs/demo, exported."""
+    """Create runs/demo, exported, which the page on training uses."""
     if page.name != "training.md":
         return
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
@@ -42,7 +42,7 @@ def test_the_python_of_a_page_runs(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """What the headings of a page are called in links, as GitHub and mkdocs make it."""
+    """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
@@ -69,6 +69,14 @@ def test_the_files_that_a_page_names_exist(page):
 def test_the_site_links_to_no_page_outside_of_it():
     for page in (ROOT / "docs").glob("*.md"):
         assert not re.search(r"\]\(\.\./", page.read_text()), f"{page.name}: mkdocs has only docs/"
+
+
+def test_each_decision_is_a_dated_record_of_at_most_14_lines():
+    sections = re.split(r"^##+ ", (ROOT / "docs/decisions.md").read_text(), flags=re.MULTILINE)[1:]
+    records = [lines for lines in map(str.splitlines, sections) if any(lines[1:])]
+    for heading, _, *body in records:
+        assert re.match(r"\*20\d\d-\d\d-\d\d(, 20\d\d-\d\d-\d\d)*\.\* ", body[0]), heading
+        assert len("\n".join(body).strip().splitlines()) <= 14, heading
 
 
 def test_the_readme_fits_into_150_lines():

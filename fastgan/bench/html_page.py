@@ -34,11 +34,14 @@ svg text { fill: var(--faint); font-size: 12px; } svg .grid { stroke: var(--line
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .key { margin-left: .6rem; font-size: .8rem; display: inline-block; }
 img { max-width: 100%; border-radius: 6px; display: block; } img.pixels { image-rendering: pixelated; }
+figure + figure { margin-top: .9rem; } .charts figure, .hero figure, .stages figure { margin-top: 0; }
+figure:has(img.chart) { overflow-x: auto; } img.chart { min-width: 660px; }
 .hero { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; align-items: start; }
 .stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: .7rem; }
+@media (max-width: 600px) { .stages { grid-template-columns: repeat(2, 1fr); } }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 td, th { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
-td.n { font-variant-numeric: tabular-nums; }
+td.n { font-variant-numeric: tabular-nums; white-space: nowrap; } .wide :is(td, th) { white-space: nowrap; }
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.4rem; }
 """ + "".join(
     f".s{i} {{ color: var(--s{i}); }} polyline.s{i} {{ stroke: currentColor; }} circle.s{i} {{ fill: currentColor; }}\n"
@@ -64,14 +67,18 @@ def words(text: str) -> str:
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
-def picture(path: Path, caption: str, kind: str = "") -> str:
-    """Embed a PNG, or return "" if the file does not exist. ``kind`` is a class of the style, such as pixels."""
+def picture(path: Path, caption: str, kind: str = "chart") -> str:
+    """Embed a PNG, or return "" if the file does not exist.
+
+    ``kind`` is a class of the style: a chart scrolls on a narrow screen, so that its text can be read; pixels shrink.
+    """
     if not path.exists():
         return ""
     data, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
-    of = f' class="{kind}"' if kind else ""
     shown = words(caption)
-    return f'<figure><img{of} alt="{text}" src="data:image/png;base64,{data}"><small>{shown}</small></figure>'
+    return (
+        f'<figure><img class="{kind}" alt="{text}" src="data:image/png;base64,{data}"><small>{shown}</small></figure>'
+    )
 
 
 def properties(rows: Sequence[Sequence[str]]) -> str:

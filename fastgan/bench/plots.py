@@ -22,6 +22,7 @@ COLORS = {
     "triton": "tab:purple",
     "cuda": "tab:red",
 }
+NUMBER = "{x:,.10g}"  # ticks of logarithmic axes: 1,000 instead of 10^3
 _COLUMNS = 4  # small panels per row
 
 
@@ -125,6 +126,8 @@ def roofline(results: Results) -> Plot | None:
     axes.plot([], [], "x", color="black", label=BASELINE)
     axes.plot([], [], "o", color="black", label="fastgan")
     axes.set(xscale="log", yscale="log", title=_where(results))
+    axes.xaxis.set_major_formatter(NUMBER)
+    axes.yaxis.set_major_formatter(NUMBER)
     axes.set(xlabel="operations per byte that must be moved", ylabel="G operations per second")
     axes.legend(fontsize=8)
     return Plot(
@@ -155,6 +158,7 @@ def memory(results: Results) -> Plot | None:
     axes.set(
         xscale="log", xlabel="peak MB, minus the memory before the call, on a logarithmic scale", title=_where(results)
     )
+    axes.xaxis.set_major_formatter(NUMBER)
     axes.legend()
     return Plot(
         figure,
@@ -229,6 +233,7 @@ def _logarithmic(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.yaxis.set_major_formatter(NUMBER)
     axes.set_title(title, fontsize=7)
     axes.legend(fontsize=7)
 

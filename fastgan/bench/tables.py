@@ -93,7 +93,7 @@ def date(about: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(of)}" for key, of in value.items())
+        return ", ".join(f"{key} {_plain(of)}" for key, of in value.items() if of not in ("", None))
     return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 

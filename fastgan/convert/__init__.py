@@ -83,6 +83,15 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    report = convert_layers(model, mend)
+    rerouted = reroute.convert(model)
+    if rerouted is not None:
+        report.rows.insert(0, Row("", _name_of(model), None, rerouted))
+    return report
+
+
+def convert_layers(model: nn.Module, mend: bool = False) -> Report:
+    """Convert a model's layers, and leave its own forward as it is."""
     by_torch = torch_spectral_norm.convert(model)
     rows: list[Row] = []
     for path, module in model.named_modules():
@@ -98,9 +107,6 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
             outcome = found or _left_alone(module)
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
-    rerouted = reroute.convert(model)
-    if rerouted is not None:
-        rows.insert(0, Row("", _name_of(model), None, rerouted))
     return Report(model, rows)
 
 
@@ -114,7 +120,7 @@ def _left_alone(module: nn.Module) -> tuple[None, str] | None:
     if type(module).__module__.startswith("torch.nn."):
         return None if _is_container(module) else (None, "PyTorch layer")
     if not _is_container(module) or module._parameters or module._buffers:
-        return None, "not a form that fastgan recognizes"
+        return None, "not a layer that fastgan replaces; penalties reroute the PyTorch functions in it"
     return None
 
 

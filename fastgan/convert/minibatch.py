@@ -114,7 +114,8 @@ def _convert_stddev(module: nn.Module) -> Outcome:
                 reason = f"could not be compared: {failure}"
             elif error <= TOLERANCE:
                 become(module, _Stddev, "forward", ndim=4, settings=settings)
-                return "minibatch_stddev", f"agrees to {error:.0e} up to the second order: {settings}"
+                listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+                return "minibatch_stddev", f"agrees to {error:.0e} up to the second order: {listed}"
             else:
                 reason = "computes another statistic (different groups, variance, eps or remainder)"
     return None, reason

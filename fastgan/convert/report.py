@@ -40,9 +40,9 @@ class Report:
         return [row for row in self.rows if row.replaced_by is None]
 
     def __str__(self) -> str:
-        lines = [("module", "class", "replaced by", "")]
+        lines = [("module", "class", "replaced by", "note")]
         lines += [(row.path or "(model)", row.module, row.replaced_by or "-", row.reason) for row in self.rows]
-        return f"{table(lines)}\n{len(self.replaced)} replaced, {len(self.left_alone)} left alone"
+        return f"{table(lines)}\n{len(self.replaced)} replaced, {len(self.left_alone)} unchanged"
 
     def verify(
         self, sample_inputs: Tensor | Sequence[Any] | Mapping[str, Any], kwargs: Mapping[str, Any] | None = None

@@ -45,7 +45,7 @@ def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
     if members and not fused_before:
         fuse_spectral_norm(model)
         model.__dict__[_FUSED] = True
-        note = f"one call per forward for {members} weights"
+        note = f"one call per forward for {members} weight{'s' if members > 1 else ''}"
         outcomes = {module: (by, note if by else why) for module, (by, why) in outcomes.items()}
     return outcomes
 

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-USAGE = """usage: fastgan run [--always] [--compare N] SCRIPT [ARGUMENTS]
-       fastgan run [--always] [--compare N] -m MODULE [ARGUMENTS]
+USAGE = """usage: fastgan run [--always] [--convert] [--compare N] SCRIPT [ARGUMENTS]
+       fastgan run [--always] [--convert] [--compare N] -m MODULE [ARGUMENTS]
 
 Run a training script as python does, with its gradient penalties computed by fastgan's operations.
 
   --always     use fastgan without timing it against PyTorch
+  --convert    also convert layers of models, such as spectral norm, where verify finds no difference on the first batch
   --compare N  take N penalized steps with PyTorch and N with fastgan, print how they differ, and stop
 
 FASTGAN=off in the environment runs the script without fastgan.
@@ -24,9 +25,11 @@ class Settings:
     """Args:
     always: reroute without timing.
     compare: number of steps of a comparison. 0: no comparison.
+    convert: whether to convert the layers of models too.
     """
 
     always: bool = False
+    convert: bool = False
     compare: int = 0
 
 
@@ -50,6 +53,8 @@ def parse(arguments: Sequence[str]) -> Command:
         name, given, value = first.partition("=")
         if first == "--always":
             settings = replace(settings, always=True)
+        elif first == "--convert":
+            settings = replace(settings, convert=True)
         elif name == "--compare":
             value = value if given else rest.pop(0) if rest else ""
             if not value.isdigit() or int(value) < 1:
@@ -58,12 +63,20 @@ def parse(arguments: Sequence[str]) -> Command:
         elif first == "-m":
             if not rest:
                 raise ValueError("-m needs the name of a module")
-            return Command(settings, True, rest[0], tuple(rest[1:]))
+            return _checked(Command(settings, True, rest[0], tuple(rest[1:])))
         elif first.startswith("-"):
-            raise ValueError(f"no option {first}: choose from --always, --compare N, -m MODULE; the script comes after")
+            raise ValueError(
+                f"no option {first}: choose from --always, --convert, --compare N, -m MODULE; the script comes after"
+            )
         else:
-            return Command(settings, False, first, tuple(rest))
+            return _checked(Command(settings, False, first, tuple(rest)))
     raise ValueError("run needs a script or -m MODULE")
+
+
+def _checked(command: Command) -> Command:
+    if command.settings.convert and command.settings.compare:
+        raise ValueError("--compare takes the script's own layers: leave out --convert")
+    return command
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,8 +10,10 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,12 +38,22 @@ class Recorder:
         self._losses: list[float] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._ended = False
+        self._patch = self._begin_patch()
         random.seed(0)
         torch.manual_seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         if role == "threads":
             torch.set_num_threads(threads)
+
+    def _begin_patch(self) -> Any:
+        """Of the operations of StyleGAN's code bases. None where the script is to keep its own.
+
+        With CUDA, these would be compiled, and fastgan's stay in all processes.
+        """
+        from fastgan.drop_in import patch_torch_utils
+
+        return None if self.way is Way.PYTORCH and not torch.cuda.is_available() else patch_torch_utils()
 
     def loss(self, tensors: Any) -> None:
         values = [tensors] if isinstance(tensors, Tensor) else tensors
@@ -50,6 +62,8 @@ class Recorder:
     def stepped(self, session: Any, optimizer: torch.optim.Optimizer) -> None:
         if not any(optimizer is other for other in self._optimizers):
             self._optimizers.append(optimizer)
+        if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
+            self._patch.pause(not any(unit.is_next_lean() for unit in session.units))
         if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()
@@ -95,20 +109,33 @@ def compare(command: Command) -> int:
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [sys.executable, "-m", "fastgan", "run", *(["-m"] if command.module else [])]
-            result = subprocess.run(
-                [*start, command.name, *command.arguments],
-                env={**os.environ, VARIABLE: json.dumps(given)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if result.returncode or not file.exists():  # a script that fails writes the file, too
-                print(result.stderr, end="", file=sys.stderr)
-                print(f"fastgan: {command.name} ended with status {result.returncode}", file=sys.stderr)
-                return result.returncode or 1
+            errors = Path(folder) / "errors"
+            status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
+            if status or not file.exists():  # a script that fails writes the file, too
+                print(errors.read_text(errors="replace"), end="", file=sys.stderr)
+                print(f"fastgan: {command.name} ended with status {status}", file=sys.stderr)
+                return status or 1
             found[role] = torch.load(file)
     print("\n".join(report(found, now, other)))
     return 0
+
+
+def _run(arguments: list[str], given: str, errors: Path) -> int:
+    """Run a process of the comparison. Workers that its script leaves behind end with it."""
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            arguments,
+            env={**os.environ, VARIABLE: given},
+            stdout=subprocess.DEVNULL,
+            stderr=file,  # not a pipe, which workers would hold open
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def report(found: dict[str, Any], now: int, other: int) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from fastgan.launcher.roots import OUTPUT, Call
+from fastgan.launcher.roots import INNER, OUTPUT, Call
+from fastgan.ops.gradient_penalty.paths import paths
 
 GRADIENT = "fastgan: a gradient with a graph"
 
@@ -37,6 +38,7 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
     ends = {get_gradient_edge(x).node for x in points}
     nested = False
     calls: list[Call] = []
+    inner: dict[Node, Call] = {}
     waiting: list[Node | None] = [output.grad_fn for output in tensors_in(outputs)]
     seen: set[Node] = set()
     while waiting:
@@ -48,6 +50,8 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         call = metadata.get(OUTPUT)
         if call is not None and call not in calls:
             calls.append(call)
+        if INNER in metadata:
+            inner[node] = metadata[INNER]
         # A gradient depends on tensors that its forward saved. These are below the output of the root module.
         earlier = metadata.get(GRADIENT)
         if earlier is not None:
@@ -58,6 +62,9 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         return Found(calls, NESTED)
     if any(isinstance(x, nn.Parameter) for x in points):
         return Found(calls, IN_PARAMETERS)
+    if inner:
+        between = paths(tensors_in(outputs), *points)
+        calls += [call for node, call in inner.items() if node in between and call not in calls]
     return Found(calls, BATCHED if batched else None)
 
 

@@ -45,16 +45,16 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
     util.register_after_fork(_anchor, in_worker)
 
 
-def print_table(units: Sequence[Unit], refused: Mapping[str, str]) -> None:
-    lines = table(units, refused)
+def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> None:
+    lines = table(units, refused, notes)
     if lines and sys.stderr is not None:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
-    """Return the lines of the table, or no lines if there was no penalty."""
+def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> list[str]:
+    """Return the lines of the table, or no lines if there was no penalty and there are no notes."""
     seen = [unit for unit in units if unit.steps]
-    if not seen and not refused:
+    if not seen and not refused and not notes:
         return []
     lines = ["fastgan: penalties of this run (work in forwards, time per step with a penalty)"]
     if seen:
@@ -67,6 +67,7 @@ def table(units: Sequence[Unit], refused: Mapping[str, str]) -> list[str]:
         if unit.within and not unit.steps
     ]
     lines += [f"  not rerouted: {where}: {reason}" for where, reason in refused.items()]
+    lines += [f"  {note}" for note in notes]
     return lines
 
 

@@ -1,7 +1,9 @@
 """Root modules, whose calls are not inside the call of another module, and the hooks that observe these calls.
 
-Until the penalized calls are known, global hooks mark the output of every root module. Afterwards only the penalized
-modules have hooks. Pickles and copies leave these hooks out, and no class is changed.
+While there is something to learn, global hooks mark the output of every root module. If no input of the root requires
+a gradient, they also mark the outermost calls inside it that have such an input: a wrapper that augments images may
+make the input of its inner module require a gradient. Afterwards only the penalized modules have hooks. Pickles and
+copies leave these hooks out, and no class is changed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import local
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -21,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fastgan.launcher.sites import Site, place, site
+from fastgan.nn.utils.fuse_spectral_norm import _Fused
 
 OUTPUT = "fastgan: the output of a root module"
+INNER = "fastgan: the output of a module inside, whose input requires a gradient"
 
 
 @dataclass
@@ -45,10 +49,23 @@ def mark(output: Any, key: str, value: object) -> None:
             cast(Any, tensor.grad_fn.metadata)[key] = value
 
 
-class GlobalHooks:
-    """Mark the outputs of all root modules, in every thread."""
+class _Running(NamedTuple):
+    """A call of a module that has not returned."""
 
-    def __init__(self) -> None:
+    module: nn.Module
+    takes_gradient: bool
+    is_inside: bool  # of a call that takes a gradient
+
+
+class GlobalHooks:
+    """Mark the outputs of all root modules, in every thread.
+
+    Args:
+        returned: is called with each root module and its arguments when its call has returned.
+    """
+
+    def __init__(self, returned: Callable[[nn.Module, Any], None] | None = None) -> None:
+        self._returned = returned
         self._handles: list[RemovableHandle] = []
         self._depth = local()
 
@@ -71,23 +88,29 @@ class GlobalHooks:
     def _before(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             stack = self._stack()
-            stack.append((module, requires_gradient(args)) if not stack else (module, False))
+            is_inside = bool(stack) and (stack[-1].takes_gradient or stack[-1].is_inside)
+            stack.append(_Running(module, not is_inside and requires_gradient(args), is_inside))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         stack = self._stack()
         while stack:
-            caller, takes_gradient = stack.pop()
-            if caller is module:
+            running = stack.pop()
+            if running.module is module:
                 break
         else:
             return
-        if not stack and torch.is_grad_enabled():
-            mark(output, OUTPUT, Call(ref(module), site(), place(), takes_gradient))
+        if not torch.is_grad_enabled():
+            return
+        if not stack or running.takes_gradient:
+            call = Call(ref(module), site(), place(), running.takes_gradient)
+            mark(output, INNER if stack else OUTPUT, call)
+        if not stack and self._returned is not None:
+            self._returned(module, args)
 
-    def _stack(self) -> list[tuple[nn.Module, bool]]:
-        stack: list[tuple[nn.Module, bool]] = self._depth.__dict__.setdefault("stack", [])
+    def _stack(self) -> list[_Running]:
+        stack: list[_Running] = self._depth.__dict__.setdefault("stack", [])
         return stack
 
 
@@ -113,18 +136,20 @@ _TABLES = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+_CALLED = (0, 2)  # the tables with the hooks themselves
 
 
 def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None] | None:
     """Add hooks around every forward of a module, and return a function that removes them.
 
     Return None if the module has such hooks already, because their handles refer to the dictionaries that this function
-    replaces.
+    replaces. Hooks of fastgan's fused spectral norm have no handles, so they may stay.
     """
-    if any(vars(module).get(name) for name in _TABLES):
+    tables = [vars(module).get(name) or {} for name in _TABLES]
+    if not all(isinstance(getattr(hook, "__self__", None), _Fused) for i in _CALLED for hook in tables[i].values()):
         return None
-    for name in _TABLES:
-        vars(module)[name] = _Hooks()
+    for name, table in zip(_TABLES, tables, strict=True):
+        vars(module)[name] = _Hooks(table)
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),

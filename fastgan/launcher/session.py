@@ -24,78 +24,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fastgan import torch_private
 from fastgan.launcher import learning
 from fastgan.launcher.command import Settings
+from fastgan.launcher.conversion import Conversion
+from fastgan.launcher.penalized import Root
 from fastgan.launcher.report import at_end, print_table
-from fastgan.launcher.roots import OUTPUT, Call, GlobalHooks, add_hooks, mark, requires_gradient
+from fastgan.launcher.roots import Call, GlobalHooks, mark
 from fastgan.launcher.sites import Site, is_called_by_fastgan, place, site
 from fastgan.launcher.timing import Step, Unit, Way
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
-from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
 
 PATIENCE = 200  # optimizer steps without a penalty after which the global hooks are removed
 TRIES = 4  # attempts to find the modules behind one call with create_graph=True
 
 _grad, _backward = torch.autograd.grad, torch.autograd.backward
 _session: Session | None = None
-
-
-class Root:
-    """A module with penalized calls."""
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        self.units: dict[Site, Unit] = {}
-        self._session = session
-        self.remove: Callable[[], None] | None = add_hooks(module, self._before, self._after)
-        self.reason = None if self.remove is not None else learning.HOOKED  # why its calls are not rerouted
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._session.here.calls.append((self, self._open(module, (args, kwargs))))
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls = self._session.here.calls
-        if torch.compiler.is_compiling() or not calls or calls[-1][0] is not self:
-            return
-        opened: _Opened | None = calls.pop()[1]
-        if opened is not None:
-            opened.close()
-            mark(output, OUTPUT, opened.call)
-
-    def _open(self, module: nn.Module, given: Any) -> _Opened | None:
-        if not torch.is_grad_enabled() or not self.units or not requires_gradient(given):
-            return None
-        unit = self.units.get(key := site())
-        if unit is None or torch_private.in_transform():
-            return None
-        step = self._session.here.step_of(unit)
-        return _Opened(step, Call(unit.module, key, unit.place, True), _may_reroute(given))
-
-
-class _Opened:
-    """A penalized call that is running."""
-
-    def __init__(self, step: Step, call: Call, may_reroute: bool) -> None:
-        self.call = call
-        self._step = step
-        self._before = step.count.total if step.count is not None else 0
-        self._inside = ExitStack()
-        self._inside.enter_context(step.counting())
-        if step.is_lean and may_reroute:
-            step.rerouted = True
-            self._inside.enter_context(Rerouting())
-
-    def close(self) -> None:
-        self._inside.close()
-        if self._step.count is not None:
-            self._step.forward_work += self._step.count.total - self._before
-
-
-def _may_reroute(given: Any) -> bool:
-    return not is_rerouting() and not any(x.is_meta for x in torch.utils._pytree.tree_leaves(given) if _is(x))
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 class _Here(local):
@@ -128,7 +70,9 @@ class Session:
         self.recorder: Any = None  # records a comparison
         self.way = Way.FASTGAN if settings.always else Way.FASTER
         self._roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
-        self._hooks = GlobalHooks()
+        self.notes: list[str] = []  # what was converted and what was not
+        self._conversion = Conversion(self.notes) if settings.convert else None
+        self._hooks = GlobalHooks(self._conversion.consider if self._conversion is not None else None)
         self._known: dict[Site, list[Call]] = {}
         self._tries: dict[Site, int] = {}
         self._waited = 0
@@ -154,6 +98,8 @@ class Session:
             if root.remove is not None:
                 root.remove()
         self._roots.clear()
+        if self._conversion is not None:
+            self._conversion.undo()
 
     def before(self, outputs: Any, inputs: Any, key: Site, where: str, batched: bool) -> None:
         """Called before a call with create_graph=True."""
@@ -298,7 +244,7 @@ def is_off() -> bool:
 
 
 @contextmanager
-def enabled(*, always: bool = False) -> Iterator[None]:
+def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
     """Context manager: compute the hand-written gradient penalties of the code inside with fastgan, where it is faster.
 
     The code does not change. The first step with a penalty runs PyTorch's functions and shows which module calls are
@@ -327,25 +273,29 @@ def enabled(*, always: bool = False) -> Iterator[None]:
 
     Args:
         always: use fastgan without timing it against PyTorch.
+        convert: also convert layers of the models that are trained, such as spectral norm, as ``fastgan.convert`` does.
+            A model is converted after its first training call, and only if ``verify`` finds no difference on these
+            inputs. The end of the context reverts it.
     """
     if _session is not None or is_off():
         yield
         return
-    session = begin(Settings(always=always))
+    session = begin(Settings(always=always, convert=convert))
     try:
         yield
     finally:
         end()
-        print_table(session.units, session.refused)
+        print_table(session.units, session.refused, session.notes)
 
 
 def _report_of_fork(session: Session) -> Callable[[], None]:
     """Return a function that prints the table of a forked worker. Its parent's table has the inherited entries."""
-    units, refused = list(session.units), set(session.refused)
+    units, refused, notes = list(session.units), set(session.refused), len(session.notes)
 
     def report() -> None:
         own = [unit for unit in session.units if unit not in units]
-        print_table(own, {name: why for name, why in session.refused.items() if name not in refused})
+        others = {name: why for name, why in session.refused.items() if name not in refused}
+        print_table(own, others, session.notes[notes:])
 
     return report
 
@@ -378,7 +328,7 @@ def begin_process(settings: Settings) -> None:
         at_end(lambda: recorder.end(session))
     else:
         children.include(settings)
-        at_end(lambda: print_table(session.units, session.refused), lambda: _report_of_fork(session))
-    patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
-    if patch is not None:
-        patch()
+        at_end(lambda: print_table(session.units, session.refused, session.notes), lambda: _report_of_fork(session))
+        patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
+        if patch is not None:
+            patch()

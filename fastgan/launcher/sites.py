@@ -17,8 +17,8 @@ _LAUNCHER = str(Path(__file__).parent) + os.sep
 _is_inner: dict[str, bool] = {}
 
 
-def _first_outside() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(2)
+def _outside(frame: FrameType | None) -> FrameType | None:
+    """The frame, or the first of its callers that is neither in PyTorch nor in this package."""
     while frame is not None:
         name = frame.f_code.co_filename
         inner = _is_inner.get(name)
@@ -31,18 +31,21 @@ def _first_outside() -> FrameType | None:
 
 
 def site() -> Site:
-    """Return the code and the instruction of each caller outside of PyTorch and this package."""
-    frame = _first_outside()
+    """Return the code and the instruction of each caller outside of PyTorch and this package.
+
+    A module with hooks is called through other frames of PyTorch than one without.
+    """
+    frame = _outside(sys._getframe(1))
     found: list[int] = []
     while frame is not None and len(found) < 2 * _DEPTH:
         found += [id(frame.f_code), frame.f_lasti]
-        frame = frame.f_back
+        frame = _outside(frame.f_back)
     return tuple(found)
 
 
 def place() -> str:
     """Return the file and line of the innermost of these callers."""
-    frame = _first_outside()
+    frame = _outside(sys._getframe(1))
     return "?" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 

@@ -60,8 +60,13 @@ def _may_enter(whole: bool) -> bool:
         allow_in_graph(_in_graph.pop())
     root: Any = translator.current_tx().output.root_tx
     if root.one_graph or whole:
-        return bool(root.one_graph)
-    return not (root.f_code.co_filename.startswith(_FASTGAN_FILES) or getattr(config, "nested_graph_breaks", False))
+        may = bool(root.one_graph)
+    else:
+        in_fastgan = root.f_code.co_filename.startswith(_FASTGAN_FILES)
+        may = not (in_fastgan or getattr(config, "nested_graph_breaks", False))
+    if may:
+        torch_private.keep_graph_whole()
+    return may
 
 
 _may_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]

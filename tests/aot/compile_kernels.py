@@ -1,4 +1,4 @@
-"""Compile what a module of Triton kernels declares in AOT: compile_kernels.py MODULE TARGET=DTYPE,DTYPE...
+"""Compile the kernels in the table AOT of a module: compile_kernels.py MODULE TARGET=DTYPE,DTYPE...
 
 ``TARGET=DTYPE/1`` compiles only the first combination of constants of each entry.
 """
@@ -33,7 +33,7 @@ def compile_kernel(kernel, pointers, constants, dtype, target):
 
 
 def main(module, *wanted):
-    """Print a line for each that compiled; the first that does not ends it."""
+    """Print a line for each kernel that compiles, and stop at the first that does not."""
     for target, dtypes in (each.split("=") for each in wanted):
         for kernel, pointers, variants in importlib.import_module(module).AOT:
             for dtype, _, most in (each.partition("/") for each in dtypes.split(",")):

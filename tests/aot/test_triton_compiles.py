@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles ahead of time, without a GPU, for every GPU that is named as supported."""
+"""Every Triton kernel compiles ahead of time, without a GPU, for every supported GPU."""
 
 import ast
 import os
@@ -13,14 +13,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("fastgan/ops/*/triton_kernels.py"))
-# How a target is compiled for does not depend on the storage type. "/1" is only the first combination of constants.
+# The code for a target does not depend on the storage type. "/1": only the first combination of constants.
 TARGETS = {"sm_90": "fp32/1", "gfx942": "fp32/1"}
 if os.environ.get("FASTGAN_TESTS") == "all":
     TARGETS = {"sm_80": "fp32", "sm_90": "fp32,bf16", "sm_100": "fp32", "sm_120": "fp32", "gfx942": "fp32"}
 
 
 def launched_kernels(tree):
-    """Names in ``name[grid](...)``, and in ``_launch...(name, ...)``, whose parameter is called ``kernel``."""
+    """Return the names in ``name[grid](...)`` and ``_launch...(name, ...)``, whose parameter is called ``kernel``."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     launched = [call.func.value for call in calls if isinstance(call.func, ast.Subscript)]
     launched += [
@@ -30,7 +30,7 @@ def launched_kernels(tree):
 
 
 def declared_kernels(tree):
-    """The first of each entry of ``AOT = [(kernel, pointers, variants), ...]``."""
+    """Return the kernels in ``AOT = [(kernel, pointers, variants), ...]``."""
     (value,) = (n.value for n in tree.body if isinstance(n, ast.AnnAssign | ast.Assign) and assigns(n, "AOT"))
     return {entry.elts[0].id for entry in value.elts}
 
@@ -72,5 +72,5 @@ def test_every_kernel_compiles_ahead_of_time(compilations, source, target):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
 def test_every_launched_kernel_is_declared_for_compilation(source):
     tree = ast.parse(source.read_text())
-    assert launched_kernels(tree), "no launch found: the test has lost sight of the launchers"
+    assert launched_kernels(tree), "no launch found: the launchers have another form than this test expects"
     assert declared_kernels(tree) == launched_kernels(tree)

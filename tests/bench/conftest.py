@@ -12,7 +12,7 @@ from fastgan.bench import measure, run, timing
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On cores that others use too, two threads mostly wait for each other."""
+    """Use one thread. On shared cores, two threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run, small and short, through the command line; only the machine's ceilings are found in less time."""
+    """A real run through the command line, small and short. The machine's ceilings are measured in less time."""
     path = tmp_path_factory.mktemp("bench") / "folder" / "result.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "copy_bandwidth", partial(timing.copy_bandwidth, size=2**22))

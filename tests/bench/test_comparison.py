@@ -14,7 +14,7 @@ CASE = "spectral_norm/small/forward"
 
 @pytest.fixture
 def pair(results):
-    """A result whose bands are known, twice."""
+    """Return two equal results with known bands."""
     found = load(results)
     for case in found["cases"]:
         case["variants"]["fastgan"]["ratio"] = {"low": 3.8, "median": 4.0, "high": 4.2}

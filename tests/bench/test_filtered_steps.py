@@ -1,4 +1,4 @@
-"""The filtered discriminators on PyTorch's functions and on fastgan's: the same step, and less work."""
+"""Filtered discriminators: fastgan's functions compute the same step as PyTorch's with less work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The discriminators of the table of forms: exact, in the work and on the path that the table tells."""
+"""The discriminators in the table of architectures: exact results, and the work and path that the table states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def small(form):
-    """The width and the shape of a batch that a test has time for."""
+    """Return a width and the shape of a batch that are small enough for a test."""
     return 8, (4, *(min(size, 240) for size in form.shape[1:]))
 
 

@@ -14,7 +14,7 @@ from fastgan.bench.record import load
 
 
 def result_of(name, seconds, peak):
-    """A case of the growth suite as it is measured."""
+    """A measured case of the growth suite."""
     case = CASES[name]
     band = {"low": seconds, "median": seconds, "high": seconds}
     variants = {variant: {"seconds": band, "peak_bytes": peak} for variant in (BASELINE, "fastgan")}

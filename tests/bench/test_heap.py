@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-# Pages that are mapped anew while large tensors come and go. Each is smaller than the one before, so that it fits into
-# what that one left, whatever else the allocator cut from it.
+# Count the pages that are mapped again while large tensors come and go. Each tensor is smaller than the one before, so
+# it fits into the memory that the previous one freed.
 FAULTS = """
 import resource, torch
 from fastgan.bench.heap import keep_freed_memory

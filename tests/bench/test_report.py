@@ -1,4 +1,4 @@
-"""The forms of a result, made from a real run's file."""
+"""The formats of a report, made from the file of a real run."""
 
 from __future__ import annotations
 

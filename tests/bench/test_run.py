@@ -40,7 +40,7 @@ class Broken(Exception):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measuring takes no time, and fails where the test says so."""
+    """Replace the measurement by one that takes no time and fails where the test requests it."""
     fails: set[str] = set()
 
     def instead(case, device, results, **options):

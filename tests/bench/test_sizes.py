@@ -1,4 +1,4 @@
-"""The cases that show where fastgan must not be the slower: all agree, and cover what they are to cover."""
+"""The cases in which fastgan must not be slower: all variants agree, and the cases cover the intended sizes."""
 
 from __future__ import annotations
 

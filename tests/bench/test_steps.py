@@ -1,4 +1,4 @@
-"""The training steps that are timed: both variants give the same, in the work and memory that their table tells."""
+"""Timed training steps: both variants compute the same, with the work and memory that their table states."""
 
 from __future__ import annotations
 

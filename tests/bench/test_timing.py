@@ -9,7 +9,7 @@ from fastgan.bench import timing
 
 
 class Machine:
-    """A clock that only calls move, and that can be slowed down."""
+    """A clock that advances only with calls and can be slowed down."""
 
     def __init__(self):
         self.now = 0.0

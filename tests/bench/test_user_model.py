@@ -135,7 +135,7 @@ def bench(*arguments):
 def test_three_steps_of_a_model_are_timed_after_the_conversion_is_told(tmp_path, capsys):
     assert bench("my_module:build", "--input", "3,8,8", "--batch", "5") == 0
     out = capsys.readouterr().out
-    assert "2 replaced, 4 left alone" in out
+    assert "2 replaced, 4 unchanged" in out
     assert "equal up to rounding" in out
     assert "R1: one pass" in out
     assert "1 dropout layers are off" in out

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def one_thread():
-    """Networks of 64 units lose more by sharing work than they gain."""
+    """Use one thread. Networks of 64 units do not gain from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread():
 
 
 def trained(steps: int, **optim: object) -> tuple[GAN, torch.Tensor]:
-    """The ring8 preset after `steps`, and 2000 of its samples."""
+    """Return the ring8 preset after `steps`, and 2000 of its samples."""
     preset = PRESETS["ring8"][1]
     gan = GAN(
         preset.model,

@@ -1,4 +1,4 @@
-"""Models as codebases write them, in every style that convert knows."""
+"""Models in each style of code that convert recognizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 class MethodNorm:
-    """A weight's norm by v first, then u; in evaluation an iteration too, which is not stored."""
+    """Spectral norm that updates v first, then u. Evaluation iterates too, but does not store the result."""
 
     def set_up(self, u, sigma, iterations=1, eps=1e-12):
         self.names, self.iterations_, self.eps = (u, sigma), iterations, eps

@@ -1,4 +1,4 @@
-"""Small discriminators in the forms of the well-known families: converted, they are what they were."""
+"""Small discriminators of well-known families compute the same after conversion."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Shared(nn.Module):
 
 
 class Attributes(nn.Module):
-    """With slots, attributes found by a method and a call of its own."""
+    """A module with slots, __getattr__ and its own __call__."""
 
     __slots__ = ("gain",)
 
@@ -259,7 +259,7 @@ def rerouted(request, monkeypatch):
 
 
 def names_of(model):
-    """Without the parametrizations of spectral norm, which become fastgan's."""
+    """Return the modules without the parametrizations of spectral norm, which become fastgan's."""
     modules = [m for m in model.modules() if not isinstance(m, parametrizations._SpectralNorm)]
     return [(type(m).__name__, type(m).__module__) for m in modules]
 

@@ -1,4 +1,4 @@
-"""Single layers: found by what they compute, and left alone where that is something else."""
+"""Single layers are replaced if they compute the same as fastgan's, and are left alone otherwise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MinibatchStdOfAnotherEps(StridedStd):
 
 
 class WholeBatchMinibatchStd(StridedStd):
-    """Where groups do not divide the batch, the batch is the group."""
+    """If groups do not divide the batch, the whole batch is one group."""
 
     def forward(self, x):
         self.group_size, kept = len(x) if len(x) % min(self.group_size, len(x)) else self.group_size, self.group_size
@@ -64,7 +64,7 @@ def test_the_number_of_iterations_is_found(kind, iterations):
 
 
 class DataNorm(BigConv):
-    """A method that swaps the storage of the u which an earlier graph has saved."""
+    """A method that replaces the storage of the u that an earlier graph has saved."""
 
     def normalized(self):
         matrix = self.weight.flatten(1)
@@ -140,7 +140,7 @@ def test_minibatch_stddev_is_found_by_name_and_settings(group_size, channels):
     original = copy.deepcopy(layer)
     (row,) = fastgan.convert(layer).rows
     assert row.replaced_by == "minibatch_stddev"
-    assert f"'group_size': {group_size}, 'num_channels': {channels}, 'eps': 1e-08" in row.reason
+    assert f"group_size={group_size}, num_channels={channels}, eps=1e-08" in row.reason
     x = torch.randn(12, 4, 5, 5)
     assert_close(layer(x), original(x).double(), order=0)
 
@@ -175,7 +175,7 @@ def test_a_name_alone_replaces_nothing():
 
 
 def test_a_class_that_carries_its_own_source_code_through_pickles_is_replaced():
-    # As StyleGAN's pickles do: the class is made anew from its source, in a module that cannot be imported.
+    # As in StyleGAN's pickles: the class is created from its source, in a module that cannot be imported.
     source = "class MinibatchStdLayer(Base):\n    def __reduce__(self):\n        return remake, (vars(self),)\n"
     made = types.ModuleType("_made_from_a_pickle")
     made.Base, made.remake = StridedStd, remake

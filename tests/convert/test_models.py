@@ -1,4 +1,4 @@
-"""Whole models, converted: they evaluate, train, travel and go back as they did."""
+"""Converted models evaluate, train, and can be copied, saved and reverted as before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.harness import assert_close
 
 
 def checkpoint_of(make):
-    """The state of a model that has been trained a little."""
+    """Return the state of a model that has been trained a little."""
     torch.manual_seed(5)
     model = make()
     train(model, steps=3)
@@ -178,7 +178,7 @@ def test_distributed_data_parallel_wraps_a_converted_model(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(model)
         for net in (wrapped, alone):
             net(IMAGES).square().sum().backward()
-        del wrapped, net  # joining the group's threads while holding the interpreter, it might wait for ever
+        del wrapped, net  # joining the group's threads while holding the interpreter lock could wait forever
     finally:
         dist.destroy_process_group()
     for a, e in zip(model.parameters(), alone.parameters(), strict=True):
@@ -245,7 +245,7 @@ def test_every_module_is_listed_with_what_became_of_it():
     assert "one call per forward for 2 weights" in reasons["0"]
     assert "its calls are rerouted" in reasons["1"]
     assert reasons["5"] == "already a fastgan layer"
-    assert "3 replaced, 6 left alone" in str(report)
+    assert "3 replaced, 6 unchanged" in str(report)
     assert len(str(report).splitlines()) == 12
     again = fastgan.convert(model)
     assert not again.replaced

@@ -1,4 +1,4 @@
-"""The forward of a converted model on fastgan's ops: when, and what becomes of a penalty written by hand."""
+"""When a converted model's forward runs on fastgan's ops, and hand-written penalties of such models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls, modes and modules unlike those that a replacement was compared in: they do what they did."""
+"""Calls and modes in which a replacement was not compared run the original code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verify compares, what it can't, and that no model makes it raise."""
+"""verify: its comparisons, results that cannot be compared, and models that raise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ptxas says of each kernel in csrc/cuda: registers, stack, spills, static shared memory and constants, in bytes.
+"""Report the registers, and the bytes of stack, spills, shared memory and constants of each kernel in csrc/cuda.
 
 Prints JSON; ``ptxas.py > ptxas_report.json`` renews the record that test_ptxas_budget.py compares with.
 """

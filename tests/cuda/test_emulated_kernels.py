@@ -1,7 +1,7 @@
 """The CUDA kernels' values without a GPU: csrc/cuda compiled for the CPU over emulation/, with sanitizers.
 
-What it proves is the logic: indices, barriers, asynchronous copies, waves, slots. What it cannot is what only hardware
-does: memory ordering between blocks, and speed.
+The tests cover the logic: indices, barriers, asynchronous copies, waves, slots. They do not cover memory ordering
+between blocks and speed.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ else:
         return random(tensor.shape, tensor.dtype, offset).fill_(float("nan"))
 
     def error(results, exact):
-        """Relative to the norm, the worst of the list."""
+        """Return the largest error of the list, relative to the norm."""
         return max(((r.double() - e).norm() / e.norm()).item() for r, e in zip(results, exact, strict=True))
 
     @pytest.mark.parametrize(("dtype_name", "shapes_name", "mode"), CASES, ids=str)

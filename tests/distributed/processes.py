@@ -1,4 +1,4 @@
-"""A test's own file, run in several processes over gloo; each leaves what it found in a file of its rank."""
+"""Run the file of a test in several processes over gloo. Each process writes its results to a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 
 def found_by_ranks(file: str, folder: Path, ranks: int = RANKS) -> list[Any]:
-    """What `as_rank` got from each process that runs the file."""
+    """Return the results that `as_rank` wrote in each process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, file]
     each = [[*command, str(rank), str(folder), str(ranks)] for rank in range(ranks)]
@@ -36,7 +36,7 @@ def found_by_ranks(file: str, folder: Path, ranks: int = RANKS) -> list[Any]:
 
 
 def as_rank(work: Callable[[int], Any]) -> None:
-    """In such a process: work(rank), within a process group."""
+    """Run work(rank) inside a process group and write its result."""
     rank, folder, ranks = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     with at_any_size():  # as in tests/conftest.py

@@ -49,7 +49,7 @@ LAZY = GradientPenalty("r1", every=STEPS)
 
 
 def lazy(discriminator, real, fake):
-    """The first step has a penalty, the second has none."""
+    """Take a step with a penalty, then a step without one."""
     return F.softplus(discriminator(fake) - discriminator(real)).mean() + LAZY(discriminator, real)
 
 
@@ -58,7 +58,7 @@ CASES = [(critic, loss) for critic in CRITICS for loss in LOSSES]
 
 
 def gradients(critic, loss, wrap, rows):
-    """The parameters' gradients after two steps: what is left of the first could spoil the second."""
+    """Return the gradients after two steps. State left by the first step could corrupt the second."""
     torch.manual_seed(1)
     discriminator = CRITICS[critic]().double()
     wrapped = wrap(discriminator)

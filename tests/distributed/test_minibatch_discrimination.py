@@ -1,4 +1,4 @@
-"""Two processes over gloo give what one gives on their samples together."""
+"""Two processes over gloo compute the same as one process with all samples."""
 
 from __future__ import annotations
 

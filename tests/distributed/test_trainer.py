@@ -1,4 +1,4 @@
-"""Two ranks of a game play what one rank plays with the whole batch."""
+"""Two ranks train as one rank with the whole batch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def play(case: str, ranks: Ranks | None = None, **changes: object) -> list[torch
 
 
 def work(folder: Path) -> None:
-    """What torchrun starts twice."""
+    """The script that torchrun starts twice."""
     from fastgan import cli
 
     torch.set_num_threads(1)

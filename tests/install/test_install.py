@@ -1,4 +1,4 @@
-"""The sdist and the wheels that it gives: what is in them, and that they work where they are installed."""
+"""The sdist and its wheels: their contents, and that they work after installation."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def succeed(*command: object, cwd: Path | None = None, **variables: str) -> str:
 
 
 def build_wheel(source: Path, destination: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    # What is asked here is what gets built and where it goes, so the optimizer and the vector sets can rest.
+    # These tests check which files are built and installed, so they compile without optimization and vector sets.
     settings = {"FASTGAN_CUDA": "off", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTGAN_ISAS="} | variables
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--verbose"]
     return run(*pip, "--wheel-dir", destination, source, **settings)
@@ -61,7 +61,7 @@ def build_info(wheel: Path) -> dict[str, dict[str, object]]:
 
 
 def install(wheel: Path, directory: Path) -> Path:
-    """An environment that holds nothing but this wheel; returns its interpreter."""
+    """Create an environment with only this wheel, and return its interpreter."""
     succeed(sys.executable, "-m", "venv", "--without-pip", directory)
     python = directory / "bin" / "python"
     succeed(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)

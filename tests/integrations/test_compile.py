@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("error:Dynamo")  # what it cannot trace,
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The kernels, which inputs as small as these would pass by; and no graph of another test."""
+    """Use kernels for small inputs too, and no graph of another test."""
     monkeypatch.undo()  # poisoned memory cannot be traced
     torch.compiler.reset()
     with fastgan.use_backend("cpu"):
@@ -45,7 +45,7 @@ def descend(loss, players, inputs):
 
 
 def assert_trains_alike(loss, compiled_loss, players, twins, inputs):
-    """Two steps: the second meets what the first left in weights, u, v and running statistics."""
+    """Take two steps. The second uses the weights, u, v and running statistics of the first."""
     for _ in range(2):
         torch.testing.assert_close(descend(compiled_loss, players, inputs), descend(loss, twins, inputs))
     for net, twin in zip(players, twins, strict=True):

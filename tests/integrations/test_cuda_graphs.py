@@ -1,6 +1,6 @@
-"""CUDA graphs: a whole step of the discriminator is captured, asks nothing of the host, and replays to the same.
+"""CUDA graphs: a whole step of the discriminator is captured without a synchronization and replays correctly.
 
-What a replay is compared with is an eager step; that this is right is tested here without a GPU too.
+Replays are compared with eager steps. The eager steps are tested without a GPU too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch.func: its transforms see the reference in PyTorch, a kernel asked for by name is refused."""
+"""torch.func: transforms run the reference, and a kernel requested by name is refused."""
 
 from __future__ import annotations
 

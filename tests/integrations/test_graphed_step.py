@@ -1,4 +1,4 @@
-"""A whole step as a CUDA graph: the same training as without one, or the step as it was given, with a reason."""
+"""A whole step as a CUDA graph trains as without one. Steps that cannot be captured run eagerly, with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever records a model gets PyTorch's own form of it, which is saved, loaded and run without fastgan."""
+"""Recorded models contain PyTorch's operations only, and can be saved, loaded and run without fastgan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGES = (8, 8, 16, 16)
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The kernels, which inputs as small as these would pass by; and no graph of another test."""
+    """Use kernels for small inputs too, and no graph of another test."""
     monkeypatch.undo()  # poisoned memory cannot be traced
     torch.compiler.reset()
     with fastgan.use_backend("cpu"):

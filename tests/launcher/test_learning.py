@@ -1,4 +1,4 @@
-"""What the launcher learns from scripts of each kind: the same losses, and the same None or zeros as without it."""
+"""The launcher in scripts of each kind: the same losses, and the same gradients of None or zeros."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
+from fastgan.convert import Difference, Report, Verification
 from fastgan.launcher import session
 from fastgan.torch_private import function_modes
+from tests.convert.named_stand_ins import MinibatchStdLayer
 
 STEPS = 14
 MAKERS = {}
@@ -179,6 +181,88 @@ def nothing_to_gain(d, g, steps):
         optimizer.step()
 
 
+class Augmented(nn.Module):
+    """Changes images on their way to the discriminator, and makes them require a gradient, as lightweight-gan does."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, images, needs_gradient=False):
+        images = images.detach() if needs_gradient else images
+        images = images.flip(3).requires_grad_() if needs_gradient else images.flip(3)
+        return images, self.d(images)
+
+
+@script
+def a_wrapper_that_makes_its_input_require_a_gradient(d, g, steps):
+    wrapper = Augmented(d)
+    d_optimizer, g_optimizer = torch.optim.Adam(d.parameters(), 1e-3), torch.optim.Adam(g.parameters(), 1e-3)
+    for _ in range(steps):
+        real, z = data()
+        _, fake_logits = wrapper(g(z).detach(), False)
+        images, logits = wrapper(real, True)
+        (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        loss = F.softplus(-logits).mean() + F.softplus(fake_logits).mean() + 5 * grad.square().sum((1, 2, 3)).mean()
+        d_optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        d_optimizer.step()
+        g_optimizer.zero_grad()
+        F.softplus(-wrapper(g(z))[1]).mean().backward()
+        g_optimizer.step()
+
+
+@script
+def ctgans_loop(d, g, steps):
+    """The fake is not detached, the penalty goes first, and gradients are set to zeros."""
+    d_optimizer, g_optimizer = torch.optim.Adam(d.parameters(), 1e-3), torch.optim.Adam(g.parameters(), 1e-3)
+    for _ in range(steps):
+        real, z = data()
+        fake = g(z)
+        logits, alpha = d(fake), torch.rand(4, 1, 1, 1)
+        loss = logits.mean() - d(real).mean()
+        pen = penalty(d, alpha * real + (1 - alpha) * fake)
+        d_optimizer.zero_grad(set_to_none=False)
+        pen.backward(retain_graph=True)
+        loss.backward()
+        yield pen, d
+        d_optimizer.step()
+        g_optimizer.zero_grad(set_to_none=False)
+        (-d(g(data()[1])).mean()).backward()
+        g_optimizer.step()
+
+
+class Styled(nn.Module):
+    """Returns an image and the style that it was made with."""
+
+    def __init__(self):
+        super().__init__()
+        self.mapping = nn.Sequential(nn.Linear(5, 6), nn.LeakyReLU(0.2), nn.Linear(6, 6), nn.LeakyReLU(0.2))
+        self.first, self.conv = nn.Linear(6, 4 * 16), nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1)
+
+    def forward(self, z):
+        w = self.mapping(z)
+        return self.conv(F.leaky_relu(self.first(w), 0.2).view(-1, 4, 4, 4)), w
+
+
+@script
+def path_length(d, g, steps):
+    g = Styled()
+    optimizer = torch.optim.Adam([*g.parameters(), *d.parameters()], 1e-3)
+    for number in range(steps):
+        _, z = data()
+        images, w = g(z)
+        loss = F.softplus(-d(images)).mean()
+        if number % 2 == 0:
+            (grad,) = torch.autograd.grad((images * torch.randn_like(images)).sum(), w, create_graph=True)
+            loss = loss + (grad.square().sum(1).sqrt() - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, g
+        optimizer.step()
+
+
 def pattern(d):
     def kind(grad):
         return None if grad is None else "zeros" if not grad.any() else "values"
@@ -242,6 +326,20 @@ def test_only_the_penalized_calls_are_rerouted_and_do_less_work(learned):
     assert not torch.nn.modules.module._global_forward_hooks
 
 
+def test_a_wrappers_inner_module_is_rerouted_where_its_input_gets_to_require_a_gradient(learned):
+    with fastgan.enabled(always=True):
+        run("a_wrapper_that_makes_its_input_require_a_gradient")
+    (unit,) = learned[0].units
+    assert unit.name == "Discriminator"
+    assert unit.work[True] < unit.work[False]
+
+
+def test_the_layers_between_a_style_and_its_image_are_rerouted(learned):
+    with fastgan.enabled(always=True):
+        run("path_length")
+    assert {unit.name for unit in learned[0].units} == {"Linear", "ConvTranspose2d"}
+
+
 def test_each_of_two_discriminators_is_learned(learned, capsys):
     with fastgan.enabled(always=True):
         run("two_discriminators_of_one_loop")
@@ -293,6 +391,44 @@ def test_a_compiled_model_stays_compiled(learned):
         assert train() == pytest.approx(expected)
     assert not learned[0].units
     assert "compiled" in " ".join(learned[0].refused.values())
+
+
+def normalized():
+    sn = nn.utils.parametrizations.spectral_norm
+    layers = sn(nn.Conv2d(3, 6, 3)), nn.ReLU(), MinibatchStdLayer(2), nn.Flatten(), sn(nn.Linear(7 * 36, 1))
+    return nn.Sequential(*layers)
+
+
+def test_layers_are_converted_on_request_after_the_first_batch(learned, capsys):
+    def train():
+        torch.manual_seed(1)
+        d, g = normalized(), models()[1]
+        return d, [loss.item() for loss, _ in MAKERS["wgan_gp"](d, g, 5)], torch.get_rng_state()
+
+    plain, expected, state = train()
+    with fastgan.enabled(always=True, convert=True):
+        d, losses, after = train()
+        assert type(d[2]) is not MinibatchStdLayer
+    assert losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert torch.equal(state, after)
+    assert type(d[2]) is MinibatchStdLayer  # as before, when the context has ended
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(d.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    errors = capsys.readouterr().err
+    assert learned[0].units[0].steps == 4
+    assert "converted: Sequential: 2 x fused spectral norm, 1 x minibatch_stddev" in errors
+    assert "not converted: Sequential: it has no layer that fastgan replaces" in errors  # the generator
+
+
+def test_a_model_that_verify_finds_unequal_stays_as_it_is(learned, capsys, monkeypatch):
+    unequal = Verification([Difference("gradient", 0.5, "0.weight", 1e-4)])
+    monkeypatch.setattr(Report, "verify", lambda self, args: unequal)
+    d = normalized()
+    kinds = [type(module) for module in d.modules()]
+    with fastgan.enabled(convert=True):
+        d(data()[0])
+        assert [type(module) for module in d.modules()] == kinds
+    assert "not converted: Sequential: gradient differs by 5.0e-01 at 0.weight" in capsys.readouterr().err
 
 
 def test_a_process_of_fastgan_run_has_the_operations_for_stylegans_code(monkeypatch):

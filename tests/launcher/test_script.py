@@ -122,9 +122,13 @@ def test_options_before_the_script_are_the_launchers():
     assert command.settings.compare == 5
     assert (command.module, command.name, command.arguments) == (False, "train.py", ("--always", "-m"))
     assert parse(["-m", "package", "x"]).module
+    assert parse(["--convert", "train.py"]).settings.convert
 
 
-@pytest.mark.parametrize("arguments", [["--fast", "x.py"], ["--compare", "many", "x.py"], ["-m"], ["--always"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--fast", "x.py"], ["--compare", "many", "x.py"], ["-m"], ["--always"], ["--convert", "--compare=5", "x.py"]],
+)
 def test_wrong_options_are_an_error_in_one_line(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("fastgan: ")

@@ -78,7 +78,7 @@ def test_the_cpu_kernels_run_clean_under_asan_and_ubsan(instrumented):
 
 
 def test_the_sanitizers_see_a_planted_overflow(instrumented):
-    """A weight said to be longer than it is: the build would not be worth its time if this passed."""
+    """The instrumented build must detect a weight whose length is wrong."""
     libraries = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -1,4 +1,4 @@
-"""A fused model and its unfused twin through the same random sequence of what people do with a model."""
+"""A fused model and an unfused copy go through the same random sequence of operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Broken(Exception):
 
 
 class Net(nn.Module):
-    """Calls the parts that its plan names, in that order and as often; "!" breaks off."""
+    """Calls its parts in the order of a plan. "!" raises an error."""
 
     def __init__(self, norm):
         super().__init__()
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def converged(form):
-    """In float64, with u and v that have settled: the first sigma of a hook may be about zero."""
+    """A model in float64 with converged u and v. The first sigma of a hook may be about zero."""
     torch.manual_seed(0)
     model = Net(FORMS[form]).double()
     with torch.no_grad():
@@ -63,7 +63,7 @@ def backward(loss, model):
                 p -= 1e-2 * p.grad
 
 
-# What is done with a model; each returns values that must be equal too. `fused` says which of the two it is.
+# Operations on a model. Each returns values that must be equal too. `fused` tells which model it is.
 def train(model, fused, plan):
     output = model(X, plan)
     backward(output.square().mean(), model)
@@ -117,7 +117,7 @@ def broken_off(model, fused, plan):
 
 
 def checkpointed(model, fused, plan, reentrant=False):
-    """PyTorch's own renews u and v again when it recomputes, so the twin keeps what it computed."""
+    """PyTorch updates u and v again when it recomputes, so the copy restores them."""
     plan = "".join(dict.fromkeys(plan))  # each part once: what is recomputed has the u and v of the last call
     output = model(X, plan, reentrant if fused else None)
     backward(output.square().mean(), model)

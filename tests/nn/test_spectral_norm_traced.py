@@ -1,4 +1,4 @@
-"""What tracers record of spectral norm: PyTorch's own operations, never the kernels and never an address."""
+"""Tracers record PyTorch's operations of spectral norm, never kernels or addresses."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ CASES = {
     "batch, channels_last, 3-D": ("batch_norm", (2, 3, 11, 13, 17), None, torch.channels_last_3d),
     "layer, channels_last": ("layer_norm", (3, 4, 5, 6), (4, 5, 6), torch.channels_last),
 }
-# No bias alone: PyTorch's group_norm and layer_norm have no derivative there, see the test of it below.
+# There is no bias without a weight: PyTorch's group_norm and layer_norm have no derivative then.
 AFFINE = {"weight and bias": (True, True), "no affine": (False, False), "weight": (True, False)}
 PARTS = ("x", "weight", "bias", "scale")
 
@@ -117,7 +117,7 @@ def compare(compute, problem, backend, dtype):
     actual = compute(problem.to(dtype), backend)
     for (order, a), (_, e), (_, o) in zip(actual, exact, own, strict=True):
         assert a.dtype == dtype
-        if e.norm() < 1e-9:  # of one value a row nothing is left but rounding, times 1 / sqrt(eps) an order
+        if e.norm() < 1e-9:  # with one value per row, only rounding errors remain, times 1 / sqrt(eps) per order
             assert a.double().norm() <= 1e5 * torch.finfo(dtype).eps
         else:
             assert_close(a, e.to(a.device), order=order, reference=o)

@@ -1,4 +1,4 @@
-"""Discriminators of one idiom each, plain PyTorch's gradients of loss and penalty, and the work that was done."""
+"""Discriminators with one idiom each, PyTorch's gradients of loss and penalty, and the amount of work."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_dropout_of_a_model_draws_pytorchs_numbers():
 
 
 def test_the_weights_of_heads_are_differentiated_too():
-    """need_weights=True, whose second result a loss may use."""
+    """A loss may use the second result of need_weights=True."""
     model = Tokens(nn.MultiheadAttention(24, 4, batch_first=True), lambda m, x: m(x, x, x)[1] @ x).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     for a, b in zip(penalize(model, x), expected(model, x), strict=True):

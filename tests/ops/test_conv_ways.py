@@ -1,4 +1,4 @@
-"""Convolutions on a CPU that are not the vendor's: of few channels, of one pixel."""
+"""fastgan's convolutions on a CPU: few channels, and 1x1 kernels."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_convolutions_of_one_pixel_are_the_same_bits_for_any_number_of_threads(p
 
 
 def test_the_weights_gradient_of_one_pixel_keeps_its_digits_over_many_positions(pointwise_calls):
-    """Sums of sums: a hundred thousand products that are added up one by one lose some of float32's digits."""
+    """The kernel adds partial sums. Adding a hundred thousand products one by one would lose digits of float32."""
     x, w = torch.rand(2, 32, 256, 256), torch.randn(8, 32, 1, 1, requires_grad=True)
     y = ops.conv2d(x, w)
     (actual,) = torch.autograd.grad(y, w, torch.ones_like(y))

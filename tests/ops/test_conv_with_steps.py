@@ -1,4 +1,4 @@
-"""Convolutions with steps, on a CPU."""
+"""Strided convolutions on a CPU."""
 
 from __future__ import annotations
 

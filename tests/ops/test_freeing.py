@@ -1,4 +1,4 @@
-"""The first backward of a penalty frees the forward of a piecewise affine function, and no other forward."""
+"""The first backward of a penalty frees the forward of a piecewise affine function, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that PyTorch differentiates once only, inside a penalty: values, two orders and more, against formulas."""
+"""Functions that PyTorch differentiates only once, inside a penalty: values and derivatives against formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backward forms the gradients that are asked for in this run of it, and no others."""
+"""A backward computes only the gradients that are requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What normalization takes: any strides, shapes and types that PyTorch takes, and clear words for the rest."""
+"""Inputs of normalizations: the strides, shapes and types that PyTorch supports, and errors for all others."""
 
 from __future__ import annotations
 

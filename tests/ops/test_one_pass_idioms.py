@@ -1,4 +1,4 @@
-"""What real discriminators are made of, one call after another: exact, in one pass, with four forwards' work."""
+"""Calls that occur in real discriminators: exact in one pass, with the work of four forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several logits a sample, several inputs, and what else a discriminator returns."""
+"""One pass with several logits per sample, several inputs, and further outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pass would get wrong: seen, named, and exact by the general path."""
+"""Calls for which one pass would be wrong: they are detected and named, and the general path is exact."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def permuted_samples(index):
     return lambda net, h: h + h[index]
 
 
-# What mixes samples, or is not affine, or cannot be seen: each is refused by name, and exact all the same.
+# Calls that mix samples, are not affine, or cannot be traced. Each is named, and the result is exact.
 REFUSED = {
     "mean over samples": (lambda net, h: h - h.mean(0), "mean"),
     "mean over all": (lambda net, h: h - h.mean(), "mean"),

@@ -1,4 +1,4 @@
-"""What each kind makes of a gradient, of few elements (PyTorch's functions) and of many (ours)."""
+"""Each kind of penalty, for few elements (PyTorch's functions) and for many (fastgan's)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a discriminator's outputs count as logits, and how select= chooses them."""
+"""The outputs of a discriminator that count as logits, and their selection by select=."""
 
 from __future__ import annotations
 

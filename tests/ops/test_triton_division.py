@@ -1,4 +1,4 @@
-"""Triton divides by a reciprocal that a GPU rounds: means far from zero keep their digits though it is a bit off."""
+"""A GPU divides by a rounded reciprocal. Means far from zero must keep their digits."""
 
 from __future__ import annotations
 

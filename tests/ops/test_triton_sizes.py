@@ -1,4 +1,4 @@
-"""Sizes that no test has the memory for: how the Triton kernels share them out."""
+"""Grids of the Triton kernels for sizes that no test has the memory for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors whose memory does not hold their values: autograd's zeros, which lie nowhere, and flipped signs."""
+"""Tensors whose memory does not hold their values: zeros of autograd without storage, and flipped signs."""
 
 import pytest
 import torch

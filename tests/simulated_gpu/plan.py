@@ -17,7 +17,7 @@ GRAPHS = ("tests/integrations/test_cuda_graphs.py", "tests/integrations/test_gra
 ABOUT_THE_CPU = {
     "tests/nn/test_minibatch_discrimination.py::test_autocast_keeps_the_dtype_of_the_input": "autocast of the CPU",
     "tests/nn/test_spectral_norm.py::test_autocast_multiplies_in_half_precision_and_normalizes_in_single": "the same",
-    "tests/nn/test_spectral_norm.py::test_a_fused_model_takes_one_call_a_forward": "counts calls of a kernel",
+    "tests/nn/test_fuse_spectral_norm.py::test_a_fused_model_takes_one_call_a_forward": "counts calls of a kernel",
     "tests/ops/test_logits_and_penalty.py::test_under_autocast_it_is_as_accurate_as_autograd": "the same",
     "tests/convert/test_reroute.py": "models on the CPU alone are rerouted",
     "tests/convert/test_families.py::test_a_family_is_what_it_was[transformer": "a GPU's attention has its own dropout",

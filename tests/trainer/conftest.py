@@ -17,7 +17,7 @@ WriteIdx = Callable[[Path, np.ndarray], Path]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small lose more by sharing work than they gain."""
+    """Use one thread. Networks this small do not gain from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing is found in the user's cache, and nothing left there."""
+    """Use an empty cache folder instead of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "fastgan"
 
@@ -53,7 +53,7 @@ def fashion_mnist_folder(tmp_path: Path, write_idx: WriteIdx) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, fashion_mnist_folder: Path) -> TrainConfig:
-    """A run of a tiny DCGAN that takes a fraction of a second, and whose epochs are shorter than it."""
+    """A run of a tiny DCGAN. It takes a fraction of a second and lasts several epochs."""
     return TrainConfig(
         name="tiny",
         runs=tmp_path / "runs",

@@ -243,6 +243,18 @@ def test_the_same_command_with_resume_goes_on_although_it_switches_something_on(
     assert error.endswith("leave them out, or start a new run from its weights with --init-from runs/ring8\n")
 
 
+def test_a_disk_that_is_full_in_training_says_how_to_go_on(in_tmp_path, capsys, monkeypatch):
+    def fail(trainer: object, bar: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer._record", fail)
+    assert cli.main(RING) == 2
+    again = "fastgan train ring8 --name ring8 --runs runs --resume"
+    assert capsys.readouterr().err.endswith(
+        f"fastgan: No space left on device; continue from the last checkpoint with: {again}\n"
+    )
+
+
 def test_an_error_of_the_system_is_a_file_and_words(in_tmp_path, capsys, monkeypatch):
     def fail(arguments: object) -> int:
         raise OSError(28, "No space left on device", "runs/x/samples.png")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import backends
+from fastgan.ops.attention import layout
 from fastgan.ops.attention.autograd import DTYPES, attend, fits_triton
 from fastgan.ops.attention.layout import Options
 from fastgan.ops.library import is_autocast, is_traced
@@ -33,11 +34,13 @@ def scaled_dot_product_attention(
 
     The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. PyTorch's fused kernels have no
     second derivative, and its unfused form keeps several (L, S) matrices per head for it. Here every order needs memory
-    proportional to L + S. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give
+    proportional to L + S, apart from calls on a CPU with at most 2**19 scores in all, which are faster in plain
+    operations. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give
     the same bits. Under autocast, the operands are cast as in PyTorch. PyTorch's own function runs under a tracer, and
     for nested tensors and tensors on the meta device.
 
-    Order of derivative: two. A third derivative raises RuntimeError; ``use_backend("reference")`` has every order.
+    Order of derivative: two. A third derivative raises RuntimeError, unless the call ran in plain operations;
+    ``use_backend("reference")`` has every order.
 
     Source: Vaswani et al., Attention Is All You Need (2017); Dao et al., FlashAttention (2022), for the first two
     orders.
@@ -105,8 +108,16 @@ def scaled_dot_product_attention(
         chosen = "blocks"
     if not (query.numel() and key.numel() and value.numel()):
         chosen = "reference"  # nothing to compute
+    if chosen in ("cpu", "blocks") and _has_few_scores(query, key) and not backends.is_forced(backend):
+        operands = query, key, value, attn_mask
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+            chosen = "reference"
     result = attend(query, key, value, attn_mask, options, chosen)
     return result if len(batch) == 2 else result.reshape(*batch, *result.shape[2:])
+
+
+def _has_few_scores(query: Tensor, key: Tensor) -> bool:
+    return query.is_cpu and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= layout.FEW
 
 
 def _needs_pytorch(tensors: list[Any]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgan import torch_private
 from fastgan.ops.attention.layout import Options
+from fastgan.ops.attention.reference import additive
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
@@ -59,6 +60,4 @@ def _by_group(grad: Tensor, t: Tensor) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return additive(mask, dtype) if mask is not None and mask.dtype == torch.bool else mask

@@ -7,7 +7,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from fastgan import torch_private
 from fastgan.ops.library import accumulation_dtype
+
+
+def additive(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where a boolean mask is True and -inf elsewhere."""
+    zero, never = (torch.full((), value, dtype=dtype, device=kept.device) for value in (0, -inf))
+    return torch.where(kept, zero, never)
 
 
 def attention(
@@ -22,21 +29,13 @@ def attention(
     if repeats > 1:
         k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
     scores = (q.to(acc) * scale) @ k.to(acc).transpose(-1, -2)  # (B, H, L, S)
-    kept: Tensor | None = None
     if is_causal:
         kept = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    elif mask is not None and mask.dtype == torch.bool:
-        kept = mask
-    if kept is not None:
-        scores = scores.masked_fill(~kept, -inf)
+        scores = scores + additive(kept, acc)
     elif mask is not None:
-        scores = scores + mask
-    if kept is None and mask is None:
-        probabilities = scores.softmax(-1)
-    else:
-        # A row whose keys are all masked gives 0, and its gradients are 0, as in PyTorch.
-        empty = (scores.detach() == -inf).all(-1, keepdim=True)
-        probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        scores = scores + (additive(mask, acc) if mask.dtype == torch.bool else mask)
+    # A row whose keys are all masked gives 0, and its gradients are 0, as in PyTorch.
+    probabilities = torch_private.safe_softmax(scores, -1) if mask is not None else scores.softmax(-1)
     if dropout_p > 0:
         probabilities = torch.dropout(probabilities, dropout_p, True)
     return (probabilities @ v.to(acc)).to(q.dtype)

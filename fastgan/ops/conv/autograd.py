@@ -37,7 +37,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     for way in (pointwise, strided) if input.is_cpu else ():
-        if way.takes_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
+        if way.is_fastest_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
             own_bias = None if bias is None else stored(bias)
             output: Tensor = way.forward(stored(input), stored(weight), own_bias, geometry)
             return output
@@ -52,10 +52,10 @@ def _backward(
         vendors = torch.ops.aten.convolution_backward(grad, input, weight, [grad.shape[1]], *geometry.arguments, mask)
         return vendors[0], vendors[1], vendors[2]
     for way in (native_kernels, strided, pointwise) if mask[0] else ():
-        if way.takes(grad, input, weight, geometry):
+        if way.is_fastest(grad, input, weight, geometry):
             by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
             break
-    if mask[1] and weight_gradient.takes(grad, input, weight, geometry):
+    if mask[1] and weight_gradient.is_fastest(grad, input, weight, geometry):
         by_weight = weight_gradient.weight_gradient(stored(grad), stored(input), weight, geometry)
     left = mask[0] and by_input is None, mask[1] and by_weight is None
     if mask[2] and not left[1]:  # oneDNN computes it with the weight gradient in any case

@@ -18,7 +18,7 @@ _LEAST = 4096  # elements; below this number a kernel call costs more than it sa
 ONE_ROW = (1, 1, 1, 1, 0, 1)  # the entry of `plane_of` for a single row
 
 
-def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return (
         input.shape[1] <= _MOST_CHANNELS

@@ -278,6 +278,8 @@ def gradients_of_logits(
     Inputs that require a gradient stay connected to their own graph.
     """
     check_inputs("inputs", inputs)
+    if is_entered():
+        return compiled.logits_and_gradients(discriminator, inputs, args, kwargs, create_graph)
     given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
     x = floating(given)
     with gathering(discriminator):

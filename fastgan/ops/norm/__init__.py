@@ -12,14 +12,13 @@ from fastgan import backends
 from fastgan.ops.library import is_traced, symbolic
 from fastgan.ops.norm import reference
 from fastgan.ops.norm.autograd import normalize, statistics_of
+from fastgan.ops.norm.checks import DTYPES, HALF, check_affine, check_channels, check_input, check_running
 from fastgan.ops.norm.evaluation import normalized, scale_and_shift
 from fastgan.ops.norm.layout import Layout, channels_last, of_batch, of_channels
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
 _LEAST = 4096  # elements on a CPU; below this number a kernel call costs more than it saves
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
 @symbolic
@@ -67,14 +66,14 @@ def layer_norm(
         ValueError: a shape or device does not fit.
         BackendUnavailable: the requested backend cannot run here.
     """
-    _check_input(input)
+    check_input(input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"normalized_shape must be the input's last dimensions, got {shape} for an input {tuple(input.shape)}"
         )
-    _check_affine("weight", weight, input, shape, "normalized_shape")
-    _check_affine("bias", bias, input, shape, "normalized_shape")
+    check_affine("weight", weight, input, shape, "normalized_shape")
+    check_affine("bias", bias, input, shape, "normalized_shape")
     input, weight, bias = _autocast(input, weight, bias)
     chosen = _select("layer_norm", input, backend)
     if chosen == "reference":
@@ -129,7 +128,7 @@ def group_norm(
         ValueError: a shape, device or number does not fit, or the batch has a single value per group.
         BackendUnavailable: the requested backend cannot run here.
     """
-    _check_channels(input, weight, bias)
+    check_channels(input, weight, bias)
     batch, channels = input.shape[:2]
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the input's {channels} channels, got {num_groups!r}")
@@ -192,7 +191,7 @@ def instance_norm(
         ValueError: a shape or device does not fit, or a channel has a single value.
         BackendUnavailable: the requested backend cannot run here.
     """
-    _check_channels(input, weight, bias)
+    check_channels(input, weight, bias)
     if use_input_stats and prod(input.shape[2:]) == 1:
         raise ValueError(f"input must have more than one value per channel, got {tuple(input.shape)}")
     running = running_mean is not None or running_var is not None or not use_input_stats
@@ -253,13 +252,8 @@ def batch_norm(
         ValueError: a shape, device or number does not fit.
         BackendUnavailable: the requested backend cannot run here.
     """
-    _check_channels(input, weight, bias)
-    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
-        if values is not None and not isinstance(values, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
-        if values is not None and values.shape != input.shape[1:2]:
-            expected, given = tuple(input.shape[1:2]), tuple(values.shape)
-            raise ValueError(f"{name} must have shape {expected}, one value per channel, or be None, got {given}")
+    check_channels(input, weight, bias)
+    check_running(input, running_mean, running_var)
     if training and input.numel() == input.shape[1]:
         raise ValueError(f"input must have more than one value per channel, got {tuple(input.shape)}")
     if training and eps <= 0:
@@ -284,7 +278,7 @@ def batch_norm(
 
 
 def _may_be_affine(input: Tensor) -> bool:
-    return input.requires_grad and input.dtype in _DTYPES and input.numel() > 0 and not backends.in_transform()
+    return input.requires_grad and input.dtype in DTYPES and input.numel() > 0 and not backends.in_transform()
 
 
 def _update_running(running: Tensor, of_batch: Tensor, momentum: float) -> None:
@@ -307,7 +301,8 @@ def _last(values: Tensor | None) -> Tensor | None:
 
 def _select(op: str, input: Tensor, backend: str | None, *, allow_tiny: bool = False) -> str:
     chosen = backends.select(op, input.device, input.dtype, backend)
-    tiny = input.numel() < _LEAST and chosen == "cpu" and not (allow_tiny or backends.is_forced(backend))
+    # Sizes come last: in a compiled graph, a comparison with a number would be a guard.
+    tiny = chosen == "cpu" and not (allow_tiny or backends.is_forced(backend)) and input.numel() < _LEAST
     return "reference" if tiny or not input.numel() else chosen
 
 
@@ -315,37 +310,6 @@ def _autocast(input: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor | N
     """Cast to float32 where PyTorch's autocast does so for layer_norm and group_norm, which is on CUDA only."""
     weight, bias = affine
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        weight, bias = (t.float() if t is not None and t.dtype in _HALF else t for t in affine)
-        input = input.float() if input.dtype in _HALF else input
+        weight, bias = (t.float() if t is not None and t.dtype in HALF else t for t in affine)
+        input = input.float() if input.dtype in HALF else input
     return input, weight, bias
-
-
-def _check_input(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-
-
-def _check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    _check_input(input)
-    if input.ndim < 2:
-        raise ValueError(f"input must be (N, C, *), got shape {tuple(input.shape)}")
-    _check_affine("weight", weight, input, (input.shape[1],), "one value per channel")
-    _check_affine("bias", bias, input, (input.shape[1],), "one value per channel")
-
-
-def _check_affine(name: str, values: Tensor | None, input: Tensor, shape: tuple[int, ...], what: str) -> None:
-    if values is None:
-        return
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
-    if values.dtype != input.dtype and not (values.dtype == torch.float32 and input.dtype in _HALF):
-        raise TypeError(
-            f"{name} must have the input's dtype, {input.dtype}, or float32 if the input is in half precision, "
-            f"got {values.dtype}"
-        )
-    if values.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, {what}, got {tuple(values.shape)}")
-    if values.device != input.device:
-        raise ValueError(f"{name} must be on the input's device, {input.device}, got {values.device}")

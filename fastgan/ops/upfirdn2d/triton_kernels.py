@@ -1,8 +1,12 @@
 """upfirdn2d in Triton. The formula is in csrc/cpu/upfirdn2d.cpp.
 
-A program computes a block of results of one plane. A result uses every u-th tap, starting from one that depends on its
-position, so no inserted zero is multiplied. Bytes: one read of x and one write of y. Neighboring results share elements
-of x through the caches.
+Input i and output o meet in tap k = u i - d o + start, if the filter has it. Outputs u apart are of one phase: their
+taps are the same, each u-th one, and their inputs are d apart. The compiler therefore knows the taps, and no zero is
+multiplied. A thread makes four rows of a phase at a time. It reads an input row once for all of them, sums it with the
+horizontal taps, and adds that to each row with its vertical tap. With 4 x 4 separable taps, an output costs 7 loads and
+11 products if u = d = 1, where one at a time costs 16 and 20.
+
+Bytes: one read of x, one write of y; what several threads need comes from the caches.
 """
 
 from __future__ import annotations
@@ -10,24 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
-
-_BLOCK = 512
-
-
-@triton.jit
-def _first(o, start, UP: tl.constexpr, DOWN: tl.constexpr):
-    """Return the first tap that falls on an element of the input, and that element."""
-    shift = (tl.maximum(start, 0) + UP - 1) // UP  # the dividend must not be negative
-    position = o * DOWN - start + shift * UP
-    k = (UP - position % UP) % UP
-    return k, (position + k) // UP - shift
+from fastgan.ops.upfirdn2d.triton_rows import BLOCK, ROWS, first_input, rows_of_phase, taps_on_device
 
 
 @triton.jit
@@ -46,76 +39,85 @@ def _upfirdn2d(
     UP_X: tl.constexpr,
     DOWN_Y: tl.constexpr,
     DOWN_X: tl.constexpr,
+    PHASE_Y: tl.constexpr,  # start_y % UP_Y
+    PHASE_X: tl.constexpr,
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
     SEPARABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    ACC: tl.constexpr = taps_ptr.dtype.element_ty
-    size = out_height * out_width * inner
-    blocks = tl.cdiv(size, BLOCK)
-    plane = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = e < size
-    ky, iy = _first(e // (out_width * inner), start_y, UP_Y, DOWN_Y)
-    kx, ix = _first(e // inner % out_width, start_x, UP_X, DOWN_X)
+    columns = tl.cdiv(out_width, UP_X) * inner
+    along = tl.cdiv(columns, TILE_X)
+    down = tl.cdiv(tl.cdiv(out_height, UP_Y), ROWS * TILE_Y)
+    tile = tl.program_id(0) % (along * down)
+    plane = (tl.program_id(0) // (along * down)).to(tl.int64)
+    x_plane = typed(x_ptr, DTYPE) + plane * height * width * inner
+    y_plane = typed(y_ptr, DTYPE) + plane * out_height * out_width * inner
+    e = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
+    column = e // inner
     c = e % inner
-    total = tl.zeros([BLOCK], ACC)
-    for v in tl.static_range((TAPS_Y + UP_Y - 1) // UP_Y):
-        y = iy + v
-        k = ky + v * UP_Y
-        used = inside & (y >= 0) & (y < height) & (k < TAPS_Y)
-        line = tl.zeros([BLOCK], ACC)
-        for h in tl.static_range((TAPS_X + UP_X - 1) // UP_X):
-            x = ix + h
-            m = kx + h * UP_X
-            read = used & (x >= 0) & (x < width) & (m < TAPS_X)
-            at = ((plane * height + y) * width + x) * inner + c
-            place = m + (TAPS_Y if SEPARABLE else k * TAPS_X)
-            tap = tl.load(taps_ptr + place, mask=read, other=0.0)
-            line += tap * tl.load(typed(x_ptr, DTYPE) + at, mask=read, other=0.0).to(ACC)
-        if SEPARABLE:
-            line *= tl.load(taps_ptr + k, mask=used, other=0.0)
-        total += line
-    to = typed(y_ptr, DTYPE) + plane * size + e
-    tl.store(to, rounded(total, DTYPE), mask=inside)
+    group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
+    for q in tl.static_range(UP_Y):
+        for p in tl.static_range(UP_X):
+            y0 = group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y)
+            x0 = column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X)
+            rows = rows_of_phase(
+                x_plane,
+                taps_ptr,
+                y0,
+                x0,
+                e < columns,
+                c,
+                inner,
+                height,
+                width,
+                (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,  # the phase's first taps
+                (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
+                UP_Y,
+                UP_X,
+                DOWN_Y,
+                TAPS_Y,
+                TAPS_X,
+                SEPARABLE,
+                INDEX,
+            )
+            ox = column * UP_X + p
+            for row in tl.static_range(ROWS):
+                oy = (group * ROWS + row) * UP_Y + q
+                at = (oy.to(INDEX) * out_width + ox) * inner + c
+                tl.store(y_plane + at, rounded(rows[row], DTYPE), mask=(oy < out_height) & (ox < out_width))
 
 
 def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: Sequence[float]) -> None:
-    """Run the kernel. x and y are contiguous in the layout of ``sizes`` (see autograd.py)."""
+    """x and y are contiguous, in the layout that ``sizes`` tell: see autograd.py."""
     planes, inner, height, width, out_height, out_width, *pairs = sizes
     up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
-    grid = (planes * triton.cdiv(out_height * out_width * inner, _BLOCK),)
+    columns, rows = triton.cdiv(out_width, up_x) * inner, triton.cdiv(triton.cdiv(out_height, up_y), ROWS.value)
+    tile_x = min(BLOCK, triton.next_power_of_2(columns))
+    tile_y = min(BLOCK // tile_x, triton.next_power_of_2(rows))
     options: dict[str, Any] = {
         "UP_Y": up_y,
         "UP_X": up_x,
         "DOWN_Y": down_y,
         "DOWN_X": down_x,
+        "PHASE_Y": start_y % up_y,
+        "PHASE_X": start_x % up_x,
         "TAPS_Y": taps_y,
         "TAPS_X": taps_x,
         "SEPARABLE": separable,
-        "BLOCK": _BLOCK,
+        "TILE_Y": tile_y,
+        "TILE_X": tile_x,
+        "INDEX": tl.int32 if max(height * width, out_height * out_width) * inner < 2**30 else tl.int64,
         "DTYPE": DTYPES[x.dtype],
     }
-    of_device = _taps(tuple(taps), accumulation_dtype(x.dtype), x.device)
+    of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = inner, height, width, out_height, out_width, start_y, start_x
     with device_of(x):
+        grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
         _upfirdn2d[grid](x, y, of_device, *shape, **options)
-
-
-_on_device: dict[Any, Tensor] = {}
-
-
-def _taps(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the taps as a cached tensor. A copy to the device at every call would cost more than the kernel."""
-    key = values, dtype, device
-    found = _on_device.get(key)
-    if found is None:
-        if len(_on_device) >= 256:
-            _on_device.clear()
-        found = _on_device[key] = torch.tensor(values, dtype=dtype).to(device)
-    return found
 
 
 _POINTERS = addresses("x", "y", "taps") | dict.fromkeys(
@@ -131,12 +133,21 @@ AOT = [
                 "UP_X": up,
                 "DOWN_Y": down,
                 "DOWN_X": down,
+                "PHASE_Y": 0,
+                "PHASE_X": up - 1,
                 "TAPS_Y": 4,
                 "TAPS_X": 4,
                 "SEPARABLE": separable,
-                "BLOCK": _BLOCK,
+                "TILE_Y": tile_y,
+                "TILE_X": BLOCK // tile_y,
+                "INDEX": index,
             }
-            for up, down, separable in ((2, 1, True), (1, 2, True), (2, 1, False), (1, 2, False))
+            for up, down, separable, tile_y, index in (
+                (2, 1, True, 1, tl.int32),
+                (1, 2, True, 4, tl.int32),
+                (2, 1, False, 1, tl.int64),
+                (1, 2, False, 4, tl.int64),
+            )
         ],
     )
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from fastgan.trainer.errors import reason
 
 Pixels = npt.NDArray[np.uint8]
 Parts = Callable[[], Iterable[bytes]]  # the content of a file, in consecutive parts
@@ -46,7 +49,8 @@ def written(path: Path, parts: Parts) -> Pixels:
     """Write a cache file and map it. If it cannot be written, keep the bytes in memory."""
     try:
         return mapped(path) if write(path, parts()) else np.empty(0, np.uint8)
-    except OSError:  # for example a full disk or a read-only folder
+    except OSError as error:  # for example a full disk or a read-only folder
+        print(f"fastgan: no cache, {path.parent} cannot be written to: {reason(error)}", file=sys.stderr)
         return np.frombuffer(bytearray(b"".join(parts())), np.uint8)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fastgan.trainer.data.cache import cache_path, mapped, write, written
 from fastgan.trainer.data.containers import Container, open_container
@@ -140,15 +141,21 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
     good: list[str] = []
     hashes: list[str] = []
     bad: list[str] = []
-    if len(images) >= MANY:
+    whole = True  # no file was there that the system did not let us read; that may change without a trace in the key
+    quiet = len(images) < MANY or not is_first_rank()
+    if not quiet:
         print(f"reading {len(images):,} pictures; later runs take them from the cache", flush=True)
 
     def parts() -> Iterator[bytes]:
+        nonlocal whole
         for values in (good, hashes, bad):
             values.clear()
-        for name, content in converted(images, layout):
-            if isinstance(content, str):
-                bad.append(f"{name}: {content}")
+        rest = converted(images, layout)
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        for name, content in tqdm(rest, "reading", len(images), disable=quiet, unit=" pictures", mininterval=interval):
+            if not isinstance(content, bytes):
+                bad.append(f"{name}: {reason(content)}")
+                whole = whole and getattr(content, "errno", None) is None
                 continue
             good.append(name)
             hashes.append(blake2b(content, digest_size=8).hexdigest())
@@ -156,7 +163,7 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
 
     found = as_images(written(path, parts), layout)
     about = {"names": good, "hashes": hashes, "bad": bad}
-    if good:
+    if good and whole:
         with contextlib.suppress(OSError):  # without this file the next run reads the images again
             write(beside, [json.dumps(about).encode()])
     return Pictures(found, None, good, hashes, skipped=bad)
@@ -164,14 +171,14 @@ def kept_pictures(path: Path, layout: Layout, images: Sequence[tuple[str, Callab
 
 def converted(
     images: Sequence[tuple[str, Callable[[], Image.Image]]], layout: Layout
-) -> Iterator[tuple[str, bytes | str]]:
-    """Yield each picture's name, and its pixels or the reason why it cannot be read, in order. Threads convert them."""
+) -> Iterator[tuple[str, bytes | Exception]]:
+    """Yield each picture's name, and its pixels or why it cannot be read, in order. Threads convert them."""
 
-    def convert(opened: Callable[[], Image.Image]) -> bytes | str:
+    def convert(opened: Callable[[], Image.Image]) -> bytes | Exception:
         try:
             return pixels_of(opened(), layout).tobytes()
         except UNREADABLE as error:
-            return reason(error)
+            return error
 
     with large_pictures_refused(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         for start in range(0, len(images), AHEAD):
@@ -199,8 +206,12 @@ def as_images(pixels: Any, layout: Layout) -> Tensor:
     return torch.from_numpy(pixels).view(-1, layout.channels, *layout.stored)
 
 
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def report_skipped(skipped: Sequence[str]) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return
     for line in skipped[:REPORTED]:
         print(f"fastgan: skipped {line}", file=sys.stderr)

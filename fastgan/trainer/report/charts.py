@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 18, 40
 
 
-def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note: str = "", unit: str = "") -> str:
+def line_chart(title: str, series: dict[str, Series], *, unit: str, log: bool = False, note: str = "") -> str:
     """Draw named lines over steps. `unit` is the title of the vertical axis.
 
     Lines break at values that are not finite, or not positive on a log scale.
@@ -46,8 +46,8 @@ def line_chart(title: str, series: dict[str, Series], *, log: bool = False, note
         body.append(f'<text x="{across:.1f}" y="{HEIGHT - 23}" text-anchor="middle">{counted(x)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     body.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">generator step</text>')
-    if unit or log:
-        above = f"{unit}, logarithmic" if unit and log else unit or "logarithmic"
+    if unit:
+        above = f"{unit}, logarithmic" if log else unit
         body.append(f'<text class="axis" x="4" y="10">{escape(above)}</text>')
     legend = []
     for index, (name, points) in enumerate(shown.items()):
@@ -90,7 +90,9 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         first, last = math.floor(low), math.ceil(high)
         return [float(power) for power in range(first, last + 1, max(1, (last - first) // 4))]
-    span = (high - low) or abs(high) or 1.0
+    if low == high:  # one value in the middle
+        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    span = high - low
     step: float = 10 ** math.floor(math.log10(span / 4))
     step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
     first, last = math.ceil(low / step), math.floor(high / step)

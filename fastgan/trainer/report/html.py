@@ -113,11 +113,13 @@ def charts(records: list[Record]) -> list[str]:
         line_chart(
             "Diversity",
             series(samples="diversity"),
+            unit="samples relative to reals",
             note="Different samples in a batch, relative to a batch of reals. A drop to 0 means mode collapse.",
         ),
         line_chart(
             "ADA",
             series(probability="augment_p", sign_on_reals="d_real_sign") if augments else {},
+            unit="probability, mean sign",
             note="ADA augments more while the discriminator's mean sign on training images is above the target.",
         ),
         line_chart(
@@ -127,6 +129,7 @@ def charts(records: list[Record]) -> list[str]:
             "Update over weight",
             series(discriminator="d_update_ratio", generator="g_update_ratio"),
             log=True,
+            unit="norm of the update over norm of the weights",
             note="Norm of one step's change relative to the weights' norm; about 1e-3 is usual.",
         ),
         *score_charts(records),
@@ -150,9 +153,9 @@ def score_charts(records: list[Record]) -> list[str]:
     def curves(chosen: list[str]) -> dict[str, Series]:
         return {name: [(r["step"], r["scores"][name]) for r in scored if name in r["scores"]] for name in chosen}
 
-    charts = [line_chart(f"{name} on held-out pictures", curves([name])) for name in distances]
-    charts.append(line_chart("Modes covered", curves(["covered"] if "covered" in names else [])))
-    return [*charts, line_chart("Quality of the samples", curves(fractions))]
+    charts = [line_chart(f"{name} on held-out pictures", curves([name]), unit="distance") for name in distances]
+    charts.append(line_chart("Modes covered", curves(["covered"] if "covered" in names else []), unit="modes"))
+    return [*charts, line_chart("Quality of the samples", curves(fractions), unit="fraction")]
 
 
 def quality_table(quality: Record) -> str:

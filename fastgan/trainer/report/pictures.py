@@ -70,7 +70,7 @@ def save_points(points: Tensor, source: Source, path: Path) -> None:
     figure = Figure(figsize=(5, 5))  # no pyplot, so no display and no global state
     axes = figure.subplots()
     if isinstance(source, Mixture):
-        axes.scatter(source.modes[:, 0], source.modes[:, 1], marker="+", color="tab:red", label="modes")
+        axes.scatter(source.modes[:, 0], source.modes[:, 1], marker="+", color="tab:red", label="modes", zorder=3)
         extent = 1.3 * float(source.modes.abs().max())
         axes.set(xlim=(-extent, extent), ylim=(-extent, extent))
     axes.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, color="tab:blue", label="samples")

@@ -119,3 +119,47 @@ def test_reasons_are_words_without_numbers_and_paths(tmp_path, capsys):
         container.read("3.png")
     with pytest.raises(DataError, match=r"nowhere cannot be read: No such file or directory$"):
         open_container(tmp_path / "nowhere")
+
+
+def test_a_file_that_the_system_refuses_is_read_once_it_may_be(tmp_path, monkeypatch, capsys):
+    """Permissions are not in the cache's key."""
+    for name in ("1.png", "2.png", "3.png"):
+        picture(tmp_path / "d" / name)
+    (tmp_path / "d" / "4.png").write_text("no picture")
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "3.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    assert read_pictures(tmp_path / "d", SQUARE).skipped[0] == "3.png: Permission denied"
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert read_pictures(tmp_path / "d", SQUARE).names == ["1.png", "2.png", "3.png"]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert len(read_pictures(tmp_path / "d", SQUARE).names) == 3  # from the cache
+
+
+def test_many_pictures_are_announced_and_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastgan.trainer.data.image_folder.MANY", 3)
+    for name in ("1.png", "2.png", "3.png"):
+        picture(tmp_path / "d" / name)
+    read_pictures(tmp_path / "d", SQUARE)
+    told = capsys.readouterr()
+    assert told.out == "reading 3 pictures; later runs take them from the cache\n"
+    assert "3/3" in told.err
+    read_pictures(tmp_path / "d", SQUARE)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    for name in ("1.png", "2.png"):
+        picture(tmp_path / "d" / name)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(read_pictures(tmp_path / "d", SQUARE).images) == 2
+    assert (
+        capsys.readouterr().err
+        == f"fastgan: no cache, {tmp_path}/file/fastgan/images cannot be written to: Not a directory\n"
+    )

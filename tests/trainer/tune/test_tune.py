@@ -294,7 +294,7 @@ class TestBeforeTheFirstTrial:
         assert not (tmp_path / "tune").exists()
 
     def complaint(self, capsys, tmp_path, *arguments: str) -> str:
-        """What `fastgan tune` says, which must be one line."""
+        """Return the output of `fastgan tune`, which must be one line."""
         assert cli.main(["tune", *arguments, "--device", "cpu", "--out", str(tmp_path / "tune")]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

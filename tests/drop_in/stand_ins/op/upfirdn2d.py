@@ -1,4 +1,4 @@
-"""As in that code base, the extension is compiled as the module is imported."""
+"""As in the original code base, the import compiles an extension."""
 
 from torch.utils.cpp_extension import load
 
