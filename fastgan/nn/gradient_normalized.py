@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgan.ops.gradient_penalty import gradients_of_logits
 from fastgan.ops.gradient_penalty.inputs import Inputs
 from fastgan.ops.gradient_penalty.norms import norms
-from fastgan.ops.library import untraced
+from fastgan.ops.regions import traceable
 
 
 class GradientNormalized(nn.Module):
@@ -50,7 +50,7 @@ class GradientNormalized(nn.Module):
         super().__init__()
         self.discriminator = discriminator
 
-    @untraced
+    @traceable
     def forward(self, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor:
         differentiable = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():

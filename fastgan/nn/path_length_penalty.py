@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastgan.ops.gradient_penalty.path_length import path_lengths
-from fastgan.ops.library import untraced
 from fastgan.ops.minibatch_discrimination.ranks import Group
+from fastgan.ops.regions import traceable
 
 
 class PathLengthPenalty(nn.Module):
@@ -62,7 +62,7 @@ class PathLengthPenalty(nn.Module):
         self.weight, self.decay, self.process_group = weight, decay, process_group
         self.register_buffer("average", torch.zeros(()))
 
-    @untraced
+    @traceable
     def forward(self, images: Tensor, latents: Tensor) -> Tensor:
         _check(images, latents)
         noise = torch.randn_like(images) / prod(images.shape[2:]) ** 0.5

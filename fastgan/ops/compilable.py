@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
 from fastgan.ops import regions
-from fastgan.ops.gradient_penalty.compiled import refuse_opaque
-from fastgan.ops.gradient_penalty.paths import paths
+from fastgan.ops.gradient_penalty.compiled import derivative, leaf
 from fastgan.ops.twice_differentiable import compiled_region, twice_differentiable
 
 P = ParamSpec("P")
@@ -119,9 +118,9 @@ class _Derivatives(TorchFunctionMode):
 def _requires_grad(x: Tensor, requires_grad: bool = True) -> Tensor:
     if x.requires_grad or not requires_grad:
         return x.requires_grad_(requires_grad)
-    leaf = _leaf(x)
+    new = leaf(x)
     _rebind()
-    return leaf
+    return new
 
 
 def _autograd_grad(
@@ -140,46 +139,12 @@ def _autograd_grad(
     ys, xs = _listed(outputs), _listed(inputs.values() if isinstance(inputs, dict) else inputs)
     factors = [None] * len(ys) if grad_outputs is None else _listed(grad_outputs)
     options = retain_graph, create_graph, allow_unused, materialize_grads
-    grads = _grad(options, ys, xs, factors)
+    grads = derivative(options, ys, xs, factors)
     return dict(zip(inputs, grads, strict=True)) if isinstance(inputs, dict) else tuple(grads)
 
 
 def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, Tensor) else list(value)
-
-
-# ---- nodes of the graph ----
-
-
-@regions.in_graph
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
-@regions.in_graph
-def _grad(
-    options: tuple[bool | None, bool, bool | None, bool],
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    retain_graph, create_graph, allow_unused, materialize_grads = options
-    try:
-        with regions.lowering() as recorded:
-            if create_graph and recorded:
-                refuse_opaque(paths((y for y in outputs if y.requires_grad), *inputs))
-            return torch.autograd.grad(
-                outputs,
-                inputs,
-                grad_outputs,
-                retain_graph,
-                create_graph,
-                allow_unused=allow_unused,
-                materialize_grads=materialize_grads,
-            )
-    except BaseException:
-        regions.end_all()  # no node after this one runs
-        raise
 
 
 # ---- run while Dynamo traces ----
@@ -190,7 +155,7 @@ def _prepare() -> None:
 
 
 def _rebind() -> None:
-    torch_private.rebind("x", "leaf")
+    torch_private.rebind("x", "new")
 
 
 for _function in (_prepare, _rebind):

@@ -69,6 +69,7 @@ class OptimConfig:
     ada_images: int = 500_000  # images over which ADA's p can rise from 0 to 1; use fewer for short runs on few images
     ada_target: float = 0.6  # target of E[sign D(real)]: ADA augments more above it and less below it
     kernels: Kernels = "fastgan"  # torch computes penalties and statistics with plain PyTorch
+    compile: bool = False  # compile the networks' functions with torch.compile (needs a C++ compiler)
     batch_size: int = 64  # total over all ranks
     accumulate: int = 1  # split each rank's batch into this many parts to save memory; statistics are per part
     precision: Precision = "float32"  # bfloat16 and float16 use autocast; float16 also scales gradients
@@ -88,6 +89,8 @@ class OptimConfig:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
         if self.freeze_d < 0:
             raise ValueError(f"freeze_d must not be negative, got {self.freeze_d}")
+        if self.compile and self.kernels == "torch":
+            raise ValueError("torch.compile cannot compile PyTorch's double backward: compile needs kernels fastgan")
         if self.optimizer == "extra-adam" and self.precision == "float16":
             raise ValueError("extra-adam extrapolates with unscaled gradients: choose precision bfloat16 or float32")
         if self.optimizer == "extra-adam" and self.d_steps != 1:

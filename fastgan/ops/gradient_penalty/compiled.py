@@ -33,9 +33,10 @@ from fastgan.ops.gradient_penalty.general import INDEPENDENT, gradients
 from fastgan.ops.gradient_penalty.inputs import Inputs, floating, replaced
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, groups_of, logits_of, refuse_dependent
+from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.needed import mark_unused
-from fastgan.ops.twice_differentiable import Reroute, leaves_of
+from fastgan.ops.twice_differentiable import Reroute, compiled_region, leaves_of
 
 # ---- traced by Dynamo ----
 
@@ -76,6 +77,26 @@ def gradients_of(logits: Any, x: tuple[Tensor, ...], select: Select | None) -> l
     """Return the gradients of logits that were computed in this graph."""
     chosen = logits_of(logits, select, len(x[0]))
     return list(_leave(x, chosen, groups_of(logits, select), (), follow=False, private_graph=False, entered=False))
+
+
+def logits_and_gradients(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    create_graph: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits, as one tensor, and the gradients. Inputs that require a gradient keep their graph."""
+    given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else leaf(x))
+    x = floating(given)
+    with compiled_region():
+        returned = discriminator(given, *args, **kwargs)
+    if not isinstance(returned, Tensor):
+        raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
+    logits_of(returned, None, len(x[0]))
+    ones = [torch.ones_like(returned)]
+    grads = derivative((True, create_graph, False, False), [returned], list(x), ones)
+    return returned, [grad for grad in grads if grad is not None]
 
 
 def _call(
@@ -188,6 +209,43 @@ def refuse_opaque(path: Iterable[Node]) -> None:
             "those that it traces: call torch._dynamo.allow_in_graph(TheFunction) first, or compute the derivative "
             "inside a function decorated with torch.compiler.disable"
         )
+
+
+@regions.in_graph
+def leaf(x: Tensor) -> Tensor:
+    """Return the tensor as a leaf that requires a gradient."""
+    return x.detach().requires_grad_()
+
+
+@regions.in_graph
+def derivative(
+    options: tuple[bool | None, bool, bool | None, bool],
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Run ``torch.autograd.grad``.
+
+    Args:
+        options: its ``retain_graph``, ``create_graph``, ``allow_unused`` and ``materialize_grads``.
+    """
+    retain_graph, create_graph, allow_unused, materialize_grads = options
+    try:
+        with regions.lowering() as recorded:
+            if create_graph and recorded:
+                refuse_opaque(paths((y for y in outputs if y.requires_grad), *inputs))
+            return torch.autograd.grad(
+                outputs,
+                inputs,
+                grad_outputs,
+                retain_graph,
+                create_graph,
+                allow_unused=allow_unused,
+                materialize_grads=materialize_grads,
+            )
+    except BaseException:
+        regions.end_all()  # no node after this one runs
+        raise
 
 
 _OPAQUE = ("ApplyTemplateBackward",)  # the node of a Function that Dynamo traced

@@ -301,7 +301,8 @@ def _last(values: Tensor | None) -> Tensor | None:
 
 def _select(op: str, input: Tensor, backend: str | None, *, allow_tiny: bool = False) -> str:
     chosen = backends.select(op, input.device, input.dtype, backend)
-    tiny = input.numel() < _LEAST and chosen == "cpu" and not (allow_tiny or backends.is_forced(backend))
+    # Sizes come last: in a compiled graph, a comparison with a number would be a guard.
+    tiny = chosen == "cpu" and not (allow_tiny or backends.is_forced(backend)) and input.numel() < _LEAST
     return "reference" if tiny or not input.numel() else chosen
 
 

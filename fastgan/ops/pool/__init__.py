@@ -172,8 +172,8 @@ def _is_tiled(input: Tensor, window: _Window) -> bool:
     kernel, sizes = window.kernel_size, input.shape[2:]
     return (
         input.device.type == "cpu"
-        and input.numel() >= _LEAST
         and is_eager(input)
+        and input.numel() >= _LEAST
         and input.is_contiguous()
         and input.dtype in _DTYPES
         and kernel == window.stride
