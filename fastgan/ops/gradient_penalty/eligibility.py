@@ -119,9 +119,8 @@ class Tracer(TorchFunctionMode):
     def layout(self, tensor: Any) -> Layout | None:
         """Return the layout of the samples in a tensor, or None for a constant."""
         made = self._made.get(id(tensor))
-        if made is None or made.tensor() is not tensor or not tensor.requires_grad:
-            return None
-        return made.layout
+        known = made.tensor() if made is not None else None
+        return made.layout if made is not None and known is tensor and known.requires_grad else None
 
     def counts(self, index: Tensor, size: int) -> bool:
         """Return whether the index equals ``torch.arange(size)``."""
