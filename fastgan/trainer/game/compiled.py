@@ -28,5 +28,6 @@ def why_not(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(2, device=device))
     except Exception as error:  # whatever a compiler or its absence raises
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        message, *_ = str(error).split("\n\n")  # the rest is advice
+        return f"{type(error).__name__}: {' '.join(message.split())}"
     return None
