@@ -161,17 +161,17 @@ def test_a_zero_gradient_has_a_zero_derivative():
     assert torch.equal(g.grad, torch.zeros_like(g))
 
 
-def test_a_converted_model_is_left_alone_after_its_first_call():
+def test_a_converted_model_runs_original_after_its_first_call():
     discriminator = net()
     fastgan.convert(discriminator)
     x = images()
-    assert not discriminator.is_left_alone((x,), {})
+    assert not discriminator.runs_original((x,), {})
     discriminator(x)
-    assert discriminator.is_left_alone((x,), {})
-    assert not discriminator.is_left_alone((x.clone().requires_grad_(),), {})
-    assert not discriminator.is_left_alone((images(2),), {})
-    assert not discriminator.is_left_alone((x.double(),), {})
-    assert not discriminator.is_left_alone((x,), {"more": 1})
-    assert not discriminator.is_left_alone((x, 1), {})
+    assert discriminator.runs_original((x,), {})
+    assert not discriminator.runs_original((x.clone().requires_grad_(),), {})
+    assert not discriminator.runs_original((images(2),), {})
+    assert not discriminator.runs_original((x.double(),), {})
+    assert not discriminator.runs_original((x,), {"more": 1})
+    assert not discriminator.runs_original((x, 1), {})
     discriminator.eval()
-    assert not discriminator.is_left_alone((x,), {})
+    assert not discriminator.runs_original((x,), {})
