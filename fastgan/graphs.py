@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from fastgan.ops.gradient_penalty.small import at_any_size
+
 _MOST_CAPTURES = 4
 _CHANGES = (
     "make the learning rate a tensor, lr=torch.tensor(1e-4, device='cuda'), so that a graph can read its new value"
@@ -75,7 +77,7 @@ class GraphedStep:
         stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         before = _host_random_state()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), at_any_size():
             outputs = self._step(*inputs)
         current.wait_stream(stream)
         if _host_random_state() != before:
@@ -89,7 +91,7 @@ class GraphedStep:
             return
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph):
+            with torch.cuda.device(self._device), at_any_size(), torch.cuda.graph(graph):
                 outputs = self._step(*self._examples)
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [type(error).__name__]

@@ -71,6 +71,14 @@ def test_the_site_links_to_no_page_outside_of_it():
         assert not re.search(r"\]\(\.\./", page.read_text()), f"{page.name}: mkdocs has only docs/"
 
 
+def test_each_decision_is_a_dated_record_of_at_most_14_lines():
+    sections = re.split(r"^##+ ", (ROOT / "docs/decisions.md").read_text(), flags=re.MULTILINE)[1:]
+    records = [lines for lines in map(str.splitlines, sections) if any(lines[1:])]
+    for heading, _, *body in records:
+        assert re.match(r"\*20\d\d-\d\d-\d\d(, 20\d\d-\d\d-\d\d)*\.\* ", body[0]), heading
+        assert len("\n".join(body).strip().splitlines()) <= 14, heading
+
+
 def test_the_readme_fits_into_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

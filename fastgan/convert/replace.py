@@ -26,13 +26,13 @@ class Replacement:
     original code handles all other calls, and all calls under a tracer or compiler.
 
     ``around``, if it is set, replaces ``forward`` and receives the original forward as its first argument.
-    ``is_left_alone``, if it is set, receives the arguments of a call and tells, at a low cost, whether the original
+    ``runs_original``, if it is set, receives the arguments of a call and tells, at a low cost, whether the original
     code handled an equal call before.
     """
 
     replacement: Any
     around: Any = None
-    is_left_alone: Any = None
+    runs_original: Any = None
 
     def is_as_compared(self, *args: Any, **kwargs: Any) -> bool:
         attributes: dict[str, Any] = self.__dict__[_SETTINGS]["attributes"]
@@ -103,7 +103,7 @@ def _make_class(base: type[nn.Module], mixin: type[Replacement], attribute: str)
         return mixin.around(self, base.forward, *args, **kwargs)
 
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if mixin.is_left_alone and not torch.compiler.is_dynamo_compiling() and self.is_left_alone(args, kwargs):
+        if mixin.runs_original and not torch.compiler.is_dynamo_compiling() and self.runs_original(args, kwargs):
             return own(self, *args, **kwargs)
         if is_traced():
             return own(self, *args, **kwargs)

@@ -24,7 +24,7 @@ _LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; abov
 
 
 class Rerouted(Replacement):
-    def is_left_alone(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def runs_original(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kwargs or len(args) != 1 or not isinstance(x := args[0], Tensor):
             return False
         key = self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad
@@ -34,7 +34,7 @@ class Rerouted(Replacement):
         if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
             return False
         values = *args, *kwargs.values()
-        if _is_large(self, values) or _may_lack(self, values):
+        if _is_large(self, values) or _may_lack_derivatives(self, values):
             return True
         if len(values) == len(args) == 1 and isinstance(x := args[0], Tensor):
             _remember(self, "left_alone", (self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad), True)
@@ -63,7 +63,7 @@ def _is_large(module: Any, values: tuple[Any, ...]) -> bool:
     return large
 
 
-def _may_lack(module: Any, values: tuple[Any, ...]) -> bool:
+def _may_lack_derivatives(module: Any, values: tuple[Any, ...]) -> bool:
     """Return whether a gradient through a function without a second derivative may be differentiated.
 
     A forward that called no such function is remembered. The next forward of this form runs without a mode.

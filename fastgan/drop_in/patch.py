@@ -32,6 +32,7 @@ class Patch(MetaPathFinder):
     def __init__(self, tables: Mapping[str, Functions]) -> None:
         self._tables = tables
         self._replaced: list[_Replaced] = []
+        self._is_paused = False
 
     @classmethod
     def begin(cls, tables: Mapping[str, Functions]) -> Patch:
@@ -57,6 +58,14 @@ class Patch(MetaPathFinder):
             if vars(module).get(name) is replacement:
                 setattr(module, name, original)
         self._replaced.clear()
+
+    def pause(self, is_paused: bool) -> None:
+        """Put the originals back for a while, or end this."""
+        self._is_paused = is_paused
+        for module, name, original, ours in self._replaced:
+            held, other = (ours, original) if is_paused else (original, ours)
+            if vars(module).get(name) is held:
+                setattr(module, name, other)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -103,7 +112,8 @@ class Patch(MetaPathFinder):
                 _log.warning("%s.%s is not replaced: its parameters differ from fastgan's", module_name, name)
                 continue
             for holder, held in [*_holders(original)]:
-                setattr(holder, held, replacement)
+                if not self._is_paused:
+                    setattr(holder, held, replacement)
                 self._replaced.append(_Replaced(holder, held, original, replacement))
 
 

@@ -38,12 +38,22 @@ class Recorder:
         self._losses: list[float] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._ended = False
+        self._patch = self._begin_patch()
         random.seed(0)
         torch.manual_seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         if role == "threads":
             torch.set_num_threads(threads)
+
+    def _begin_patch(self) -> Any:
+        """Of the operations of StyleGAN's code bases. None where the script is to keep its own.
+
+        With CUDA, these would be compiled, and fastgan's stay in all processes.
+        """
+        from fastgan.drop_in import patch_torch_utils
+
+        return None if self.way is Way.PYTORCH and not torch.cuda.is_available() else patch_torch_utils()
 
     def loss(self, tensors: Any) -> None:
         values = [tensors] if isinstance(tensors, Tensor) else tensors
@@ -52,6 +62,8 @@ class Recorder:
     def stepped(self, session: Any, optimizer: torch.optim.Optimizer) -> None:
         if not any(optimizer is other for other in self._optimizers):
             self._optimizers.append(optimizer)
+        if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
+            self._patch.pause(not any(unit.is_next_lean() for unit in session.units))
         if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()

@@ -329,6 +329,6 @@ def begin_process(settings: Settings) -> None:
     else:
         children.include(settings)
         at_end(lambda: print_table(session.units, session.refused, session.notes), lambda: _report_of_fork(session))
-    patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
-    if patch is not None:
-        patch()
+        patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
+        if patch is not None:
+            patch()

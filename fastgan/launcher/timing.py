@@ -71,6 +71,9 @@ class Unit:
         # plain, lean, lean, plain: a drift of the machine's speed affects both alike
         return Step(self, (number // 2) % 2 == number % 2, timed=True)
 
+    def is_next_lean(self) -> bool:
+        return self.steps % 2 == 1
+
     def end(self, step: Step) -> None:
         if step.count is not None:
             self.work[step.is_lean] = step.count.total

@@ -126,14 +126,17 @@ class Reroute(TorchFunctionMode):
     routes: the functions that are rerouted.
     after: the number of multiplications that PyTorch's own functions compute first, minus the cost of calling
         fastgan's. Functions that PyTorch cannot differentiate twice are rerouted from the start.
+    call: the cost of calling one of fastgan's functions.
     """
 
-    def __init__(self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0) -> None:
+    def __init__(
+        self, routes: dict[Callable[..., Any], Callable[..., Any]] = _ROUTES, after: int = 0, call: int = CALL
+    ) -> None:
         super().__init__()
         self._routes = routes
         self.is_whole = routes is _ROUTES
         self.taken = False  # whether any call was rerouted
-        self.left = after
+        self.left, self._call = after, call
         self.leaves: dict[Node, torch.Tensor] = {}
 
     def __torch_function__(
@@ -161,7 +164,7 @@ class Reroute(TorchFunctionMode):
     ) -> Callable[..., Any] | None:
         if self.left > 0:
             cost = work(func, args, kwargs)
-            self.left -= cost - CALL if cost else 0
+            self.left -= cost - self._call if cost else 0
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
     def _keep_leaves(self, given: Any) -> None:
@@ -238,13 +241,13 @@ uncompiled = _Uncompiled()
 
 
 class Rerouting:
-    """``twice_differentiable`` from the call on that passes ``after`` multiplications.
+    """``twice_differentiable`` from the call on that passes ``after`` multiplications, less ``call`` for each call.
 
     Before it, and throughout if ``after`` is None, only functions that PyTorch cannot differentiate twice are rerouted.
     """
 
-    def __init__(self, after: int | None = 0) -> None:
-        self._mode = Reroute(_LACKING) if after is None else Reroute(after=after)
+    def __init__(self, after: int | None = 0, call: int = CALL) -> None:
+        self._mode = Reroute(_LACKING) if after is None else Reroute(after=after, call=call)
         self._inside = False
 
     @property

@@ -28,7 +28,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
-    *("score_every", "init_from"),
+    *("score_every", "init_from", "keep_every"),
 }
 
 NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
@@ -112,11 +112,12 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
+    keep_every: int | None = None  # steps between checkpoints that stay; default: only the two newest stay
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
     extractor: str = "random-conv"  # features for the scores; also efficientnet-lite0, FILE.pt or module:callable
     scored: int = 1000  # number of real and of generated images for the scores; at most the held-out tenth
     score_every: int | None = None  # steps between scores; the best generator is kept as best.safetensors
-    init_from: Path | None = None  # run's folder or exported generator whose weights to start from (fine-tuning)
+    init_from: Path | None = None  # run, checkpoint or exported generator whose weights to start from (fine-tuning)
     tensorboard: bool = False  # also write metrics and samples for TensorBoard
     resume: bool = False  # continue from the newest checkpoint; flags that are not given keep the run's values
     data_changed_ok: bool = False  # resume although the pictures are not those that the run trained on
@@ -127,7 +128,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
-        _require_positive(self, "equilibrium_every", "scored", "score_every")
+        _require_positive(self, "equilibrium_every", "scored", "score_every", "keep_every")
         sides(self.image_size)
         if self.dataset not in PICTURES:
             settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}

@@ -264,10 +264,16 @@ class GAN:
         return self.discriminator_gradient(self.batch()), self.generator_gradient(self.generator_batch())
 
     @torch.no_grad()
-    def samples(self, z: Tensor) -> Tensor:
-        """Return the averaged generator's samples of `z` (N, latent_dim), cycling through the classes if any."""
-        labels = (torch.arange(len(z), device=self.device) % self.classes,) if self.classes else ()
-        samples: Tensor = self.ema.module(z.to(self.device), *labels)
+    def samples(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the averaged generator's samples of `z` (N, latent_dim), on the CPU.
+
+        With classes, `labels` (N,) are used, or all classes in turn.
+        """
+        given: tuple[Tensor, ...] = ()
+        if self.classes:
+            every = torch.arange(len(z), device=self.device) % self.classes
+            given = (every if labels is None else labels.to(self.device),)
+        samples: Tensor = self.ema.module(z.to(self.device), *given)
         return samples.cpu()
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import logging
 import sys
+import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan.drop_in import torch_utils as ours
+from fastgan.launcher.compare import Recorder
+from fastgan.launcher.timing import Unit
 from fastgan.ops.upfirdn2d import native_kernels
 from tests.harness import assert_close
 from tests.ops.one_pass_problem import work
@@ -255,3 +259,62 @@ def test_rosinalitys_activation_leaves_zeros_without_cuda():
     (grad,) = torch.autograd.grad(fused(x, bias).sum(), x, create_graph=True)
     grad.square().sum().backward()
     assert not bias.grad.any()
+
+
+def test_a_pause_puts_the_originals_back_for_a_while():
+    networks = imported("networks")
+    original = networks.bias_act.bias_act
+    patch = fastgan.patch_torch_utils()
+    patch.pause(True)
+    assert networks.bias_act.bias_act is original
+    later = imported("project.torch_utils.ops.bias_act")
+    assert later.bias_act is not ours.bias_act
+    patch.pause(False)
+    assert networks.bias_act.bias_act is later.bias_act is ours.bias_act
+    patch.pause(True)
+    patch.restore()
+    assert networks.bias_act.bias_act is original
+
+
+@pytest.mark.parametrize("role", ["PyTorch", "fastgan", "turns"])
+def test_a_comparison_is_with_the_scripts_own_operations(role, tmp_path):
+    networks = imported("networks")
+    recorder = Recorder(role, 2, str(tmp_path / "found.pt"), 1)
+    is_ours = networks.bias_act.bias_act is ours.bias_act
+    assert is_ours == (role != "PyTorch")
+    if role == "turns":
+        unit = Unit(torch.nn.Identity(), (), "script.py:1", recorder.way)
+        session = Mock(units=[unit])
+        unit.begin()  # PyTorch's
+        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
+        assert networks.bias_act.bias_act is ours.bias_act
+        unit.begin()
+        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
+        assert networks.bias_act.bias_act is not ours.bias_act
+
+
+PICKLED = """
+from torch_utils.ops import upfirdn2d
+from torch_utils.ops.bias_act import bias_act
+
+def forward(x):
+    return bias_act(upfirdn2d.upfirdn2d(x, None), act="lrelu")
+"""
+
+
+@pytest.mark.parametrize("first", ["load", "patch"])
+def test_a_module_that_is_made_from_the_source_in_a_pickle_gets_them(first):
+    """As persistence classes are: their module has a name of its own, and its source came with the pickle."""
+    name = "_imported_module_1234"
+    module = sys.modules[name] = types.ModuleType(name)
+    try:
+        if first == "patch":
+            fastgan.patch_torch_utils()
+        exec(PICKLED, vars(module))
+        if first == "load":
+            fastgan.patch_torch_utils()
+        assert module.bias_act is ours.bias_act
+        assert module.upfirdn2d.upfirdn2d is ours.upfirdn2d
+        assert_close(module.forward(X), F.leaky_relu(X, 0.2) * 2**0.5, order=0)
+    finally:
+        del sys.modules[name]

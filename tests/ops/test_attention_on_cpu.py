@@ -94,3 +94,41 @@ def test_the_first_backward_is_pytorchs_kernel(case, option, monkeypatch):
         if problem.mask is None:
             assert all(torch.equal(a, b) for a, b in zip(ours, their, strict=True))
         torch.testing.assert_close(ours, their)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 1), (2, 3, 3), (3, 6, 2), (1, 12, 4), (4, 8, 8)])
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (100, 30), (4096, 4096)])
+def test_a_block_has_a_head_for_each_thread_and_no_more_scores_than_allowed(threads, shape, length, keys):
+    batch, heads, groups = shape
+    q, k = torch.empty(batch, heads, length, 0), torch.empty(batch, groups, keys, 0)
+    parts, rows = layout.partition(q, k, threads)
+    of_keys = torch.zeros(batch, groups)
+    of_queries = torch.zeros(batch, heads)
+    for part in parts:
+        of_keys[part.samples, part.groups] += 1
+        of_queries[part.samples, part.heads] += 1
+        together = of_queries[part.samples, part.heads].numel()
+        assert together * rows * keys <= layout.BLOCK * max(1, min(threads, 8) // 2)
+    assert torch.all(of_keys == 1)
+    assert torch.all(of_queries == 1)
+    first = of_queries[parts[0].samples, parts[0].heads].numel()
+    assert first >= min(threads, 8, batch * heads if groups == 1 else heads)
+
+
+def test_all_orders_draw_the_same_dropout_if_the_number_of_threads_changes(monkeypatch):
+    monkeypatch.setattr(layout, "BLOCK", 40)
+    monkeypatch.setattr(layout, "_LEAST_ROWS", 1)
+    problem = problem_of((2, 4, 4, 11, 9, 5, 5), "causal", dropout_p=0.4).to(torch.float64)
+    results, now = [], [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    for threads in ((2, 2, 2), (1, 4, 2)):
+        torch.manual_seed(2)
+        now[0] = threads[0]
+        o = problem("cpu")
+        now[0] = threads[1]
+        grads = torch.autograd.grad(o, problem.leaves(), problem.weight, create_graph=True)
+        now[0] = threads[2]
+        results.append([o, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), problem.leaves())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

@@ -153,6 +153,14 @@ def lightweight(given):
     return 10 * ((g.reshape(N, -1).norm(2, dim=1) - 1) ** 2).mean()
 
 
+def lightweight_of_both(given):
+    squares = []
+    for name in ("real", "fake"):
+        g = gradient(lambda x: sum(output.sum() for output in given["D_two"](x)), given[name])
+        squares.append(norms(g) ** 2)
+    return 10 * torch.cat(squares).mean()
+
+
 def ctgan(given):
     real, fake = given["rows"], given["fake_rows"]
     alpha = uniform(N // PAC, 1, 1).repeat(1, PAC, COLUMNS).view(-1, COLUMNS)
@@ -185,6 +193,10 @@ FORMULAS = {
     "Progressive GAN": at_x_hat(lambda g: ((norms(g) - 750) ** 2).mean() * (10 / 750**2)),
     "lucidrains, stylegan2-pytorch": lambda given: 10 * two_sided(gradient(given["D"], given["real"])),
     "lucidrains, lightweight-gan": lightweight,
+    "stylegan2-pytorch 1.9": lambda given: sum(
+        10 * (norms(gradient(given["D"], given[name])) ** 2).mean() for name in ("real", "fake")
+    ),
+    "lightweight-gan 1.2": lightweight_of_both,
     "CTGAN, PacGAN": ctgan,
     "StarGAN": lambda given: 10 * two_sided(gradient(lambda x: given["D_star"](x)[0], x_hat(given))),
     "WGAN-LP (Petzka et al. 2018)": at_x_hat(lambda g: 10 * (F.relu(norms(g) - 1) ** 2).mean()),

@@ -60,7 +60,7 @@ SHORT = (
     Part("graphs, host logic", GRAPHS, ("--without-triton",)),
     _own("ops", "ops"),
     Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
-    Part("compile", (f"{OWN}/test_compile.py",), ("--without-triton",)),
+    Part("compile, sizes", (f"{OWN}/test_compile.py", f"{OWN}/test_size_rule.py"), ("--without-triton",)),
     _own("rules", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
     _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),

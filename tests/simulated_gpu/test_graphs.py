@@ -188,6 +188,44 @@ def test_captures_of_spectral_norm_leave_nothing_behind(plans):
     assert len(plans._captured) == kept
 
 
+def test_plans_of_captured_spectral_norms_go_with_their_parameters(plans):
+    kept = len(plans._captured)
+    for rows in (3, 5, 8):
+        weight = torch.nn.Parameter(torch.randn(rows, 13, device="cuda"))
+        vectors = torch.randn(rows, device="cuda"), torch.randn(13, device="cuda")
+        normalized(weight, *vectors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            normalized(weight, *vectors)
+        assert len(plans._captured) == kept + 1
+        del weight, vectors, graph
+        plans._table.cache_clear()
+        gc.collect()
+
+
+def test_captured_taps_stay_where_a_replay_reads_them(monkeypatch):
+    kernels = pytest.importorskip("fastgan.ops.upfirdn2d.triton_rows")
+    monkeypatch.setattr(kernels, "_MOST", len(kernels._on_device) + 1)
+    x, taps = torch.randn(1, 1, 6, 6, device="cuda"), torch.tensor([1.0, 2.0, 5.0])
+    expected = ops.upfirdn2d(x, taps, padding=1, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.upfirdn2d(x, taps, padding=1, backend="triton")
+    ops.upfirdn2d(x, torch.tensor([3.0, 2.0, 7.0]), padding=1, backend="triton")  # more taps than are kept
+    gc.collect()
+    graph.replay()
+    torch.testing.assert_close(out, expected)
+
+
+def test_new_taps_name_what_a_capture_needs():
+    x = torch.randn(1, 1, 6, 6, device="cuda")
+    with (
+        pytest.raises(RuntimeError, match="run the step once before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        ops.upfirdn2d(x, torch.tensor([1.0, 4.0, 5.0]), padding=1, backend="triton")
+
+
 def test_spectral_norm_of_new_weights_names_what_a_capture_needs(plans):
     operands = [torch.randn(*shape, device="cuda") for shape in ((3, 11), (3,), (11,))]
     graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tools import static_costs
+from tools.static_costs import cuda
 from tools.static_costs.launches import record_all
 from tools.static_costs.model import cost
 
@@ -38,6 +39,7 @@ def table(only: list[str], capability: int) -> list[dict[str, Any]]:
                 binary = triton.compile(source, target, launch.options.__dict__)
                 cubin.write_bytes(binary.asm["cubin"])
                 rows.append(cost(launch, binary.metadata, cubin))
+        rows += cuda.table(only, capability, Path(folder))
     return rows
 
 

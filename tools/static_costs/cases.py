@@ -110,10 +110,13 @@ def _filters(dtype: torch.dtype) -> Cases:
     taps = (1.0, 3.0, 3.0, 1.0) * 2
     for name, up, down, size in (("up 2", 2, 1, 64), ("down 2", 1, 2, 256), ("blur", 1, 1, 128)):
         for form, planes, inner in (("nchw", 32 * 64, 1), ("cl", 32, 64)):
-            x, y = _empty(planes * inner * size**2, dtype=dtype), _empty(planes * inner * (size * up // down) ** 2)
+            x, y = (
+                _empty(planes * inner * size**2, dtype=dtype),
+                _empty(planes * inner * (size * up // down) ** 2, dtype=dtype),
+            )
             sizes = planes, inner, size, size, size * up // down, size * up // down, up, up, down, down, 1, 1, 4, 4
 
-            def launch(x=x, y=y.to(dtype), sizes=sizes) -> None:  # type: ignore[no-untyped-def]
+            def launch(x=x, y=y, sizes=sizes) -> None:  # type: ignore[no-untyped-def]
                 filters.upfirdn2d(x, y, sizes, True, taps)
 
             yield f"{name} {form}", launch

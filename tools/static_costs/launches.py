@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from tools.static_costs.cases import cases
@@ -39,7 +39,7 @@ def recorder(target: GPUTarget, launches: list[Launch], case: list[str]) -> Iter
     """Append launches to ``launches`` under the name in ``case[0]`` instead of executing them."""
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        backend = CUDABackend(target)
+        backend = make_backend(target)
         bind = create_function_from_signature(self.signature, self.params, backend)
         bound, special, options = bind(*args, **kwargs)
         number = sum(launch.case == case[0] and launch.kernel is self for launch in launches)

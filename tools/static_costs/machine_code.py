@@ -12,16 +12,20 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # Cycles until a result is there; estimates for Hopper.
-LATENCY = {"dram": 800, "l2": 280, "LDS": 30, "SHFL": 24, "MUFU": 22, "I2F": 22, "F2I": 22, "other": 5}
+LATENCY = {"dram": 800, "l2": 280, "l1": 35, "LDS": 30, "SHFL": 24, "MUFU": 22, "I2F": 22, "F2I": 22, "other": 5}
 BARRIER = 20
 # Cycles of a scheduler's pipe per instruction of a warp: throughput of compute capability 9.0 in the CUDA programming
 # guide. Other instructions take only an issue slot.
 _PIPES = {
-    "alu": (2, "IADD3 LOP3 SHF LEA ISETP FSETP SEL FSEL IMNMX VIADD VIMNMX IABS PRMT MOV PLOP3 FMNMX I2FP F2FP SGXT"),
+    "alu": (
+        2,
+        "IADD3 LOP3 SHF LEA ISETP FSETP FSET SEL FSEL IMNMX VIADD VIMNMX IABS PRMT MOV PLOP3 FMNMX I2FP F2FP SGXT",
+    ),
     "imad": (2, "IMAD"),
     "xu": (8, "MUFU"),
     "convert": (2, "I2F F2I F2F I2I"),
     "shuffle": (4, "SHFL"),
+    "tensor": (6, "HMMA"),  # an estimate: these forms reach about two thirds of what HGMMA does
 }
 PIPES = {op: (pipe, cycles) for pipe, (cycles, ops) in _PIPES.items() for op in ops.split()}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes of a thread's access; 4 if none is named

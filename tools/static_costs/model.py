@@ -7,8 +7,9 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.static_costs.by_hand import BY_HAND, Part, loop_parts
 from tools.static_costs.launches import Launch
-from tools.static_costs.machine_code import Function, Instruction, disassemble, issue_cycles, latency_cycles, registers
+from tools.static_costs.machine_code import Function, disassemble, issue_cycles, latency_cycles, registers
 
 # An H200.
 SMS, CLOCK, BANDWIDTH = 132, 1.75e9, 4.8e12
@@ -48,8 +49,6 @@ WORK = {
     "minibatch_stddev._double_backward": Work("groups", "h x by_dy by_x"),
     "minibatch_stddev._append": Work("none"),
     "minibatch_stddev._slopes": Work("none"),
-    "minibatch_discrimination._similarities": Work("pairs"),
-    "minibatch_discrimination._gradients": Work("pairs"),
 }
 _RESULTS = ("y", "dx", "by_dy", "by_x", "out")
 
@@ -64,8 +63,6 @@ def _elements(of: str, a: dict[str, Any], grid: tuple[int, ...]) -> int:
         return samples * a["channels"] * a.get("segments", 1) * a["inner"]
     if of == "groups":
         return a["groups"] * a["SIZE"] * a["outer"] * a["features"] * a["run"]
-    if of == "pairs":
-        return a["samples"] * a["rows"] * a["kernels"]
     return a["size"] if of == "size" else 0
 
 
@@ -80,28 +77,79 @@ _TRIPS = {
     "norm.row_means": lambda a: [ceil(a["channels"] // a["groups"] / a["BLOCK_C"]), ceil(a["parts"] / a["BLOCK_P"])],
     "minibatch_stddev._append": lambda a: [ceil(a["parts"] / (4 * a["BLOCK"]))],
     "minibatch_stddev._slopes": lambda a: [ceil(a["SIZE"] * a["outer"] * a["tail"] / a["BLOCK"])],
-    "minibatch_discrimination._similarities": lambda a: [ceil(a["samples"] / a["BLOCK"]), a["dims"]],
-    "minibatch_discrimination._gradients": lambda a: [ceil(a["samples"] / a["BLOCK"]), a["dims"]],
 }
 
 
-class Part(NamedTuple):
-    """Instructions that a warp executes ``times`` times, with loads from ``memory``."""
+class Estimate(NamedTuple):
+    """What a launch has to do, and what a thread executes for it."""
 
-    trace: list[Instruction]
-    times: float
-    memory: str
+    elements: float
+    bytes: float  # that have to move once
+    again: float  # bytes that L2 doesn't hold until they are read again
+    operations: float  # seconds of the formula's operations
+    parts: list[Part]
+    notes: str
 
 
 def cost(launch: Launch, metadata: Any, cubin: Path) -> dict[str, Any]:
     """Return a row of the table for a compiled launch."""
-    name, a, grid = launch.name, launch.arguments, launch.grid
-    kernel = name.split(".")[1]
+    kernel = launch.name.split(".")[1]
     function = disassemble(cubin)[kernel]
     use = registers(cubin)[kernel], metadata.shared, metadata.num_warps
+    if launch.name in BY_HAND:
+        hand = BY_HAND[launch.name](launch, function)
+        estimate = Estimate(hand.elements, hand.bytes, 0, hand.operations, hand.parts, "~")
+    else:
+        estimate = _of_bytes(launch, function, use)
+    return row(launch.name, launch.case, launch.number, prod(launch.grid), use, function, estimate)
+
+
+def row(
+    name: str, case: str, number: int, programs: int, use: tuple[int, int, int], function: Function, e: Estimate
+) -> dict[str, Any]:
+    """Return a row of the table. use: registers of a thread, shared memory and warps of a program."""
+    resident, per_sm = resident_programs(*use), ceil(programs / SMS)
+    floor = e.bytes / BANDWIDTH or e.operations
+    times = {"floor": floor, "dram": (e.bytes + e.again) / BANDWIDTH}
+    times["issue"] = per_sm * use[2] * sum(issue_cycles(p.trace) * p.times for p in e.parts) / 4 / CLOCK
+    waits = sum(latency_cycles(p.trace, p.memory, 4 if i else 1) * p.times for i, p in enumerate(e.parts))
+    times["latency"] = max(1, per_sm / resident) * waits / CLOCK
+    hot = max((p.trace for p in e.parts[1:]), key=len, default=function.main)
+    ops = Counter(i.base for i in hot)
+    widths = Counter(f"{i.base[0]}{8 * i.width}" for i in hot if i.moves)
+    bytes_moved = sum(i.moves for i in hot)
+    each = e.elements / programs / (32 * use[2])
+    return {
+        "kernel": name,
+        "case": case,
+        "launch": number,
+        "fraction": round(floor / max(times.values()), 3) if floor else None,
+        "bound": max(times, key=lambda key: times[key]),
+        **{f"{key}_us": round(value * 1e6, 1) for key, value in times.items()},
+        "instructions_per_element": round(sum(len(p.trace) * p.times for p in e.parts) / each, 1) if each else None,
+        "megabytes": round(e.bytes / 1e6, 1),
+        "hot_loop": len(hot),
+        "calls": ops["CALL"],
+        "barriers": ops["BAR"],
+        "spills": sum(i.base in ("STL", "LDL") for i in function.all),
+        "widths": " ".join(f"{key}x{value}" for key, value in sorted(widths.items())),
+        "wide": round(sum(i.moves for i in hot if i.width == 16) / bytes_moved, 2) if bytes_moved else None,
+        "registers": use[0],
+        "shared": use[1],
+        "warps": use[2],
+        "programs": programs,
+        "resident": resident,
+        "notes": e.notes,
+    }
+
+
+def _of_bytes(launch: Launch, function: Function, use: tuple[int, int, int]) -> Estimate:
+    """Estimate a launch whose loops are over the bytes of its operands."""
+    name, a, grid = launch.name, launch.arguments, launch.grid
     work = staged(WORK[name], a)
-    threads, programs = 32 * metadata.num_warps, prod(grid)
+    programs = prod(grid)
     count = _elements(work.elements, a, grid)
+    threads = 32 * use[2]
     each = count / programs / threads
 
     def size(operands: str, only: list[str] | None = None) -> float:
@@ -117,42 +165,11 @@ def cost(launch: Launch, metadata: Any, cubin: Path) -> dict[str, Any]:
     in_flight = size(" ".join(reads)) * count * min(1, SMS * resident_programs(*use) / programs)
     missed = max(0, 1 - L2_BYTES / in_flight) if in_flight else 0
     again = sum(size(operands, reads) for operands in work.passes[1:]) * count * missed
-    parts, hot, notes = (
-        _small_parts(function, name, a)
-        if name in _TRIPS
-        else _parts(function, name, work, a, each, threads, size, missed)
-    )
-    floor = count * size(work.once) / BANDWIDTH or _operations(kernel, a) * count / (SMS * 128 * CLOCK)
-    times = {"floor": floor, "dram": count * size(work.once) / BANDWIDTH + again / BANDWIDTH}
-    per_sm = ceil(programs / SMS)
-    times["issue"] = per_sm * metadata.num_warps * sum(issue_cycles(p.trace) * p.times for p in parts) / 4 / CLOCK
-    waits = sum(latency_cycles(p.trace, p.memory, 4 if i else 1) * p.times for i, p in enumerate(parts))
-    times["latency"] = max(1, per_sm / resident_programs(*use)) * waits / CLOCK
-    ops = Counter(i.base for i in hot)
-    widths = Counter(f"{i.base[0]}{8 * i.width}" for i in hot if i.moves)
-    bytes_moved = sum(i.moves for i in hot)
-    return {
-        "kernel": name,
-        "case": launch.case,
-        "launch": launch.number,
-        "fraction": round(floor / max(times.values()), 3) if floor else None,
-        "bound": max(times, key=lambda key: times[key]),
-        **{f"{key}_us": round(value * 1e6, 1) for key, value in times.items()},
-        "instructions_per_element": round(sum(len(p.trace) * p.times for p in parts) / each, 1) if each else None,
-        "megabytes": round(count * size(work.once) / 1e6, 1),
-        "hot_loop": len(hot),
-        "calls": ops["CALL"],
-        "barriers": ops["BAR"],
-        "spills": sum(i.base in ("STL", "LDL") for i in function.all),
-        "widths": " ".join(f"{key}x{value}" for key, value in sorted(widths.items())),
-        "wide": round(sum(i.moves for i in hot if i.width == 16) / bytes_moved, 2) if bytes_moved else None,
-        "registers": use[0],
-        "shared": use[1],
-        "warps": use[2],
-        "programs": programs,
-        "resident": resident_programs(*use),
-        "notes": notes,
-    }
+    if name in _TRIPS:
+        parts, notes = _small_parts(function, name, a), "~"
+    else:
+        parts, notes = _parts(function, name, work, a, each, threads, size, missed)
+    return Estimate(count, count * size(work.once), again, 0, parts, notes)
 
 
 def staged(work: Work, a: dict[str, Any]) -> Work:
@@ -176,21 +193,8 @@ def resident_programs(registers: int, shared: int, warps: int) -> int:
     return max(1, min(32, 64 // warps, of_registers, SHARED // (shared + 1024)))
 
 
-def _operations(kernel: str, a: dict[str, Any]) -> int:
-    """Operations of a pair of samples, as in the docstring of minibatch discrimination's kernels."""
-    if "dims" not in a:
-        return 0
-    of_dim = 2 if kernel == "_similarities" else 5 if a["w_ptr"] is None else 9
-    return of_dim * a["dims"] + 1
-
-
-def _small_parts(function: Function, name: str, a: dict[str, Any]) -> tuple[list[Part], list[Instruction], str]:
-    trips = _TRIPS[name](a)
-    parts = [Part(function.trace(), 1, "dram")]
-    for loop in function.loops:
-        depth = sum(loop in function.within(other) for other in function.loops)
-        parts.append(Part(function.trace(loop), prod(trips[: depth + 1]), "l2"))
-    return parts, max((p.trace for p in parts[1:]), key=len, default=function.main), "~"
+def _small_parts(function: Function, name: str, a: dict[str, Any]) -> list[Part]:
+    return loop_parts(function, _TRIPS[name](a), "l2")
 
 
 def _parts(
@@ -202,7 +206,7 @@ def _parts(
     threads: int,
     size: Any,
     missed: float,
-) -> tuple[list[Part], list[Instruction], str]:
+) -> tuple[list[Part], str]:
     """Split a kernel into its loops over the data, those around them, and the rest. Elements are a thread's."""
     inner: dict[Any, list[tuple[int, int]]] = {}
     around = []
@@ -233,5 +237,4 @@ def _parts(
         memory = "l2" if index and missed < 0.5 else "dram"
         parts.append(Part(function.trace(loop), times * each / run, memory))
     parts += [Part(function.trace(loop, skip), each / run, "dram") for loop in around]
-    hot = max((p.trace for p in parts), key=len, default=function.main)
-    return [Part(function.trace(skip=skip), 1, "dram"), *parts], hot, notes
+    return [Part(function.trace(skip=skip), 1, "dram"), *parts], notes

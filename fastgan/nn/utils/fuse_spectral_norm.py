@@ -24,7 +24,7 @@ from fastgan.nn.utils.ready import (
     ready,
     thread_and_region,
 )
-from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, leaves_to_pytorch
+from fastgan.nn.utils.spectral_norm import SpectralNorm, adapt, needs_pytorch
 from fastgan.ops.spectral_norm import fits, normalize
 
 M = TypeVar("M", bound=nn.Module)
@@ -175,7 +175,7 @@ class _Hook(TorchHook):
         if self.is_idle and not torch.compiler.is_compiling():
             del self.is_idle
         (weight, u, v, dim), settings = self._operands(), self._settings()
-        if leaves_to_pytorch(weight, u, v, dim):
+        if needs_pytorch(weight, u, v, dim):
             return self.compute_weight(self.module, do_power_iteration=settings.training)
         n = settings.n_power_iterations if settings.training and not is_recomputing() else 0
         (normalized,) = normalize([weight], [u], [v], [dim], n, settings.eps, v_first=True)

@@ -55,7 +55,7 @@ class Ready(NamedTuple):
         """Return the weight. It is detached if a weight computed now would have no graph."""
         return self.weight.detach() if self.weight.requires_grad and not self._needs_graph() else self.weight
 
-    def is_mine(self) -> bool:
+    def is_readable_here(self) -> bool:
         return self.thread == 0 or self.thread == get_ident()
 
     def _needs_graph(self) -> bool:
@@ -114,7 +114,7 @@ def discard(module: nn.Module, name: str, *, any_thread: bool = False) -> bool:
     stored = _take(module, name)
     if stored is None:
         return False
-    if not (any_thread or stored.is_mine()):
+    if not (any_thread or stored.is_readable_here()):
         put(module, name, stored)
         return False
     if stored.vectors is not None:

@@ -49,7 +49,7 @@ class SpectralNorm(_SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if self.is_idle and not torch.compiler.is_compiling():
             del self.is_idle
-        if weight.ndim == 1 or leaves_to_pytorch(weight, self._u, self._v, self.dim):
+        if weight.ndim == 1 or needs_pytorch(weight, self._u, self._v, self.dim):
             return super().forward(weight)
         n = self.n_power_iterations if self.training and not is_recomputing() else 0
         return normalize([weight], [self._u], [self._v], [self.dim], n, self.eps, v_first=False)[0]
@@ -59,7 +59,7 @@ class SpectralNorm(_SpectralNorm):
         return f"{iterations}dim={self.dim}, eps={self.eps}"
 
 
-def leaves_to_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
+def needs_pytorch(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> bool:
     """Return whether PyTorch's own operations must normalize this weight.
 
     Tracers and transforms of torch.func need PyTorch's operations. These operations also support, or reject with their

@@ -34,11 +34,13 @@ def scaled_dot_product_attention(
 
     The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. PyTorch's fused kernels have no
     second derivative, and its unfused form keeps several (L, S) matrices per head for it. Here every order needs memory
-    proportional to L + S. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give
+    proportional to L + S, apart from calls on a CPU with at most 2**19 scores in all, which are faster in plain
+    operations. Scores and sums are computed in float32 (float64 for float64 input), and the same inputs give
     the same bits. Under autocast, the operands are cast as in PyTorch. PyTorch's own function runs under a tracer, and
     for nested tensors and tensors on the meta device.
 
-    Order of derivative: two. A third derivative raises RuntimeError; ``use_backend("reference")`` has every order.
+    Order of derivative: two. A third derivative raises RuntimeError, unless the call ran in plain operations;
+    ``use_backend("reference")`` has every order.
 
     Source: Vaswani et al., Attention Is All You Need (2017); Dao et al., FlashAttention (2022), for the first two
     orders.

@@ -84,7 +84,8 @@ class Blocks:
         is_native: bool = False,
     ) -> None:
         self.dtype, self.is_native = accumulation_dtype(q.dtype), is_native
-        self.parts, self.most = partition(q, k)
+        # All orders must draw the same dropout, whatever the number of threads is by then.
+        self.parts, self.most = partition(q, k, torch.get_num_threads() if seed is None and q.is_cpu else 2)
         self.length, self.keys = q.shape[2], k.shape[2]
         self.device, self.mask, self.options = q.device, mask, options
         self.generator = None if seed is None else torch.Generator(q.device)

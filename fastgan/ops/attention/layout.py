@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**19  # scores held at a time
+BLOCK = 2**19  # scores held at a time, for two threads or fewer
+_MOST_AT_ONCE = 8  # heads; each takes half a BLOCK
 _LEAST_ROWS = 64
 # Scores of a call up to which a CPU runs the plain formulas if a gradient is needed. They keep at most 13 matrices of
 # scores, 27 MB in float32. Up to here they are as fast as PyTorch's kernel, and faster than blocks to second order.
@@ -57,12 +58,18 @@ class Heads(NamedTuple):
         return mask[tuple(slice(None) if size == 1 else at for size, at in zip(mask.shape, wanted, strict=True))]
 
 
-def partition(q: Tensor, k: Tensor) -> tuple[list[Heads], int]:
-    """Return the sets of heads that are computed together, and the number of rows per block."""
+def partition(q: Tensor, k: Tensor, threads: int = 2) -> tuple[list[Heads], int]:
+    """Return the sets of heads that are computed together, and the number of rows per block.
+
+    A set has a head for each thread if there are as many. A matrix product that threads share takes up to twice the
+    processor time.
+    """
     (batch, heads, length, _), (groups, keys) = q.shape, k.shape[1:3]
     repeats = heads // groups
-    together = max(1, BLOCK // max(1, length * keys * repeats))  # groups
-    samples = max(1, together // groups)
+    at_once = min(threads, _MOST_AT_ONCE)
+    scores = BLOCK * max(1, at_once // 2)
+    together = max(1, scores // max(1, length * keys * repeats), -(-at_once // repeats))  # groups
+    samples = min(max(1, together // groups), batch)
     together = min(together, groups)
     parts = [
         Heads(
@@ -74,5 +81,6 @@ def partition(q: Tensor, k: Tensor) -> tuple[list[Heads], int]:
         for b in range(0, batch, samples)
         for g in range(0, groups, together)
     ]
-    rows = max(BLOCK // max(1, keys * repeats), _LEAST_ROWS // repeats, 1)
+    of_part = samples * together * repeats
+    rows = max(scores // max(1, keys * of_part), _LEAST_ROWS // of_part, 1)
     return parts, min(rows, max(1, length))

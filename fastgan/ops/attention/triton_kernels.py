@@ -101,7 +101,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
     """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
-    sizes, constants, mask = _call(q, k, v, mask, options)
+    sizes, constants, mask = _call(q, k, v, mask, options, derivative=False)
     with _Contiguous([q, k, v], [o]) as (operands, results), device_of(q):
         attend[_grid(q, constants["ROWS"])](*operands, mask, seed, *results, lse, *sizes, **constants)
 
@@ -193,7 +193,7 @@ class _Contiguous:
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, derivative: bool = True
 ) -> tuple[tuple[int, ...], dict[str, Any], Tensor | None]:
     """Return the sizes, the constants, and the mask in a form that Triton reads."""
     (batch, heads, length, width), (groups, keys), wide = q.shape, k.shape[1:3], v.shape[-1]
@@ -204,7 +204,9 @@ def _call(
         mask = mask.view(torch.uint8) if boolean else mask
     padded, padded_wide = _padded(width), _padded(wide)
     row = max(padded, padded_wide) * accumulation_dtype(q.dtype).itemsize
-    side = max(_LEAST, min(64, _TILE // row))
+    # Products of float32 keep their operands in registers. A derivative has several, so a tile is small or has 8 warps.
+    crowded = derivative and q.dtype == torch.float32
+    side = max(_LEAST, min(32 if crowded else 64, _TILE // row))
     constants = {
         "SCALE": options.scale,
         "CAUSAL": options.is_causal,
@@ -219,6 +221,7 @@ def _call(
         "KEYS": side,
         "DTYPE": DTYPES[q.dtype],
         "num_stages": 1,
+        "num_warps": 8 if crowded and row > 128 else 4,
     }
     return (length, keys, heads, heads // groups, *strides), constants, mask
 

@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import torch_private
-from fastgan.ops.conv import conv2d as _ours
-from fastgan.ops.conv import conv_transpose2d as _ours_transposed
+from fastgan.ops.conv import conv2d as _fused
+from fastgan.ops.conv import conv_transpose2d as _fused_transposed
 
 
 def conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    """``ops.conv2d``; PyTorch's function where a mode reroutes or judges it."""
-    return _seen(F.conv2d, _ours)(*args, **kwargs)
+    """Call ``ops.conv2d``, or PyTorch's function if a mode or torch.compile watches the calls."""
+    return _choose(F.conv2d, _fused)(*args, **kwargs)
 
 
 def conv_transpose2d(*args: Any, **kwargs: Any) -> Tensor:
-    """``ops.conv_transpose2d``; PyTorch's function where a mode reroutes or judges it."""
-    return _seen(F.conv_transpose2d, _ours_transposed)(*args, **kwargs)
+    """Call ``ops.conv_transpose2d``, or PyTorch's function if a mode or torch.compile watches the calls."""
+    return _choose(F.conv_transpose2d, _fused_transposed)(*args, **kwargs)
 
 
-def _seen(pytorchs: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return pytorchs if torch.compiler.is_compiling() or torch_private.count_function_modes() else ours
+def _choose(original: Callable[..., Tensor], fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return original if torch.compiler.is_compiling() or torch_private.count_function_modes() else fused

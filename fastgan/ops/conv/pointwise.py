@@ -22,13 +22,14 @@ def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
     return weight.shape[2:] == ones and geometry == Geometry(ones, zeros, ones, False, zeros, 1, kernels_allowed=True)
 
 
-def takes_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `forward` is the fastest way to compute this output.
 
     ``images`` may also be the gradient of the output; the answer then holds for `input_gradient`.
     """
     return (
-        is_pointwise(weight, geometry)
+        weight.shape[-1] == 1  # the fastest check comes first
+        and is_pointwise(weight, geometry)
         and are_plain(images, weight, geometry)
         and in_order(images)
         and weight.stride(-1) == 1
@@ -36,9 +37,9 @@ def takes_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     )
 
 
-def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `input_gradient` is the fastest way to compute this gradient."""
-    return takes_forward(grad, weight, geometry) and in_order(input)
+    return is_fastest_forward(grad, weight, geometry) and in_order(input)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

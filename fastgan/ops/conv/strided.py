@@ -15,7 +15,7 @@ _LEAST_CHANNELS = 16  # channels that are summed over
 _LEAST_POSITIONS = 256  # output positions; with fewer, reordering the weights takes longer than the forward
 
 
-def takes_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `forward` is the fastest way to compute this output."""
     if not (_takes(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
         return False
@@ -28,7 +28,7 @@ def takes_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     )
 
 
-def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return (
         _takes(grad, weight, geometry)

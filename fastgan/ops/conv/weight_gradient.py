@@ -20,14 +20,14 @@ _FEW_IN_ALL = 256  # positions of all samples, or twice the number of channels; 
 _LANES = 32  # input or output channels; with fewer, transposing images with many positions takes too long
 
 
-def takes(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `weight_gradient` is the fastest way to compute this gradient."""
     if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
         return False
     positions = prod(grad.shape[2:])
-    few = positions <= _FEW and len(grad) * positions <= max(_FEW_IN_ALL, 2 * len(weight))
+    few = positions <= _FEW and grad.shape[0] * positions <= max(_FEW_IN_ALL, 2 * weight.shape[0])
     if pointwise.is_pointwise(weight, geometry):
-        many = pointwise.takes_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
+        many = pointwise.is_fastest_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
         return few or many
     return few and 3 <= grad.ndim <= 4
 

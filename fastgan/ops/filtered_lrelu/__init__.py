@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isfinite
 
 import torch
@@ -12,9 +13,13 @@ from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
 from fastgan.ops.library import visible
 from fastgan.ops.upfirdn2d import Factor, geometry_of, is_constant, plan_of, upfirdn2d
+from fastgan.ops.upfirdn2d.autograd import DTYPES
 from fastgan.ops.upfirdn2d.plan import image_size
 
 __all__ = ["filtered_lrelu"]
+
+
+MOST = 4  # the largest factor of Triton's kernel
 
 
 def filtered_lrelu(
@@ -36,7 +41,8 @@ def filtered_lrelu(
 
     The function combines `upfirdn2d` and `bias_act`. The upsampling has the gain up_x * up_y, which compensates for the
     zeros between the elements. On a CPU, one kernel computes all steps of a contiguous input, plane by plane, and never
-    stores the upsampled image. For the derivatives it saves one bit per upsampled element (two with ``clamp``).
+    stores the upsampled image. For the derivatives it saves one bit per upsampled element (two with ``clamp``). On a
+    GPU, the kernel of the first filter also applies the activation and saves two bits, and the second filter follows.
 
     Order of derivative: any. If the filters are constant, the function is piecewise affine and allows one pass.
 
@@ -78,13 +84,16 @@ def filtered_lrelu(
     sizes = (up, up) if isinstance(up, int) else up
     factor = sizes[0] * sizes[-1]
     numbers = (gain, slope, 1.0 if clamp is None else clamp)
-    if _is_fused(input, up_filter, down_filter, numbers, clamp is not None, backend):
+    chosen = _fused_by(input, up_filter, down_filter, numbers, clamp is not None, backend)
+    if chosen == "triton" and not _fits_triton(up, down):
+        chosen = None
+    if chosen is not None:
         size = image_size(input)
         first = geometry_of(size, up_filter, up, 1, padding)
         second = geometry_of(first.out_size, down_filter, 1, down, 0)
         plans = (
-            plan_of(size, first, up_filter, input, flip_filter, factor, "cpu"),
-            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, "cpu"),
+            plan_of(size, first, up_filter, input, flip_filter, factor, chosen),
+            plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
         return in_one(input, Steps(*plans, float(slope), float(gain), inf if clamp is None else float(clamp)))
     y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
@@ -98,16 +107,16 @@ def in_one(input: Tensor, steps: Steps) -> Tensor:
     return apply(input, steps)
 
 
-def _is_fused(
+def _fused_by(
     input: Tensor,
     up_filter: Tensor | None,
     down_filter: Tensor | None,
     numbers: tuple[float, ...],
     clamped: bool,
     backend: str | None,
-) -> bool:
-    """Return whether the kernel supports this call. Other calls run the steps one by one, which raise any errors."""
-    return (
+) -> str | None:
+    """Return the backend whose kernel supports this call. Other calls run the steps one by one, with their errors."""
+    if not (
         isinstance(input, Tensor)
         and input.ndim == 4
         and input.numel() > 0
@@ -121,6 +130,14 @@ def _is_fused(
         and not torch.compiler.is_compiling()
         and not backends.is_lowered()
         and backends.is_plain()
-        and (backend or backends.forced()) in ("auto", "cpu")
-        and backends.why_not("filtered_lrelu", "cpu", input.device.type, input.dtype) is None
+        and input.dtype in DTYPES
+    ):
+        return None
+    chosen = backends.select("filtered_lrelu", input.device, input.dtype, backend)
+    return chosen if chosen in ("cpu", "triton") else None
+
+
+def _fits_triton(*factors: Factor) -> bool:
+    return all(
+        number <= MOST for factor in factors for number in (factor if isinstance(factor, Sequence) else (factor,))
     )

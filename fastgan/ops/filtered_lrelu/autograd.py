@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.filtered_lrelu import native_kernels
 from fastgan.ops.library import is_eager, operator, stored
-from fastgan.ops.upfirdn2d.autograd import DTYPES
+from fastgan.ops.upfirdn2d.autograd import DTYPES, run
 from fastgan.ops.upfirdn2d.plan import Plan, Taps
 
 backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
@@ -28,6 +28,16 @@ backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton")
 )
 def _kernel(x: Tensor, y: Tensor, signs: Tensor | None, inside: Tensor | None, *rest: Any) -> None:
     native_kernels.filtered_lrelu(x, y, signs, inside, *rest)
+
+
+@operator(
+    "filtered_lrelu_activated(Tensor x, Tensor(a!) z, Tensor(b!)? bits, bool read, int[] sizes, bool separable,"
+    " float[] taps, float slope, float gain, float clamp) -> ()"
+)
+def _activated(x: Tensor, z: Tensor, bits: Tensor | None, read: bool, *rest: Any) -> None:
+    from fastgan.ops.filtered_lrelu import triton_kernels  # Triton is optional
+
+    triton_kernels.activated(x, z, bits, read, *rest)
 
 
 class Steps(NamedTuple):
@@ -51,6 +61,8 @@ def apply(x: Tensor, steps: Steps) -> Tensor:
 
 def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
     x = stored(x).contiguous()
+    if steps.up.backend == "triton":
+        return _run_triton(x, signs, read, steps)
     y = torch.empty((*x.shape[:2], *steps.down.out_size), dtype=x.dtype, device=x.device)
     planes = x.shape[0] * x.shape[1]
     parts: list[Any] = []
@@ -64,15 +76,35 @@ def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, ste
     return y
 
 
+def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Tensor:
+    plan = steps.up
+    taps = plan.taps
+    assert isinstance(taps, Taps)
+    z = torch.empty((*x.shape[:2], *plan.out_size), dtype=x.dtype, device=x.device)
+    pairs = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
+    kernel: Any = _activated if is_eager(x) else torch.ops.fastgan.filtered_lrelu_activated
+    sizes = (x.shape[0] * x.shape[1], 1, *pairs)
+    kernel(x, z, bits, read, sizes, taps.separable, taps.values, steps.slope, steps.gain, steps.clamp)
+    return run(z, steps.down)
+
+
+def _empty_bits(x: Tensor, steps: Steps) -> tuple[Tensor, Tensor | None]:
+    """What the forward keeps: the signs, and where nothing is clamped. Triton's kernel has both in one tensor."""
+    planes, (h, w) = x.shape[0] * x.shape[1], steps.up.out_size
+    if steps.up.backend == "triton":
+        from fastgan.ops.filtered_lrelu.triton_kernels import size_of_bits
+
+        return torch.empty(size_of_bits(planes, h, w), dtype=torch.uint8, device=x.device), None
+    signs = torch.empty(planes * h * ((w + 7) // 8), dtype=torch.uint8, device=x.device)  # each row in whole bytes
+    return signs, torch.empty_like(signs) if steps.clamp != inf else None
+
+
 class _FilteredLrelu(torch.autograd.Function):
     piecewise_affine = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, steps: Steps) -> Tensor:
-        h, w = steps.up.out_size
-        size = x.shape[0] * x.shape[1] * h * ((w + 7) // 8)  # one bit per element; each row has whole bytes
-        signs = torch.empty(size, dtype=torch.uint8, device=x.device)
-        inside = torch.empty_like(signs) if steps.clamp != inf else None
+        signs, inside = _empty_bits(x, steps)
         y = _run(x, signs, inside, False, steps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(signs, inside)

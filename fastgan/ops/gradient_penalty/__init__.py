@@ -25,7 +25,7 @@ from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import is_entered, traceable
-from fastgan.ops.twice_differentiable import Rerouting, twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -70,8 +70,8 @@ def gradient_penalty(
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
     ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. On a CPU, models that are too small to gain from fastgan
-    run PyTorch's own functions, unless ``use_backend`` selects a backend.
+    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan on their
+    device run PyTorch's own functions, unless ``use_backend`` selects a backend.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -157,7 +157,7 @@ def gradient_penalty(
             part = penalty(plain_gradients(logits_of(returned, select, x[0].shape[0]), x))
         else:
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
-                with Rerouting(size_of(discriminator, x).after) as rerouting:
+                with size_of(discriminator, x).rerouting(x) as rerouting:
                     returned = discriminator(given, *args, **(kwargs or {}))
                 small = rerouting.never_began
                 part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)

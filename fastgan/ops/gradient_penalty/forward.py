@@ -15,11 +15,11 @@ from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differenti
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.small import (
-    REASON,
     Size,
     forget,
     is_left_to_pytorch,
     leave_to_pytorch,
+    reason,
     remember,
     size_of,
     was_small,
@@ -51,7 +51,7 @@ def run_forward(
         given, x = differentiable(inputs)
         with uncompiled:
             returned = discriminator(given, *args, **(kwargs or {}))
-        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, REASON, plain=True)
+        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, reason(x), plain=True)
     check_call(inputs, select)
     given, x = differentiable(inputs)
 
@@ -78,7 +78,7 @@ def _run_maybe_small(
     """Run a forward and count its multiplications, unless its parameters already show that it is small."""
     seen = size is Size.SMALL or was_small(discriminator, x)
     tracer = None if seen else Tracer(*x)
-    with Rerouting(size.after) as rerouting, tracer or nullcontext():
+    with size.rerouting(x) as rerouting, tracer or nullcontext():
         returned = call()
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_began
@@ -87,7 +87,7 @@ def _run_maybe_small(
     elif size is Size.UNKNOWN and small != seen:
         remember(discriminator, x, small)
     if small:
-        return Forward(returned, logits, x, None, REASON)
+        return Forward(returned, logits, x, None, reason(x))
     if tracer is None:
         return Forward(returned, logits, x, None, "an earlier forward with these shapes was small")
     return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned, late=True))

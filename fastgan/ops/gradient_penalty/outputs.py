@@ -26,13 +26,13 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     if select is None and isinstance(returned, Tensor) and returned.ndim and returned.shape[0] == samples:
         return [returned]  # the common case
     if select is None:
-        logits = _sole(returned, samples)
+        logits = _only_logits(returned, samples)
     elif callable(select):
         logits = _chosen(select(returned), returned)
     else:
         keys = select if isinstance(select, tuple | list) else (select,)
-        logits = [tensor for key in keys for tensor in _sole(_part(returned, key), samples)]
-    if _some_twice(logits):
+        logits = [tensor for key in keys for tensor in _only_logits(_part(returned, key), samples)]
+    if _has_duplicates(logits):
         raise ValueError(f"select={select!r} selects the same output twice, from {_shapes(returned)}")
     for tensor in logits:
         if tensor.ndim == 0 or len(tensor) != samples:
@@ -77,7 +77,7 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, int | str) and not isinstance(key, bool)
 
 
-def _sole(output: Any, samples: int) -> list[Tensor]:
+def _only_logits(output: Any, samples: int) -> list[Tensor]:
     """Return the tensors of an output if all of them can only be logits."""
     if isinstance(output, Tensor):
         return [output]
@@ -125,7 +125,7 @@ def _tensors(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _some_twice(tensors: Sequence[Tensor]) -> bool:
+def _has_duplicates(tensors: Sequence[Tensor]) -> bool:
     return any(tensor is other for i, tensor in enumerate(tensors) for other in tensors[:i])
 
 
@@ -146,7 +146,7 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
 
 def _one_made_of_another(logits: Sequence[Tensor]) -> bool:
     """Return whether one tensor was computed from another, such as logits from features."""
-    if _some_twice(logits):
+    if _has_duplicates(logits):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False  # there is no graph yet; see refuse_dependent

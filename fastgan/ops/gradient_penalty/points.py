@@ -41,7 +41,7 @@ def _alpha(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return uniform([like.shape[0], *[1] * (like.ndim - 1)], like, generator)
 
 
-def _beside(alpha: Tensor, x: Tensor) -> Tensor:
+def _per_sample(alpha: Tensor, x: Tensor) -> Tensor:
     """Reshape alpha, so that it broadcasts over x (N, *S)."""
     return alpha.to(x).view(-1, *[1] * (x.ndim - 1))
 
@@ -49,7 +49,7 @@ def _beside(alpha: Tensor, x: Tensor) -> Tensor:
 def _perturbed(real: Inputs, generator: torch.Generator | None) -> Inputs:
     noises = iter([uniform(x.shape, x, generator) for x in floating(real)])
     alpha = _alpha(floating(real)[0], generator)
-    return replaced(real, lambda x: x.detach() + _beside(alpha, x) * 0.5 * x.detach().std() * next(noises))
+    return replaced(real, lambda x: x.detach() + _per_sample(alpha, x) * 0.5 * x.detach().std() * next(noises))
 
 
 def _between(real: Inputs, fake: Inputs, generator: torch.Generator | None) -> Inputs:
@@ -58,4 +58,4 @@ def _between(real: Inputs, fake: Inputs, generator: torch.Generator | None) -> I
         end = real.detach() if real.requires_grad else real
         return torch.lerp(start, end, _alpha(real, generator))
     fakes, alpha = iter(floating(fake)), _alpha(floating(real)[0], generator)
-    return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _beside(alpha, x)))
+    return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _per_sample(alpha, x)))

@@ -111,7 +111,7 @@ def _keep_source(call: Call, *args: Any, **kwargs: Any) -> None:
     call.source = made[0].clone() if inplace else made[0]
 
 
-def _bent(call: Call, *args: Any, **kwargs: Any) -> Layout:
+def _piecewise(call: Call, *args: Any, **kwargs: Any) -> Layout:
     """Functions that are piecewise affine in each element. The constant is the result minus slope times element."""
     made = [t for t in tensors((args, kwargs)) if call.layout(t) is not None]
     if len(made) == 1:
@@ -141,14 +141,14 @@ def _keep_source_of_two(call: Call, input: Tensor, *rest: Any, **named: Any) -> 
 def _extremum(call: Call, input: Tensor, *rest: Any, **named: Any) -> Any:
     """max and min of two tensors, over one dimension, or over all elements."""
     if any(True for _ in tensors((rest, named))):
-        return _bent(call, input, *rest, **named)
+        return _piecewise(call, input, *rest, **named)
     return reduced(call, input, *rest, **named)
 
 
 def _clamped(call: Call, input: Tensor, *bounds: Any, **named: Any) -> Layout:
     if len(bounds) + len(named) == 1 and all(isinstance(x, int | float) and x == 0 for x in (*bounds, *named.values())):
         return call.layout_of(input)
-    return _bent(call, input, *bounds, **named)
+    return _piecewise(call, input, *bounds, **named)
 
 
 def _keep_alias(call: Call, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> None:
@@ -223,7 +223,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(functions("clamp", "clip", "clamp_min", "clamp_max"), Rule(_clamped, _keep_source)),
     **dict.fromkeys(
         functions("maximum", "minimum", "hardtanh", "relu6", "threshold", "softshrink", "hardsigmoid"),
-        Rule(_bent, _keep_source),
+        Rule(_piecewise, _keep_source),
     ),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fastgan.ops.work import CALL, NORMALIZED
+from fastgan.ops.gradient_penalty.overhead import Threshold
+from fastgan.ops.work import NORMALIZED
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -49,9 +50,8 @@ class Cost(NamedTuple):
     multiplications: int
     layers: int
 
-    def minus_overhead(self) -> int:
-        """Return the multiplications minus the overhead of calling fastgan's functions, one per layer."""
-        return self.multiplications - CALL * self.layers
+    def reaches(self, threshold: Threshold) -> bool:
+        return self.multiplications >= threshold.least + threshold.per_layer * self.layers
 
 
 def bound(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost | None:

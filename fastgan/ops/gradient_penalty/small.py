@@ -1,10 +1,11 @@
 """Small discriminators, for which the Python overhead of fastgan exceeds the work that it saves.
 
-On a CPU, a forward with fewer multiplications than a threshold runs PyTorch's own functions. If the parameters of the
-modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
+A forward with fewer multiplications than a threshold (overhead.py) runs PyTorch's own functions. If the parameters of
+the modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
 before the call runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that layer on. The
-decision depends only on the current forward, so a resumed run makes the same choices. A call of one known module is
-remembered together with everything that can change its size: the number of modules, the mode and the shapes.
+decision depends only on the current forward and the device, so a resumed run makes the same choices. A call of one
+known module is remembered together with everything that can change its size: the number of modules, the mode and the
+shapes.
 """
 
 from __future__ import annotations
@@ -21,22 +22,30 @@ from torch import Tensor, nn
 
 from fastgan import backends
 from fastgan.ops.gradient_penalty.called_modules import Call, called_modules, code_of
+from fastgan.ops.gradient_penalty.overhead import threshold
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.size import bound, estimate
+from fastgan.ops.twice_differentiable import Rerouting
 from fastgan.torch_private import in_transform
 
 MOST_SHAPES = 256  # the number of calls that are remembered per module
-LEAST = 2**25  # multiplications in a forward from which the savings exceed the overhead
 
-_is_cpu = attrgetter("is_cpu")
+_is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
 REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is faster"
+_ON_GPU = (
+    ", because its functions take less time on the host. To use fastgan's, compile the step with torch.compile, or run "
+    "it as a CUDA graph with fastgan.graphed_step"
+)
 
 _any_size: ContextVar[bool] = ContextVar("fastgan_any_size", default=False)
 
 
 @contextmanager
 def at_any_size() -> Iterator[None]:
-    """Use fastgan for discriminators of any size in this thread. Tests that compare it with PyTorch need this."""
+    """Use fastgan for discriminators of any size in this thread.
+
+    Tests that compare it with PyTorch need this, and CUDA graphs, whose replay takes no time on the host.
+    """
     token = _any_size.set(True)
     try:
         yield
@@ -49,10 +58,17 @@ class Size(Enum):
     UNKNOWN = auto()  # count while the forward runs
     LARGE = auto()
 
-    @property
-    def after(self) -> int | None:
-        """Return the number of multiplications after which fastgan's functions run, or None for never."""
-        return {Size.SMALL: None, Size.UNKNOWN: LEAST, Size.LARGE: 0}[self]
+    def rerouting(self, inputs: Sequence[Tensor]) -> Rerouting:
+        """Return the context in which the forward runs."""
+        if self is not Size.UNKNOWN:
+            return Rerouting(None if self is Size.SMALL else 0)
+        limit = threshold(inputs[0])
+        return Rerouting(limit.least, limit.per_layer)
+
+
+def reason(inputs: Sequence[Tensor]) -> str:
+    """Return why a small discriminator is left to PyTorch, and what helps."""
+    return REASON + _ON_GPU if inputs[0].is_cuda else REASON
 
 
 def size_of(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
@@ -65,9 +81,10 @@ def size_of(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
     most = bound(modules, inputs)
     if most is None:
         return Size.UNKNOWN
-    if most.minus_overhead() < LEAST:
+    limit = threshold(inputs[0])
+    if not most.reaches(limit):
         return Size.SMALL
-    return Size.LARGE if estimate(modules, inputs).minus_overhead() >= LEAST else Size.UNKNOWN
+    return Size.LARGE if estimate(modules, inputs).reaches(limit) else Size.UNKNOWN
 
 
 def takes_less(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
@@ -103,7 +120,7 @@ def forget(call: Call | None) -> None:
 def _depends_on_size(inputs: Sequence[Tensor]) -> bool:
     if _any_size.get() or backends.is_forced() or in_transform():
         return False
-    return all(map(_is_cpu, inputs))
+    return all(map(_is_cpu, inputs)) or all(map(_is_cuda, inputs))
 
 
 # Discriminators that counting showed to be small, with the shapes of their inputs. The next forward is counted again,

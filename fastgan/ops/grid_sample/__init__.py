@@ -47,7 +47,7 @@ def grid_sample(
     Returns:
         (N, C, H', W'), dtype of the input.
     """
-    ours = (
+    supported = (
         isinstance(input, Tensor)
         and input.ndim == 4
         and mode in _MODES
@@ -58,7 +58,7 @@ def grid_sample(
         and backends.is_known(input.device)
         and not torch.compiler.is_compiling()
     )
-    if not ours:
+    if not supported:
         return F.grid_sample(input, grid, mode, padding_mode, align_corners)
     with torch.no_grad():  # for PyTorch's errors, its warning about align_corners, and the dtypes under autocast
         sampled = F.grid_sample(input, grid, mode, padding_mode, align_corners)

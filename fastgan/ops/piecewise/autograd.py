@@ -37,7 +37,7 @@ class Step(NamedTuple):
     indices: Tensor | None = None  # a second result, which is not differentiable
 
 
-def takes(input: Any, inplace: bool = False) -> bool:
+def is_eligible(input: Any, inplace: bool = False) -> bool:
     """Return whether fastgan handles this input. PyTorch's functions handle all others and raise their own errors."""
     return (
         isinstance(input, Tensor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.bias_act.functions import leaky_relu
-from fastgan.ops.piecewise.autograd import Linear, Step, piecewise, takes
+from fastgan.ops.piecewise.autograd import Linear, Step, is_eligible, piecewise
 from fastgan.torch_private import clamp_passes_at_bound
 
 aten: Any = torch.ops.aten
@@ -54,7 +54,7 @@ def elementwise(
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         over = inplace or _is_inplace(reference, args, kwargs)
-        if not takes(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
+        if not is_eligible(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
             return reference(input, *args, **kwargs)
         if not clamp_passes_at_bound and any(isinstance(bound, Tensor) for bound in (*args, *kwargs.values())):
             return reference(input, *args, **kwargs)
@@ -148,7 +148,7 @@ def maximum(reference: Callable[..., Any], largest: bool) -> Callable[..., Any]:
         if kwargs.keys() - {"other"} or len(args) > 1 or not isinstance(other, Tensor):
             return reference(input, *args, **kwargs)
         x, constant = (input, other) if input.requires_grad else (other, input)
-        if not takes(x) or not _fit(x, [constant]):
+        if not is_eligible(x) or not _fit(x, [constant]):
             return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
@@ -178,7 +178,7 @@ def rrelu(
     """``torch.rrelu``. In evaluation it is a leaky ReLU. In training it saves the slopes that it has drawn."""
     reference: Any = torch.rrelu_ if over else torch.rrelu
     # If the bounds are this close, PyTorch's backward does not use the slopes that were drawn.
-    if not takes(input, over) or (training and upper - lower <= 1e-6):
+    if not is_eligible(input, over) or (training and upper - lower <= 1e-6):
         return reference(input, lower, upper, training, generator)  # type: ignore[no-any-return]
     if not training:
         reference(torch.empty_like(input[:0]), lower, upper)  # raises if the bounds are wrong

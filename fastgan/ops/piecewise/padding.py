@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops.piecewise.autograd import Linear, Step, as_autocast, piecewise, takes
+from fastgan.ops.piecewise.autograd import Linear, Step, as_autocast, is_eligible, piecewise
 from fastgan.ops.piecewise.pooling import placeholder_for
 
 aten: Any = torch.ops.aten
@@ -39,7 +39,7 @@ def _circular(pad: Sequence[int]) -> Linear:
 
 
 def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    if mode not in _KINDS or not takes(input) or not _is_plain(input, pad):
+    if mode not in _KINDS or not is_eligible(input) or not _is_plain(input, pad):
         return F.pad(input, pad, mode, value)
 
     def run(x: Tensor) -> Step:

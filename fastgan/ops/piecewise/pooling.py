@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops.piecewise.autograd import Linear, Step, as_autocast, piecewise, takes
+from fastgan.ops.piecewise.autograd import Linear, Step, as_autocast, is_eligible, piecewise
 
 aten: Any = torch.ops.aten
 Function = Callable[..., Any]
@@ -89,7 +89,7 @@ def _max_pool(reference: Function, with_indices: Function, backward: Function, d
     returns_indices = reference is with_indices
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not takes(input) or input.ndim not in (dims + 1, dims + 2):
+        if not is_eligible(input) or input.ndim not in (dims + 1, dims + 2):
             return reference(input, *args, **kwargs)
 
         def run(x: Tensor) -> Step:
@@ -107,7 +107,7 @@ def _max_pool(reference: Function, with_indices: Function, backward: Function, d
 def _average_pool(reference: Function, dims: int) -> Function:
     def route(input: Tensor, output_size: Any) -> Any:
         sizes = list(output_size) if isinstance(output_size, Sequence) else [output_size]
-        if not takes(input) or all(size == 1 for size in sizes):  # a mean; its gradient in PyTorch is an expand
+        if not is_eligible(input) or all(size == 1 for size in sizes):  # a mean; its gradient in PyTorch is an expand
             return reference(input, output_size)
         return _averaged(lambda x: reference(x, output_size), input, dims)
 
@@ -128,7 +128,7 @@ def _interpolate(
     input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
 ) -> Any:
     """``F.interpolate``. In modes other than "area" PyTorch's formulas propagate no zeros."""
-    if mode != "area" or not takes(input) or input.ndim not in (3, 4, 5):
+    if mode != "area" or not is_eligible(input) or input.ndim not in (3, 4, 5):
         return F.interpolate(input, size, scale_factor, mode, *args, **kwargs)
     return _averaged(lambda x: F.interpolate(x, size, scale_factor, mode, *args, **kwargs), input, input.ndim - 2)
 

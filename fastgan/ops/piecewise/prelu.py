@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from fastgan.ops.library import is_autocast
 from fastgan.ops.needed import needed
-from fastgan.ops.piecewise.autograd import takes
+from fastgan.ops.piecewise.autograd import is_eligible
 
 aten: Any = torch.ops.aten
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """``F.prelu`` with the same arguments, results and errors, differentiable to any order."""
-    plain = takes(input) and type(weight) in (Tensor, torch.nn.Parameter) and weight.ndim < 2
+    plain = is_eligible(input) and type(weight) in (Tensor, torch.nn.Parameter) and weight.ndim < 2
     channels = input.shape[1] if plain and input.ndim > 1 else 1
     if not plain or weight.numel() not in (1, channels):
         return F.prelu(input, weight)

@@ -46,6 +46,7 @@ _MAX_PARTS = tl.constexpr(plans.MAX_PARTS)
 _GENERAL = tl.constexpr(plans.GENERAL)
 _ALONG = tl.constexpr(plans.ALONG)
 _ACROSS = tl.constexpr(plans.ACROSS)
+_RUNS = tl.constexpr(plans.RUNS)
 _WEIGHT_PART = tl.constexpr(plans.WEIGHT_PART)
 _U_PART = tl.constexpr(plans.U_PART)
 
@@ -93,7 +94,7 @@ def _inverse_norm(squared, EPS: tl.constexpr):
 @triton.jit
 def _dot(weight, x, i, ni, nj, rows, inner, FORM: tl.constexpr, OF_T: tl.constexpr, ACC: tl.constexpr):
     """Return the sum over j of W[i, j] x[j] for a block of i. W is transposed if OF_T."""
-    BJ: tl.constexpr = (_SMALL_BLOCK if FORM == _GENERAL else _BLOCK) // i.shape[0]
+    BJ: tl.constexpr = (_SMALL_BLOCK if FORM <= _RUNS else _BLOCK) // i.shape[0]
     acc = tl.zeros([i.shape[0], BJ], ACC)
     for j0 in range(0, nj, BJ):
         j = j0 + tl.arange(0, BJ)
@@ -126,8 +127,8 @@ def _tile(
     """Write one tile of s or t to ``result`` and return its part of the sum of squares (WEIGHTED: of u.s)."""
     ACC: tl.constexpr = result.dtype.element_ty
     WIDE: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    VEC: tl.constexpr = 1 if FORM == _GENERAL else WIDE
-    BI: tl.constexpr = 4 if FORM == _ALONG else 8 * WIDE if FORM == _ACROSS else 32
+    VEC: tl.constexpr = 1 if FORM <= _RUNS else WIDE
+    BI: tl.constexpr = 32 if FORM == _GENERAL else 8 * WIDE if FORM == _ACROSS else 4
     weight = _pointer(layer, _WEIGHT, DTYPE, VEC)
     u = _pointer(layer, _U, DTYPE, 1)
     rows = tl.load(layer + _ROWS)
@@ -183,6 +184,8 @@ def _product(
         part = _tile(layer, index, x, scale, result, _ALONG, OF_T, WEIGHTED, DTYPE)
     elif form == _ACROSS:
         part = _tile(layer, index, x, scale, result, _ACROSS, OF_T, WEIGHTED, DTYPE)
+    elif not OF_T and form == _RUNS:
+        part = _tile(layer, index, x, scale, result, _RUNS, OF_T, WEIGHTED, DTYPE)
     else:
         part = _tile(layer, index, x, scale, result, _GENERAL, OF_T, WEIGHTED, DTYPE)
     tl.store(scratch + tl.load(layer + HERE + _SUMS) + index, part)
@@ -393,7 +396,7 @@ def forward(
         _product[(len(tiles),)](tiles, layers, scratch, **constants)
 
     with _on(saved.device):
-        layers = plans.table_of(plan, addresses, saved.device)
+        layers = plans.table_of(plan, addresses, saved.device, weights)
         if n_power_iterations == 0:
             product(of_t=False, stored=True, weighted=True)
         for i in range(n_power_iterations):
@@ -415,7 +418,7 @@ def backward(
     scratch = saved.new_empty(plan.chunk_sums)
     dtype = _TYPES[weights[0].dtype]
     with _on(saved.device):
-        layers = plans.table_of(plan, addresses, saved.device)
+        layers = plans.table_of(plan, addresses, saved.device, weights)
         _inner_products[(len(plan.chunks),)](plan.chunks, layers, scratch, DTYPE=dtype)
         _grad_weights[(len(plan.chunks),)](plan.chunks_back, layers, scratch, DTYPE=dtype)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 BLOCK = 4096  # elements that a program holds at a time: eight 16-byte loads per thread in float32
 SMALL_BLOCK = 1024  # block size for narrow accesses and for vectors
@@ -14,9 +16,11 @@ MAX_PARTS = 1024  # largest number of partial sums; each reader adds them up
 _MAX_LENGTH = 2**31 - 1 - BLOCK  # rows or columns; their product may be larger
 _ENOUGH_PROGRAMS = 2048  # several programs for each multiprocessor of a large GPU
 
-# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. GENERAL:
-# all other cases.
-GENERAL, ALONG, ACROSS = 0, 1, 2
+# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. RUNS: each
+# row lies in short runs, as in a transposed convolution's weight; few rows a program, since a row is long. GENERAL: all
+# other cases. The first two read single elements.
+GENERAL, RUNS, ALONG, ACROSS = 0, 1, 2, 3
+_RUN = 8  # elements of a run that fill a sector of memory
 # What a program of the last forward launch writes.
 WEIGHT_PART, U_PART, V_PART = 0, 1, 2
 
@@ -62,6 +66,7 @@ def plan_of(
     """Make the plan for weights (outer, rows, inner), ``item`` bytes per element, 16-byte ``aligned`` or not."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("spectral norm of new weights cannot be captured: run the step once before the capture")
+    release()
     for outer, rows, inner in matrices:
         if max(rows, outer * inner) > _MAX_LENGTH:
             raise ValueError(
@@ -123,6 +128,8 @@ def plan_of(
 def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: bool) -> int:
     outer, rows, inner = matrix
     line = inner if outer == 1 else rows
+    if outer > 1 and inner >= _RUN and not of_columns:
+        return RUNS
     if not aligned or min(outer, inner) > 1 or line % vector:
         return GENERAL
     return ALONG if (outer == 1) != of_columns else ACROSS
@@ -130,23 +137,46 @@ def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: 
 
 def outputs_a_block(form: int, item: int) -> int:
     """Return how many elements of s or t a program computes at a time, each from its share of a block of W."""
-    return {ALONG: 4, ACROSS: 128 // item, GENERAL: 32}[form]
+    return {ALONG: 4, ACROSS: 128 // item, RUNS: 4, GENERAL: 32}[form]
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# CUDA graphs read the tensors of these plans at each replay. There is one for each model, however often it is captured.
-_captured: set[Plan] = set()
+# CUDA graphs read the tensors of these plans at each replay. By plan: for each set of parameters that was captured with
+# it, the storages of these, which a replay needs too. Weights that are no parameters may be a graph's own, so that
+# nothing tells when it is gone; their plans are kept.
+_captured: dict[Plan, dict[tuple[int, ...], tuple[StorageWeakRef, ...]]] = {}
 
 
-def table_of(plan: Plan, addresses: tuple[Addresses, ...], device: torch.device) -> Tensor:
+def _keep(plan: Plan, weights: Sequence[Tensor]) -> None:
+    """Keep a plan for a graph, as long as the parameters live that the graph reads."""
+    release()
+    storages: tuple[StorageWeakRef, ...] = ()
+    if all(isinstance(w, torch.nn.Parameter) for w in weights):
+        storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights)
+    _captured.setdefault(plan, {})[tuple(s.cdata for s in storages)] = storages
+
+
+def release() -> None:
+    """Release the plans of graphs that cannot be replayed any more."""
+    for plan, by_weights in list(_captured.items()):
+        for key, storages in list(by_weights.items()):
+            if any(storage.expired() for storage in storages):
+                del by_weights[key]
+        if not by_weights:
+            del _captured[plan]
+
+
+def table_of(
+    plan: Plan, addresses: tuple[Addresses, ...], device: torch.device, weights: Sequence[Tensor] = ()
+) -> Tensor:
     """Return the table of weights on the current device. A step with the same addresses as before uploads nothing."""
     if device.type != "cuda":
         return _table(plan.rows, addresses, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        _captured.add(plan)
+        _keep(plan, weights)
         return _written(plan, addresses)
     stream = torch.cuda.current_stream(device)
     plan.use_on(stream)

@@ -14,85 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
-
-_BLOCK = 512  # columns of a phase that a program's threads have together
-_ROWS = tl.constexpr(4)
-
-
-@triton.jit
-def _first(position, UP: tl.constexpr):
-    """Return the first input at or after a place among the inputs and the zeros between them."""
-    shift = tl.maximum(-position, 0)  # keeps what is divided from being negative
-    return (position + shift * UP + UP - 1) // UP - shift
-
-
-@triton.jit
-def _plus(total, line, taps_ptr, K: tl.constexpr, TAPS: tl.constexpr):
-    """Add the line with tap K, if there is one."""
-    if K >= 0 and K < TAPS:
-        total += line * tl.load(taps_ptr + K)
-    return total
-
-
-@triton.jit
-def _rows(
-    x_plane,
-    taps_ptr,
-    y0,
-    x0,
-    exists,
-    c,
-    inner,
-    height,
-    width,
-    KY: tl.constexpr,
-    KX: tl.constexpr,
-    UP_Y: tl.constexpr,
-    UP_X: tl.constexpr,
-    DOWN_Y: tl.constexpr,
-    TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    SEPARABLE: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Return four rows of a phase, whose first taps are KY and KX. Their first inputs are at y0 and x0."""
-    ACC: tl.constexpr = taps_ptr.dtype.element_ty
-    SIZE: tl.constexpr = TAPS_Y if SEPARABLE else TAPS_Y * TAPS_X
-    WIDTH: tl.constexpr = 1 if SEPARABLE else TAPS_X  # taps of a row
-    EACH: tl.constexpr = DOWN_Y * UP_Y * WIDTH  # from a row's tap to that of the next
-    zero = tl.zeros([y0.shape[0], x0.shape[1]], ACC)
-    first = zero
-    second = zero
-    third = zero
-    fourth = zero
-    for v in tl.static_range((_ROWS - 1) * DOWN_Y + (TAPS_Y - KY + UP_Y - 1) // UP_Y):
-        y = y0 + v
-        line = zero
-        for h in tl.static_range((TAPS_X - KX + UP_X - 1) // UP_X):
-            x = x0 + h
-            at = (y.to(INDEX) * width + x) * inner + c
-            read = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            value = tl.load(x_plane + at, mask=read, other=0.0).to(ACC)
-            if SEPARABLE:
-                line += value * tl.load(taps_ptr + (TAPS_Y + KX + h * UP_X))
-            else:
-                first = _plus(first, value, taps_ptr, (KY + v * UP_Y) * WIDTH + KX + h * UP_X, SIZE)
-                second = _plus(second, value, taps_ptr, (KY + v * UP_Y) * WIDTH + KX + h * UP_X - EACH, SIZE)
-                third = _plus(third, value, taps_ptr, (KY + v * UP_Y) * WIDTH + KX + h * UP_X - 2 * EACH, SIZE)
-                fourth = _plus(fourth, value, taps_ptr, (KY + v * UP_Y) * WIDTH + KX + h * UP_X - 3 * EACH, SIZE)
-        if SEPARABLE:
-            first = _plus(first, line, taps_ptr, KY + v * UP_Y, SIZE)
-            second = _plus(second, line, taps_ptr, KY + v * UP_Y - EACH, SIZE)
-            third = _plus(third, line, taps_ptr, KY + v * UP_Y - 2 * EACH, SIZE)
-            fourth = _plus(fourth, line, taps_ptr, KY + v * UP_Y - 3 * EACH, SIZE)
-    return first, second, third, fourth
+from fastgan.ops.upfirdn2d.triton_rows import BLOCK, ROWS, first_input, rows_of_phase, taps_on_device
 
 
 @triton.jit
@@ -123,7 +51,7 @@ def _upfirdn2d(
 ):
     columns = tl.cdiv(out_width, UP_X) * inner
     along = tl.cdiv(columns, TILE_X)
-    down = tl.cdiv(tl.cdiv(out_height, UP_Y), _ROWS * TILE_Y)
+    down = tl.cdiv(tl.cdiv(out_height, UP_Y), ROWS * TILE_Y)
     tile = tl.program_id(0) % (along * down)
     plane = (tl.program_id(0) // (along * down)).to(tl.int64)
     x_plane = typed(x_ptr, DTYPE) + plane * height * width * inner
@@ -134,9 +62,9 @@ def _upfirdn2d(
     group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
     for q in tl.static_range(UP_Y):
         for p in tl.static_range(UP_X):
-            y0 = group * (_ROWS * DOWN_Y) + _first(q * DOWN_Y - start_y, UP_Y)
-            x0 = column * DOWN_X + _first(p * DOWN_X - start_x, UP_X)
-            rows = _rows(
+            y0 = group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y)
+            x0 = column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X)
+            rows = rows_of_phase(
                 x_plane,
                 taps_ptr,
                 y0,
@@ -157,8 +85,8 @@ def _upfirdn2d(
                 INDEX,
             )
             ox = column * UP_X + p
-            for row in tl.static_range(_ROWS):
-                oy = (group * _ROWS + row) * UP_Y + q
+            for row in tl.static_range(ROWS):
+                oy = (group * ROWS + row) * UP_Y + q
                 at = (oy.to(INDEX) * out_width + ox) * inner + c
                 tl.store(y_plane + at, rounded(rows[row], DTYPE), mask=(oy < out_height) & (ox < out_width))
 
@@ -167,9 +95,9 @@ def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps:
     """x and y are contiguous, in the layout that ``sizes`` tell: see autograd.py."""
     planes, inner, height, width, out_height, out_width, *pairs = sizes
     up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
-    columns, rows = triton.cdiv(out_width, up_x) * inner, triton.cdiv(triton.cdiv(out_height, up_y), _ROWS.value)
-    tile_x = min(_BLOCK, triton.next_power_of_2(columns))
-    tile_y = min(_BLOCK // tile_x, triton.next_power_of_2(rows))
+    columns, rows = triton.cdiv(out_width, up_x) * inner, triton.cdiv(triton.cdiv(out_height, up_y), ROWS.value)
+    tile_x = min(BLOCK, triton.next_power_of_2(columns))
+    tile_y = min(BLOCK // tile_x, triton.next_power_of_2(rows))
     options: dict[str, Any] = {
         "UP_Y": up_y,
         "UP_X": up_x,
@@ -185,25 +113,11 @@ def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps:
         "INDEX": tl.int32 if max(height * width, out_height * out_width) * inner < 2**30 else tl.int64,
         "DTYPE": DTYPES[x.dtype],
     }
-    of_device = _taps(tuple(taps), accumulation_dtype(x.dtype), x.device)
+    of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = inner, height, width, out_height, out_width, start_y, start_x
     with device_of(x):
         grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
         _upfirdn2d[grid](x, y, of_device, *shape, **options)
-
-
-_on_device: dict[Any, Tensor] = {}
-
-
-def _taps(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The taps as a tensor, made once: a copy to the device at every call would cost more than the kernel."""
-    key = values, dtype, device
-    found = _on_device.get(key)
-    if found is None:
-        if len(_on_device) >= 256:
-            _on_device.clear()
-        found = _on_device[key] = torch.tensor(values, dtype=dtype).to(device)
-    return found
 
 
 _POINTERS = addresses("x", "y", "taps") | dict.fromkeys(
@@ -225,7 +139,7 @@ AOT = [
                 "TAPS_X": 4,
                 "SEPARABLE": separable,
                 "TILE_Y": tile_y,
-                "TILE_X": _BLOCK // tile_y,
+                "TILE_X": BLOCK // tile_y,
                 "INDEX": index,
             }
             for up, down, separable, tile_y, index in (

@@ -52,8 +52,13 @@ def score(
         return {"unscored": reason}
     assert held_out is not None
     n = min(images, gan.source.size or images, held_out.size or images)
-    real, other = (some_reals(source, n, seed)[0].cpu() for source in (held_out, gan.source))
-    fake = torch.cat([gan.samples(batch) for batch in latents(gan, n, seed).split(gan.optim.batch_size)])
+    real, labels = some_reals(held_out, n, seed)
+    other, _ = some_reals(gan.source, n, seed)
+    parts = [slice(start, start + gan.optim.batch_size) for start in range(0, n, gan.optim.batch_size)]
+    z = latents(gan, n, seed)
+    # Samples have the reals' classes, so that a rare class is as rare among them.
+    fake = torch.cat([gan.samples(z[part], None if labels is None else labels[part]) for part in parts])
+    real, other = real.cpu(), other.cpu()
     found = compare(real, other, fake, load_extractor(extractor, gan.device), extractor, gan.device)
     if n < images:
         held = "" if held_out.size is None or held_out.size > n else f" and {held_out.size} are held out"

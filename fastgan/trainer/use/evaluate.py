@@ -15,9 +15,11 @@ from fastgan.trainer.data.held_out import some_reals
 from fastgan.trainer.data.image_folder import read_pictures
 from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.data.pixels import Layout, endings, open_image
+from fastgan.trainer.data.record import DataRecord
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import DataError, TrainerError
+from fastgan.trainer.export import home_of
 from fastgan.trainer.measure.extractors import TorchScript, check_extractor, load_extractor
 from fastgan.trainer.measure.metrics import inception_score
 from fastgan.trainer.measure.quality import LEAST, compare, measures_images
@@ -60,7 +62,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         found["note"] = f"{config.samples:,} samples were asked for, but there are only {len(sets.fake):,} pictures"
     if trained:
         found |= {"run": str(config.run), "step": trained.step}
-    out = config.out or (config.run / "evaluation.json" if config.run and config.run.is_dir() else None)
+    is_run = config.run is not None and (config.run.is_dir() or config.run.suffix == ".pt")
+    out = config.out or (home_of(config.run) / "evaluation.json" if config.run and is_run else None)
     if out is not None:
         make_folder(out.parent)
         write_json(out, found)
@@ -69,19 +72,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
     shape = tuple(trained.data["shape"])
+    labels: Tensor | None = None
     if not measures_images(shape):
         raise TrainerError(f"scores need pictures, but the run's samples have shape {shape}")
     settings = trained.config
     floor: Tensor | None = None
     if config.against is not None:
         layout = layout_of(shape, settings.pictures)
-        real, floor = reals_of(config.against, layout, config.samples, config.seed)
+        real, floor, hashes = reals_of(config.against, layout, config.samples, config.seed)
         what = f"{len(real):,} pictures of {config.against}"
+        if known := hashes & trained_on(config.run):
+            what += f", of which the run trained on {len(known):,}, which favors a generator that copies them"
     else:
         assert config.run is not None
-        source, held_out = run_data(settings, config.run if config.run.is_dir() else config.run.parent, trained.device)
+        source, held_out = run_data(settings, home_of(config.run), trained.device)
         if config.training:
-            real = some(source, config.samples, config.seed)
+            real, labels = some(source, config.samples, config.seed)
             what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"
         elif held_out is None or (held_out.size or LEAST) < LEAST:
             raise DataError(
@@ -89,18 +95,32 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
                 "--against PATH takes other pictures, --training those that it trained on"
             )
         else:
-            real = some(held_out, config.samples, config.seed)
-            floor = some(source, len(real), config.seed + 1)
+            real, labels = some(held_out, config.samples, config.seed)
+            floor, _ = some(source, len(real), config.seed + 1)
             floor = floor if len(floor) == len(real) else None
             what = f"{len(real):,} pictures that the run held out"
-    fake = trained.samples(trained.latents(len(real), config.seed))
+    # Samples have the classes of the reals, or of the training data, so that a rare class is as rare among them.
+    labels = labels if config.against is None else drawn_labels(trained, config, len(real))
+    fake = trained.samples(trained.latents(len(real), config.seed), labels)
     return Sets(fake, real, floor, what)
 
 
-def some(source: Any, count: int, seed: int) -> Tensor:
-    """Return `count` different samples, or all of them if there are fewer."""
-    count = min(count, source.size or count)
-    return some_reals(source, count, seed)[0].cpu()
+def some(source: Any, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return `count` different samples and their labels, or all of them if there are fewer."""
+    samples, labels = some_reals(source, min(count, source.size or count), seed)
+    return samples.cpu(), labels
+
+
+def drawn_labels(trained: Trained, config: EvaluateConfig, count: int) -> Tensor | None:
+    """Draw labels (count,) as frequent as in the training data, or return None if they are not known."""
+    record = DataRecord.read(home_of(config.run) / "data.json") if config.run is not None else None
+    if trained.classes is None or record is None:
+        return None
+    names = [content.partition(" ")[2] for content in record.pictures.values()]
+    shares = torch.tensor([float(names.count(name)) for name in trained.class_names], device="cpu")
+    if not shares.sum() > 0:
+        return None
+    return torch.multinomial(shares, count, True, generator=torch.Generator().manual_seed(config.seed))
 
 
 def sets_of_folders(config: EvaluateConfig) -> Sets:
@@ -111,8 +131,8 @@ def sets_of_folders(config: EvaluateConfig) -> Sets:
     else:
         height, width = first_size(config.images)
     layout = Layout(height, width, config.pictures.crop, config.pictures.channels, config.pictures.background)
-    fake, _ = reals_of(config.images, layout, config.samples, config.seed)
-    real, floor = reals_of(config.against, layout, len(fake), config.seed)
+    fake, _, _ = reals_of(config.images, layout, config.samples, config.seed)
+    real, floor, _ = reals_of(config.against, layout, len(fake), config.seed)
     fake = fake[: len(real)]
     return Sets(fake, real, floor, f"{len(real):,} pictures of {config.against}, at {width} x {height} pixels")
 
@@ -132,8 +152,17 @@ def first_size(path: Path) -> tuple[int, int]:
     raise DataError(f"{path} contains no pictures")
 
 
-def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return at most `count` pictures chosen by `seed`, and as many others if there are enough."""
+def trained_on(run: Path | None) -> set[str]:
+    """Return the hashes of the pictures that a run trained on, as far as its folder lists them."""
+    record = DataRecord.read(home_of(run) / "data.json") if run is not None else None
+    if record is None:
+        return set()
+    held_out = set(record.held_out)
+    return {content.partition(" ")[0] for name, content in record.pictures.items() if name not in held_out}
+
+
+def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor, Tensor | None, set[str]]:
+    """Return at most `count` pictures chosen by `seed`, as many others if there are enough, and hashes of the first."""
     found = read_pictures(path, layout, "none")
     order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed), device="cpu")
     if len(order) < LEAST:
@@ -143,7 +172,8 @@ def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor,
     def pixels(index: Tensor) -> Tensor:
         return found.images[index].float().div_(127.5).sub_(1)
 
-    return pixels(chosen), pixels(others) if len(others) == len(chosen) else None
+    hashes = {found.hashes[row] for row in chosen.tolist()}
+    return pixels(chosen), pixels(others) if len(others) == len(chosen) else None, hashes
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastgan import cli
 from fastgan.trainer.measure.extractors import TorchScript, load_extractor
 from fastgan.trainer.measure.metrics import frechet_distance, inception_score, neighbors
 from fastgan.trainer.run import run_data
+from fastgan.trainer.use.trained import Trained
 from tests.trainer.use.conftest import write_pictures
 
 CPU = torch.device("cpu")
@@ -142,6 +144,44 @@ def test_training_pictures_are_used_only_when_asked_and_named(run, config):
     found = json.loads((config.folder / "evaluation.json").read_text())
     assert found["against"].startswith("30 pictures that the run trained on")
     assert "FD-RandomConv" in found
+
+
+def test_pictures_that_the_run_trained_on_are_named_wherever_they_are(run, config, tmp_path):
+    other = write_pictures(tmp_path / "other", 20, seed=9)
+    for number, path in enumerate(sorted(config.data.rglob("*.png"))[:24]):
+        shutil.copy(path, other / f"copy{number}.png")
+    held_out = set(run.held_out.member_names())
+    copied = sum(name not in held_out for name in names(config.data)[:24])
+    assert cli.main(["evaluate", str(config.folder), "--against", str(other), "--device", "cpu"]) == 0
+    found = json.loads((config.folder / "evaluation.json").read_text())
+    assert 0 < copied <= 24
+    assert f"44 pictures of {other}, of which the run trained on {copied}, which favors" in found["against"]
+
+
+def test_samples_have_the_classes_of_the_reals(run, config, monkeypatch):
+    """As many of each, or a generator that makes both classes well scores badly on data where one is rare."""
+    seen = []
+    whole = Trained.samples
+
+    def samples(trained, z, labels=None):
+        seen.append(labels)
+        return whole(trained, z, labels)
+
+    monkeypatch.setattr(Trained, "samples", samples)
+    assert cli.main(["evaluate", str(config.folder), "--device", "cpu"]) == 0
+    held_out = [name.split("/")[0] for name in run.held_out.member_names()]
+    assert torch.bincount(seen[0]).tolist() == [held_out.count("cat"), held_out.count("dog")]
+    record = config.folder / "data.json"
+    content = json.loads(record.read_text())
+    content["pictures"] = {f"{n}.png": f"{n:x} {'cat' if n < 95 else 'dog'}" for n in range(100)}
+    record.write_text(json.dumps(content))
+    flags = ["--against", str(config.data), "--device", "cpu"]
+    assert cli.main(["evaluate", str(config.folder), *flags]) == 0
+    assert torch.bincount(seen[1])[0] > 100
+
+
+def names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))]
 
 
 def test_folders_are_compared_without_a_run(tmp_path, capsys):

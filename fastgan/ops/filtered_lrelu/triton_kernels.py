@@ -1,0 +1,223 @@
+"""The first filter of filtered_lrelu in Triton, with the activation, or its slopes, at the end.
+
+    _activated      z = act(U x), and two bits per element if a derivative follows: above 0, and not clamped
+    with READ       z = S (U x), with the slopes S from these bits
+
+upfirdn2d does the second filter. One kernel for both would have to compute an upsampled element for each of the taps
+that reads it: 36 times for 12 taps and a factor of 2. A thread makes 4 UP_Y rows of a column, as in upfirdn2d, whose
+bits are UP_Y bytes. Bytes: one read of x, one write of z, two bits per element of z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan.ops.library import accumulation_dtype
+from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
+from fastgan.ops.upfirdn2d.triton_rows import BLOCK, ROWS, first_input, rows_of_phase, taps_on_device
+
+
+@triton.jit
+def _activate(u, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """Return the activation, and its two bits."""
+    above = u > 0.0
+    z = u * tl.where(above, tl.full(u.shape, GAIN, u.dtype), tl.full(u.shape, SLOPE * GAIN, u.dtype))
+    bits = above.to(tl.int32)
+    if CLAMP is None:
+        bits += 2
+    else:
+        limit = tl.full(u.shape, CLAMP, u.dtype)
+        kept = tl.abs(z) <= limit
+        bits += 2 * kept.to(tl.int32)
+        z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
+    return z, bits
+
+
+@triton.jit
+def _times_slope(u, bits, SLOPE: tl.constexpr, GAIN: tl.constexpr):
+    z = u * tl.where((bits & 1) != 0, tl.full(u.shape, GAIN, u.dtype), tl.full(u.shape, SLOPE * GAIN, u.dtype))
+    return tl.where((bits & 2) != 0, z, 0.0)
+
+
+@triton.jit
+def _activated(
+    x_ptr,
+    z_ptr,
+    taps_ptr,
+    bits_ptr,
+    height,
+    width,
+    out_height,
+    out_width,
+    start_y,
+    start_x,
+    UP_Y: tl.constexpr,
+    UP_X: tl.constexpr,
+    DOWN_Y: tl.constexpr,
+    DOWN_X: tl.constexpr,
+    PHASE_Y: tl.constexpr,
+    PHASE_X: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    SEPARABLE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    GAIN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    READ: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    columns = tl.cdiv(out_width, UP_X)
+    along = tl.cdiv(columns, TILE_X)
+    down = tl.cdiv(tl.cdiv(out_height, UP_Y), ROWS * TILE_Y)
+    tile = tl.program_id(0) % (along * down)
+    plane = (tl.program_id(0) // (along * down)).to(tl.int64)
+    x_plane = typed(x_ptr, DTYPE) + plane * height * width
+    z_plane = typed(z_ptr, DTYPE) + plane * out_height * out_width
+    column = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
+    group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
+    for p in tl.static_range(UP_X):
+        ox = column * UP_X + p
+        none = tl.zeros([TILE_Y, TILE_X], tl.int32)
+        first = none  # the bytes of this column
+        second = none
+        third = none
+        fourth = none
+        for q in tl.static_range(UP_Y):
+            rows = rows_of_phase(
+                x_plane,
+                taps_ptr,
+                group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y),
+                column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X),
+                column < columns,
+                0,
+                1,
+                height,
+                width,
+                (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,
+                (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
+                UP_Y,
+                UP_X,
+                DOWN_Y,
+                TAPS_Y,
+                TAPS_X,
+                SEPARABLE,
+                INDEX,
+            )
+            for row in tl.static_range(ROWS):
+                oy = (group * ROWS + row) * UP_Y + q
+                inside = (oy < out_height) & (ox < out_width)
+                if READ:
+                    place = (group * UP_Y + (row * UP_Y + q) // 4).to(INDEX) * out_width + ox
+                    bits_plane = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width
+                    bits = tl.load(bits_plane + place, mask=inside, other=0).to(tl.int32)
+                    z = _times_slope(rows[row], bits >> (2 * ((row * UP_Y + q) % 4)), SLOPE, GAIN)
+                else:
+                    z, bits = _activate(rows[row], SLOPE, GAIN, CLAMP)
+                    bits = bits << (2 * ((row * UP_Y + q) % 4))
+                    if (row * UP_Y + q) // 4 == 0:
+                        first += bits
+                    elif (row * UP_Y + q) // 4 == 1:
+                        second += bits
+                    elif (row * UP_Y + q) // 4 == 2:
+                        third += bits
+                    else:
+                        fourth += bits
+                tl.store(z_plane + (oy.to(INDEX) * out_width + ox), rounded(z, DTYPE), mask=inside)
+        if not READ and bits_ptr is not None:
+            packed = (first, second, third, fourth)
+            for b in tl.static_range(UP_Y):
+                line = group * UP_Y + b
+                to = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width + (line.to(INDEX) * out_width + ox)
+                tl.store(to, packed[b].to(tl.uint8), mask=(line * 4 < out_height) & (ox < out_width))
+
+
+def size_of_bits(planes: int, height: int, width: int) -> int:
+    """The bytes for the bits of all planes: a byte has four elements of a column."""
+    return planes * ((height + 3) // 4) * width
+
+
+def activated(
+    x: Tensor,
+    z: Tensor,
+    bits: Tensor | None,
+    read: bool,
+    sizes: Sequence[int],
+    separable: bool,
+    taps: Sequence[float],
+    slope: float,
+    gain: float,
+    clamp: float,
+) -> None:
+    """x and z are contiguous. The sizes are those of upfirdn2d's kernel, with inner 1."""
+    planes, _, height, width, out_height, out_width, *pairs = sizes
+    up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
+    columns, rows = triton.cdiv(out_width, up_x), triton.cdiv(triton.cdiv(out_height, up_y), ROWS.value)
+    tile_x = min(BLOCK, triton.next_power_of_2(columns))
+    tile_y = min(BLOCK // tile_x, triton.next_power_of_2(rows))
+    options: dict[str, Any] = {
+        "UP_Y": up_y,
+        "UP_X": up_x,
+        "DOWN_Y": down_y,
+        "DOWN_X": down_x,
+        "PHASE_Y": start_y % up_y,
+        "PHASE_X": start_x % up_x,
+        "TAPS_Y": taps_y,
+        "TAPS_X": taps_x,
+        "SEPARABLE": separable,
+        "SLOPE": slope,
+        "GAIN": gain,
+        "CLAMP": None if clamp == inf else clamp,
+        "READ": read,
+        "TILE_Y": tile_y,
+        "TILE_X": tile_x,
+        "INDEX": tl.int32 if max(height * width, out_height * out_width) < 2**30 else tl.int64,
+        "DTYPE": DTYPES[x.dtype],
+    }
+    of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
+    shape = height, width, out_height, out_width, start_y, start_x
+    with device_of(x):
+        grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
+        _activated[grid](x, z, of_device, bits, *shape, **options)
+
+
+_POINTERS = {
+    **addresses("x", "z", "taps"),
+    "bits_ptr": "*u8",
+    **dict.fromkeys(("height", "width", "out_height", "out_width", "start_y", "start_x"), "i32"),
+}
+AOT = [
+    (
+        _activated,
+        _POINTERS,
+        [
+            {
+                "UP_Y": 2,
+                "UP_X": 2,
+                "DOWN_Y": 1,
+                "DOWN_X": 1,
+                "PHASE_Y": 0,
+                "PHASE_X": 1,
+                "TAPS_Y": 12,
+                "TAPS_X": 12,
+                "SEPARABLE": True,
+                "SLOPE": 0.2,
+                "GAIN": 2**0.5,
+                "CLAMP": 256.0,
+                "READ": read,
+                "TILE_Y": 4,
+                "TILE_X": BLOCK // 4,
+                "INDEX": tl.int32,
+            }
+            for read in (False, True)
+        ],
+    )
+]
