@@ -197,7 +197,7 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "stairs"], "suite must be one of ops, steps, memory, growth, forms, sizes, got 'stairs'"),
+        (["--suite", "stairs"], "suite must be one of ops, steps, memory, growth, forms, sizes, host, got 'stairs'"),
         (["--case", "spectral_norm/medium", "--device", "cpu"], "matches 'spectral_norm/medium': choose from spectral"),
         (["--case", "*/large/*", "--device", "cpu"], "no ops case for cpu matches '*/large/*'"),
         (["--device", "tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
