@@ -38,7 +38,18 @@ _forced: ContextVar[str] = ContextVar("fastgan_backend", default="auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was requested by name and cannot run this op here. The message says why."""
+    """A backend was requested by name and cannot run this op here. The message states the reason.
+
+    ```python
+    import torch
+    import fastgan
+
+    try:
+        fastgan.ops.layer_norm(torch.randn(2, 64), 64, backend="cuda")
+    except fastgan.BackendUnavailable as error:
+        print(error)  # layer_norm has no cuda implementation
+    ```
+    """
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,15 @@ def register(op: str, implementations: dict[str, frozenset[torch.dtype]], *, cud
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastgan op called inside, in this thread, on one backend. A backward uses its forward's backend.
+    """Context manager: run every fastgan op inside, in this thread, on one backend. A backward uses its forward's.
+
+    ```python
+    import torch
+    import fastgan
+
+    with fastgan.use_backend("reference"):  # pure PyTorch
+        y = fastgan.ops.layer_norm(torch.randn(8, 64), 64)
+    ```
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -115,9 +134,9 @@ def is_recorded() -> bool:
     fastgan. Modes that only observe (a FLOP counter, a profiler, a logger) do not record. Neither does torch.compile:
     its graphs run in this process and can call fastgan's operators.
     """
-    if is_lowered():
+    if _lowered.depth:
         return False  # a region of a penalty, whose record torch.compile runs in this process
-    if _is_in_penalty():
+    if _penalty_was_traced and _is_in_penalty():
         return True
     if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
         return True
@@ -138,6 +157,7 @@ class _Lowered(local):
 
 
 _lowered = _Lowered()
+_penalty_was_traced = False  # by Dynamo in this process; spares eager calls the next look-up
 _penalties: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # traces by Dynamo: how many penalties they are inside of
 
 
@@ -153,6 +173,8 @@ def set_lowered(step: int) -> None:
 
 def enter_penalty() -> None:
     """Called while Dynamo traces: the discriminator that it traces next will be differentiated twice."""
+    global _penalty_was_traced
+    _penalty_was_traced = True
     context = torch_private.TracingContext.get()
     _penalties[context] = _penalties.get(context, 0) + 1
 
@@ -285,7 +307,14 @@ def build_info() -> dict[str, Any]:
 
 
 def info() -> str:
-    """Return a text table of devices, versions, the build, and which backends of each op can run here or why not."""
+    """Return a table as text: versions, devices, the build, and the backends of each op or why they cannot run here.
+
+    ```python
+    import fastgan
+
+    print(fastgan.info())  # the output of the command `fastgan info`
+    ```
+    """
     lines = [f"fastgan {__version__}   torch {torch.__version__}   triton {_version('triton')}"]
     lines.append(f"CPU      {torch.get_num_threads()} threads, {_native_summary()}")
     lines.append(f"GPU      {_gpu_summary()}")

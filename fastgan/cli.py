@@ -34,7 +34,7 @@ OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's example
     "--epochs": "--steps, the number of pictures divided by --batch-size, for each epoch",
     "--num-train-steps": "--steps",
     "--gamma": "--penalty r1 --penalty-weight",
-    "--snap": "--checkpoint-every and --sample-every",
+    "--snap": "--checkpoint-every, --keep-every and --sample-every",
     "--save-every": "--checkpoint-every",
     "--cfg": "a preset and its flags: fastgan train folder --help",
     "--metrics": "--score-every and --extractor",

@@ -32,6 +32,7 @@ __all__ = [
     "FunctionalTensor",
     "TracingContext",
     "apart_from_dynamo",
+    "apply",
     "attention_on_cpu",
     "attention_on_cpu_backward",
     "checkpoint_hook",
@@ -168,6 +169,13 @@ def keep_graph_whole() -> None:
     optimizer: Any = getattr(translator.current_tx().output.compiler_fn, "__self__", None)
     if hasattr(optimizer, "first_bucket_cap"):
         optimizer.first_bucket_cap = optimizer.bucket_bytes_cap = float("inf")
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Call ``function.apply(*args)`` of an autograd.Function, in eager mode without the steps that transforms need."""
+    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _hook_on_top() -> object | None:

@@ -1,4 +1,4 @@
-"""The docstring of each public function and module of fastgan.ops and fastgan.nn has an example, and it runs."""
+"""The docstring of each public name has an example that runs, and an entry for each parameter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ PUBLIC = {
     for namespace in (fastgan.ops, fastgan.nn, fastgan.nn.utils)
     for name in namespace.__all__
     if not inspect.ismodule(getattr(namespace, name))
-} | {
-    f"fastgan.{name}": getattr(fastgan, name)
-    for name in (
-        *("convert", "enabled", "explain_penalty", "gradient_penalty", "graphed_step", "logits_and_penalty"),
-        *("patch_torch_utils", "penalty_from_logits", "revert", "twice_differentiable"),
-    )
-}
+} | {f"fastgan.{name}": getattr(fastgan, name) for name in fastgan.__all__ if callable(getattr(fastgan, name))}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -31,7 +25,7 @@ def test_the_example_of_a_docstring_runs(name):
         exec(compile(example, name, "exec"), {})
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - {"fastgan.BackendUnavailable"}))
 def test_each_parameter_has_an_entry_in_the_docstring(name):
     section = re.search(r"^Args:\n(.*?)(?:^\S|\Z)", inspect.getdoc(PUBLIC[name]) or "", flags=re.DOTALL | re.MULTILINE)
     entries = re.findall(r"^    (\S.*?):", section[1], flags=re.MULTILINE) if section else []

@@ -17,7 +17,8 @@ Run = Callable[[], Sequence[Tensor]]
 Make = Callable[[], Run]
 
 BASELINE = "torch"
-OPTIONAL = ("torch.compile",)  # timed only on request: it takes minutes to compile, and may fail
+# Timed only on request: these take minutes to compile, and may fail.
+OPTIONAL = ("torch.compile", "torch.compile, eager penalty", "torch.compile, backward inside", "fastgan, compiled")
 COUNTS = ("flops", "peak", "saved")
 BY_NAME = ("triton", "cuda")  # backends that compete on a GPU; each is a variant there
 

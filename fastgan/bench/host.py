@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastgan.bench.case import Make, Run
+from fastgan.bench.case import OPTIONAL, Make, Run
 from fastgan.bench.steps import batches
 from fastgan.ops.bias_act.small import rectify
 from fastgan.ops.conv import conv2d
@@ -58,7 +58,7 @@ def per_layer(
     calls: dict[tuple[str, int], Call] = {}
     for depth in depths:
         for name, variant in on_fastgans_path(batches(make(depth), shape, objective, device, dtype)).items():
-            if name != "torch.compile":
+            if name not in OPTIONAL:
                 calls[name, depth] = variant()
     lowest = lowest_times(calls, rounds, repeats=1)
     shallow, deep = depths

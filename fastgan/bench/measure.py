@@ -17,7 +17,8 @@ import torch
 
 from fastgan import backends
 from fastgan.bench import timing
-from fastgan.bench.case import BASELINE, Case, Run, prepare
+from fastgan.bench.case import BASELINE, OPTIONAL, Case, Run, prepare
+from fastgan.bench.convolutions import convolutions
 from fastgan.bench.flops import count_flops
 from fastgan.bench.memory import peak_bytes, saved_bytes
 from fastgan.bench.provenance import provenance
@@ -190,6 +191,8 @@ def _measure(case: Case, device: torch.device, results: Results, keep_going: boo
         if floor is not None:
             result["floor_fraction"] = floor / result["seconds"]["median"]
         result |= _counts(case.counted, name, variants[name], device)
+        if results["compile"] and results["suite"] == "steps" and (found := convolutions(name, variants[name])):
+            result["convolutions"] = found
     if device.type == "cuda" and not untimed:
         for name, result in _graphs(variants, device, rounds, seconds / 10).items():
             if "seconds" in result and floor is not None:
@@ -228,7 +231,7 @@ def _counts(counted: Sequence[str], name: str, run_variant: Run, device: torch.d
     A compiled graph has no count of operations and saved tensors, and no visible allocations on a CPU.
     """
     counts = {}
-    compiled = name == "torch.compile"
+    compiled = name in OPTIONAL
     if "flops" in counted and not compiled:
         counts["flops"] = count_flops(run_variant)
     if "saved" in counted and not compiled:

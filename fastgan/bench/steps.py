@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan.bench.case import BASELINE, Make, Run
+from fastgan.bench.convolutions import Graphs
 
 # Tolerances of each precision. At a kink, a difference in the last bit selects another slope. In float32 a deep
 # network's gradients then differ by thousandths. In float64, which the tests use, they agree to 1e-13.
@@ -34,12 +35,12 @@ class Objective:
     """The scalar to differentiate with respect to the parameters, in two forms that call D in the same order.
 
     ``plain(D, real, fake, alpha, gradient)`` receives a function for D's gradient. ``fast(D, real, fake)`` uses
-    fastgan's. A ``whole`` step has all losses of D and an optimizer step with learning rate 0, so that every call
-    computes the same.
+    fastgan's. If it ``draws``, it also takes a generator. A ``whole`` step has all losses of D and an optimizer step
+    with learning rate 0, so that every call computes the same.
     """
 
     plain: Callable[[Logits, Tensor, Tensor, Tensor, Gradient], Tensor]
-    fast: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    fast: Callable[..., Tensor]
     whole: bool = False
     draws: bool = False  # draws alpha with its own generator, which CUDA graphs do not support
 
@@ -53,8 +54,8 @@ def _wgan_gp(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient
     return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()  # type: ignore[no-any-return]
 
 
-def _fast_wgan_gp(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    generator = torch.Generator(real.device).manual_seed(SEED)
+def _fast_wgan_gp(model: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    generator = generator or torch.Generator(real.device).manual_seed(SEED)
     return fastgan.gradient_penalty(model, real, fake, kind="wgan-gp", weight=WEIGHT, generator=generator)
 
 
@@ -98,8 +99,9 @@ def _critic(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient:
     return logits(fake).mean() - logits(real).mean() + _wgan_gp(logits, real, fake, alpha, gradient)
 
 
-def _fast_critic(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    return model(fake).mean() - model(real).mean() + _fast_wgan_gp(model, real, fake)  # type: ignore[no-any-return]
+def _fast_critic(model: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    loss: Tensor = model(fake).mean() - model(real).mean()
+    return loss + _fast_wgan_gp(model, real, fake, generator)
 
 
 def _non_saturating_r1(logits: Logits, real: Tensor, fake: Tensor, alpha: Tensor, gradient: Gradient) -> Tensor:
@@ -151,7 +153,10 @@ def _rounding(make: Make, precision: str) -> Run:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "float32"):
             return run()
 
-    return rounding if torch.cuda.is_available() else run
+    if not torch.cuda.is_available():
+        return run
+    vars(rounding).update(vars(run))
+    return rounding
 
 
 def seeded(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
@@ -221,7 +226,8 @@ def d_step(
         def total(parameters: dict[str, Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
             return objective.plain(partial(functional_call, net, parameters), real, fake, alpha, _by_func)
 
-        gradients = torch.compile(grad_and_value(total))
+        graphs = Graphs()
+        gradients = graphs.compile(grad_and_value(total))
         leaves = _trained(net)
         parameters = {name: p.detach() for name, p in leaves.items()}
         move = _optimizer(leaves.values()) if objective.whole else None
@@ -235,9 +241,64 @@ def d_step(
                 move()
             return [loss, *(found[name] for name in leaves)]
 
-        return run
+        return counted(run, graphs)
 
-    variants = {BASELINE: eager, "torch.compile": compiled, "fastgan": fastgans}
+    def eager_penalty() -> Run:
+        """The losses compiled, the penalty not: what PyTorch supports."""
+        net, graphs = model(), Graphs()
+        logits = graphs.compile(net)
+
+        def gradient(_: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
+            return _by_autograd(net, x)
+
+        def total() -> Tensor:
+            return objective.plain(logits, real, fake, draw(), gradient)
+
+        return training(net, total, context, objective.whole)
+
+    def backward_inside() -> Run:
+        """All in one graph, with a setting that PyTorch has since 2.13 and does not document."""
+        net, graphs, options = model(), Graphs(), torch._dynamo.config
+        if not hasattr(options, "trace_autograd_ops"):
+            raise RuntimeError("this PyTorch has no torch._dynamo.config.trace_autograd_ops")
+
+        def loss_and_backward(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+            loss = objective.plain(net, real, fake, alpha, _by_autograd)
+            loss.backward()
+            return loss.detach()
+
+        call = graphs.compile(loss_and_backward, fullgraph=True)
+
+        def total() -> Tensor:
+            with options.patch(trace_autograd_ops=True):
+                loss: Tensor = call(real, fake, draw())
+            return loss
+
+        return counted(training(net, total, context, objective.whole, backward=False), graphs)
+
+    def fastgans_compiled() -> Run:
+        net, graphs = model(), Graphs()
+        fastgan.convert(net)
+        called: Any = (lambda x: net(x)) if function else net
+        call = graphs.compile(lambda *inputs: objective.fast(called, *inputs), fullgraph=True)
+        generator = [torch.Generator(device)] if objective.draws else []
+
+        def total() -> Tensor:
+            for drawn in generator:
+                drawn.manual_seed(SEED)
+            loss: Tensor = call(real, fake, *generator)
+            return loss
+
+        return counted(training(net, total, context, objective.whole), graphs)
+
+    variants = {BASELINE: eager, "torch.compile": compiled}
+    if objective.whole:
+        variants["torch.compile, eager penalty"] = eager_penalty
+    variants |= {
+        "torch.compile, backward inside": backward_inside,
+        "fastgan": fastgans,
+        "fastgan, compiled": fastgans_compiled,
+    }
     return {name: partial(_rounding, make, precision) for name, make in variants.items()}
 
 
@@ -267,10 +328,25 @@ def g_step(
     return {name: partial(_rounding, make, precision) for name, make in variants.items()}
 
 
+def counted(run: Run, graphs: Graphs) -> Run:
+    """Give a run the graphs that it runs."""
+    vars(run)["graphs"] = graphs
+    return run
+
+
 def training(
-    net: nn.Module, total: Callable[[], Tensor], context: Callable[[], AbstractContextManager[Any]], whole: bool
+    net: nn.Module,
+    total: Callable[[], Tensor],
+    context: Callable[[], AbstractContextManager[Any]],
+    whole: bool,
+    *,
+    backward: bool = True,
 ) -> Run:
-    """Return a run that computes the gradients of ``total()`` and, if ``whole``, takes an optimizer step."""
+    """Return a run that computes the gradients of ``total()`` and, if ``whole``, takes an optimizer step.
+
+    Args:
+        backward: whether ``total()`` leaves the backward to the run.
+    """
     parameters = list(_trained(net).values())
     nothing = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in parameters]  # needs no memory
     move = _optimizer(parameters) if whole else None
@@ -280,7 +356,8 @@ def training(
             p.grad = None
         with context():
             loss = total()
-        loss.backward()
+        if backward:
+            loss.backward()
         if move is not None:
             move()
         return [

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgan.convert.distance import distance, norm
 from fastgan.convert.probe import outcome
 from fastgan.convert.restore import revert
 from fastgan.ops.attention.multi_head import own_draws
@@ -320,44 +321,20 @@ def tensors_in(values: Any, *, graphs: bool = False) -> Iterator[Tensor]:
 
 
 def _largest(kind: str, actual: Tensors, expected: Tensors, perturbed: list[Tensors]) -> Difference:
-    norms = {name: _norm(t) for name, t in expected.items()}
+    norms = {name: norm(t) for name, t in expected.items()}
     least = 1e-6 * max(norms.values(), default=0.0)  # compared with the largest tensor, a smaller one is rounding noise
     rounding = max((torch.finfo(t.dtype).eps for t in expected.values() if _is_float(t)), default=0.0)
     tolerance = max(_TOLERANCES[kind], 4 * rounding)
     worst = Difference(kind, 0.0, "-", tolerance)
     for name, wanted in expected.items():
         scale = max(norms[name], least) or 1.0
-        error, *moves = (_distance(other.get(name), wanted) / scale for other in (actual, *perturbed))
+        error, *moves = (distance(other.get(name), wanted) / scale for other in (actual, *perturbed))
         sensitivity = max((_FACTOR * move for move in moves if math.isfinite(move)), default=0.0)
         basis = "sensitivity" if sensitivity > tolerance else "tolerance"
         allowed = max(tolerance, sensitivity)
         if error * worst.allowed > worst.error * allowed:
             worst = Difference(kind, error, name, allowed, basis)
     return worst
-
-
-@torch.no_grad()
-def _norm(tensor: Tensor) -> float:
-    values = _exact(tensor)
-    return float(values[values.isfinite()].norm())
-
-
-@torch.no_grad()
-def _distance(actual: Tensor | None, wanted: Tensor) -> float:
-    """Return the norm of the difference. It is infinite if the shapes or the non-finite elements differ."""
-    if actual is None or actual.shape != wanted.shape:
-        return math.inf
-    a, w = _exact(actual), _exact(wanted)
-    finite = w.isfinite()
-    if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].nan_to_num(), w[~finite].nan_to_num()):
-        return math.inf
-    return float((a[finite] - w[finite]).norm())
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    dense = dense.dequantize() if dense.is_quantized else dense
-    return (torch.view_as_real(dense) if dense.is_complex() else dense).double()
 
 
 def table(lines: Sequence[tuple[str, ...]]) -> str:

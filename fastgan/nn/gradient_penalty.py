@@ -56,6 +56,9 @@ class GradientPenalty(nn.Module):
     can be added to a loss. Outside torch.compile, ``backward`` can also be called on it alone; parameters get no
     gradient.
 
+    Call the module as ``penalty(discriminator, real, fake=None, args=(), kwargs=None, generator=None)``. The arguments
+    are those of ``fastgan.gradient_penalty``.
+
     Order of derivative: one, with respect to the parameters of the discriminator.
 
     Source of lazy regularization: Karras et al., StyleGAN2 (2020).

@@ -70,7 +70,7 @@ def is_eager(tensor: Tensor) -> bool:
     """
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and not torch_private.is_jit_tracing()
         and torch_private.dispatch_mode() is None
     )
@@ -122,7 +122,7 @@ def stored(tensor: Tensor) -> Tensor:
     Autograd has zero tensors without storage (the double backward of ``abs`` creates some), and PyTorch has views whose
     values are negated on each read.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return tensor  # the code that runs the compiled graph stores the values
     if is_batched(tensor):
         raise RuntimeError(
@@ -166,7 +166,7 @@ def checkpointed_region() -> object | None:
 
     The checkpoint reruns its function outside of any mode, and the rerun must save the same tensors as the first run.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return None
     return torch_private.checkpoint_hook()
 

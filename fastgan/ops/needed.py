@@ -29,10 +29,13 @@ def needed(ctx: Any) -> tuple[bool, ...]:
     # a view.
     if torch.compiler.is_dynamo_compiling() or torch_private.current_node() is not ctx:
         return wanted
-    nodes = iter(node for node, _ in ctx.next_functions if node is not None)
-    first, *others = [next(nodes) if want else None for want in wanted]
+    nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for each entry that is true
+    first = nodes.pop(0) if wanted[0] else None
     if torch.is_grad_enabled():
-        return wanted if any(map(_is_requested, others)) else (wanted[0], *[False] * len(others))
+        for node in nodes:
+            if _is_requested(node):
+                return wanted
+        return wanted[0], *[False] * (len(wanted) - 1)
     return wanted if _is_requested(first) else (False, *wanted[1:])
 
 

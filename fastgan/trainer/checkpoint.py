@@ -15,8 +15,10 @@ from fastgan.trainer.errors import CheckpointError
 KEEP = 2  # the newest one, and the one before it in case the newest is damaged
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], keep_every: int | None = None) -> Path:
     """Write `state` as the checkpoint of `step`. An interrupted or failed write leaves older checkpoints unchanged.
+
+    Older checkpoints are deleted, except for those of every `keep_every`-th step.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
@@ -44,7 +46,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
             f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}); {advice}"
         ) from error
     for old in _checkpoints(folder)[:-KEEP]:
-        old.unlink()
+        if keep_every is None or int(old.stem.partition("-")[2]) % keep_every:
+            old.unlink()
     return path
 
 
@@ -58,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         rng = state["rng"]
         state["step"] = int(state["step"])
-    except PermissionError as error:
+    except (PermissionError, FileNotFoundError) as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__})") from error

@@ -28,7 +28,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 RESUME_MAY_CHANGE = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
-    *("score_every", "init_from"),
+    *("score_every", "init_from", "keep_every"),
 }
 
 NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
@@ -69,6 +69,7 @@ class OptimConfig:
     ada_images: int = 500_000  # images over which ADA's p can rise from 0 to 1; use fewer for short runs on few images
     ada_target: float = 0.6  # target of E[sign D(real)]: ADA augments more above it and less below it
     kernels: Kernels = "fastgan"  # torch computes penalties and statistics with plain PyTorch
+    compile: bool = False  # compile the networks' functions with torch.compile (needs a C++ compiler)
     batch_size: int = 64  # total over all ranks
     accumulate: int = 1  # split each rank's batch into this many parts to save memory; statistics are per part
     precision: Precision = "float32"  # bfloat16 and float16 use autocast; float16 also scales gradients
@@ -88,6 +89,8 @@ class OptimConfig:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
         if self.freeze_d < 0:
             raise ValueError(f"freeze_d must not be negative, got {self.freeze_d}")
+        if self.compile and self.kernels == "torch":
+            raise ValueError("torch.compile cannot compile PyTorch's double backward: compile needs kernels fastgan")
         if self.optimizer == "extra-adam" and self.precision == "float16":
             raise ValueError("extra-adam extrapolates with unscaled gradients: choose precision bfloat16 or float32")
         if self.optimizer == "extra-adam" and self.d_steps != 1:
@@ -109,11 +112,12 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 500
     checkpoint_every: int = 1000
+    keep_every: int | None = None  # steps between checkpoints that stay; default: only the two newest stay
     equilibrium_every: int | None = 1000  # steps between estimates of the duality gap; each costs about 30 steps
     extractor: str = "random-conv"  # features for the scores; also efficientnet-lite0, FILE.pt or module:callable
     scored: int = 1000  # number of real and of generated images for the scores; at most the held-out tenth
     score_every: int | None = None  # steps between scores; the best generator is kept as best.safetensors
-    init_from: Path | None = None  # run's folder or exported generator whose weights to start from (fine-tuning)
+    init_from: Path | None = None  # run, checkpoint or exported generator whose weights to start from (fine-tuning)
     tensorboard: bool = False  # also write metrics and samples for TensorBoard
     resume: bool = False  # continue from the newest checkpoint; flags that are not given keep the run's values
     data_changed_ok: bool = False  # resume although the pictures are not those that the run trained on
@@ -124,7 +128,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
-        _require_positive(self, "equilibrium_every", "scored", "score_every")
+        _require_positive(self, "equilibrium_every", "scored", "score_every", "keep_every")
         sides(self.image_size)
         if self.dataset not in PICTURES:
             settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}

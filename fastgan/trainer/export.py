@@ -23,13 +23,37 @@ def export(config: ExportConfig) -> Path:
         CheckpointError: it has no intact checkpoint, or an old version wrote the checkpoint without the data's shape.
         OSError: the file cannot be written.
     """
-    settings = TrainConfig.load(config.run / "config.json")
-    state, _ = checkpoint.load_newest(config.run / "checkpoints")
-    if "data" not in state:
-        raise CheckpointError(f"an earlier version wrote {config.run}: rewrite it with fastgan train --resume")
-    path = config.out or config.run / "generator.safetensors"
+    settings, state = read_run(config.run)
+    check_data(config.run, state)
+    path = config.out or home_of(config.run) / "generator.safetensors"
     write_export(path, settings, state["data"], state["step"], state["gan"]["ema"]["module"])
     return path
+
+
+def home_of(path: Path) -> Path:
+    """Return the folder of a run, from that folder or one of its checkpoints; of an exported file, its folder."""
+    if path.suffix == ".pt":
+        return path.parent.parent
+    return path.parent if path.is_file() else path
+
+
+def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Return the settings and the state of a run's newest checkpoint, or of the checkpoint `path` (FILE.pt).
+
+    Raises:
+        RunFolderError: there is no run.
+        CheckpointError: it has no intact checkpoint, or this one is damaged or missing.
+    """
+    settings = TrainConfig.load(home_of(path) / "config.json")
+    if path.suffix == ".pt":
+        return settings, checkpoint.load(path)
+    return settings, checkpoint.load_newest(path / "checkpoints")[0]
+
+
+def check_data(path: Path, state: dict[str, Any]) -> None:
+    """Raise CheckpointError if a state lacks the shape of the data, without which no generator can be built."""
+    if "data" not in state:
+        raise CheckpointError(f"an earlier version wrote {path}: rewrite it with fastgan train --resume")
 
 
 def write_export(

@@ -14,6 +14,7 @@ from fastgan import backends
 from fastgan.trainer.config import ModelConfig, OptimConfig
 from fastgan.trainer.data.drawn import Source
 from fastgan.trainer.game.augment import NUMBERS, Augment
+from fastgan.trainer.game.compiled import compiled, why_not
 from fastgan.trainer.game.ema import EMA
 from fastgan.trainer.game.fine_tuning import copy_weights, first_layers
 from fastgan.trainer.game.losses import LOSSES
@@ -99,6 +100,16 @@ class GAN:
         self.regularizer = Regularizer(
             optim.penalty, optim.penalty_weight, optim.penalty_every, optim.kernels, together
         )
+        compiles = optim.compile and self._can_compile()
+        if compiles:
+            self.regularizer.compile()
+        self._generate, self._judge = compiled(self.generator, compiles), compiled(self.discriminator, compiles)
+
+    def _can_compile(self) -> bool:
+        reason = why_not(self.device)
+        if reason and self.ranks.rank == 0:
+            print(f"compile: the networks run uncompiled, because torch.compile failed ({reason})")
+        return reason is None
 
     def latents(self) -> Tensor:
         """Return this rank's rows of the next latents."""
@@ -212,14 +223,14 @@ class GAN:
     def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """Return the generator's samples (N, *S). An unconditional generator ignores the labels."""
         with self._kernels():
-            samples: Tensor = self.generator(z) if self.classes is None else self.generator(z, labels)
+            samples: Tensor = self._generate(z) if self.classes is None else self._generate(z, labels)
         return self._as_images(at_least_float(samples))
 
     def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Return the discriminator's logits (N / pack, 1) of samples (N, *S)."""
         x = packed(x, self.pack)
         with self._kernels():
-            logits: Tensor = self.discriminator(x) if self.classes is None else self.discriminator(x, labels)
+            logits: Tensor = self._judge(x) if self.classes is None else self._judge(x, labels)
         return logits
 
     @contextmanager

@@ -50,7 +50,7 @@ class Trainer:
             from fastgan.trainer.report.tensorboard import (
                 Board,  # import it before anything is written: its package may be missing
             )
-        if config.score_every or (config.init_from and config.init_from.is_file()):
+        if config.score_every or (config.init_from and config.init_from.suffix == ".safetensors"):
             import_module("safetensors")
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -137,7 +137,9 @@ class Trainer:
                     self._score()
                 if self.writes and self.step % self.config.sample_every == 0:
                     self._draw()
-                if self.step % self.config.checkpoint_every == 0:
+                if any(
+                    every and self.step % every == 0 for every in (self.config.checkpoint_every, self.config.keep_every)
+                ):
                     self._save(bar)
             self._save(bar)
             if self.writes:
@@ -238,7 +240,7 @@ class Trainer:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
         if self.writes:
-            checkpoint.save(self.run.checkpoints, self.step, state)
+            checkpoint.save(self.run.checkpoints, self.step, state, self.config.keep_every)
         if self.board:
             self.board.flush()
 

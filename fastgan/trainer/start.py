@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.export import read_export
+from fastgan.trainer.export import read_export, read_run
 from fastgan.trainer.gan import GAN
 
 PROBLEMS = 12  # weights that do not fit, to name
@@ -22,12 +21,11 @@ def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -
         RunFolderError, CheckpointError, OSError: there is no such run or file.
         ValueError: no weight of the generator fits.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix != ".pt":
         other, _, _, generator = read_export(path)
         discriminator = None
     else:
-        other = TrainConfig.load(path / "config.json")
-        state, _ = checkpoint.load_newest(path / "checkpoints")
+        other, state = read_run(path)
         generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
     weights = {name: tensor for name, tensor in gan.generator.state_dict().items() if tensor.ndim > 1}  # not biases
     if not any(name in generator and generator[name].shape == tensor.shape for name, tensor in weights.items()):

@@ -22,7 +22,14 @@ SAMPLE = (
     "norm.normalize_rows LN 64x256K f32",
     "norm.affine_sums LN 64x256K f32",
     "bias_act._backward lrelu nchw f32",
+    "minibatch_discrimination._similarities MBD N256 f32",
+    "upfirdn2d._upfirdn2d blur cl f16",
 )
+# Kernels whose threads have their elements to themselves until the sums at a program's end: nothing to wait for in a
+# loop, except that attention's tiles and the products of spectral norm pass through shared memory.
+APART = ("norm.", "minibatch_discrimination.", "upfirdn2d.", "spectral_norm._finish", "spectral_norm._grad_weights")
+# A row of the result and 2 x 2 phases of it have other alignments than the input, so that values change threads.
+CHANGE_THREADS = ("upfirdn2d._upfirdn2d up 2 nchw",)
 TOLERANCE = 0.15  # of instructions per element
 
 pytestmark = [
@@ -51,7 +58,16 @@ def rows(tmp_path_factory):
 
 
 def test_no_kernel_spills_registers(rows):
-    assert [name_of(row) for row in rows if row["spills"]] == []
+    # attention's second derivatives hold tiles of up to nine products; see the reasons in docs/gpu.md.
+    ours = [row for row in rows if "grad_grad" not in row["kernel"] or "attention" not in row["kernel"]]
+    assert [name_of(row) for row in ours if row["spills"]] == []
+
+
+def test_no_loop_waits_at_a_barrier_where_threads_share_nothing(rows):
+    apart = [row for row in rows if row["kernel"].startswith(APART) and row["floor_us"]]
+    apart = [row for row in apart if not name_of(row).startswith(CHANGE_THREADS)]
+    assert apart
+    assert [(name_of(row), row["barriers"]) for row in apart if row["barriers"]] == []
 
 
 def test_no_kernel_calls_a_division_in_its_loop(rows):

@@ -120,15 +120,15 @@ def test_all_orders_draw_the_same_dropout_if_the_number_of_threads_changes(monke
     monkeypatch.setattr(layout, "BLOCK", 40)
     monkeypatch.setattr(layout, "_LEAST_ROWS", 1)
     problem = problem_of((2, 4, 4, 11, 9, 5, 5), "causal", dropout_p=0.4).to(torch.float64)
-    results = []
+    results, now = [], [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
     for threads in ((2, 2, 2), (1, 4, 2)):
-        counts = iter(threads)
         torch.manual_seed(2)
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=next(counts): n)
+        now[0] = threads[0]
         o = problem("cpu")
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=next(counts): n)
+        now[0] = threads[1]
         grads = torch.autograd.grad(o, problem.leaves(), problem.weight, create_graph=True)
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=next(counts): n)
+        now[0] = threads[2]
         results.append([o, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), problem.leaves())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

@@ -120,6 +120,26 @@ def test_second_order_in_half_precision_errs_at_most_twice_as_much_as_pytorch(ba
     compare(penalty_gradients, problem_of(activation, dtype=dtype, device=device_of(backend)), backend, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS[2:3])
+def test_gelu_in_half_precision_is_rounded_from_a_value_that_is_nearly_exact(backend, dtype):
+    """In its tail too, where 1 + erf would cancel. Triton has a formula of its own for these types."""
+    u = torch.linspace(-12, 8, 4001).to(dtype)
+    exact = u.double() * torch.erfc(u.double() / -(2**0.5)) / 2
+    y = ops.bias_act(u.to(device_of(backend)), activation="gelu", backend=backend).cpu()
+    unit = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert ((y.double() - exact).abs() / unit).max() < 0.53  # 0.5 is rounding
+
+
+@pytest.mark.parametrize("inner", [1, 8])
+@pytest.mark.parametrize("backend", BACKENDS[2:3])
+def test_eight_elements_of_one_channel_and_of_eight_channels_have_their_bias(backend, inner):
+    """Whose places the Triton kernel finds by one division."""
+    x, bias = torch.randn(3, 24, inner, device=device_of(backend)), torch.randn(24, device=device_of(backend))
+    actual = ops.bias_act(x, bias, dim=1, activation="linear", backend=backend)
+    torch.testing.assert_close(actual, x + bias[:, None])
+
+
 @pytest.mark.parametrize(("kernel", "results"), [("piecewise_apply", (4, 5)), ("smooth_double_backward", (5, 6, 7))])
 def test_a_broken_derivative_would_be_seen_by_the_penalty(kernel, results, monkeypatch):
     whole = getattr(native_kernels, kernel)

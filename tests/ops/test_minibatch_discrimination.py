@@ -110,6 +110,15 @@ def test_second_order_through_a_penalty_equals_pytorch(backend, dtype, case, opt
     compare(penalty_gradients, problem_of(case, option, dtype, device_of(backend)), backend, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[2:3])
+def test_the_tiles_of_large_batches_give_the_same(backend, monkeypatch):
+    kernels = pytest.importorskip("fastgan.ops.minibatch_discrimination.triton_kernels")
+    monkeypatch.setattr(kernels, "_tile", lambda m, most: kernels._pairs(4, most))  # as from 1,024 samples on
+    problem = problem_of((70, 2, 3), "segments", torch.float32, device_of(backend))
+    compare(values_and_gradients, problem, backend, torch.float32)
+    compare(penalty_gradients, problem, backend, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_second_order_in_half_precision_errs_at_most_twice_as_much_as_pytorch(backend, dtype):

@@ -424,3 +424,14 @@ def test_a_recorded_model_has_pytorchs_operations_alone():
     exported = torch.export.export(Half(), (x,)).module()
     for recorded in (traced, exported, torch.fx.experimental.proxy_tensor.make_fx(Half())(x)):
         assert_close(recorded(x), expected, order=0)
+
+
+@pytest.mark.parametrize("call", [{}, {"up": 2}])
+@pytest.mark.parametrize("backend", BACKENDS[:3])
+def test_what_is_not_finite_reaches_only_results_that_it_has_a_tap_in(backend, call):
+    x = torch.ones(1, 1, 12, 12, device=device_of(backend))
+    x[0, 0, 5, 5] = float("inf")
+    f = torch.tensor([1.0, 2.0, 3.0, 1.0], device=x.device)
+    met = ops.upfirdn2d(x.isinf().float(), f, padding=2, backend=backend, **call) > 0
+    y = ops.upfirdn2d(x, f, padding=2, backend=backend, **call)
+    assert torch.equal(~y.isfinite(), met)

@@ -92,3 +92,15 @@ def test_loading_runs_no_code(tmp_path):
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.load_newest(tmp_path)
+
+
+def test_checkpoints_of_every_nth_step_stay(tmp_path):
+    for step in range(2, 15, 2):
+        checkpoint.save(tmp_path, step, {}, keep_every=4)
+    kept = [4, 8, 12, 14]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}.pt" for step in kept]
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match=r"step-1\.pt cannot be read: No such file or directory"):
+        checkpoint.load(tmp_path / "step-1.pt")

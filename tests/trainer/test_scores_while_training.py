@@ -8,8 +8,10 @@ import torch
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.export import read_export
+from fastgan.trainer.gan import GAN
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.measure.quality import cost
+from fastgan.trainer.report.page import summary
 from fastgan.trainer.use.trained import load_trained
 from tests.trainer.use.conftest import write_pictures
 
@@ -36,7 +38,7 @@ def trained(config: TrainConfig, **changes: object) -> Trainer:
     return trainer
 
 
-def test_scores_are_recorded_and_the_best_generator_is_kept(scored, monkeypatch):
+def test_scores_are_recorded_and_the_best_generator_is_kept(scored, monkeypatch, capsys):
     kept = {}
     original = Trainer._score
 
@@ -55,12 +57,51 @@ def test_scores_are_recorded_and_the_best_generator_is_kept(scored, monkeypatch)
     assert data["shape"] == [3, 16, 32]
     assert all(torch.equal(weights[name], tensor) for name, tensor in kept[step].items())
     assert load_trained(scored.folder, torch.device("cpu"), best=True).step == step
+    last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scores of 12 samples: KID-"))
+    assert last.endswith("; 1,000 samples were asked for and 12 are held out, so the scores compare 12")
     report = trainer.run.report.read_text()
     assert f"| best generator | step {step}, cost" in report
     assert "1,000 samples were asked for and 12 are held out, so the scores compare 12" in report
     page = trainer.run.html.read_text()
     assert "KID-RandomConv on held-out pictures" in page
     assert "Quality of the samples" in page
+
+
+def test_scored_samples_have_the_classes_of_the_held_out_pictures(scored, monkeypatch):
+    write_pictures(scored.data, 200)
+    for path in sorted((scored.data / "dog").iterdir())[20:]:  # a rare class
+        path.unlink()
+    model = dataclasses.replace(scored.model, conditional=True)
+    optim = dataclasses.replace(scored.optim, batch_size=4)  # fewer than the samples
+    trainer = Trainer(dataclasses.replace(scored, model=model, optim=optim))
+    seen = []
+    samples = GAN.samples
+    monkeypatch.setattr(GAN, "samples", lambda gan, z, labels=None: seen.append(labels) or samples(gan, z, labels))
+    trainer._score()
+    held_out = trainer.held_out
+    wanted = held_out.labels[held_out.members].bincount()
+    assert len(seen) == 3
+    assert torch.equal(torch.cat(seen).bincount(minlength=2), wanted)
+    assert wanted[0] > wanted[1]
+
+
+@pytest.mark.parametrize(
+    ("quality", "line"),
+    [
+        ({"unscored": "too few"}, "no scores: too few"),
+        ({}, "no scores"),
+        (
+            {"n": 2500, "covered": 7, "total": 8, "high_quality": 0.5},
+            "scores of 2,500 samples: covered 7, high_quality 0.5",
+        ),
+        (
+            {"n": 9, "KID-X": 0.25, "precision": 1, "recall": 0.5, "floor": {"KID-X": 0.125, "recall": 1.0}},
+            "scores of 9 samples: KID-X 0.25 (floor 0.125), recall 0.5 (floor 1)",
+        ),
+    ],
+)
+def test_the_scores_are_one_line(quality, line):
+    assert summary(quality) == line
 
 
 def test_scores_do_not_change_the_run(scored, monkeypatch):

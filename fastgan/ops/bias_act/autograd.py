@@ -27,6 +27,7 @@ from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
 from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
 from fastgan.ops.needed import needed
+from fastgan.torch_private import apply
 
 # The kernel functions and their tensor arguments, which come before the layout and the options. All write into tensors
 # that the caller allocates. All these tensors have the strides of the input.
@@ -126,13 +127,13 @@ def activate(
     if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _forward(x, bias, call, dense, inplace)
     if options.activation in PIECEWISE:
-        y: Tensor = _Piecewise.apply(x, bias, call, dense, inplace)
+        y: Tensor = apply(_Piecewise, x, bias, call, dense, inplace)
         if inplace and options.activation != "linear":
             mark_base(x)
     elif inplace and not _saves_result(options):
-        y = x.copy_(_Smooth.apply(x.clone(), bias, call, True, False))
+        y = x.copy_(apply(_Smooth, x.clone(), bias, call, True, False))
     else:
-        y = _Smooth.apply(x, bias, call, dense, inplace)
+        y = apply(_Smooth, x, bias, call, dense, inplace)
     return y
 
 
@@ -180,7 +181,7 @@ class _Piecewise(torch.autograd.Function):
         wanted = needed(ctx)[:2]
         if dy is None or not any(wanted):
             return (None,) * 5
-        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        run: Any = partial(apply, _Slopes) if torch.is_grad_enabled() else _times_slopes
         return *run(dy, None, *ctx.saved_tensors, ctx.call, wanted), None, None, None
 
 
@@ -223,7 +224,7 @@ class _Slopes(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if (h is None and h_sums is None) or not any(wanted):
             return (None,) * 6
-        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
+        run: Any = partial(apply, _Slopes) if torch.is_grad_enabled() else _times_slopes
         return *run(h, h_sums, *ctx.saved_tensors, ctx.call, wanted), None, None, None, None
 
 
@@ -252,7 +253,7 @@ class _Smooth(torch.autograd.Function):
         wanted = needed(ctx)[:2]
         if dy is None or not any(wanted):
             return (None,) * 5
-        run: Any = _SmoothBackward.apply if torch.is_grad_enabled() else _run_smooth_backward
+        run: Any = partial(apply, _SmoothBackward) if torch.is_grad_enabled() else _run_smooth_backward
         return *run(dy, *ctx.saved_tensors, ctx.call, wanted), None, None, None
 
 

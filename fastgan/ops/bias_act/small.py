@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastgan import backends
 from fastgan.ops.filled import mark_base
+from fastgan.torch_private import apply
 
 # Elements from which a kernel is used. In a penalty, ReLU's are faster from 2**15 (AMD, Zen 5) or 2**20 (Intel) on.
 _LEAST = 2**17
@@ -34,7 +35,7 @@ def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
     """Apply leaky_relu with a slope of at least 0, or relu if the slope is None."""
     if not x.requires_grad:
         return _forward(x, slope, inplace)
-    result: Tensor = _Rectify.apply(x, slope, inplace)  # type: ignore[no-untyped-call]
+    result: Tensor = apply(_Rectify, x, slope, inplace)
     if inplace:
         mark_base(x)
     return result
@@ -48,6 +49,13 @@ def _times_slopes(g: Tensor, kept: Tensor, slope: float | None, is_result: bool)
     if slope is None:
         return _relu_backward(g, kept, 0)  # type: ignore[no-any-return]
     return _leaky_relu_backward(g, kept, slope, is_result)  # type: ignore[no-any-return]
+
+
+def _multiply(g: Tensor, kept: Tensor, slope: float | None, is_result: bool) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _times_slopes(g, kept, slope, is_result)
+    result: Tensor = apply(_Slopes, g, kept, slope, is_result)
+    return result
 
 
 class _Rectify(torch.autograd.Function):
@@ -70,8 +78,7 @@ class _Rectify(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
         if dy is None:
             return None, None, None
-        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
-        return run(dy, ctx.saved_tensors[0].detach(), ctx.slope, ctx.is_result), None, None
+        return _multiply(dy, ctx.saved_tensors[0].detach(), ctx.slope, ctx.is_result), None, None
 
 
 class _Slopes(torch.autograd.Function):
@@ -88,5 +95,4 @@ class _Slopes(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if h is None:
             return None, None, None, None
-        run: Any = _Slopes.apply if torch.is_grad_enabled() else _times_slopes
-        return run(h, *ctx.saved_tensors, ctx.slope, ctx.is_result), None, None, None
+        return _multiply(h, ctx.saved_tensors[0], ctx.slope, ctx.is_result), None, None, None

@@ -132,6 +132,8 @@ def _kernels_allowed() -> bool:
 
 
 def _tuple(size: Size, n: int) -> tuple[int, ...]:
+    if type(size) is tuple and len(size) == n:
+        return size
     sizes = tuple(size) if isinstance(size, Sequence) else (operator.index(size),)
     return sizes * n if len(sizes) == 1 else sizes
 

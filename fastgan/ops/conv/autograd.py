@@ -25,17 +25,18 @@ from fastgan.ops.conv import native_kernels, pointwise, strided, weight_gradient
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import stored
 from fastgan.ops.needed import needed
+from fastgan.torch_private import apply
 
 Mask = tuple[bool, bool, bool]
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    output: Tensor = _Convolution.apply(input, weight, bias, geometry)
+    output: Tensor = apply(_Convolution, input, weight, bias, geometry)
     return output
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    for way in (pointwise, strided):
+    for way in (pointwise, strided) if input.is_cpu else ():
         if way.is_fastest_forward(input, weight, geometry) and native_kernels.fits(input, weight, bias):
             own_bias = None if bias is None else stored(bias)
             output: Tensor = way.forward(stored(input), stored(weight), own_bias, geometry)
@@ -47,6 +48,9 @@ def _backward(
     grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: Mask
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     by_input = by_weight = by_bias = None
+    if not grad.is_cpu:
+        vendors = torch.ops.aten.convolution_backward(grad, input, weight, [grad.shape[1]], *geometry.arguments, mask)
+        return vendors[0], vendors[1], vendors[2]
     for way in (native_kernels, strided, pointwise) if mask[0] else ():
         if way.is_fastest(grad, input, weight, geometry):
             by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
@@ -68,16 +72,14 @@ def _backward(
 
 
 def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    run: Any = _Convolution.apply if torch.is_grad_enabled() else _forward
-    output: Tensor = run(input, weight, bias, geometry)
-    return output
+    return (convolve if torch.is_grad_enabled() else _forward)(input, weight, bias, geometry)
 
 
 def _by_input(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """Compute dx. Only the shape of ``input`` is used."""
     if not torch.is_grad_enabled():
         return _backward(grad, input, weight, geometry, (True, False, False))[0]
-    by_input: Tensor | None = _InputGradient.apply(grad, weight, None, input.detach(), geometry)[0]
+    by_input: Tensor | None = apply(_InputGradient, grad, weight, None, input.detach(), geometry)[0]
     return by_input
 
 
@@ -85,7 +87,7 @@ def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) 
     """Compute dW. Only the shape of ``weight`` is used."""
     if not torch.is_grad_enabled():
         return _backward(grad, input, weight, geometry, (False, True, False))[1]
-    by_weight: Tensor | None = _WeightGradient.apply(grad, input, weight.detach(), geometry)
+    by_weight: Tensor | None = apply(_WeightGradient, grad, input, weight.detach(), geometry)
     return by_weight
 
 
@@ -111,10 +113,10 @@ class _Convolution(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *_backward(grad, input, weight, ctx.geometry, mask), None
         if mask == (True, False, False):
-            grads = _InputGradient.apply(grad, weight, ctx.bias_for_term, input.detach(), ctx.geometry)
+            grads = apply(_InputGradient, grad, weight, ctx.bias_for_term, input.detach(), ctx.geometry)
             ctx.bias_term = grads[1]
             return grads[0], None, None, None
-        return *_ConvolutionBackward.apply(grad, input, weight, ctx.geometry, mask), None
+        return *apply(_ConvolutionBackward, grad, input, weight, ctx.geometry, mask), None
 
 
 class _InputGradient(torch.autograd.Function):

@@ -32,14 +32,14 @@ def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether a kernel for contiguous float32 CPU tensors can read these operands."""
     return (
         geometry.kernels_allowed
+        and grad.is_cpu
+        and grad.dtype == weight.dtype == torch.float32
+        and not geometry.transposed
+        and geometry.groups == 1
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)
         and not is_batched(weight)
-        and not geometry.transposed
-        and geometry.groups == 1
-        and grad.device.type == "cpu"
-        and grad.dtype == weight.dtype == torch.float32
         and grad.is_contiguous()
         and weight.is_contiguous()
         and backends.native() is not None

@@ -25,7 +25,7 @@ def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) 
     if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
         return False
     positions = prod(grad.shape[2:])
-    few = positions <= _FEW and len(grad) * positions <= max(_FEW_IN_ALL, 2 * len(weight))
+    few = positions <= _FEW and grad.shape[0] * positions <= max(_FEW_IN_ALL, 2 * weight.shape[0])
     if pointwise.is_pointwise(weight, geometry):
         many = pointwise.is_fastest_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
         return few or many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,28 +18,39 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last one while torch.compile records a graph
 
 
+_NESTED = (list, tuple, dict)
+
+
 def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
-def tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
     if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from tensors(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from tensors(value)
+        return [values]
+    found: list[Tensor] = []
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, _NESTED) else ():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, _NESTED) and value:
+            found += tensors(value)
+    return found
 
 
 def bind(change: Callable[[Any], Any], values: Any) -> Any:
-    """Apply ``change`` to all leaves of nested lists, tuples and dicts."""
-    if type(values) in (list, tuple):
-        return type(values)(bind(change, value) for value in values)
+    """Apply ``change`` to all tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        return change(values)
     if type(values) is dict:
-        return {key: bind(change, value) for key, value in values.items()}
-    return change(values)
+        return dict(zip(values, bind(change, [*values.values()]), strict=True)) if values else values
+    if type(values) is not tuple and type(values) is not list:
+        return values
+    new = [
+        change(value) if isinstance(value, Tensor) else bind(change, value) if isinstance(value, _NESTED) else value
+        for value in values
+    ]
+    return tuple(new) if type(values) is tuple else new
 
 
 class Call:
@@ -48,13 +59,10 @@ class Call:
     def __init__(self, tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tracer, self.func, self.args, self.kwargs = tracer, func, args, kwargs
         self.samples = tracer.samples
+        self.layout = tracer.layout  # the layout of the samples in an argument, or None for a constant
         self.result: Any = None
         self.source: Any = None  # stored by the rule that runs before the function, for the one that runs after it
         self.constants: list[tuple[GradientEdge, Tensor | float]] = []
-
-    def layout(self, value: Any) -> Layout | None:
-        """Return the layout of the samples in this argument, or None for a constant."""
-        return self.tracer.layout(value)
 
     def require_input(self, tensor: Any) -> Layout:
         """Return the layout of an argument that must depend on the input."""

@@ -78,7 +78,10 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LOOKS:
             return func(*args, **kwargs)
-        touched = [known for t in tensors((args, kwargs)) if (known := self._known(t)) is not None]
+        made = self._made
+        touched = [
+            known for t in tensors((args, kwargs)) if (known := made.get(id(t))) is not None and known.tensor() is t
+        ]
         if touched and func in LIKE and self._known(args[0]) is None:
             touched = []
         if not touched or not torch.is_grad_enabled():  # without gradients, the result is a constant
@@ -115,8 +118,9 @@ class Tracer(TorchFunctionMode):
 
     def layout(self, tensor: Any) -> Layout | None:
         """Return the layout of the samples in a tensor, or None for a constant."""
-        made = self._known(tensor)
-        return made.layout if made is not None and tensor.requires_grad else None
+        made = self._made.get(id(tensor))
+        known = made.tensor() if made is not None else None
+        return made.layout if made is not None and known is tensor and known.requires_grad else None
 
     def counts(self, index: Tensor, size: int) -> bool:
         """Return whether the index equals ``torch.arange(size)``."""

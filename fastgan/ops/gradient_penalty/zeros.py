@@ -73,7 +73,8 @@ def reached(nodes: Iterable[Node | None]) -> dict[Node, None]:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
+            for following, _ in node.next_functions:
+                waiting.append(following)  # a generator would cost more, in each node of the graph
     return seen
 
 

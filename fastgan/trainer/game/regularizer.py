@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgan
 from fastgan.ops.gradient_penalty.kinds import penalize
+from fastgan.trainer.game.compiled import compiled
 from fastgan.trainer.game.names import APPROXIMATE as APPROXIMATE
 from fastgan.trainer.game.names import Kernels as Kernels
 from fastgan.trainer.game.names import PenaltyName as PenaltyName
@@ -76,8 +77,25 @@ class Regularizer:
             part: index of this part if the batch is split. Only part 0 counts as a new batch.
         """
         self.batches += part == 0
+        due = self.penalty != "none" and (self.batches - 1) % self.every == 0
+        return self._judge(discriminator, real, fake, labels, alpha, noise, due)
+
+    def compile(self) -> None:
+        """Compile the calls that follow, in one form with a penalty and one without."""
+        self._judge = compiled(self._judge, True)  # type: ignore[method-assign]
+
+    def _judge(
+        self,
+        discriminator: Discriminator,
+        real: Tensor,
+        fake: Tensor,
+        labels: Tensor | None,
+        alpha: Tensor | None,
+        noise: Tensor | None,
+        due: bool,
+    ) -> Judged:
         args = () if labels is None else (labels,)
-        if self.penalty == "none" or (self.batches - 1) % self.every:
+        if not due:
             return Judged(*self._logits(discriminator, real, fake, *args), None)
         if self.between:
             x_hat = self._point(real, fake, alpha, noise)
@@ -129,16 +147,21 @@ class Regularizer:
     def _penalty_at(self, discriminator: Discriminator, x_hat: Tensor, *args: Tensor) -> Tensor:
         if self.kernels == "torch":
             return double_backward(discriminator, x_hat, kind=self.penalty, weight=self.weight, args=args)[1]
-        x = x_hat.detach().requires_grad_()
-        with fastgan.twice_differentiable():
-            logits = discriminator(x, *args)
-        return fastgan.penalty_from_logits(logits, x, kind=self.penalty, weight=self.weight)
+        return _penalty_at(discriminator, x_hat, self.penalty, self.weight, args)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches = state["batches"]
+
+
+@fastgan.compilable
+def _penalty_at(
+    discriminator: Discriminator, inputs: Tensor, kind: PenaltyName, weight: float, args: Sequence[Tensor]
+) -> Tensor:
+    x = inputs.detach().requires_grad_()
+    return fastgan.penalty_from_logits(discriminator(x, *args), x, kind=kind, weight=weight)
 
 
 def double_backward(

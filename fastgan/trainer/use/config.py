@@ -15,13 +15,13 @@ LEAST = 10  # fewest samples to compute scores from
 
 @dataclass(frozen=True)
 class ExportConfig:
-    run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo
+    run: tyro.conf.Positional[Path]  # folder of the run, such as runs/demo, or one of its checkpoints
     out: Path | None = None  # default: generator.safetensors in the run's folder
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    run: tyro.conf.Positional[Path]  # folder of a run, such as runs/demo, or a file of fastgan export
+    run: tyro.conf.Positional[Path]  # folder of a run, one of its checkpoints, or a file of fastgan export
     samples: int = 16  # number of samples, each a PNG file
     seed: int = 0
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # name or number; default: all in turn
@@ -52,7 +52,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    run: tyro.conf.Positional[Path | None] = None  # folder of a run; or --images
+    run: tyro.conf.Positional[Path | None] = None  # folder of a run, checkpoint or exported file; or --images
     images: Path | None = None  # folder or zip file with samples to score, instead of a run's
     against: Path | None = None  # folder or zip file with real pictures; default: those that the run holds out
     training: bool = False  # score against the pictures that the run trained on
@@ -78,7 +78,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ProjectConfig:
-    run: tyro.conf.Positional[Path]  # folder of a run, or a file of fastgan export
+    run: tyro.conf.Positional[Path]  # folder of a run, one of its checkpoints, or a file of fastgan export
     picture: tyro.conf.Positional[Path]  # picture to find the latent of
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None  # default: the class that fits best
     steps: int = 300

@@ -19,6 +19,7 @@ from fastgan.trainer.data.record import DataRecord
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import DataError, TrainerError
+from fastgan.trainer.export import home_of
 from fastgan.trainer.measure.extractors import TorchScript, check_extractor, load_extractor
 from fastgan.trainer.measure.metrics import inception_score
 from fastgan.trainer.measure.quality import LEAST, compare, measures_images
@@ -61,7 +62,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         found["note"] = f"{config.samples:,} samples were asked for, but there are only {len(sets.fake):,} pictures"
     if trained:
         found |= {"run": str(config.run), "step": trained.step}
-    out = config.out or (config.run / "evaluation.json" if config.run and config.run.is_dir() else None)
+    is_run = config.run is not None and (config.run.is_dir() or config.run.suffix == ".pt")
+    out = config.out or (home_of(config.run) / "evaluation.json" if config.run and is_run else None)
     if out is not None:
         make_folder(out.parent)
         write_json(out, found)
@@ -83,7 +85,7 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
             what += f", of which the run trained on {len(known):,}, which favors a generator that copies them"
     else:
         assert config.run is not None
-        source, held_out = run_data(settings, config.run if config.run.is_dir() else config.run.parent, trained.device)
+        source, held_out = run_data(settings, home_of(config.run), trained.device)
         if config.training:
             real, labels = some(source, config.samples, config.seed)
             what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"
@@ -111,7 +113,7 @@ def some(source: Any, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
 
 def drawn_labels(trained: Trained, config: EvaluateConfig, count: int) -> Tensor | None:
     """Draw labels (count,) as frequent as in the training data, or return None if they are not known."""
-    record = DataRecord.read(config.run / "data.json") if config.run is not None else None
+    record = DataRecord.read(home_of(config.run) / "data.json") if config.run is not None else None
     if trained.classes is None or record is None:
         return None
     names = [content.partition(" ")[2] for content in record.pictures.values()]
@@ -152,7 +154,7 @@ def first_size(path: Path) -> tuple[int, int]:
 
 def trained_on(run: Path | None) -> set[str]:
     """Return the hashes of the pictures that a run trained on, as far as its folder lists them."""
-    record = DataRecord.read(run / "data.json") if run is not None else None
+    record = DataRecord.read(home_of(run) / "data.json") if run is not None else None
     if record is None:
         return set()
     held_out = set(record.held_out)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan.trainer.device import choose_device
+from fastgan.trainer.export import home_of
 from fastgan.trainer.report.pictures import as_picture, grid_of
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.use.config import GenerateConfig as GenerateConfig
@@ -35,7 +36,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise ValueError(f"samples of shape {tuple(trained.data['shape'])} are not pictures: --npz writes an array")
     if not is_picture and (config.grid or config.interpolate):
         raise ValueError("grid and interpolate need pictures")
-    out = config.out or (config.run if config.run.is_dir() else config.run.parent) / "generated"
+    out = config.out or home_of(config.run) / "generated"
     make_folder(out)
     written: list[Path] = []
     z = config.truncation * trained.latents(config.samples, config.seed)

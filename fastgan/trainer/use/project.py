@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgan.trainer.data.pixels import UNREADABLE, open_image, pixels_of
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import DataError, TrainerError, reason
+from fastgan.trainer.export import home_of
 from fastgan.trainer.measure.extractors import Extractor, label, load_extractor
 from fastgan.trainer.measure.quality import measures_images
 from fastgan.trainer.report.pictures import as_picture, grid_of
@@ -65,7 +66,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
     start, label_of = nearest(trained, distance, config)
     z = descend(trained, distance, start, label_of, config)
 
-    out = config.out or (config.run if config.run.is_dir() else config.run.parent) / "projected" / config.picture.stem
+    out = config.out or home_of(config.run) / "projected" / config.picture.stem
     make_folder(out)
     before, after = (trained.samples(latent, label_of) for latent in (start, z))
     grid_of(torch.cat([target.cpu(), before, after]), 3).save(out / "projection.png")

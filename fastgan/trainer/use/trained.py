@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import strict_json
-from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.errors import CheckpointError, RunFolderError
-from fastgan.trainer.export import read_export
+from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.export import check_data, home_of, read_export, read_run
 from fastgan.trainer.models import build_models
 
 BATCH = 64
@@ -81,23 +80,21 @@ class Trained:
 
 
 def load_trained(path: Path, device: torch.device, best: bool = False) -> Trained:
-    """Load the newest checkpoint's averaged generator of a run's folder, its best one, or an exported file.
+    """Load the averaged generator of a run's newest checkpoint, of one checkpoint, its best one, or an exported file.
 
     Raises:
         RunFolderError: there is no run.
         CheckpointError: it has no intact checkpoint, or one without the data's shape.
     """
     if best:
-        path = path / "best.safetensors"
+        path = home_of(path) / "best.safetensors"
         if not path.is_file():
             raise RunFolderError(f"{path} does not exist: train with --score-every to keep the best generator")
-    if path.is_file():
+    if path.is_file() and path.suffix != ".pt":
         config, data, step, weights = read_export(path)
     else:
-        config = TrainConfig.load(path / "config.json")
-        state, _ = checkpoint.load_newest(path / "checkpoints")
-        if "data" not in state:
-            raise CheckpointError(f"an earlier version wrote {path}: rewrite it with fastgan train --resume")
+        config, state = read_run(path)
+        check_data(path, state)
         data, step, weights = state["data"], state["step"], state["gan"]["ema"]["module"]
     generator, _ = build_models(tuple(data["shape"]), data["scale"], config.model, data["classes"])
     generator.load_state_dict(weights)

@@ -26,6 +26,7 @@ class VerifyConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None  # CPU threads; default: PyTorch's choice
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # backend of the fused copy
+    compile: bool = False  # compile the fused copy with torch.compile (needs a C++ compiler)
     matrix: bool = False  # verify small games of every loss, penalty, minibatch statistic and network instead
     quick: bool = False  # with --matrix: only a third of the games, one step each
     out: Path | None = None  # folder to write verify.json to, for example runs/demo
@@ -51,7 +52,8 @@ class VerifyConfig:
     @property
     def optim(self) -> OptimConfig:
         preset = PRESETS[self.dataset][1].optim
-        return dataclasses.replace(preset, loss=self.loss or preset.loss, penalty=self.penalty or preset.penalty)
+        loss, penalty = self.loss or preset.loss, self.penalty or preset.penalty
+        return dataclasses.replace(preset, loss=loss, penalty=penalty, compile=self.compile)
 
     @property
     def model(self) -> ModelConfig:

@@ -124,7 +124,7 @@ def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
     if model.spectral_norm != "none":
         spectral_norm: SpectralNorm = "fused" if kernels == "fastgan" else "torch"
         model = dataclasses.replace(model, spectral_norm=spectral_norm)
-    optim = dataclasses.replace(config.optim, kernels=kernels)
+    optim = dataclasses.replace(config.optim, kernels=kernels, compile=config.optim.compile and kernels == "fastgan")
     return GAN(model, optim, load_source(config.dataset, config.seed, device, config.data), config.seed, device)
 
 

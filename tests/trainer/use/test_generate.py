@@ -139,3 +139,29 @@ def test_classes_without_names_have_numbers(ring8_config, monkeypatch):
     model = dataclasses.replace(PRESETS["ring8"][1].model, width=8, pack=1, conditional=True)
     Trainer(dataclasses.replace(ring8_config, model=model)).train()
     assert load_trained(ring8_config.folder, CPU).class_number("7") == 7
+
+
+def test_each_checkpoint_that_is_kept_makes_its_own_samples_and_is_a_start(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
+    averages = {}
+    save = Trainer._save
+
+    def saved(trainer, bar):
+        averages[trainer.step] = {key: value.clone() for key, value in trainer.gan.ema.module.state_dict().items()}
+        save(trainer, bar)
+
+    monkeypatch.setattr(Trainer, "_save", saved)
+    Trainer(dataclasses.replace(config, steps=5, checkpoint_every=4, keep_every=1)).train()
+    assert sorted(averages) == [1, 2, 3, 4, 5]
+    path = config.folder / "checkpoints" / "step-00000002.pt"
+    trained = load_trained(path, torch.device("cpu"))
+    assert trained.step == 2
+    assert all(torch.equal(value, averages[2][key]) for key, value in trained.generator.state_dict().items())
+    assert cli.main(["generate", str(path), "--samples", "1", "--device", "cpu"]) == 0
+    assert (config.folder / "generated" / "sample-0000.png").exists()
+    started = Trainer(dataclasses.replace(config, name="on", init_from=path))
+    assert all(torch.equal(value, averages[2][key]) for key, value in started.gan.generator.state_dict().items())
+    assert "all tensors fit" in capsys.readouterr().out
+    assert cli.main(["generate", str(path.with_name("step-00000009.pt"))]) == 2
+    assert capsys.readouterr().err.endswith("step-00000009.pt cannot be read: No such file or directory\n")
