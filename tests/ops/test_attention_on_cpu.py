@@ -132,3 +132,11 @@ def test_all_orders_draw_the_same_dropout_if_the_number_of_threads_changes(monke
         results.append([o, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), problem.leaves())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_transforms_take_a_batch_of_boolean_masks():
+    q = torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    masks = torch.rand(4, 5, 5) > 0.4
+    masks[:, 2] = False
+    ours = torch.func.vmap(lambda q, mask: ops.scaled_dot_product_attention(q, q, q, mask))(q, masks)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, q, q, masks[:, None]))
