@@ -12,10 +12,8 @@ shared memory. Derived: instructions per element. A loop's elements are the byte
 divided by the bytes that ``model.py`` states for each ``for`` of the source; a loop belongs to the ``for`` on the line
 of its backward branch. Both sides of a branch are counted, except remainders of an unrolled loop that the size skips
 and 64-bit divisions behind a test of whether 32 bits do. "?" marks rows where this derivation fails, "~" rows whose
-elements are stated by hand.
-
-``by_hand.py`` has kernels whose loops are over other things than bytes, ``cuda.py`` the CUDA kernels where nvcc is
-there, ``amd.py`` counts for AMD.
+elements are stated by hand. ``by_hand.py`` has kernels whose loops do not run over bytes, ``cuda.py`` the CUDA kernels
+(it needs nvcc), ``amd.py`` counts for AMD.
 
 Predicted, in microseconds on an H200:
 
