@@ -23,7 +23,7 @@ example: fastgan run train.py --batch-size 64"""
 @dataclass(frozen=True)
 class Settings:
     """Args:
-    always: reroute without timing.
+    always: use fastgan without timing it against PyTorch.
     compare: number of steps of a comparison. 0: no comparison.
     convert: whether to convert the layers of models too.
     """
