@@ -11,7 +11,7 @@ from fastgan.drop_in.zeros import leave_zeros
 
 
 def upfirdn2d(input: Tensor, kernel: Tensor, up: Any = 1, down: Any = 1, pad: Any = (0, 0)) -> Tensor:
-    """Two numbers as ``pad`` are what comes before and after the image, in both directions."""
+    """If ``pad`` has two numbers, they are the padding before and after the image, in both directions."""
     return ops.upfirdn2d(input, kernel, up, down, (*pad, *pad) if len(pad) == 2 else pad)
 
 

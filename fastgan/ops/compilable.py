@@ -1,7 +1,7 @@
 """Functions with a derivative inside, such as a penalty of one's own or a loss on forces, within torch.compile.
 
-Dynamo traces the function as it is, so it may hold any modules, and all that it reads is guarded. A torch function mode
-replaces two calls that Dynamo refuses:
+Dynamo traces the unchanged function. It may use any modules, and Dynamo guards everything that it reads. A torch
+function mode replaces two calls that Dynamo refuses:
 
     x.requires_grad_()               makes x a leaf; afterwards, the variable denotes the leaf
     torch.autograd.grad(y, x, ...)   becomes one node of the graph
