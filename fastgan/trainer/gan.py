@@ -103,7 +103,7 @@ class GAN:
         compiles = optim.compile and self._can_compile()
         if compiles:
             self.regularizer.compile()
-        self._generate, self._judge = compiled(self.generator, compiles), compiled(self.discriminator, compiles)
+        self._compiled = [compiled(network) for network in (self.generator, self.discriminator)] if compiles else None
 
     def _can_compile(self) -> bool:
         reason = why_not(self.device)
@@ -223,14 +223,16 @@ class GAN:
     def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """Return the generator's samples (N, *S). An unconditional generator ignores the labels."""
         with self._kernels():
-            samples: Tensor = self._generate(z) if self.classes is None else self._generate(z, labels)
+            generator = self._compiled[0] if self._compiled else self.generator
+            samples: Tensor = generator(z) if self.classes is None else generator(z, labels)
         return self._as_images(at_least_float(samples))
 
     def logits(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Return the discriminator's logits (N / pack, 1) of samples (N, *S)."""
         x = packed(x, self.pack)
         with self._kernels():
-            logits: Tensor = self._judge(x) if self.classes is None else self._judge(x, labels)
+            discriminator = self._compiled[1] if self._compiled else self.discriminator
+            logits: Tensor = discriminator(x) if self.classes is None else discriminator(x, labels)
         return logits
 
     @contextmanager

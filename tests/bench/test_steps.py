@@ -92,7 +92,7 @@ def test_a_frozen_or_unused_parameter_is_no_obstacle_to_any_variant(monkeypatch)
         def forward(self, x):
             return self[2](self[1](self[0](x)))
 
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is what is tested
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is compiled is what is tested
     for name in ("loss+r1", "d-step/wgan-gp"):
         setup = lambda *_, name=name: batches(Model, (5, 6), name, CPU, torch.float32)  # noqa: E731
         case = dataclasses.replace(CASES["loss+r1/critic64-batch4"], setup=setup)

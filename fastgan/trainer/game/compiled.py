@@ -1,4 +1,4 @@
-"""The networks' functions, compiled by torch.compile if the run asks for it and the machine can do it."""
+"""torch.compile for the networks, if the run asks for it and the machine can do it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ R = TypeVar("R")
 BACKEND = "inductor"
 
 
-def compiled(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
-    """Compile a function if this is wanted. All batches have one size, so sizes are constants of the graph."""
-    if not wanted:
-        return function
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function. All batches have one size, so sizes are constants of the graph."""
     result: Callable[P, R] = torch.compile(function, backend=BACKEND, dynamic=False)
     return result
 

@@ -82,7 +82,7 @@ class Regularizer:
 
     def compile(self) -> None:
         """Compile the calls that follow, in one form with a penalty and one without."""
-        self._judge = compiled(self._judge, True)  # type: ignore[method-assign]
+        self._judge = compiled(self._judge)  # type: ignore[method-assign]
 
     def _judge(
         self,

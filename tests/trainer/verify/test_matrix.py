@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastgan import cli, ops
-from fastgan.ops.attention import blocks
+from fastgan.ops.attention import blocks_second
 from fastgan.trainer.verify import matrix
 from fastgan.trainer.verify.lockstep import TOLERANCES
 from fastgan.trainer.verify.matrix import LOSSES, NETWORKS, PENALTIES, STATISTICS, Game, compare, games
@@ -63,14 +63,14 @@ def test_a_statistic_with_a_wrong_gradient_fails_its_rows_and_no_others(monkeypa
 def test_attention_keeps_to_the_tolerances_and_a_wrong_second_derivative_does_not(monkeypatch):
     for dtype in TOLERANCES:
         assert compare(ATTENTION, CPU, 1, dtype).breaches() == []
-    correct = blocks.double_backward
+    correct = blocks_second.double_backward
 
     def broken(*arguments: object) -> None:
         correct(*arguments)
         by_q = arguments[13]
         by_q.mul_(1.01)
 
-    monkeypatch.setattr(blocks, "double_backward", broken)
+    monkeypatch.setattr(blocks_second, "double_backward", broken)
     breaches = compare(ATTENTION, CPU, 1, torch.float64).breaches()
     assert any(".query." in breach for breach in breaches)
 
