@@ -83,7 +83,7 @@ THINNED = {
     "test_attention_shapes.py": 4,
     "test_bias_act.py": 2,
     "test_cases.py": 2,
-    "test_compilable.py": 2,
+    "test_compilable.py": 3,
     "test_compiled_penalties.py": 4,
     "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 2,

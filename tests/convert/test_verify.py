@@ -282,7 +282,7 @@ class Attending(nn.Module):
 def test_attention_that_draws_other_random_numbers_is_compared_in_evaluation(monkeypatch):
     said = str(fastgan.convert(Attending()).verify(IMAGES))
     assert said.endswith("equal up to rounding")
-    assert "evaluation" not in said
+    assert ("evaluation" in said) == (torch.get_default_device().type != "cpu")
     monkeypatch.setattr(multi_head, "_runs_plain_form", lambda query: False)  # as on a GPU
     verification = fastgan.convert(Attending()).verify(IMAGES)
     assert verification.equal, str(verification)
