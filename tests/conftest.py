@@ -85,6 +85,7 @@ THINNED = {
     "test_cases.py": 2,
     "test_compilable.py": 3,
     "test_compiled_penalties.py": 4,
+    "test_compiled_steps.py": 2,
     "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 2,
     "test_norm.py": 2,
