@@ -101,6 +101,7 @@ THINNED = {
     "test_spectral_norm_as_pytorch.py": 2,
     "test_spectral_norm_traced.py": 3,
     "test_tracers.py": 3,
+    "test_upfirdn2d.py": 2,
     "test_zeros.py": 3,
 }
 
