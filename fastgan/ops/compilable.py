@@ -135,7 +135,7 @@ def _autograd_grad(
     materialize_grads: bool = False,
 ) -> Any:
     if is_grads_batched:
-        raise NotImplementedError("fastgan.compilable: torch.compile cannot run is_grads_batched=True")
+        raise ValueError("fastgan.compilable: torch.compile cannot run is_grads_batched=True")
     ys, xs = _listed(outputs), _listed(inputs.values() if isinstance(inputs, dict) else inputs)
     factors = [None] * len(ys) if grad_outputs is None else _listed(grad_outputs)
     options = retain_graph, create_graph, allow_unused, materialize_grads
