@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 BATCH = 16  # of --model
-ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 9, "host": 30, "model": 7}
+ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 6, "host": 30, "model": 7}
 SUITES = tuple(suite for suite in ROUNDS if suite != "model")
 BESIDE = Path()  # --report without a folder writes next to the JSON
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR|FILE.json",
         help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
     )
-    add("--rounds", type=_positive, help=f"samples per variant (default: {rounds})")
+    add("--rounds", type=_positive, help=f"samples per variant, in sizes per build, of five (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add(
         "--give-memory-back",
