@@ -60,7 +60,7 @@ def begin(
     return results
 
 
-def go_on(
+def run_cases(
     results: Results,
     cases: Mapping[str, Case],
     device: torch.device,
@@ -84,7 +84,7 @@ def go_on(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     if path is not None:
         save(results, path)
-    for name in announced(results["not_yet_run"], done=len(results["cases"])):
+    for name in with_progress(results["not_yet_run"], done=len(results["cases"])):
         if end is not None and time.monotonic() > end:
             print(f"fastgan bench: time is up, {len(results['not_yet_run'])} cases did not run", file=sys.stderr)
             break
@@ -92,7 +92,7 @@ def go_on(
             results["cases"].append(measure(cases[name], device, results))
             results["not_yet_run"] = results["not_yet_run"][1:]
         elif name in results["not_yet_run"]:
-            _refuse_lost(device, tried)
+            _require_working_device(device, tried)
             _try(cases[name], device, results, path)
             tried = True
         if path is not None:
@@ -132,7 +132,7 @@ def _end(name: str) -> None:
     os._exit(STOPPED)
 
 
-def _refuse_lost(device: torch.device, tried: bool) -> None:
+def _require_working_device(device: torch.device, tried: bool) -> None:
     """Raise if an earlier failure broke the device: a failed capture leaves its state behind, a failed kernel more."""
     if device.type != "cuda":
         return
@@ -145,7 +145,7 @@ def _refuse_lost(device: torch.device, tried: bool) -> None:
         raise DeviceLost(str(error).partition("\n")[0]) from None
 
 
-def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
+def with_progress(names: Sequence[str], done: int = 0) -> Iterator[str]:
     """Yield the names, with a progress bar in a terminal, otherwise with one line each."""
     total = done + len(names)
     if sys.stderr.isatty():

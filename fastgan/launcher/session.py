@@ -164,7 +164,7 @@ class Session:
             step.end()
             if step.rerouted:
                 step.unit.pattern.restore(optimizer)
-            elif not step.is_lean:
+            elif not step.is_fused:
                 step.unit.pattern.note(optimizer)
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:

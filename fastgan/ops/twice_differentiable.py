@@ -251,7 +251,7 @@ class Rerouting:
         self._inside = False
 
     @property
-    def never_began(self) -> bool:
+    def never_started(self) -> bool:
         return self._mode.left > 0 or not self._mode.is_whole
 
     @property

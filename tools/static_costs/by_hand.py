@@ -104,7 +104,7 @@ def _spectral_norm(launch: Launch, function: Function) -> Hand:
         row = rows[0]
         columns = row[field["outer"]] * row[field["inner"]]
         long = row[field["rows"]] if of_t else columns
-        block = triton_plan.outputs_a_block(form, item)
+        block = triton_plan.outputs_per_step(form, item)
         around = next(loop for loop in function.loops if chosen in function.within(loop))
         parts.append(Part(function.trace(around), each * threads / (block * long), "l2"))
     reads = {"_product": 1, "_finish": 2, "_inner_products": 2, "_grad_weights": 2}[launch.name.split(".")[1]]

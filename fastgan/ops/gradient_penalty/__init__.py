@@ -159,7 +159,7 @@ def gradient_penalty(
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
                     returned = discriminator(given, *args, **(kwargs or {}))
-                small = rerouting.never_began
+                small = rerouting.never_started
                 part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)
             if not small:
                 for tensor in x:

@@ -94,7 +94,7 @@ def plan_of(
         ]
         for of_columns, length in ((False, rows), (True, outer * inner)):
             form = _form(matrices[i], of_columns, vector, aligned[i])
-            block = outputs_a_block(form, item)
+            block = outputs_per_step(form, item)
             span = block * _ceil(length, block * MAX_PARTS)
             count = _ceil(length, span)
             row += [form, span, count, scratch, scratch + length]
@@ -135,7 +135,7 @@ def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: 
     return ALONG if (outer == 1) != of_columns else ACROSS
 
 
-def outputs_a_block(form: int, item: int) -> int:
+def outputs_per_step(form: int, item: int) -> int:
     """Return how many elements of s or t a program computes at a time, each from its share of a block of W."""
     return {ALONG: 4, ACROSS: 128 // item, RUNS: 4, GENERAL: 32}[form]
 
