@@ -57,7 +57,8 @@ def upfirdn2d(
     import fastgan
 
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)  # (2, 3, 8, 8)
+    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)
+    assert half.shape == (2, 3, 8, 8)
     ```
 
     Args:
