@@ -29,13 +29,13 @@ def upfirdn2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.upfirdn2d(x, f, up, down, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.upfirdn2d(x, f, up, down, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def filter2d(
     x: Tensor, f: Tensor | None, padding: Any = 0, flip_filter: bool = False, gain: float = 1, impl: str = "cuda"
 ) -> Tensor:
-    return ops.filter2d(x, f, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.filter2d(x, f, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def upsample2d(
@@ -47,7 +47,7 @@ def upsample2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.upsample2d(x, f, up, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.upsample2d(x, f, up, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def downsample2d(
@@ -59,7 +59,7 @@ def downsample2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.downsample2d(x, f, down, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.downsample2d(x, f, down, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def bias_act(

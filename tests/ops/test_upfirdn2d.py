@@ -207,6 +207,15 @@ def test_a_plane_of_rank_one_is_applied_in_two_passes():
     assert not filters.taps_of(rounded, False, 1.0, torch.float64).separable
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_taps_of_a_half_precision_filter_are_multiplied_in_float32(backend, dtype):
+    f = torch.tensor([1.0, 3.1, 2.7, 0.9]).to(dtype)
+    assert filters.taps_of(f, False, 1.0, F32).separable
+    x = torch.randn(1, 2, 6, 6)
+    assert_close(ops.upfirdn2d(x, f, padding=2, backend=backend), defined(x.double(), f.float(), padding=2), order=0)
+
+
 def test_a_filter_that_is_overwritten_is_read_again():
     f = torch.ones(2)
     x = torch.ones(1, 1, 4, 4)
@@ -286,6 +295,8 @@ BAD = {
     "down": (ValueError, "down", lambda x: ops.upfirdn2d(x, None, down=(1, 2, 3))),
     "fraction": (TypeError, "up", lambda x: ops.upfirdn2d(x, None, up=1.5)),
     "padding": (ValueError, "padding", lambda x: ops.upfirdn2d(x, None, padding=(1, 2, 3))),
+    "gain": (TypeError, "gain", lambda x: ops.upfirdn2d(x, None, gain=torch.ones((), requires_grad=True))),
+    "no gain": (TypeError, "gain", lambda x: ops.upsample2d(x, None, gain=None)),
     "nothing left": (ValueError, "does not fit", lambda x: ops.upfirdn2d(x, torch.ones(9))),
     "backend": (ValueError, "backend", lambda x: ops.upfirdn2d(x, None, backend="nvcc")),
 }

@@ -49,6 +49,7 @@ def grid_sample(
     """
     supported = (
         isinstance(input, Tensor)
+        and isinstance(grid, Tensor)
         and input.ndim == 4
         and mode in _MODES
         and padding_mode in _PADDING
