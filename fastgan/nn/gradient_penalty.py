@@ -57,7 +57,7 @@ class GradientPenalty(nn.Module):
     gradient.
 
     Call the module as ``penalty(discriminator, real, fake=None, args=(), kwargs=None, generator=None)``. The arguments
-    are those of ``fastgan.gradient_penalty``.
+    and the result have the shapes and dtypes of ``fastgan.gradient_penalty``.
 
     Order of derivative: one, with respect to the parameters of the discriminator.
 

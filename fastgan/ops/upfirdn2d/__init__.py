@@ -137,6 +137,8 @@ def upsample2d(
 ) -> Tensor:
     """Enlarge an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -146,7 +148,7 @@ def upsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         up: factor of the upsampling, one number or (x, y).
         padding: padding of the result, in addition to the padding that centers the filter.
@@ -156,6 +158,9 @@ def upsample2d(
 
     Returns:
         (N, C, H * up, W * up) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     ux, uy = factor_of("up", up)
     h, w = shape_of(filter)
@@ -176,6 +181,8 @@ def downsample2d(
 ) -> Tensor:
     """Reduce an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -185,7 +192,7 @@ def downsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         down: factor of the downsampling, one number or (x, y).
         padding: padding of the input, in addition to the padding that centers the filter.
@@ -195,6 +202,9 @@ def downsample2d(
 
     Returns:
         (N, C, H / down, W / down) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     dx, dy = factor_of("down", down)
     h, w = shape_of(filter)
@@ -213,6 +223,8 @@ def filter2d(
 ) -> Tensor:
     """Filter an image and keep its size. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -222,7 +234,7 @@ def filter2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         padding: padding of the result, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
@@ -231,6 +243,9 @@ def filter2d(
 
     Returns:
         (N, C, H, W) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     h, w = shape_of(filter)
     around = w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
