@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+with suppress(ModuleNotFoundError):  # only the command line needs it; it reads the annotations
+    import tyro
 
 from fastgan.trainer.data.options import DatasetName, PictureConfig
 from fastgan.trainer.data.size import sides

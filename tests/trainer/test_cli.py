@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import fastgan_command
 from fastgan import __version__, _start, cli
+from fastgan.trainer import config
 from fastgan.trainer.config import PRESETS, TrainConfig
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
@@ -449,3 +451,13 @@ def test_the_extra_is_the_commands_own_where_that_brings_the_package(command, pa
 def test_info_takes_no_arguments(capsys):
     assert cli.main(["info", "all"]) == 2
     assert "no arguments" in capsys.readouterr().err
+
+
+def test_a_configuration_needs_no_parser_of_options(monkeypatch):
+    """tools/gpu.sh trains and verifies where tyro is not installed."""
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    spec = importlib.util.spec_from_file_location("without_tyro", config.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "without_tyro", module)
+    spec.loader.exec_module(module)
+    assert module.TrainConfig(dataset="ring8", steps=3).steps == 3
