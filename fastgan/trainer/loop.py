@@ -259,7 +259,7 @@ class Trainer:
             print("the networks do not use the classes: --conditional gives the labels to both")
 
     def _newest_state(self) -> dict[str, Any] | None:
-        if not checkpoint.any_in(self.run.checkpoints):
+        if not checkpoint.found_in(self.run.checkpoints):
             return None
         state, damaged = checkpoint.load_newest(self.run.checkpoints)
         for message in damaged:

@@ -13,7 +13,7 @@ from torch import nn
 from fastgan.bench import discriminators
 from fastgan.bench.case import Case
 from fastgan.bench.cases.gradient_penalty import step_case
-from fastgan.bench.host import on_fastgans_path, parts, per_layer
+from fastgan.bench.host import force_fastgan, parts, per_layer
 
 _ANYWHERE = ("cpu", "cuda")
 _OBJECTIVES = ("wgan-gp", "r1", "loss+r1", "d-step/r1")
@@ -45,7 +45,7 @@ def _case(
 ) -> Case:
     case = step_case(family, make, shape, objective, _ANYWHERE, suite="host")
     setup = case.setup
-    return replace(case, setup=lambda *where: on_fastgans_path(setup(*where)), about=about)
+    return replace(case, setup=lambda *where: force_fastgan(setup(*where)), about=about)
 
 
 def _cases() -> Iterator[Case]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
-from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, avoids_forward, is_piecewise_affine
+from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
@@ -281,7 +281,7 @@ class Tracer(TorchFunctionMode):
         curved = {
             type(node).__name__
             for node in self.path
-            if node not in targets and not avoids_forward(node, self.path, also)
+            if node not in targets and not is_independent_of_forward(node, self.path, also)
         }
         return f"{', '.join(sorted(curved))} in its graph, whose gradient depends on the forward" if curved else None
 
