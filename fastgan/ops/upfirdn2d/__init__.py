@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import reference
-from fastgan.ops.upfirdn2d.autograd import DTYPES, apply
+from fastgan.ops.upfirdn2d.autograd import CONVOLUTIONS, DTYPES, apply
 from fastgan.ops.upfirdn2d.filters import plane_of, taps_of
 from fastgan.ops.upfirdn2d.plan import Pair, Plan, Taps, image_size
 
@@ -86,6 +86,8 @@ def upfirdn2d(
     if not is_constant(filter) or torch.compiler.is_compiling() or not backends.is_plain():
         return reference.upfirdn2d(input, _plane(filter, input, flip_filter, gain), *geometry)
     chosen = backends.select("upfirdn2d", input.device, input.dtype, backend)
+    if chosen == "reference" and not backends.is_forced(backend):
+        chosen = CONVOLUTIONS
     return apply(input, plan_of(image_size(input), geometry, filter, input, flip_filter, gain, chosen))
 
 
