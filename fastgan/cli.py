@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def message_of(error: Exception) -> str:
-    """Return an error's message; for a system's error, the file and what is wrong with it, without a number."""
+    """Return an error's message. For an OSError, return the file and the reason, without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

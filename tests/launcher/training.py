@@ -1,4 +1,4 @@
-"""Functions that train as scripts of each kind do, and yield after each step what they computed."""
+"""Functions that train like scripts of each kind, and yield the results of each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAKERS = {}
 
 
 def script(function):
-    """A function that trains, and yields after each step what it computed."""
+    """A function that trains, and yields the results of each step."""
     MAKERS[function.__name__] = function
     return function
 
