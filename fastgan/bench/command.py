@@ -32,7 +32,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="fastgan bench",
-        description="Time fastgan's operations and whole training steps against PyTorch's, in turns in one process.",
+        description="Time fastgan's operations and whole training steps against PyTorch's, alternately in one process.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

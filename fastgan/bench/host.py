@@ -69,7 +69,7 @@ def per_layer(
 
 
 def lowest_times(calls: Mapping[Any, Call], rounds: int, repeats: int) -> dict[Any, float]:
-    """Return the lowest time of each call in microseconds. They run in turns, so a disturbance affects all of them."""
+    """Return the lowest time of each call in microseconds. They alternate, so a disturbance affects all of them."""
     for call in calls.values():
         for _ in range(3):
             call()

@@ -1,4 +1,4 @@
-"""Times the variants of one computation in turns, in one process.
+"""Times the variants of one computation alternately, in one process.
 
 A machine's clock and load drift. A disturbance of one variant also affects the others of the same round, so the ratio
 within each round is reliable, while times of separate runs are not.

@@ -1,7 +1,7 @@
 """``fastgan run --compare N``: a script's steps with PyTorch's penalties and with fastgan's.
 
 The script runs in four processes with the same seeds: with PyTorch's penalties, with fastgan's, with PyTorch's and
-another number of threads, and with both in turns to time them. Each process stops after the requested steps.
+another number of threads, and alternating between both to time them. Each process stops after the requested steps.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def report(found: dict[str, Any], now: int, other: int) -> list[str]:
     before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
     if before and after:
         speed = f"{before / after:.2f} times as fast"
-        lines.append(f"  time per step, in turns: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
+        lines.append(f"  time per step, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
     lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(fused['memory'])}")
     noise = f"PyTorch with {other} threads instead of {now}"
     for name in ("losses", "parameters"):

@@ -260,12 +260,14 @@ def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten()
+    discriminator = torch.nn.Sequential(*layers)
     optimizer = torch.optim.Adam(discriminator.parameters())
     with fastgan.enabled():
         for _ in range(4):
             images = torch.randn(4, 3, 16, 16, requires_grad=True)
-            (grad,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+            logits = discriminator(images)
+            (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
             optimizer.zero_grad()
             grad.square().sum().backward()
             optimizer.step()

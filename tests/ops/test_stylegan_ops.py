@@ -199,7 +199,7 @@ BAD = {
     r"weight of shape \(3, 3\)": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT, padding=-2)),
     r"filter of shape \(9, 9\)": (
         ValueError,
-        lambda: ops.conv2d_resample(IMAGE, WEIGHT, torch.ones(9), down=3, padding=-2),
+        lambda: ops.conv2d_resample(IMAGE, WEIGHT, TAPS.repeat(3), down=3, padding=-2),
     ),
     "argument 'grid'": (TypeError, lambda: ops.grid_sample(IMAGE.clone().requires_grad_(), [1], align_corners=True)),
 }

@@ -85,6 +85,32 @@ def test_values_and_two_orders_equal_the_definition(backend, call, f):
         assert_close(a, e, order=order)
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "select", lambda op, device, dtype, backend=None: "reference")
+
+
+@pytest.mark.parametrize("call", [*CALLS, "far crop"])
+@pytest.mark.parametrize("f", ["1-D", "plane", "none"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_kernels_values_and_two_orders_are_the_same(layout, f, call, no_kernels):
+    options, taps = CALLS.get(call, dict(down=2, padding=(-20, 25, 30, -12))), FILTERS[f]
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64).contiguous(memory_format=layout)
+    by = torch.randn_like(defined(x, taps, **options))
+    actual = _orders(lambda v: ops.upfirdn2d(v, taps, **options), x, by)
+    expected = _orders(lambda v: defined(v, taps, **options), x, by)
+    assert actual[0].is_contiguous(memory_format=layout)
+    for order, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, e, order=order)
+
+
+@pytest.mark.parametrize("call", ["up", "down"])
+def test_without_kernels_convolutions_have_a_stride_and_multiply_no_zeros(call, no_kernels):
+    x = torch.randn(2, 3, 16, 16)
+    resample = lambda **named: ops.upfirdn2d(x, FILTERS["1-D"], **CALLS[call], **named)  # noqa: E731
+    assert work(resample) < 0.3 * work(lambda: resample(backend="reference"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_every_dtype_is_summed_in_float32_or_better(backend, dtype):

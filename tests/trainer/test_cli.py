@@ -185,7 +185,7 @@ def test_the_policy_is_set_before_pytorch_is_imported():
 def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
     assert cli.main(["train", "folder", flag, "1"]) == 2
     error = capsys.readouterr().err
-    assert error == f"fastgan: fastgan train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
+    assert error == f"fastgan: train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
     with pytest.raises(SystemExit):
         cli.main(["train", "folder", "--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
@@ -207,7 +207,12 @@ def test_a_configuration_survives_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--name", "a/b"], ["--ema-decay", "1"], ["--resume", "--overwrite"]]
+    "flags",
+    [
+        *(["--steps", "0"], ["--name", "a/b"], ["--ema-decay", "1"], ["--resume", "--overwrite"]),
+        *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--threads", "100000000"], ["--threads", "0"]),
+        *(["--d-lr", "inf"], ["--ema-rampup", "0"], ["--ema-kimg", "nan"]),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
     with pytest.raises(SystemExit) as caught:
@@ -306,6 +311,7 @@ def test_a_file_without_a_data_set_needs_a_preset(in_tmp_path, capsys):
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
     assert cli.main(RING) == 0
+    Path("nowhere").touch()
     assert cli.main(["export", "runs/ring8", "--out", "nowhere/generator.safetensors"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fastgan: ")

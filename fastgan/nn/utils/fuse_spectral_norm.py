@@ -39,8 +39,9 @@ def fuse_spectral_norm(model: M) -> M:
     after adding layers. Apply DistributedDataParallel, FSDP or torch.compile afterwards. A spectral norm can be removed
     in the usual way.
 
-    The state_dict and the results stay the same. Each layer's u and v are updated once per read of its weight, as in
-    PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes its own weight:
+    The state_dict, and the shapes and dtypes of the results, stay the same. Each layer's u and v are updated once per
+    read of its weight, as in PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes
+    its own weight:
 
     - from its second call in the same forward on
     - if a submodule is called outside of the model's forward

@@ -52,7 +52,9 @@ def filtered_lrelu(
 
     taps = torch.tensor([1.0, 5.0, 9.0, 9.0, 5.0, 1.0]) / 30
     x = torch.randn(2, 3, 16, 16)
-    y = fastgan.ops.filtered_lrelu(x, taps, taps, torch.zeros(3), up=2, down=2, padding=5)  # (2, 3, 16, 16)
+    bias = torch.zeros(3)
+    y = fastgan.ops.filtered_lrelu(x, taps, taps, bias, up=2, down=2, padding=5)
+    assert y.shape == x.shape
     ```
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import reference
-from fastgan.ops.upfirdn2d.autograd import DTYPES, apply
+from fastgan.ops.upfirdn2d.autograd import CONVOLUTIONS, DTYPES, apply
 from fastgan.ops.upfirdn2d.filters import plane_of, taps_of
 from fastgan.ops.upfirdn2d.plan import Pair, Plan, Taps, image_size
 
@@ -58,7 +58,8 @@ def upfirdn2d(
     import fastgan
 
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)  # (2, 3, 8, 8)
+    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)
+    assert half.shape == (2, 3, 8, 8)
     ```
 
     Args:
@@ -85,6 +86,8 @@ def upfirdn2d(
     if not is_constant(filter) or torch.compiler.is_compiling() or not backends.is_plain():
         return reference.upfirdn2d(input, _plane(filter, input, flip_filter, gain), *geometry)
     chosen = backends.select("upfirdn2d", input.device, input.dtype, backend)
+    if chosen == "reference" and not backends.is_forced(backend):
+        chosen = CONVOLUTIONS
     return apply(input, plan_of(image_size(input), geometry, filter, input, flip_filter, gain, chosen))
 
 
@@ -136,6 +139,8 @@ def upsample2d(
 ) -> Tensor:
     """Enlarge an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -145,7 +150,7 @@ def upsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         up: factor of the upsampling, one number or (x, y).
         padding: padding of the result, in addition to the padding that centers the filter.
@@ -155,6 +160,9 @@ def upsample2d(
 
     Returns:
         (N, C, H * up, W * up) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     ux, uy = factor_of("up", up)
     h, w = shape_of(filter)
@@ -175,6 +183,8 @@ def downsample2d(
 ) -> Tensor:
     """Reduce an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -184,7 +194,7 @@ def downsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         down: factor of the downsampling, one number or (x, y).
         padding: padding of the input, in addition to the padding that centers the filter.
@@ -194,6 +204,9 @@ def downsample2d(
 
     Returns:
         (N, C, H / down, W / down) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     dx, dy = factor_of("down", down)
     h, w = shape_of(filter)
@@ -212,6 +225,8 @@ def filter2d(
 ) -> Tensor:
     """Filter an image and keep its size. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -221,7 +236,7 @@ def filter2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         padding: padding of the result, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
@@ -230,6 +245,9 @@ def filter2d(
 
     Returns:
         (N, C, H, W) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     h, w = shape_of(filter)
     around = w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
