@@ -32,7 +32,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="fastgan bench",
-        description="Time fastgan's operations and whole training steps against PyTorch's, in turns in one process.",
+        description="Time fastgan's operations and whole training steps against PyTorch's, alternately in one process.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR|FILE.json",
         help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
     )
-    add("--rounds", type=_positive, help=f"samples per variant, in sizes per build, of five (default: {rounds})")
+    add("--rounds", type=_positive, help=f"samples per variant, in sizes per build, of 4 to 16 (default: {rounds})")
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add(
         "--give-memory-back",

@@ -9,7 +9,7 @@ import fastgan
 from fastgan.bench.case import BASELINE, prepare
 from fastgan.bench.cases import CASES, SUITES
 from fastgan.bench.cases.host import one_pixel
-from fastgan.bench.host import lowest_times, on_fastgans_path, parts, per_layer
+from fastgan.bench.host import force_fastgan, lowest_times, parts, per_layer
 from fastgan.bench.steps import batches
 from fastgan.ops.conv import autograd
 
@@ -40,7 +40,7 @@ def test_without_the_suites_wrapper_the_step_is_left_to_pytorch(monkeypatch):
     makes = batches(one_pixel(2), (2, 3, 1, 1), "r1", CPU, torch.float32)
     makes["fastgan"]()()
     assert not called
-    on_fastgans_path(makes)["fastgan"]()()
+    force_fastgan(makes)["fastgan"]()()
     assert called
 
 

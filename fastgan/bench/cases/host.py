@@ -13,7 +13,7 @@ from torch import nn
 from fastgan.bench import discriminators
 from fastgan.bench.case import Case, Make
 from fastgan.bench.cases.gradient_penalty import step_case
-from fastgan.bench.host import on_fastgans_path, parts, per_layer
+from fastgan.bench.host import force_fastgan, parts, per_layer
 
 _ANYWHERE = ("cpu", "cuda")
 _OBJECTIVES = ("wgan-gp", "r1", "loss+r1", "d-step/r1")
@@ -50,7 +50,7 @@ def _case(
 
 def _with_own_functions(makes: dict[str, Make]) -> dict[str, Make]:
     """Add fastgan's own functions, which such small steps run only inside ``use_backend``."""
-    return makes | {"fastgan, own functions": on_fastgans_path({"": makes["fastgan"]})[""]}
+    return makes | {"fastgan, own functions": force_fastgan({"": makes["fastgan"]})[""]}
 
 
 def _cases() -> Iterator[Case]:

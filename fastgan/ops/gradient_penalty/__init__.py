@@ -124,7 +124,10 @@ def gradient_penalty(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(768, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(768, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp", weight=10)
@@ -163,7 +166,7 @@ def gradient_penalty(
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
                     returned = discriminator(given, *args, **(kwargs or {}))
-                small = rerouting.never_began
+                small = rerouting.never_started
                 logits = logits_of(returned, select, x[0].shape[0])
                 graph = read_graph(logits, x, hooks) if small and rerouting.only_pytorch_ran else None
                 if graph is not None:
@@ -234,7 +237,10 @@ def penalty_from_logits(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(192, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     images = torch.randn(4, 3, 8, 8).requires_grad_()
     with fastgan.twice_differentiable():
@@ -345,7 +351,10 @@ def logits_and_penalty(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(192, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     real = torch.randn(4, 3, 8, 8)
     logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
@@ -411,7 +420,9 @@ def explain_penalty(
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    discriminator = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
     print(fastgan.explain_penalty(discriminator, torch.randn(4, 8)))
     ```
     """

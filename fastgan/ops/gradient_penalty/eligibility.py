@@ -19,19 +19,20 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
-from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, avoids_forward, is_piecewise_affine
+from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
 from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES
+from fastgan.ops.needed import node_of
 
 _UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
 _NO_RULE = (
@@ -265,7 +266,7 @@ class Tracer(TorchFunctionMode):
         return not isinstance(part, bool | int | float | str | type(None))
 
     def _judge_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
-        targets = {get_gradient_edge(x).node for x in self._inputs}
+        targets = {node_of(x) for x in self._inputs}
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
         if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
@@ -280,13 +281,13 @@ class Tracer(TorchFunctionMode):
         curved = {
             type(node).__name__
             for node in self.path
-            if node not in targets and not avoids_forward(node, self.path, also)
+            if node not in targets and not is_independent_of_forward(node, self.path, also)
         }
         return f"{', '.join(sorted(curved))} in its graph, whose gradient depends on the forward" if curved else None
 
     def _custom(self, tensors: Iterable[Tensor]) -> str:
         """Name the custom autograd.Functions between the input and these tensors."""
-        targets = {get_gradient_edge(x).node for x in self._inputs}
+        targets = {node_of(x) for x in self._inputs}
         path, _ = follow((tensor.grad_fn for tensor in tensors), targets)
         names = {
             type(node).__name__ for node in path if hasattr(node, "_forward_cls") and not is_piecewise_affine(node)

@@ -94,7 +94,7 @@ def _run_maybe_small(
     with size.rerouting(x) as rerouting, tracer or nullcontext():
         returned = call()
     logits = logits_of(returned, select, x[0].shape[0])
-    small = rerouting.never_began
+    small = rerouting.never_started
     if small and known is not None and rerouting.only_pytorch_ran:
         leave_to_pytorch(known)
     elif size is Size.UNKNOWN and small != seen:

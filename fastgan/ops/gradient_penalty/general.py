@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.freeing import may_free
@@ -14,6 +14,7 @@ from fastgan.ops.gradient_penalty.graph_pass import gradient_of, read_graph
 from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.needed import node_of
 
 INDEPENDENT = "the discriminator's output does not depend on its input, or was detached from it"
 
@@ -39,7 +40,7 @@ def gradients(
         raise ValueError(INDEPENDENT)
     path = paths(connected, *inputs)
     refuse_sharded_graph(path)
-    keep = create_graph and not (private_graph and may_free(path, *(get_gradient_edge(x).node for x in inputs)))
+    keep = create_graph and not (private_graph and may_free(path, *(node_of(x) for x in inputs)))
     with watched(path, inputs) as watch:
         ones = [watch.factor(output) for output in connected]
         grads = torch.autograd.grad(

@@ -88,7 +88,7 @@ def size_of(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
     return Size.LARGE if estimate(modules, inputs).reaches(limit) else Size.UNKNOWN
 
 
-def takes_less(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
+def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
     """Return whether the parameters show that a forward has fewer multiplications. This runs no forward."""
     most = bound([module], [inputs])
     return most is not None and most.multiplications < multiplications
