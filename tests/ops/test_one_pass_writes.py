@@ -168,7 +168,10 @@ MIXED = {
     "a view that is older than a write": (write_over_a_view, "modified"),
     "in place between samples": (writes(copy, write_other_samples), "getitem"),
     "into a view of a constant": (lambda net, h: zeros()[:, :2].add_(h[:, :2]), "in place on a view"),
-    "over a transposed view": (lambda net, h: plus((h * 2).to(memory_format=torch.channels_last)[:, :2], net.p), "view"),
+    "over a transposed view": (
+        lambda net, h: plus((h * 2).to(memory_format=torch.channels_last)[:, :2], net.p),
+        "view",
+    ),
     "into another sample": (writes(copy, to_another_sample), "getitem"),
     "between samples": (
         lambda net, h: writes(lambda net, h: zeros(2 * N, C, S, S), to_every_other_sample)(net, h)[:N],
