@@ -31,7 +31,7 @@ from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
-from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES
+from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES, into_base
 from fastgan.ops.needed import node_of
 
 _UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
@@ -150,7 +150,7 @@ class Tracer(TorchFunctionMode):
                     "writes a tensor that depends on the input into a constant; use the form that is not in place"
                 )
             if args[0]._is_view():
-                if func not in SAFE_IN_PLACE:
+                if func not in SAFE_IN_PLACE or self.layout(args[0]) is None:
                     raise Ineligible("is in place on a view; use the form that is not in place")
                 self._writes_slices = True
         args, kwargs = bind(self.view, args), bind(self.view, kwargs)
@@ -172,11 +172,28 @@ class Tracer(TorchFunctionMode):
             return None, self._reason(call.func, str(ineligible))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             return None, self._reason(call.func, f"was called in a form without a rule for one pass ({error})")
-        if call.constants and call.func in IN_PLACE and call.result._is_view():
-            return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
+        of_constants = layout
+        if call.args and call.result is call.args[0] and call.result._is_view():
+            base = self._known(call.result._base)
+            if call.constants:
+                if base is None or base.layout is None or not into_base(call):
+                    return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
+                of_constants = base.layout
+            self._renew_views(call)
         if call.constants:  # there is one result
-            self.constants += [(edge, constant, layout) for edge, constant in call.constants]
+            self.constants += [(edge, constant, of_constants) for edge, constant in call.constants]
         return layout, None
+
+    def _renew_views(self, call: Call) -> None:
+        """After a call has written into a view, continue to trace its base and the other views of this base.
+
+        Autograd connects all of them to the write, and their samples lie as before.
+        """
+        base = call.result._base
+        for key, made in self._made.items():
+            tensor = made.tensor()
+            if tensor is not None and made.version == call.version and (tensor is base or tensor._base is base):
+                self._made[key] = made._replace(version=tensor._version)
 
     def view(self, value: Any) -> Any:
         """Replace a tensor that requires a gradient and does not depend on the input by a view of it.
