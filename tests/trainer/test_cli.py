@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import fastgan_command
 from fastgan import __version__, _start, cli
 from fastgan.trainer import config
 from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.use import config as use_config
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -459,11 +461,12 @@ def test_info_takes_no_arguments(capsys):
     assert "no arguments" in capsys.readouterr().err
 
 
-def test_a_configuration_needs_no_parser_of_options(monkeypatch):
+@pytest.mark.parametrize("module", [config, use_config])
+def test_a_configuration_needs_no_parser_of_options(module, monkeypatch):
     """tools/gpu.sh trains and verifies where tyro is not installed."""
     monkeypatch.setitem(sys.modules, "tyro", None)
-    spec = importlib.util.spec_from_file_location("without_tyro", config.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "without_tyro", module)
-    spec.loader.exec_module(module)
-    assert module.TrainConfig(dataset="ring8", steps=3).steps == 3
+    spec = importlib.util.spec_from_file_location("without_tyro", module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "without_tyro", copy)
+    spec.loader.exec_module(copy)
+    assert dataclasses.is_dataclass(copy.TrainConfig if module is config else copy.ExportConfig)
