@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.graph_steps import KINDS, Kind
+from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.zeros import reached
 from fastgan.torch_private import apply
 
@@ -251,7 +252,7 @@ def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -
     if len(logits) != 1 or len(inputs) != 1 or hooks != torch_private.count_hooks():
         return None
     output, x = logits[0], inputs[0]
-    if type(output) is not Tensor or not output.requires_grad or not x.numel():
+    if type(output) is not Tensor or not output.requires_grad or not x.numel() or may_be_sharded():
         return None
     graph = Graph(output, x)
     return graph if graph.read() else None
