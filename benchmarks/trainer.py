@@ -1,4 +1,4 @@
-"""Images per second of the whole training step, with fastgan and with plain PyTorch, in turns in one process.
+"""Images per second of the whole training step, with fastgan and with plain PyTorch, alternately in one process.
 
     python benchmarks/trainer.py --turns 7
 

@@ -141,19 +141,24 @@ def graphed_step(
     from torch.nn.functional import softplus
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU(), torch.nn.Flatten())
-    optimizer = torch.optim.Adam(discriminator.parameters(), capturable=torch.cuda.is_available())
+    layers = torch.nn.Conv2d(3, 8, 4), torch.nn.ReLU(), torch.nn.Flatten()
+    discriminator = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(
+        discriminator.parameters(), capturable=torch.cuda.is_available()
+    )
 
     def step(real, fake):
         optimizer.zero_grad()
-        logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10.0)
+        logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1")
         loss = softplus(-logits).mean() + softplus(discriminator(fake)).mean() + penalty
         loss.backward()
         optimizer.step()
         return loss
 
     real, fake = torch.randn(2, 8, 3, 4, 4)
-    d_step = fastgan.graphed_step(step, (real, fake), modules=[discriminator], optimizers=[optimizer])
+    d_step = fastgan.graphed_step(
+        step, (real, fake), modules=[discriminator], optimizers=[optimizer]
+    )
     loss = d_step(real, fake)
     ```
 

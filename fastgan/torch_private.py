@@ -26,6 +26,7 @@ from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "DisableTorchFunction",
@@ -39,6 +40,7 @@ __all__ = [
     "clamp_passes_at_bound",
     "count_dispatch_modes",
     "count_function_modes",
+    "count_hooks",
     "current_node",
     "differentiable_gradients",
     "dispatch_mode",
@@ -46,6 +48,8 @@ __all__ = [
     "dynamo",
     "force_eager",
     "function_modes",
+    "gradients_without_graph",
+    "has_saving_hook",
     "in_transform",
     "intercept_autograd_grad",
     "is_batched",
@@ -56,6 +60,7 @@ __all__ = [
     "rebind",
     "safe_softmax",
     "set_stance",
+    "shape_of_result",
     "will_execute",
 ]
 
@@ -143,6 +148,30 @@ def differentiable_gradients(
         tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
     )
     return results
+
+
+def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return the gradients of the sum of the output at tensors or gradient edges, and keep the graph of the output."""
+    results: Sequence[Any] = _run_backward(
+        (output,), (torch.ones_like(output),), True, False, tuple(inputs), True, accumulate_grad=False
+    )
+    return results
+
+
+def shape_of_result(node: Any, index: int = 0) -> list[int]:
+    """Return the shape of the tensor that the function of this node returned."""
+    shape: list[int] = node._input_metadata[index].shape
+    return shape
+
+
+def has_saving_hook(node: Any, saved: str) -> bool:
+    """Return whether a hook unpacks this saved tensor of a node, such as that of a checkpoint."""
+    return getattr(getattr(node, f"_raw{saved}"), "unpack_hook", None) is not None
+
+
+def count_hooks() -> int:
+    """Return the number of hooks that this process has registered. A node of a graph does not show its hooks."""
+    return RemovableHandle.next_id
 
 
 def intercept_autograd_grad() -> None:

@@ -1,4 +1,4 @@
-"""The docstring of each public name has an example that runs, and an entry for each parameter."""
+"""The docstring of each public name has an example that runs, an entry for each parameter, orders and errors."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def test_each_parameter_has_an_entry_in_the_docstring(name):
     entries = re.findall(r"^    (\S.*?):", section[1], flags=re.MULTILINE) if section else []
     documented = [argument for entry in entries for argument in entry.split(", ")]
     assert documented == list(inspect.signature(PUBLIC[name]).parameters)
+
+
+OPERATIONS = [name for name in PUBLIC if name.startswith(("fastgan.ops.", "fastgan.nn.")) and "state_dict" not in name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_docstring_states_the_order_of_derivative_and_the_errors(name):
+    docstring = inspect.getdoc(PUBLIC[name]) or ""
+    assert re.search(r"^Order of derivative: ", docstring, flags=re.MULTILINE)
+    assert re.search(r"^Raises:\n    \w+(, \w+)*: ", docstring, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_in_docstrings_fit_in_88_columns(name):
+    examples = re.findall(r"```python\n(.*?)```", inspect.getdoc(PUBLIC[name]) or "", flags=re.DOTALL)
+    assert max(len(line) for example in examples for line in example.splitlines()) <= 88

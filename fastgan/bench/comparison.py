@@ -83,7 +83,7 @@ def changes(old: Results, new: Results) -> list[Change]:
             if result is not None:
                 found += _of_variant(case["name"], variant, earlier, result)
             elif reason is not None or variant not in OPTIONAL:  # otherwise it was not requested
-                found.append(_gone(case["name"], variant, SPEED_UP, earlier, reason))
+                found.append(_missing(case["name"], variant, SPEED_UP, earlier, reason))
     return found
 
 
@@ -96,14 +96,14 @@ def _of_variant(case: str, variant: str, old: dict[str, Any], new: dict[str, Any
         if "ratio" in graph and "ratio" in new_graph:
             found.append(Change(case, variant, GRAPH, graph["ratio"], new_graph["ratio"]))
     if "seconds" in graph and "seconds" not in new_graph:
-        found.append(_gone(case, variant, GRAPH, graph, new_graph.get("reason")))
+        found.append(_missing(case, variant, GRAPH, graph, new_graph.get("reason")))
     if "peak_bytes" in old and "peak_bytes" in new:
         before, now = (_band(result["peak_bytes"] / 1e6) for result in (old, new))
         found.append(Change(case, variant, "peak MB", before, now, more_is_better=False))
     return found
 
 
-def _gone(case: str, variant: str, what: str, old: dict[str, Any], reason: str | None) -> Change:
+def _missing(case: str, variant: str, what: str, old: dict[str, Any], reason: str | None) -> Change:
     if "ratio" not in old:  # the old run has no baseline
         return Change(case, variant, what.replace(SPEED_UP, "seconds"), old["seconds"], None, reason=reason or UNKNOWN)
     return Change(case, variant, what, old["ratio"], None, reason=reason or UNKNOWN)

@@ -26,7 +26,7 @@ Call = Callable[[], object]
 MICRO = 1e6
 
 
-def on_fastgans_path(makes: Mapping[str, Make]) -> dict[str, Make]:
+def force_fastgan(makes: Mapping[str, Make]) -> dict[str, Make]:
     """Let fastgan run these steps with its own functions, although they are so small that PyTorch's are faster."""
 
     def wrapped(make: Make) -> Make:
@@ -57,7 +57,7 @@ def per_layer(
     """Return the microseconds that one more layer costs a step: the difference between two depths."""
     calls: dict[tuple[str, int], Call] = {}
     for depth in depths:
-        for name, variant in on_fastgans_path(batches(make(depth), shape, objective, device, dtype)).items():
+        for name, variant in force_fastgan(batches(make(depth), shape, objective, device, dtype)).items():
             if name not in OPTIONAL:
                 calls[name, depth] = variant()
     lowest = lowest_times(calls, rounds, repeats=1)
@@ -69,7 +69,7 @@ def per_layer(
 
 
 def lowest_times(calls: Mapping[Any, Call], rounds: int, repeats: int) -> dict[Any, float]:
-    """Return the lowest time of each call in microseconds. They run in turns, so a disturbance affects all of them."""
+    """Return the lowest time of each call in microseconds. They alternate, so a disturbance affects all of them."""
     for call in calls.values():
         for _ in range(3):
             call()
@@ -113,7 +113,7 @@ class _Saving(_Nothing):
         return grad
 
 
-class _Asking(_Nothing):
+class _AsksEngine(_Nothing):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         needed(ctx)
@@ -172,7 +172,7 @@ def parts(device: torch.device, dtype: torch.dtype, rounds: int = 40) -> dict[st
         "a backward": lambda: torch.autograd.grad(x.view_as(x), x, ones),
         "Function": both(_Nothing),
         "saving": both(_Saving),
-        "asking": both(_Asking),
+        "asking": both(_AsksEngine),
         **{f"{name}, once": within(mode, activation) for name, mode in modes.items()},
         **{f"{name}, twice": within(mode, twice) for name, mode in modes.items()},
     }

@@ -26,9 +26,10 @@ from fastgan.bench.record import SCHEMA, Results, save
 from fastgan.ops.gradient_penalty.small import at_any_size
 
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
-# Times depend on the addresses of a model's tensors, by up to 2 % (two Xeon threads). Suites that compare times which
-# are closer than that build their variants several times, and take all rounds with each build.
-BUILDS = {"sizes": 5}
+# Suites that compare close times. Times depend on the addresses of a model's tensors, by up to 2 % (two Xeon threads).
+# So their variants are built several times, until the median ratios are known to this standard error.
+CLOSE = {"sizes": 0.005}
+FEWEST_BUILDS, MOST_BUILDS = 4, 16
 UNTIMED = "memory"  # suite that measures memory; it times only one call per variant
 LONGEST = 60.0  # time limit of a case in seconds with --keep-going; ten times that with --compile
 STOPPED = 75  # exit status of a process that cannot continue; --resume continues the run
@@ -60,7 +61,7 @@ def begin(
     return results
 
 
-def go_on(
+def run_cases(
     results: Results,
     cases: Mapping[str, Case],
     device: torch.device,
@@ -84,7 +85,7 @@ def go_on(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     if path is not None:
         save(results, path)
-    for name in announced(results["not_yet_run"], done=len(results["cases"])):
+    for name in with_progress(results["not_yet_run"], done=len(results["cases"])):
         if end is not None and time.monotonic() > end:
             print(f"fastgan bench: time is up, {len(results['not_yet_run'])} cases did not run", file=sys.stderr)
             break
@@ -92,7 +93,7 @@ def go_on(
             results["cases"].append(measure(cases[name], device, results))
             results["not_yet_run"] = results["not_yet_run"][1:]
         elif name in results["not_yet_run"]:
-            _refuse_lost(device, tried)
+            _require_working_device(device, tried)
             _try(cases[name], device, results, path)
             tried = True
         if path is not None:
@@ -132,7 +133,7 @@ def _end(name: str) -> None:
     os._exit(STOPPED)
 
 
-def _refuse_lost(device: torch.device, tried: bool) -> None:
+def _require_working_device(device: torch.device, tried: bool) -> None:
     """Raise if an earlier failure broke the device: a failed capture leaves its state behind, a failed kernel more."""
     if device.type != "cuda":
         return
@@ -145,7 +146,7 @@ def _refuse_lost(device: torch.device, tried: bool) -> None:
         raise DeviceLost(str(error).partition("\n")[0]) from None
 
 
-def announced(names: Sequence[str], done: int = 0) -> Iterator[str]:
+def with_progress(names: Sequence[str], done: int = 0) -> Iterator[str]:
     """Yield the names, with a progress bar in a terminal, otherwise with one line each."""
     total = done + len(names)
     if sys.stderr.isatty():
@@ -187,11 +188,14 @@ def _measure(case: Case, device: torch.device, results: Results, keep_going: boo
     variants, errors, left_out = prepare(case, device, optional=results["compile"], failed=failed)
     untimed = results["suite"] == UNTIMED
     samples = timing.once(variants, timer) if untimed else timing.in_turns(variants, timer, rounds, seconds)
-    for _ in range(BUILDS.get(results["suite"], 1) - 1):
-        again, *_ = prepare(case, device, optional=results["compile"], failed=failed)
-        for name, more in timing.in_turns(again, timer, rounds, seconds).items():
-            samples[name] += more
-        variants = again  # so far both have existed at once: the new tensors have new addresses
+    if results["suite"] in CLOSE:
+        for build in range(2, MOST_BUILDS + 1):
+            again, *_ = prepare(case, device, optional=results["compile"], failed=failed)
+            for name, more in timing.in_turns(again, timer, rounds, seconds).items():
+                samples[name] += more
+            variants = again  # until now both existed, so the new tensors have new addresses
+            if build >= FEWEST_BUILDS and timing.largest_error(samples, BASELINE) <= CLOSE[results["suite"]]:
+                break
     measured = timing.compare(samples, BASELINE)
     floor = case.bytes / results["copy_bandwidth"] if case.bytes is not None else None
     for name, result in measured.items():

@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_module("matplotlib")  # if it is missing, fail now and not after the measurements
     if options.threads:
         torch.set_num_threads(options.threads)
-    results, cases, device, path = (_resumed if options.resume else _begun)(options)
+    results, cases, device, path = (_resumed if options.resume else _new_results)(options)
     old = None
     if options.compare:
         old = record.load(options.compare)
         only = [name for name in record.names(old) if fnmatch(name, results["pattern"])]
         comparison.refuse_others(old, options.compare, results, only)
     try:
-        measure.go_on(results, cases, device, path, minutes=options.minutes, keep_going=options.keep_going)
+        measure.run_cases(results, cases, device, path, minutes=options.minutes, keep_going=options.keep_going)
     except measure.DeviceLost as error:
         print(f"fastgan bench: {error}; continue with --resume", file=sys.stderr)
         return measure.STOPPED
@@ -84,7 +84,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise ValueError(f"--suite {measure.UNTIMED} times only one call: leave out --rounds")
 
 
-def _begun(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
+def _new_results(options: argparse.Namespace) -> tuple[Results, Mapping[str, Case], torch.device, Path]:
     device = choose_device(options.device)
     if not options.give_memory_back:
         keep_freed_memory()

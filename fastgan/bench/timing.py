@@ -1,4 +1,4 @@
-"""Times the variants of one computation in turns, in one process.
+"""Times the variants of one computation alternately, in one process.
 
 A machine's clock and load drift. A disturbance of one variant also affects the others of the same round, so the ratio
 within each round is reliable, while times of separate runs are not.
@@ -7,9 +7,11 @@ within each round is reliable, while times of separate runs are not.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -69,6 +71,19 @@ def compare(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict
             result[name]["ratio_of_medians"] = statistics.median(base) / statistics.median(own)
             result[name]["ratio"] = quantiles([b / o for b, o in zip(base, own, strict=True)])
     return result
+
+
+def largest_error(samples: Mapping[str, list[float]], baseline: str) -> float:
+    """Return the largest relative standard error of a median ratio.
+
+    It is that of the median of a normal distribution with the same 20 and 80 % quantiles.
+    """
+    errors = [0.0]
+    for own in (own for name, own in samples.items() if name != baseline):
+        ratio = quantiles([b / o for b, o in zip(samples[baseline], own, strict=True)])
+        deviation = (ratio["high"] - ratio["low"]) / (2 * NormalDist().inv_cdf(0.8))
+        errors.append(deviation * math.sqrt(math.pi / 2 / len(own)) / ratio["median"])
+    return max(errors)
 
 
 def wall_clock(run: Call, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -104,7 +104,7 @@ def convert_layers(model: nn.Module, mend: bool = False) -> Report:
             outcome = None, "compiled by TorchScript"
         else:
             found = by_torch.get(module) or spectral_norm.convert(module, mend) or minibatch.convert(module)
-            outcome = found or _left_alone(module)
+            outcome = found or _reason_unchanged(module)
         if outcome is not None:
             rows.append(Row(path, name, *outcome))
     return Report(model, rows)
@@ -114,7 +114,7 @@ def _name_of(module: nn.Module) -> str:
     return parametrize.type_before_parametrizations(module).__name__
 
 
-def _left_alone(module: nn.Module) -> tuple[None, str] | None:
+def _reason_unchanged(module: nn.Module) -> tuple[None, str] | None:
     if isinstance(module, _REROUTED):
         return None, "PyTorch layer; its calls are rerouted inside penalties"
     if type(module).__module__.startswith("torch.nn."):

@@ -36,13 +36,13 @@ class Report:
         return [row for row in self.rows if row.replaced_by is not None]
 
     @property
-    def left_alone(self) -> list[Row]:
+    def unchanged(self) -> list[Row]:
         return [row for row in self.rows if row.replaced_by is None]
 
     def __str__(self) -> str:
         lines = [("module", "class", "replaced by", "note")]
         lines += [(row.path or "(model)", row.module, row.replaced_by or "-", row.reason) for row in self.rows]
-        return f"{table(lines)}\n{len(self.replaced)} replaced, {len(self.left_alone)} unchanged"
+        return f"{table(lines)}\n{len(self.replaced)} replaced, {len(self.unchanged)} unchanged"
 
     def verify(
         self, sample_inputs: Tensor | Sequence[Any] | Mapping[str, Any], kwargs: Mapping[str, Any] | None = None

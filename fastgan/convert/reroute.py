@@ -17,10 +17,12 @@ from torch.nn.utils import parametrize
 
 from fastgan import backends
 from fastgan.convert.replace import Replacement, become, can_become, is_converted, made_from
-from fastgan.ops.gradient_penalty.small import MOST_SHAPES, takes_less
+from fastgan.ops.gradient_penalty.small import MOST_SHAPES, has_fewer_multiplications
 from fastgan.ops.twice_differentiable import Rerouting, is_rerouting, twice_differentiable
 
-_LEAST = 2**36  # multiplications in a forward, as bounded by `takes_less`; above it, a step on a CPU gets faster
+_LEAST = (
+    2**36
+)  # multiplications in a forward, as bounded by `has_fewer_multiplications`; above it, a step on a CPU gets faster
 
 
 class Rerouted(Replacement):
@@ -28,7 +30,7 @@ class Rerouted(Replacement):
         if kwargs or len(args) != 1 or not isinstance(x := args[0], Tensor):
             return False
         key = self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad
-        return key in self._fastgan.get("left_alone", ())
+        return key in self._fastgan.get("unchanged", ())
 
     def is_as_compared(self: Any, *args: Any, **kwargs: Any) -> bool:
         if not torch.is_grad_enabled() or backends.is_forced() or backends.in_transform() or is_rerouting():
@@ -37,7 +39,7 @@ class Rerouted(Replacement):
         if _is_large(self, values) or _may_lack_derivatives(self, values):
             return True
         if len(values) == len(args) == 1 and isinstance(x := args[0], Tensor):
-            _remember(self, "left_alone", (self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad), True)
+            _remember(self, "unchanged", (self.training, x.shape, x.dtype, x.is_cpu, x.requires_grad), True)
         return False
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +60,7 @@ def _is_large(module: Any, values: tuple[Any, ...]) -> bool:
         return False
     large: bool | None = module._fastgan.get("is_large", {}).get(images.shape)
     if large is None:
-        large = not takes_less(module, images, _LEAST)
+        large = not has_fewer_multiplications(module, images, _LEAST)
         _remember(module, "is_large", images.shape, large)
     return large
 

@@ -21,7 +21,8 @@ def revert(model: M) -> M:
     import torch
     import fastgan
 
-    model = torch.nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 1)))
+    layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(layer)
     fastgan.convert(model)
     fastgan.revert(model)
     ```

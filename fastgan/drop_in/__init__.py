@@ -28,7 +28,7 @@ def patch_torch_utils() -> Patch:
     import fastgan
 
     patch = fastgan.patch_torch_utils()
-    print(patch.replaced)  # ["torch_utils.ops.upfirdn2d.upfirdn2d", ...] once these are imported
+    print(patch.replaced)  # such as ["torch_utils.ops.upfirdn2d.upfirdn2d"]
     patch.restore()
     ```
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgan import ops
-from fastgan.drop_in.zeros import leave_zeros
+from fastgan.drop_in.zeros import fill_zero_grads
 from fastgan.ops.conv import of_models
 
 
@@ -29,13 +29,13 @@ def upfirdn2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.upfirdn2d(x, f, up, down, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.upfirdn2d(x, f, up, down, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def filter2d(
     x: Tensor, f: Tensor | None, padding: Any = 0, flip_filter: bool = False, gain: float = 1, impl: str = "cuda"
 ) -> Tensor:
-    return ops.filter2d(x, f, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.filter2d(x, f, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def upsample2d(
@@ -47,7 +47,7 @@ def upsample2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.upsample2d(x, f, up, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.upsample2d(x, f, up, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def downsample2d(
@@ -59,7 +59,7 @@ def downsample2d(
     gain: float = 1,
     impl: str = "cuda",
 ) -> Tensor:
-    return ops.downsample2d(x, f, down, padding, flip_filter, gain, backend=_backend(impl))
+    return ops.downsample2d(x, f, down, padding, flip_filter, float(gain), backend=_backend(impl))
 
 
 def bias_act(
@@ -82,7 +82,7 @@ def bias_act(
         clamp=None if clamp is None or clamp < 0 else float(clamp),
         backend=_backend(impl),
     )
-    return leave_zeros(y) if act in ("relu", "lrelu") and impl != "ref" else y
+    return fill_zero_grads(y) if act in ("relu", "lrelu") and impl != "ref" else y
 
 
 def filtered_lrelu(
@@ -103,7 +103,7 @@ def filtered_lrelu(
     limit = None if clamp is None else float(clamp)
     options: dict[str, Any] = {"gain": float(gain), "slope": float(slope), "clamp": limit, "flip_filter": flip_filter}
     y = ops.filtered_lrelu(x, fu, fd, b, up, down, padding, **options, backend=_backend(impl))
-    return y if impl == "ref" else leave_zeros(y)
+    return y if impl == "ref" else fill_zero_grads(y)
 
 
 def conv2d(

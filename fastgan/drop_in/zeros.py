@@ -18,7 +18,7 @@ from fastgan.ops.gradient_penalty.zeros import reached, with_zeros
 _TASK = "fastgan: zeros are left below, in the backward of this number"
 
 
-def leave_zeros(y: Tensor) -> Tensor:
+def fill_zero_grads(y: Tensor) -> Tensor:
     """Have a backward of y with create_graph=True leave zeros for the parameters before y."""
     if y.grad_fn is not None and y.device.type != "cuda":
         y.grad_fn.register_hook(_Hook(y.grad_fn))

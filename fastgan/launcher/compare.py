@@ -1,7 +1,7 @@
 """``fastgan run --compare N``: a script's steps with PyTorch's penalties and with fastgan's.
 
 The script runs in four processes with the same seeds: with PyTorch's penalties, with fastgan's, with PyTorch's and
-another number of threads, and with both in turns to time them. Each process stops after the requested steps.
+another number of threads, and alternating between both to time them. Each process stops after the requested steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recorder:
         if not any(optimizer is other for other in self._optimizers):
             self._optimizers.append(optimizer)
         if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
-            self._patch.pause(not any(unit.is_next_lean() for unit in session.units))
+            self._patch.pause(not any(unit.is_next_fused() for unit in session.units))
         if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()
@@ -139,16 +139,16 @@ def _run(arguments: list[str], given: str, errors: Path) -> int:
 
 
 def report(found: dict[str, Any], now: int, other: int) -> list[str]:
-    plain, lean = found["PyTorch"], found["fastgan"]
-    if not lean["steps"]:
-        reasons = "".join(f"\n  {where}: {reason}" for where, reason in lean["refused"].items())
+    plain, fused = found["PyTorch"], found["fastgan"]
+    if not fused["steps"]:
+        reasons = "".join(f"\n  {where}: {reason}" for where, reason in fused["refused"].items())
         return [f"fastgan: nothing to compare, no penalty was rerouted{reasons}"]
     lines = [f"fastgan: {plain['steps']} steps with a penalty, in PyTorch and with fastgan, from the same seeds"]
     before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
     if before and after:
         speed = f"{before / after:.2f} times as fast"
-        lines.append(f"  time per step, in turns: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
-    lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(lean['memory'])}")
+        lines.append(f"  time per step, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
+    lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(fused['memory'])}")
     noise = f"PyTorch with {other} threads instead of {now}"
     for name in ("losses", "parameters"):
         by_fastgan, by_threads = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))

@@ -61,7 +61,7 @@ class _Opened:
         self._before = step.count.total if step.count is not None else 0
         self._inside = ExitStack()
         self._inside.enter_context(step.counting())
-        if step.is_lean and may_reroute:
+        if step.is_fused and may_reroute:
             step.rerouted = True
             self._inside.enter_context(Rerouting())
 

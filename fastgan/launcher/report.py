@@ -72,7 +72,7 @@ def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str
 
 
 def _row(unit: Unit) -> tuple[str, ...]:
-    plain, lean = unit.time(False), unit.time(True)
+    plain, fused = unit.time(False), unit.time(True)
     return (
         unit.place,
         unit.name,
@@ -80,26 +80,26 @@ def _row(unit: Unit) -> tuple[str, ...]:
         _work(unit, False),
         _work(unit, True),
         _milliseconds(plain),
-        _milliseconds(lean),
-        _kept(unit, plain, lean),
+        _milliseconds(fused),
+        _kept(unit, plain, fused),
     )
 
 
-def _work(unit: Unit, is_lean: bool) -> str:
-    if not unit.forward_work or is_lean not in unit.work:
+def _work(unit: Unit, is_fused: bool) -> str:
+    if not unit.forward_work or is_fused not in unit.work:
         return "-"
-    return f"{unit.work[is_lean] / unit.forward_work:.1f} F"
+    return f"{unit.work[is_fused] / unit.forward_work:.1f} F"
 
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
 
 
-def _kept(unit: Unit, plain: float | None, lean: float | None) -> str:
+def _kept(unit: Unit, plain: float | None, fused: float | None) -> str:
     if unit.way is not Way.FASTER:
         return "fastgan (--always)"
     if unit.choice is None:
         return "too few steps to decide"
     if unit.choice:
-        return f"fastgan, {plain / lean:.2f} times as fast" if plain and lean else "fastgan"
+        return f"fastgan, {plain / fused:.2f} times as fast" if plain and fused else "fastgan"
     return "PyTorch, as fast or faster"

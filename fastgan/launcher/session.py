@@ -164,7 +164,7 @@ class Session:
             step.end()
             if step.rerouted:
                 step.unit.pattern.restore(optimizer)
-            elif not step.is_lean:
+            elif not step.is_fused:
                 step.unit.pattern.note(optimizer)
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -260,12 +260,14 @@ def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten()
+    discriminator = torch.nn.Sequential(*layers)
     optimizer = torch.optim.Adam(discriminator.parameters())
     with fastgan.enabled():
         for _ in range(4):
             images = torch.randn(4, 3, 16, 16, requires_grad=True)
-            (grad,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+            logits = discriminator(images)
+            (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
             optimizer.zero_grad()
             grad.square().sum().backward()
             optimizer.step()

@@ -68,27 +68,27 @@ class Unit:
             return Step(self, True, timed=True)
         if self.choice is not None:
             return Step(self, self.choice)
-        # plain, lean, lean, plain: a drift of the machine's speed affects both alike
+        # plain, fused, fused, plain: a drift of the machine's speed affects both alike
         return Step(self, (number // 2) % 2 == number % 2, timed=True)
 
-    def is_next_lean(self) -> bool:
+    def is_next_fused(self) -> bool:
         return self.steps % 2 == 1
 
     def end(self, step: Step) -> None:
         if step.count is not None:
-            self.work[step.is_lean] = step.count.total
+            self.work[step.is_fused] = step.count.total
             self.forward_work = max(self.forward_work, step.forward_work)
         if step.timed and step.last is not None:
-            times = self.times[step.is_lean]
+            times = self.times[step.is_fused]
             times.append(step.last - step.first)
             del times[:-1000]
         if self.choice is None and self.way is Way.FASTER:
-            plain, lean = self.times[False], self.times[True]
-            if len(plain) >= PAIRS and len(lean) >= PAIRS:
-                self.choice = typical(plain) > LEAST_GAIN * typical(lean)
+            plain, fused = self.times[False], self.times[True]
+            if len(plain) >= PAIRS and len(fused) >= PAIRS:
+                self.choice = typical(plain) > LEAST_GAIN * typical(fused)
 
-    def time(self, is_lean: bool) -> float | None:
-        return typical(self.times[is_lean]) if self.times[is_lean] else None
+    def time(self, is_fused: bool) -> float | None:
+        return typical(self.times[is_fused]) if self.times[is_fused] else None
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Step:
     """One step of one thread."""
 
     unit: Unit
-    is_lean: bool
+    is_fused: bool
     timed: bool = False
     count: Count | None = None
     units: set[int] = field(default_factory=set)  # ids of the units whose calls it contains

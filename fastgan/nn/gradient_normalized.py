@@ -22,7 +22,8 @@ class GradientNormalized(nn.Module):
 
     from fastgan.nn import GradientNormalized
 
-    discriminator = GradientNormalized(nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1)))
+    network = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    discriminator = GradientNormalized(network)
     real, fake = torch.randn(2, 4, 8)
     (discriminator(fake) - discriminator(real)).mean().backward()
     ```

@@ -57,7 +57,7 @@ class GradientPenalty(nn.Module):
     gradient.
 
     Call the module as ``penalty(discriminator, real, fake=None, args=(), kwargs=None, generator=None)``. The arguments
-    are those of ``fastgan.gradient_penalty``.
+    and the result have the shapes and dtypes of ``fastgan.gradient_penalty``.
 
     Order of derivative: one, with respect to the parameters of the discriminator.
 
@@ -67,11 +67,16 @@ class GradientPenalty(nn.Module):
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
-    discriminator.append(torch.nn.LazyLinear(1))
+    discriminator = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(768, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
+    )
     real = torch.randn(4, 3, 16, 16)
     penalty = fastgan.nn.GradientPenalty("r1", weight=10, every=16)
-    loss = torch.nn.functional.softplus(-discriminator(real)).mean() + penalty(discriminator, real)
+    loss = torch.nn.functional.softplus(-discriminator(real)).mean()
+    loss = loss + penalty(discriminator, real)
     loss.backward()
     ```
 

@@ -25,7 +25,9 @@ class PathLengthPenalty(nn.Module):
     import fastgan
     from fastgan.nn import PathLengthPenalty
 
-    generator = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.ConvTranspose2d(8, 3, 4), nn.Tanh())
+    generator = nn.Sequential(
+        nn.Unflatten(1, (8, 1, 1)), nn.ConvTranspose2d(8, 3, 4), nn.Tanh()
+    )
     penalty = PathLengthPenalty()
     latents = torch.randn(4, 8, requires_grad=True)  # or the output of a mapping network
     with fastgan.twice_differentiable():

@@ -42,7 +42,7 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     flag or number changes. Inside the function,
 
     - call ``x.requires_grad_()``; torch.compile refuses to set ``x.requires_grad = True``. An argument gets the flag
-      only inside the function: the caller's tensor stays as it is;
+      only inside the function: the caller's tensor does not change;
     - call ``torch.autograd.grad``, once or several times. Its option ``is_grads_batched``, and ``backward``, are
       refused.
 
@@ -65,7 +65,9 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     import torch
     import fastgan
 
-    potential = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+    potential = torch.nn.Sequential(
+        torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1)
+    )
 
     @fastgan.compilable
     def forces(positions):

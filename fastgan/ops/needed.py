@@ -39,6 +39,14 @@ def needed(ctx: Any) -> tuple[bool, ...]:
     return wanted if _is_requested(first) else (False, *wanted[1:])
 
 
+def node_of(x: Tensor) -> Node:
+    """Return the graph node of a tensor. A view of a subclass would be the node of an alias instead."""
+    if type(x) is Tensor:
+        return get_gradient_edge(x).node
+    with torch_private.DisableTorchFunction():
+        return get_gradient_edge(x).node
+
+
 def mark_unused(leaf: Tensor) -> None:
     """Mark a private leaf that requires a gradient: no later backward needs its gradient.
 
@@ -46,7 +54,7 @@ def mark_unused(leaf: Tensor) -> None:
     """
     if leaf._backward_hooks:
         return
-    metadata: Any = get_gradient_edge(leaf).node.metadata
+    metadata: Any = node_of(leaf).metadata
     metadata[_UNUSED] = True
 
 

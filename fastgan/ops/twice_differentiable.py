@@ -251,7 +251,7 @@ class Rerouting:
         self._inside = False
 
     @property
-    def never_began(self) -> bool:
+    def never_started(self) -> bool:
         return self._mode.left > 0 or not self._mode.is_whole
 
     @property
@@ -318,7 +318,8 @@ def twice_differentiable() -> Iterator[None]:
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten())
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten()
+    discriminator = torch.nn.Sequential(*layers)
     images = torch.randn(4, 3, 16, 16, requires_grad=True)
     with fastgan.twice_differentiable():
         logits = discriminator(images)

@@ -91,7 +91,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], list[str]]:
     raise CheckpointError("; ".join(damaged) or f"{folder} holds no checkpoint to resume from")
 
 
-def any_in(folder: Path) -> bool:
+def found_in(folder: Path) -> bool:
     return bool(_checkpoints(folder))
 
 

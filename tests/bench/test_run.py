@@ -152,7 +152,7 @@ def test_a_bar_is_shown_where_somebody_watches(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(measure.announced(["first", "second"], done=1)) == ["first", "second"]
+    assert list(measure.with_progress(["first", "second"], done=1)) == ["first", "second"]
     assert "first: " in terminal.getvalue()
     assert "/3" in terminal.getvalue()
 
@@ -187,7 +187,7 @@ def test_a_lost_device_asks_for_another_process(measured, monkeypatch, tmp_path)
             raise measure.DeviceLost("an illegal memory access")
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_refuse_lost", lost)
+        patch.setattr(measure, "_require_working_device", lost)
         assert run.main([*ARGUMENTS, "--keep-going", "--output", str(path)]) == measure.STOPPED
     assert json.loads(path.read_text())["not_yet_run"] == [f"{CASE}_backward"]
     assert run.main(["--keep-going", "--resume", str(path)]) == 0

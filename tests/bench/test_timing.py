@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import torch
@@ -88,6 +89,16 @@ def test_compare_tells_the_ratio_of_medians_from_the_median_of_ratios():
 
 def test_without_a_baseline_there_are_times_and_no_ratios():
     assert timing.compare({"ours": [1.0]}, "base")["ours"].keys() == {"seconds"}
+
+
+def test_the_error_of_a_median_ratio_is_that_of_a_normal_distribution():
+    generator = random.Random(0)
+    base = [generator.gauss(100, 5) for _ in range(1000)]
+    samples = {"base": base, "ours": [100.0] * 1000, "same": base}
+    assert timing.largest_error(samples, "base") == pytest.approx(0.05 * 1.2533 / 1000**0.5, rel=0.1)
+    assert timing.largest_error({"base": base, "same": base}, "base") == 0
+    quarter = {name: own[:250] for name, own in samples.items()}
+    assert timing.largest_error(quarter, "base") == pytest.approx(2 * timing.largest_error(samples, "base"), rel=0.15)
 
 
 def test_garbage_is_collected_again_after_a_failure():

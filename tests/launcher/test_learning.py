@@ -236,8 +236,8 @@ def test_a_slower_way_is_not_kept():
         ways = []
         for _ in range(2 + 2 * PAIRS + 1):
             step = unit.begin()
-            ways.append(step.is_lean)
-            step.first, step.last = 0.0, lean if step.is_lean else 1.0
+            ways.append(step.is_fused)
+            step.first, step.last = 0.0, lean if step.is_fused else 1.0
             step.end()
         assert ways[:2] == [False, True]
         assert sum(ways[2:-1]) == PAIRS

@@ -215,6 +215,20 @@ def test_segment_reduce(reduce, by, initial, shape):
     assert torch.autograd.gradgradcheck(rerouted(lambda a: ours(a.sin()) ** 2), (x,))
 
 
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("by", ["lengths", "offsets"])
+def test_segment_reduce_with_segments_of_each_sample(reduce, by):
+    lengths = torch.tensor([[2, 3], [4, 1], [1, 4]])
+    bounds = lengths if by == "lengths" else F.pad(lengths.cumsum(1), (1, 0))
+    x = torch.randn(3, 5, 2, **DOUBLE).requires_grad_()
+
+    def ours(a):
+        return torch.segment_reduce(a, reduce, **{by: bounds}, axis=1)
+
+    torch.testing.assert_close(rerouted(ours)(x), ours(x))
+    assert torch.autograd.gradgradcheck(rerouted(lambda a: ours(a.sin()) ** 2), (x,))
+
+
 @pytest.mark.parametrize("theirs", list(recurrent.ROUTES))
 def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypatch):
     """On a CPU, with a tensor that says that it lies on CUDA."""

@@ -272,3 +272,16 @@ def test_a_penalty_at_points_of_a_subclass():
         fastgan.gradient_penalty(copy.deepcopy(model), points, kind="r1") for points in (x, x.as_subclass(Other))
     ]
     torch.testing.assert_close(penalties[0], torch.Tensor.as_subclass(penalties[1], torch.Tensor))
+
+
+def test_a_penalty_at_points_of_a_subclass_gives_zeros_where_pytorch_does():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(4, 3, 8, 8)
+    for penalty in (
+        fastgan.gradient_penalty(model, x.as_subclass(Other), kind="r1"),
+        fastgan.logits_and_penalty(model, x.as_subclass(Other), kind="r1")[1],
+    ):
+        model.zero_grad()
+        penalty.backward()
+        assert model[1].bias.grad is not None  # the bias before the ReLU
+        assert not model[1].bias.grad.any()
+        assert model[3].bias.grad is None

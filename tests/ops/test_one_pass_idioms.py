@@ -109,6 +109,7 @@ IDIOMS = {
     "gate": (lambda net, h: h * net.p, {"p": lambda: parameter(C, 1, 1)}),
     "residual gate": (lambda net, h: h + net.p * net.second.weight.mean() * h, {"p": lambda: parameter(1)}),
     "mask": (lambda net, h: h * MASK, {}),
+    "mask as an index": (lambda net, h: h[:, torch.arange(C) % 3 > 0][..., torch.eye(S) == 0], {}),
     "division by a parameter": (lambda net, h: h / net.p, {"p": lambda: parameter(C, 1, 1)}),
     "division by a number": (lambda net, h: torch.div(h, math.sqrt(2)), {}),
     "embedding": (lambda net, h: h * net.e(Y)[:, :, None, None], {"e": lambda: nn.Embedding(3, C)}),

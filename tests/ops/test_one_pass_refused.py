@@ -80,7 +80,7 @@ REFUSED = {
     "half of the samples repeated": (lambda net, h: h + h.narrow(0, 0, 2).repeat(2, 1, 1, 1), "narrow"),
     "index_select of samples": (lambda net, h: h + h.index_select(0, torch.tensor([1, 2, 3, 0])), "index_select"),
     "gather of samples": (lambda net, h: h.gather(0, Y.view(N, 1, 1, 1).expand_as(h).clamp(max=3)), "gather"),
-    "mask of samples": (lambda net, h: h[torch.ones(N, dtype=torch.bool)], "getitem"),
+    "mask of samples": (lambda net, h: torch.cat([h[torch.arange(N) < 1], h[torch.arange(N) > 0]]), "getitem"),
     "samples as channels": (lambda net, h: h + h.reshape(C, N, S, S).transpose(0, 1), "reshape"),
     "groups of samples": (lambda net, h: h + h.view(2, 2, C, S, S).mean(0).repeat(2, 1, 1, 1), "view"),
     "samples added crosswise": (lambda net, h: h.mean((1, 2, 3)) + h.mean((1, 2, 3))[:, None], "add"),

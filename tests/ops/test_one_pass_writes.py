@@ -51,6 +51,23 @@ def put(index, value):
     return change
 
 
+def through_views(net, h):
+    made = h * 1.5
+    made[:, ::2] += net.p
+    made[:, 0].mul_(2).sub_(0.5)
+    made.transpose(2, 3).add_(constant(S, S))
+    made.flatten(2)[..., 3:9] *= 0.5
+    rows = made.view(N, C, -1)
+    rows[:, :2] = h.flatten(2)[:, 2:4]
+    rows[:, 3] = 0.25
+    made.diagonal(dim1=2, dim2=3).add_(h[..., 0])
+    made[:, :2].copy_(h[:, 2:4])
+    made.select(1, 4).copy_(net.p)
+    made.add_(1)
+    made[:, 1:3].relu_()  # last, because it keeps its result for the backward
+    return made
+
+
 ROWS = (slice(None), slice(0, 2))
 WRITTEN = {
     "zero": writes(copy, put(ROWS, lambda net, h: 0.0)),
@@ -80,6 +97,8 @@ WRITTEN = {
     "add_ to a constant": lambda net, h: constant(N, C, S, S).add_(h, alpha=2),
     "sub_ from a constant": lambda net, h: constant(N, C, S, S).sub_(h),
     "+= of a constant": lambda net, h: plus(constant(N, C, S, S), h),
+    "views": through_views,
+    "a view of a view": lambda net, h: plus((h * 2).view(N, C * S, S)[:, 2:], net.p[0]),
     "scatter": lambda net, h: h.scatter(1, ALL[:, :2].expand(N, 2, S, S), 1.5),
     "scatter of it": lambda net, h: constant(N, C, S, S).scatter(1, ALL[:, :2].expand(N, 2, S, S), h[:, :2]),
     "scatter_add": lambda net, h: zeros().scatter_add(1, ALL.expand(N, C, S, S), h),
@@ -134,7 +153,25 @@ def to_every_other_sample(made, net, h):
     made[::2] = h
 
 
+def write_over_a_view(net, h):
+    made = h * 1.5
+    old = made[:, :2]
+    made.add_(1)
+    return made + old.mean(1, keepdim=True)
+
+
+def write_other_samples(made, net, h):
+    made[1:] += h[:-1]
+
+
 MIXED = {
+    "a view that is older than a write": (write_over_a_view, "modified"),
+    "in place between samples": (writes(copy, write_other_samples), "getitem"),
+    "into a view of a constant": (lambda net, h: zeros()[:, :2].add_(h[:, :2]), "in place on a view"),
+    "over a transposed view": (
+        lambda net, h: plus((h * 2).to(memory_format=torch.channels_last)[:, :2], net.p),
+        "view",
+    ),
     "into another sample": (writes(copy, to_another_sample), "getitem"),
     "between samples": (
         lambda net, h: writes(lambda net, h: zeros(2 * N, C, S, S), to_every_other_sample)(net, h)[:N],

@@ -182,6 +182,36 @@ def test_conv2d_resample_refuses_factors(factor):
         ops.conv2d_resample(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3), down=factor)
 
 
+IMAGE, WEIGHT, TAPS = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.ones(3)
+BAD = {
+    "up_filter": (TypeError, lambda: ops.filtered_lrelu(IMAGE, [1, 2])),
+    "down_filter": (ValueError, lambda: ops.filtered_lrelu(IMAGE, TAPS, torch.ones(5))),
+    "down_filter must be floating": (TypeError, lambda: ops.filtered_lrelu(IMAGE, TAPS, TAPS.int())),
+    "up must": (TypeError, lambda: ops.filtered_lrelu(IMAGE, up=2.0)),
+    "^slope": (TypeError, lambda: ops.filtered_lrelu(IMAGE, slope="0.2")),
+    "input must be a tensor": (TypeError, lambda: ops.conv2d_resample([1], WEIGHT)),
+    "input must have 4": (ValueError, lambda: ops.conv2d_resample(IMAGE[0], WEIGHT)),
+    "weight must be a tensor": (TypeError, lambda: ops.conv2d_resample(IMAGE, [1])),
+    "weight must have 4": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT[0])),
+    "weight must have shape": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT[:, :2], up=2)),
+    "groups=2": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT[:3, :2], groups=2)),
+    "groups must": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT, groups=0)),
+    r"weight of shape \(3, 3\)": (ValueError, lambda: ops.conv2d_resample(IMAGE, WEIGHT, padding=-2)),
+    r"filter of shape \(9, 9\)": (
+        ValueError,
+        lambda: ops.conv2d_resample(IMAGE, WEIGHT, TAPS.repeat(3), down=3, padding=-2),
+    ),
+    "argument 'grid'": (TypeError, lambda: ops.grid_sample(IMAGE.clone().requires_grad_(), [1], align_corners=True)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_an_error_names_the_argument(message):
+    error, call = BAD[message]
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_grid_sample_equals_pytorchs_to_second_order(mode, padding_mode):

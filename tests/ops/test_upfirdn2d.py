@@ -85,6 +85,32 @@ def test_values_and_two_orders_equal_the_definition(backend, call, f):
         assert_close(a, e, order=order)
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "select", lambda op, device, dtype, backend=None: "reference")
+
+
+@pytest.mark.parametrize("call", [*CALLS, "far crop"])
+@pytest.mark.parametrize("f", ["1-D", "plane", "none"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_kernels_values_and_two_orders_are_the_same(layout, f, call, no_kernels):
+    options, taps = CALLS.get(call, dict(down=2, padding=(-20, 25, 30, -12))), FILTERS[f]
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64).contiguous(memory_format=layout)
+    by = torch.randn_like(defined(x, taps, **options))
+    actual = _orders(lambda v: ops.upfirdn2d(v, taps, **options), x, by)
+    expected = _orders(lambda v: defined(v, taps, **options), x, by)
+    assert actual[0].is_contiguous(memory_format=layout)
+    for order, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, e, order=order)
+
+
+@pytest.mark.parametrize("call", ["up", "down"])
+def test_without_kernels_convolutions_have_a_stride_and_multiply_no_zeros(call, no_kernels):
+    x = torch.randn(2, 3, 16, 16)
+    resample = lambda **named: ops.upfirdn2d(x, FILTERS["1-D"], **CALLS[call], **named)  # noqa: E731
+    assert work(resample) < 0.3 * work(lambda: resample(backend="reference"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_every_dtype_is_summed_in_float32_or_better(backend, dtype):
@@ -207,6 +233,15 @@ def test_a_plane_of_rank_one_is_applied_in_two_passes():
     assert not filters.taps_of(rounded, False, 1.0, torch.float64).separable
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_taps_of_a_half_precision_filter_are_multiplied_in_float32(backend, dtype):
+    f = torch.tensor([1.0, 3.1, 2.7, 0.9]).to(dtype)
+    assert filters.taps_of(f, False, 1.0, F32).separable
+    x = torch.randn(1, 2, 6, 6)
+    assert_close(ops.upfirdn2d(x, f, padding=2, backend=backend), defined(x.double(), f.float(), padding=2), order=0)
+
+
 def test_a_filter_that_is_overwritten_is_read_again():
     f = torch.ones(2)
     x = torch.ones(1, 1, 4, 4)
@@ -286,6 +321,8 @@ BAD = {
     "down": (ValueError, "down", lambda x: ops.upfirdn2d(x, None, down=(1, 2, 3))),
     "fraction": (TypeError, "up", lambda x: ops.upfirdn2d(x, None, up=1.5)),
     "padding": (ValueError, "padding", lambda x: ops.upfirdn2d(x, None, padding=(1, 2, 3))),
+    "gain": (TypeError, "gain", lambda x: ops.upfirdn2d(x, None, gain=torch.ones((), requires_grad=True))),
+    "no gain": (TypeError, "gain", lambda x: ops.upsample2d(x, None, gain=None)),
     "nothing left": (ValueError, "does not fit", lambda x: ops.upfirdn2d(x, torch.ones(9))),
     "backend": (ValueError, "backend", lambda x: ops.upfirdn2d(x, None, backend="nvcc")),
 }

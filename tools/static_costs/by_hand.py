@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import NamedTuple
 
 from fastgan.ops.spectral_norm import triton_plan
@@ -55,8 +57,23 @@ def _discrimination(launch: Launch, function: Function) -> Hand:
 
 
 def _filter(launch: Launch, function: Function) -> Hand:
-    x, y = launch.arguments["x_ptr"], launch.arguments["y_ptr"]
-    return Hand(y.numel(), x.nbytes + y.nbytes, 0, loop_parts(function, [], "dram"))
+    """Count lines of the input that loops add, if there are too many taps for the compiler to write all lines."""
+    a = launch.arguments
+    x, y = a["x_ptr"], a.get("y_ptr", a.get("z_ptr"))
+    bits = a["bits_ptr"].nbytes if "bits_ptr" in a else 0
+    each = ceil(a["TILE_Y"] * a["TILE_X"] / 128) * ceil(a["TAPS_X"] / a["UP_X"])  # elements of a thread in a line
+    lines = 3 * a["DOWN_Y"] + ceil(a["TAPS_Y"] / a["UP_Y"])
+    parts = [Part(function.trace(), 1, "dram")]
+    for loop in function.loops:
+        trace = function.trace(loop)
+        elements = sum(i.moves for i in trace if i.base == "LDG" and _is_data(i)) / x.element_size()
+        if elements:
+            parts.append(Part(trace, lines * each / elements, "dram"))
+    return Hand(y.numel(), x.nbytes + y.nbytes + bits, 0, parts)
+
+
+def _is_data(instruction: Instruction) -> bool:
+    return not any("taps_ptr" in _text_of(file, line) for file, line in instruction.lines[:1])
 
 
 # Products of a pair (row, key) by kernel: of operands as they are stored, and of P and the like.
@@ -83,28 +100,47 @@ def _attention(launch: Launch, function: Function) -> Hand:
     return Hand(pairs, 0, seconds, loop_parts(function, trips, "l2"))
 
 
+def _is_of_form(function: Function, loop: tuple[int, int], form: int) -> bool:
+    name = ("GENERAL", "RUNS", "ALONG", "ACROSS", "VECTORS")[form]
+    return any(f"result, {name}, " in _text_of(file, line) for file, line in function.main[loop[1]].lines)
+
+
+@lru_cache
+def _lines_of(file: str) -> list[str]:
+    return Path(file).read_text().splitlines()
+
+
+def _text_of(file: str, line: int) -> str:
+    return _lines_of(file)[line - 1]
+
+
 def _spectral_norm(launch: Launch, function: Function) -> Hand:
-    """The table of weights tells which of the loops run: a kernel has one for each form of a weight."""
+    """The table of weights tells which of the loops run: a kernel has one for each form of a weight.
+
+    All programs read the table and the sums of squares, before and after a loop: these come from L2.
+    """
     a = launch.arguments
     field = {name: i for i, name in enumerate(triton_plan.FIELDS)}
     rows = a["layers_ptr"].tolist()
     size = sum(row[field["outer"]] * row[field["rows"]] * row[field["inner"]] for row in rows)
     item = a["DTYPE"].primitive_bitwidth // 8
-    threads = 128
+    threads = 32 * launch.options.num_warps
     each = size / launch.grid[0] / threads
     of_t = bool(a.get("OF_T"))
     form = rows[0][field["t_form" if of_t else "s_form"]]
     narrow = launch.name.endswith("product") and form in (triton_plan.GENERAL, triton_plan.RUNS)
     inner = [loop for loop in function.loops if not function.within(loop) and function.moved(loop)]
+    if launch.name.endswith("product"):  # the call of this form is among the lines into which its loop is compiled
+        inner = [loop for loop in inner if _is_of_form(function, loop, form)]
     wide = [loop for loop in inner if any(i.width == 16 and i.moves for i in function.trace(loop))]
     chosen = max([loop for loop in inner if (loop in wide) != narrow], key=lambda loop: len(function.trace(loop)))
     step = (triton_plan.SMALL_BLOCK if narrow else triton_plan.BLOCK) / threads
-    parts = [Part(function.trace(), 1, "dram"), Part(function.trace(chosen), each / step, "dram")]
+    parts = [Part(function.trace(), 1, "l2"), Part(function.trace(chosen), each / step, "dram")]
     if launch.name.endswith("product"):
         row = rows[0]
         columns = row[field["outer"]] * row[field["inner"]]
         long = row[field["rows"]] if of_t else columns
-        block = triton_plan.outputs_a_block(form, item)
+        block = triton_plan.outputs_per_step(form, of_t, item)
         around = next(loop for loop in function.loops if chosen in function.within(loop))
         parts.append(Part(function.trace(around), each * threads / (block * long), "l2"))
     reads = {"_product": 1, "_finish": 2, "_inner_products": 2, "_grad_weights": 2}[launch.name.split(".")[1]]
@@ -114,6 +150,7 @@ def _spectral_norm(launch: Launch, function: Function) -> Hand:
 BY_HAND: dict[str, Callable[[Launch, Function], Hand]] = {
     **dict.fromkeys(("minibatch_discrimination._similarities", "minibatch_discrimination._gradients"), _discrimination),
     "upfirdn2d._upfirdn2d": _filter,
+    "filtered_lrelu._activated": _filter,
     **dict.fromkeys((f"attention.{name}" for name in _PRODUCTS), _attention),
     **{f"spectral_norm.{name}": _spectral_norm for name in ("_product", "_finish", "_inner_products", "_grad_weights")},
 }

@@ -10,6 +10,7 @@ from fastgan.ops.attention import triton_kernels as attention
 from fastgan.ops.attention.layout import Options as AttentionOptions
 from fastgan.ops.bias_act import layout as bias_act_layout
 from fastgan.ops.bias_act import triton_kernels as bias_act
+from fastgan.ops.filtered_lrelu import triton_kernels as filtered_lrelu
 from fastgan.ops.minibatch_discrimination import triton_kernels as discrimination
 from fastgan.ops.minibatch_stddev import layout as stddev_layout
 from fastgan.ops.minibatch_stddev import triton_kernels as stddev
@@ -24,7 +25,7 @@ Cases = Iterator[tuple[str, Callable[[], None]]]
 
 def cases(dtype: torch.dtype) -> Cases:
     """Yield the name of each case and the calls that launch its kernels."""
-    for of_op in (_norms, _activations, _deviations, _similarities, _filters, _spectral_norms, _attention):
+    for of_op in (_norms, _activations, _deviations, _similarities, _filters, _filtered, _spectral_norms, _attention):
         yield from of_op(dtype)
 
 
@@ -120,6 +121,21 @@ def _filters(dtype: torch.dtype) -> Cases:
                 filters.upfirdn2d(x, y, sizes, True, taps)
 
             yield f"{name} {form}", launch
+
+
+def _filtered(dtype: torch.dtype) -> Cases:
+    """A layer of StyleGAN3, whose filters have 12 taps, and one with 4."""
+    for count in (12, 4):
+        taps = tuple(float(i + 1) for i in range(count)) * 2
+        x, z = _empty(32 * 64 * 64**2, dtype=dtype), _empty(32 * 64 * 128**2, dtype=dtype)
+        bits = _empty(filtered_lrelu.size_of_bits(32 * 64, 128, 128), dtype=torch.uint8)
+        sizes = 32 * 64, 1, 64, 64, 128, 128, 2, 2, 1, 1, count // 2, count // 2, count, count
+
+        def launch(x=x, z=z, bits=bits, sizes=sizes, taps=taps) -> None:  # type: ignore[no-untyped-def]
+            for read in (False, True):
+                filtered_lrelu.activated(x, z, bits, read, sizes, True, taps, 0.2, 2**0.5, 256.0)
+
+        yield f"filtered {count} taps", launch
 
 
 def _spectral_norms(dtype: torch.dtype) -> Cases:

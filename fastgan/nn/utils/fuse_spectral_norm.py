@@ -39,8 +39,9 @@ def fuse_spectral_norm(model: M) -> M:
     after adding layers. Apply DistributedDataParallel, FSDP or torch.compile afterwards. A spectral norm can be removed
     in the usual way.
 
-    The state_dict and the results stay the same. Each layer's u and v are updated once per read of its weight, as in
-    PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes its own weight:
+    The state_dict, and the shapes and dtypes of the results, stay the same. Each layer's u and v are updated once per
+    read of its weight, as in PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes
+    its own weight:
 
     - from its second call in the same forward on
     - if a submodule is called outside of the model's forward
@@ -114,7 +115,7 @@ class _Parametrized:
 
     def __init__(self, module: nn.Module, name: str, tensors: parametrize.ParametrizationList) -> None:
         self.module, self.name, self.tensors = module, name, tensors
-        self.norm = _become(SpectralNorm, tensors[0])
+        self.norm = _set_class(SpectralNorm, tensors[0])
 
     def look(self) -> tuple[Operands, Settings] | None:
         """Return the operands and the settings. Return None if a read of the weight does more than normalize it."""
@@ -300,7 +301,7 @@ def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
 def _hooks(module: nn.Module) -> Iterator[_Hook]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, TorchHook):
-            fused = _become(_Hook, hook)
+            fused = _set_class(_Hook, hook)
             fused.module = module
             if isinstance(weight := getattr(module, fused.name, None), Tensor):
                 copyable(weight)
@@ -312,7 +313,7 @@ def _is_replica(module: nn.Module) -> bool:
     return "_is_replica" in module.__dict__
 
 
-def _become(cls: type[T], instance: object) -> T:
+def _set_class(cls: type[T], instance: object) -> T:
     """Change the class of an object in place, so that every holder, including PyTorch's own functions, sees it."""
     instance.__class__ = cls
     return cast(T, instance)

@@ -38,10 +38,15 @@ class SpectralNorm(_SpectralNorm):
     ```
 
     Args:
-        weight: the weight; the u and v of the power iteration are initialized from it.
+        weight: the weight, of any shape; float16, bfloat16, float32 or float64. The u and v of the power iteration are
+            initialized from it.
         n_power_iterations: power iterations in each training forward.
         dim: dimension of the outputs.
         eps: lower bound of the norms in the divisions.
+
+    Raises:
+        ValueError: ``n_power_iterations`` is not positive.
+        IndexError: ``dim`` is out of range.
     """
 
     is_idle = False  # True if the last forward of the model has not read the weight
@@ -75,6 +80,7 @@ def spectral_norm(
 
     Arguments, buffers, state_dict keys, training and evaluation behavior, and errors are the same. One fused call
     replaces about forty calls. The module can be pickled and deep-copied at any time.
+    The parameter is float16, bfloat16, float32 or float64, and the normalized weight has its shape and dtype.
 
     Order of derivative: two, in the weight. A third derivative raises; ``use_backend("reference")`` has every order.
 

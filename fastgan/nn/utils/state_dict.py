@@ -42,7 +42,9 @@ def convert_spectral_norm_state_dict(
     import fastgan
 
     layer = torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3))
-    state = fastgan.nn.utils.convert_spectral_norm_state_dict(layer.state_dict(), "parametrization")
+    state = fastgan.nn.utils.convert_spectral_norm_state_dict(
+        layer.state_dict(), "parametrization"
+    )
     fastgan.nn.utils.spectral_norm(torch.nn.Linear(4, 3)).load_state_dict(state)
     ```
 

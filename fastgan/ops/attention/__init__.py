@@ -183,7 +183,7 @@ def _by_heads(
     else:
         batches = [_broadcast(*shapes)] * 3
     folded = [
-        _four(t if t.shape[:-2] == batch else t.expand(*batch, *t.shape[-2:]))
+        _as_4d(t if t.shape[:-2] == batch else t.expand(*batch, *t.shape[-2:]))
         for t, batch in zip((query, key, value), batches, strict=True)
     ]
     return folded[0], folded[1], folded[2], batches[0]
@@ -200,7 +200,7 @@ def _broadcast(*shapes: torch.Size) -> tuple[int, ...]:
         ) from None
 
 
-def _four(t: Tensor) -> Tensor:
+def _as_4d(t: Tensor) -> Tensor:
     return t[(None,) * (4 - t.ndim)] if t.ndim <= 4 else t.flatten(0, -4)
 
 
@@ -211,4 +211,4 @@ def _mask_by_heads(mask: Tensor, wanted: tuple[int, ...]) -> Tensor:
         raise ValueError(f"attn_mask must broadcast to {wanted}, got shape {tuple(mask.shape)}")
     if len(wanted) > 4 and any(size > 1 for size in mask.shape[:-3]):
         mask = mask.expand(*wanted[:-3], *mask.shape[-3:])
-    return _four(mask)
+    return _as_4d(mask)

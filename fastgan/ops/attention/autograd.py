@@ -57,7 +57,7 @@ def _forward(*arguments: Any) -> None:
     options = Options(scale, is_causal, dropout_p)
     if backend == "triton":
         _triton().forward(q, k, v, mask, seed, o, lse, options)
-    elif pytorch_kernel.takes(q, k, v, mask, dropout_p):
+    elif pytorch_kernel.is_eligible(q, k, v, mask, dropout_p):
         for target, result in zip((o, lse), pytorch_kernel.forward(q, k, v, mask, options), strict=True):
             target.copy_(result)
     else:
@@ -81,7 +81,7 @@ def _backward(*given: Any) -> None:
     g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = given
     options = Options(scale, is_causal, dropout_p)
     targets = dq, dk, dv, dmask
-    if _is_by_pytorch(q, k, v, mask, [t is not None for t in targets], options, backend):
+    if _uses_pytorch_kernel(q, k, v, mask, [t is not None for t in targets], options, backend):
         results = pytorch_kernel.backward(stored(g), q, k, v, mask, o, lse, options)
         for target, result in zip(targets, results, strict=False):
             copy_back(result, target)
@@ -147,7 +147,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
     is_direct = is_eager(q)
-    if is_direct and backend != "triton" and pytorch_kernel.takes(q, k, v, mask, options.dropout_p):
+    if is_direct and backend != "triton" and pytorch_kernel.is_eligible(q, k, v, mask, options.dropout_p):
         return _pytorch_forward(q, k, v, mask, options)  # without the operator's copy
     o, lse = _results(q, v)
     run: Any = _forward if is_direct else torch.ops.fastgan.attention_fwd
@@ -155,7 +155,7 @@ def _run_forward(
     return o, lse
 
 
-def _is_by_pytorch(
+def _uses_pytorch_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,8 +165,8 @@ def _is_by_pytorch(
     backend: str,
 ) -> bool:
     """Return whether PyTorch's kernel computes the backward."""
-    takes = backend != "triton" and pytorch_kernel.takes(q, k, v, mask, options.dropout_p)
-    return takes and pytorch_kernel.is_faster(q, wanted)
+    eligible = backend != "triton" and pytorch_kernel.is_eligible(q, k, v, mask, options.dropout_p)
+    return eligible and pytorch_kernel.is_faster(q, wanted)
 
 
 def _run_backward(
@@ -184,7 +184,7 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     operands = q, k, v, mask
     is_direct = is_eager(g)
-    if is_direct and _is_by_pytorch(q, k, v, mask, wanted, options, backend):
+    if is_direct and _uses_pytorch_kernel(q, k, v, mask, wanted, options, backend):
         grads = _pytorch_backward(stored(g), q, k, v, mask, o, lse, options)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), None
     results = [

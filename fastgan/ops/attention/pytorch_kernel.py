@@ -12,7 +12,7 @@ from fastgan.ops.attention.layout import Options
 from fastgan.ops.attention.reference import additive
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+def is_eligible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
     """Return whether the kernels take these operands without a copy of a large mask."""
     if not q.is_cpu or dropout_p > 0 or v.shape[-1] != q.shape[-1] or any(t.stride(-1) != 1 for t in (q, k, v)):
         return False

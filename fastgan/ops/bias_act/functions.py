@@ -17,7 +17,7 @@ from fastgan.ops.library import symbolic
 
 @symbolic
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """Drop-in for ``torch.nn.functional.leaky_relu`` with the same arguments and results.
+    """Drop-in for ``torch.nn.functional.leaky_relu`` with the same arguments, results and errors.
 
     Order of derivative: any. It saves one bit per element for its derivatives. No gradient flows to ``input`` through
     the slopes, whereas PyTorch propagates zeros.
@@ -37,6 +37,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Returns:
         A tensor with the shape and dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     if input.dtype not in DTYPES:
         return F.leaky_relu(input, negative_slope, inplace)
@@ -47,7 +50,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 @symbolic
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Drop-in for ``torch.nn.functional.relu`` with the same arguments and results.
+    """Drop-in for ``torch.nn.functional.relu`` with the same arguments, results and errors.
 
     Order of derivative: any. Like `leaky_relu`, it saves one bit per element, and no gradient flows to ``input``
     through the slopes.
@@ -66,6 +69,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Returns:
         A tensor with the shape and dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     if input.dtype not in DTYPES:
         return F.relu(input, inplace)

@@ -94,7 +94,8 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
     import torch
     import fastgan
 
-    y = fastgan.ops.{name}(torch.randn(2, 3, {sizes}), torch.randn({channels}, {weight_sizes}))
+    weight = torch.randn({channels}, {weight_sizes})
+    y = fastgan.ops.{name}(torch.randn(2, 3, {sizes}), weight)
     ```
 
     Args:
@@ -106,6 +107,9 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
 
     Returns:
         (N, C_out, *S'), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     return function  # type: ignore[no-any-return]
 

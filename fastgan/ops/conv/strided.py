@@ -17,7 +17,7 @@ _LEAST_POSITIONS = 256  # output positions; with fewer, reordering the weights t
 
 def is_fastest_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `forward` is the fastest way to compute this output."""
-    if not (_takes(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
+    if not (_is_eligible(input, weight, geometry) and in_order(input) and backends.native().isa() == _FORWARD):
         return False
     shape = _output_shape(input, weight, geometry)
     return (
@@ -31,14 +31,14 @@ def is_fastest_forward(input: Tensor, weight: Tensor, geometry: Geometry) -> boo
 def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether `input_gradient` is the fastest way to compute this gradient."""
     return (
-        _takes(grad, weight, geometry)
+        _is_eligible(grad, weight, geometry)
         and in_order(input)
         and len(weight) >= _LEAST_CHANNELS
         and _fills_blocks(weight.shape[1])
     )
 
 
-def _takes(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def _is_eligible(images: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """``images`` is the input, or the gradient of the output."""
     return (
         max(geometry.stride) > 1

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastgan.ops.conv.of_models import conv2d, conv_transpose2d
 from fastgan.ops.upfirdn2d import Factor, padding_of, shape_of, upfirdn2d
+from fastgan.ops.upfirdn2d.plan import image_size
 
 __all__ = ["conv2d_resample"]
 
@@ -56,8 +57,9 @@ def conv2d_resample(
 
     Raises:
         TypeError: an argument has an unsupported type.
-        ValueError: a factor is not positive, a shape does not fit, or the result would be empty.
+        ValueError: a factor or groups is not positive, a shape does not fit, or the result would be empty.
     """
+    _check_tensors(input, weight, groups)
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, int) or factor < 1:
             raise ValueError(f"{name} must be a positive integer, got {factor!r}")
@@ -77,7 +79,15 @@ def conv2d_resample(
             top + (fh - down + 1) // 2,
             bottom + (fh - down) // 2,
         )
-    kh, kw = weight.shape[2:]
+    kh, kw = image_size(weight)
+    h, w = image_size(input)
+    padded = h * up + top + bottom, w * up + left + right
+    times = (up > 1) + (down > 1)  # that the filter is applied
+    if padded[0] < kh + times * (fh - 1) or padded[1] < kw + times * (fw - 1):
+        raise ValueError(
+            f"weight of shape {(kh, kw)} and filter of shape {(fh, fw)} do not fit into the padded image of shape "
+            f"{padded}: they must be smaller or the padding larger"
+        )
     if not flip_weight and (kh > 1 or kw > 1):
         weight = weight.flip((2, 3))
     around = left, right, top, bottom
@@ -95,6 +105,21 @@ def conv2d_resample(
     if left == right >= 0 and top == bottom >= 0:
         return conv2d(input, weight, padding=(top, left), groups=groups)
     return conv2d(upfirdn2d(input, None, 1, 1, around), weight, groups=groups)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, groups: int) -> None:
+    for name, tensor in (("input", input), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {tuple(tensor.shape)}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
+    if weight.shape[0] % groups or weight.shape[1] * groups != input.shape[1]:
+        raise ValueError(
+            f"weight must have shape (K, C / groups, h, w) with C={input.shape[1]} and K divisible by groups={groups}, "
+            f"got {tuple(weight.shape)}"
+        )
 
 
 def _pointwise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf, isfinite
 
 import torch
@@ -12,8 +11,7 @@ from fastgan import backends, torch_private
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
 from fastgan.ops.library import visible
-from fastgan.ops.upfirdn2d import Factor, geometry_of, is_constant, plan_of, upfirdn2d
-from fastgan.ops.upfirdn2d.autograd import DTYPES
+from fastgan.ops.upfirdn2d import Factor, check_image, geometry_of, is_constant, number_of, plan_of, upfirdn2d
 from fastgan.ops.upfirdn2d.plan import image_size
 
 __all__ = ["filtered_lrelu"]
@@ -54,7 +52,9 @@ def filtered_lrelu(
 
     taps = torch.tensor([1.0, 5.0, 9.0, 9.0, 5.0, 1.0]) / 30
     x = torch.randn(2, 3, 16, 16)
-    y = fastgan.ops.filtered_lrelu(x, taps, taps, torch.zeros(3), up=2, down=2, padding=5)  # (2, 3, 16, 16)
+    bias = torch.zeros(3)
+    y = fastgan.ops.filtered_lrelu(x, taps, taps, bias, up=2, down=2, padding=5)
+    assert y.shape == x.shape
     ```
 
     Args:
@@ -79,23 +79,24 @@ def filtered_lrelu(
         ValueError: a shape or factor does not fit, or the result would be empty.
         BackendUnavailable: the requested backend cannot run here.
     """
+    check_image(input)
+    size = image_size(input)
+    first = geometry_of(size, up_filter, up, 1, padding, "up_filter")
+    second = geometry_of(first.out_size, down_filter, 1, down, 0, "down_filter")
+    slope = number_of("slope", slope)
     if bias is not None:
         input = bias_act(input, bias, activation="linear", backend=backend)
-    sizes = (up, up) if isinstance(up, int) else up
-    factor = sizes[0] * sizes[-1]
+    factor = first.up[0] * first.up[1]
     numbers = (gain, slope, 1.0 if clamp is None else clamp)
     chosen = _fused_by(input, up_filter, down_filter, numbers, clamp is not None, backend)
-    if chosen == "triton" and not _fits_triton(up, down):
+    if chosen == "triton" and max(*first.up, *second.down) > MOST:
         chosen = None
     if chosen is not None:
-        size = image_size(input)
-        first = geometry_of(size, up_filter, up, 1, padding)
-        second = geometry_of(first.out_size, down_filter, 1, down, 0)
         plans = (
             plan_of(size, first, up_filter, input, flip_filter, factor, chosen),
             plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
-        return in_one(input, Steps(*plans, float(slope), float(gain), inf if clamp is None else float(clamp)))
+        return in_one(input, Steps(*plans, slope, float(gain), inf if clamp is None else float(clamp)))
     y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
     y = bias_act(y, activation="leaky_relu", negative_slope=slope, gain=gain, clamp=clamp, backend=backend)
     return upfirdn2d(y, down_filter, 1, down, 0, flip_filter, backend=backend)
@@ -117,27 +118,17 @@ def _fused_by(
 ) -> str | None:
     """Return the backend whose kernel supports this call. Other calls run the steps one by one, with their errors."""
     if not (
-        isinstance(input, Tensor)
-        and input.ndim == 4
-        and input.numel() > 0
+        input.numel() > 0
         and input.is_contiguous()
         and all(isinstance(number, int | float) and isfinite(number) for number in numbers)
         and numbers[2] > 0
         and not (clamped and torch_private.count_function_modes())  # one pass needs the constants of a clamp
-        and all(f is None or (isinstance(f, Tensor) and f.is_floating_point()) for f in (up_filter, down_filter))
         and is_constant(up_filter)
         and is_constant(down_filter)
         and not torch.compiler.is_compiling()
         and not backends.is_lowered()
         and backends.is_plain()
-        and input.dtype in DTYPES
     ):
         return None
     chosen = backends.select("filtered_lrelu", input.device, input.dtype, backend)
     return chosen if chosen in ("cpu", "triton") else None
-
-
-def _fits_triton(*factors: Factor) -> bool:
-    return all(
-        number <= MOST for factor in factors for number in (factor if isinstance(factor, Sequence) else (factor,))
-    )

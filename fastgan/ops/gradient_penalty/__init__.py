@@ -12,7 +12,8 @@ from fastgan.ops.gradient_penalty import compiled
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.forward import check_call, naming_layers, require_grad_mode, run_forward
-from fastgan.ops.gradient_penalty.general import gradients, plain_gradients
+from fastgan.ops.gradient_penalty.general import gradients, plain_gradients, small_gradients
+from fastgan.ops.gradient_penalty.graph_pass import gradient_and_logits_of, gradient_of, read_graph
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers
@@ -26,6 +27,7 @@ from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import is_entered, traceable
 from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.torch_private import count_hooks
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
 
@@ -70,8 +72,9 @@ def gradient_penalty(
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
     ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan on their
-    device run PyTorch's own functions, unless ``use_backend`` selects a backend.
+    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan's functions
+    on their device run PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if
+    all of these are piecewise affine and known, and their graph is kept until the penalty is freed.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -121,7 +124,10 @@ def gradient_penalty(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(768, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(768, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     penalty = fastgan.gradient_penalty(discriminator, real, fake, kind="wgan-gp", weight=10)
@@ -151,16 +157,22 @@ def gradient_penalty(
     total: Tensor | None = None
     for point in points(kind, real, fake, generator):
         given, x = differentiable(point)
+        hooks = count_hooks()
         if repeated:
             with uncompiled:
                 returned = discriminator(given, *args, **(kwargs or {}))
-            part = penalty(plain_gradients(logits_of(returned, select, x[0].shape[0]), x))
+            part = penalty(small_gradients(logits_of(returned, select, x[0].shape[0]), x, hooks))
         else:
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
                     returned = discriminator(given, *args, **(kwargs or {}))
-                small = rerouting.never_began
-                part = _penalty(logits_of(returned, select, x[0].shape[0]), x, penalty, private_graph=not small)
+                small = rerouting.never_started
+                logits = logits_of(returned, select, x[0].shape[0])
+                graph = read_graph(logits, x, hooks) if small and rerouting.only_pytorch_ran else None
+                if graph is not None:
+                    part = penalty([gradient_of(graph)])
+                else:
+                    part = _penalty(logits, x, penalty, private_graph=not small)
             if not small:
                 for tensor in x:
                     mark_unused(tensor)
@@ -225,7 +237,10 @@ def penalty_from_logits(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(192, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     images = torch.randn(4, 3, 8, 8).requires_grad_()
     with fastgan.twice_differentiable():
@@ -311,9 +326,10 @@ def logits_and_penalty(
     costs as much as four forwards instead of six. Convolutions, products with weights, ReLU, clamp, pooling, dropout,
     sums, masks, slices and reshapes allow one pass. Batch statistics, layer and group normalization, smooth activations
     and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
-    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, and for
-    small models (see ``gradient_penalty``), the penalty is computed as in ``penalty_from_logits``. The results are the
-    same up to rounding. One pass frees the activations of the forward early if there is one logit per sample.
+    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, the
+    penalty is computed as in ``penalty_from_logits``. The results are the same up to rounding. One pass frees the
+    activations of the forward early if there is one logit per sample and the model is not small (see
+    ``gradient_penalty``).
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
@@ -335,7 +351,10 @@ def logits_and_penalty(
     import fastgan
 
     discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(192, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        torch.nn.Flatten(),
+        torch.nn.Linear(192, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 1),
     )
     real = torch.randn(4, 3, 8, 8)
     logits, penalty = fastgan.logits_and_penalty(discriminator, real, kind="r1", weight=10)
@@ -356,7 +375,11 @@ def logits_and_penalty(
             check_select(select)
             require_grad_mode()
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
-        returned, logits, x, tracer, obstacle, plain = run_forward(discriminator, inputs, select, args, kwargs)
+        forward = run_forward(discriminator, inputs, select, args, kwargs)
+        returned, logits, x, tracer, obstacle, plain, graph = forward
+        if graph is not None:
+            grad, returned = gradient_and_logits_of(graph)
+            return returned, penalty([grad])
         if plain:
             return returned, penalty(plain_gradients(logits, x))
         if tracer is not None and obstacle is None:
@@ -397,7 +420,9 @@ def explain_penalty(
     import torch
     import fastgan
 
-    discriminator = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    discriminator = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
     print(fastgan.explain_penalty(discriminator, torch.randn(4, 8)))
     ```
     """
@@ -408,6 +433,8 @@ def explain_penalty(
         missing = layers.missing(forward.logits, forward.inputs)
     if missing:
         return f"no penalty: {len(missing)} without a second derivative: {'; '.join(missing)}"
+    if forward.graph is not None:
+        return "one pass"
     if forward.tracer is None or forward.obstacle is not None:
         return f"general path: {forward.obstacle}"
     conditions = forward.tracer.conditions()

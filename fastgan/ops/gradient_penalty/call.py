@@ -61,6 +61,7 @@ class Call:
         self.samples = tracer.samples
         self.layout = tracer.layout  # the layout of the samples in an argument, or None for a constant
         self.result: Any = None
+        self.version = args[0]._version if args and isinstance(args[0], Tensor) else 0  # before the call
         self.source: Any = None  # stored by the rule that runs before the function, for the one that runs after it
         self.constants: list[tuple[GradientEdge, Tensor | float]] = []
 

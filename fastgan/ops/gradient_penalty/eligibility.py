@@ -19,19 +19,20 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
-from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, avoids_forward, is_piecewise_affine
+from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
-from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES
+from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES, into_base
+from fastgan.ops.needed import node_of
 
 _UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
 _NO_RULE = (
@@ -149,7 +150,7 @@ class Tracer(TorchFunctionMode):
                     "writes a tensor that depends on the input into a constant; use the form that is not in place"
                 )
             if args[0]._is_view():
-                if func not in SAFE_IN_PLACE:
+                if func not in SAFE_IN_PLACE or self.layout(args[0]) is None:
                     raise Ineligible("is in place on a view; use the form that is not in place")
                 self._writes_slices = True
         args, kwargs = bind(self.view, args), bind(self.view, kwargs)
@@ -171,11 +172,28 @@ class Tracer(TorchFunctionMode):
             return None, self._reason(call.func, str(ineligible))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             return None, self._reason(call.func, f"was called in a form without a rule for one pass ({error})")
-        if call.constants and call.func in IN_PLACE and call.result._is_view():
-            return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
+        of_constants = layout
+        if call.args and call.result is call.args[0] and call.result._is_view():
+            base = self._known(call.result._base)
+            if call.constants:
+                if base is None or base.layout is None or not into_base(call):
+                    return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
+                of_constants = base.layout
+            self._renew_views(call)
         if call.constants:  # there is one result
-            self.constants += [(edge, constant, layout) for edge, constant in call.constants]
+            self.constants += [(edge, constant, of_constants) for edge, constant in call.constants]
         return layout, None
+
+    def _renew_views(self, call: Call) -> None:
+        """After a call has written into a view, continue to trace its base and the other views of this base.
+
+        Autograd connects all of them to the write, and their samples lie as before.
+        """
+        base = call.result._base
+        for key, made in self._made.items():
+            tensor = made.tensor()
+            if tensor is not None and made.version == call.version and (tensor is base or tensor._base is base):
+                self._made[key] = made._replace(version=tensor._version)
 
     def view(self, value: Any) -> Any:
         """Replace a tensor that requires a gradient and does not depend on the input by a view of it.
@@ -265,7 +283,7 @@ class Tracer(TorchFunctionMode):
         return not isinstance(part, bool | int | float | str | type(None))
 
     def _judge_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
-        targets = {get_gradient_edge(x).node for x in self._inputs}
+        targets = {node_of(x) for x in self._inputs}
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
         if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
@@ -280,13 +298,13 @@ class Tracer(TorchFunctionMode):
         curved = {
             type(node).__name__
             for node in self.path
-            if node not in targets and not avoids_forward(node, self.path, also)
+            if node not in targets and not is_independent_of_forward(node, self.path, also)
         }
         return f"{', '.join(sorted(curved))} in its graph, whose gradient depends on the forward" if curved else None
 
     def _custom(self, tensors: Iterable[Tensor]) -> str:
         """Name the custom autograd.Functions between the input and these tensors."""
-        targets = {get_gradient_edge(x).node for x in self._inputs}
+        targets = {node_of(x) for x in self._inputs}
         path, _ = follow((tensor.grad_fn for tensor in tensors), targets)
         names = {
             type(node).__name__ for node in path if hasattr(node, "_forward_cls") and not is_piecewise_affine(node)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgan.ops.gradient_penalty.called_modules import Call, call_of
 from fastgan.ops.gradient_penalty.eligibility import Tracer
+from fastgan.ops.gradient_penalty.graph_pass import Graph, read_graph
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
@@ -25,6 +26,7 @@ from fastgan.ops.gradient_penalty.small import (
     was_small,
 )
 from fastgan.ops.twice_differentiable import Rerouting, uncompiled
+from fastgan.torch_private import count_hooks
 
 
 class Forward(NamedTuple):
@@ -34,6 +36,15 @@ class Forward(NamedTuple):
     tracer: Tracer | None  # None: PyTorch's own functions ran
     obstacle: str | None  # why one pass is not possible
     plain: bool = False  # PyTorch's own functions ran, and they have all derivatives
+    graph: Graph | None = None  # PyTorch's own functions ran, and their graph allows one pass
+
+
+def _after_pytorch(returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, plain: bool) -> Forward:
+    """Return the forward that ran PyTorch's own functions only."""
+    graph = read_graph(logits, x, hooks) if returned is logits[0] else None
+    if graph is not None and not graph.single:
+        graph = None
+    return Forward(returned, logits, x, None, reason(x), plain, graph)
 
 
 def run_forward(
@@ -49,9 +60,10 @@ def run_forward(
     known = call_of(discriminator, (inputs,), args, kwargs)
     if is_left_to_pytorch(known):
         given, x = differentiable(inputs)
+        hooks = count_hooks()
         with uncompiled:
             returned = discriminator(given, *args, **(kwargs or {}))
-        return Forward(returned, logits_of(returned, select, x[0].shape[0]), x, None, reason(x), plain=True)
+        return _after_pytorch(returned, logits_of(returned, select, x[0].shape[0]), x, hooks, plain=True)
     check_call(inputs, select)
     given, x = differentiable(inputs)
 
@@ -78,14 +90,17 @@ def _run_maybe_small(
     """Run a forward and count its multiplications, unless its parameters already show that it is small."""
     seen = size is Size.SMALL or was_small(discriminator, x)
     tracer = None if seen else Tracer(*x)
+    hooks = count_hooks()
     with size.rerouting(x) as rerouting, tracer or nullcontext():
         returned = call()
     logits = logits_of(returned, select, x[0].shape[0])
-    small = rerouting.never_began
+    small = rerouting.never_started
     if small and known is not None and rerouting.only_pytorch_ran:
         leave_to_pytorch(known)
     elif size is Size.UNKNOWN and small != seen:
         remember(discriminator, x, small)
+    if small and rerouting.only_pytorch_ran:
+        return _after_pytorch(returned, logits, x, hooks, plain=False)
     if small:
         return Forward(returned, logits, x, None, reason(x))
     if tracer is None:

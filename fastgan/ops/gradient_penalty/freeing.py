@@ -63,10 +63,10 @@ def may_free(path: set[Node], *targets: Node) -> bool:
         path: the nodes between the outputs and the inputs.
         targets: the nodes of the inputs.
     """
-    return not any(node not in targets and not avoids_forward(node, path) for node in path)
+    return not any(node not in targets and not is_independent_of_forward(node, path) for node in path)
 
 
-def avoids_forward(node: Node, path: set[Node], also: Collection[str] = ()) -> bool:
+def is_independent_of_forward(node: Node, path: set[Node], also: Collection[str] = ()) -> bool:
     """Return whether the gradient that this node computes is independent of the forward.
 
     Args:

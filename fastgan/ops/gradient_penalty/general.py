@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.freeing import may_free
+from fastgan.ops.gradient_penalty.graph_pass import gradient_of, read_graph
 from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.needed import node_of
 
 INDEPENDENT = "the discriminator's output does not depend on its input, or was detached from it"
 
@@ -38,7 +40,7 @@ def gradients(
         raise ValueError(INDEPENDENT)
     path = paths(connected, *inputs)
     refuse_sharded_graph(path)
-    keep = create_graph and not (private_graph and may_free(path, *(get_gradient_edge(x).node for x in inputs)))
+    keep = create_graph and not (private_graph and may_free(path, *(node_of(x) for x in inputs)))
     with watched(path, inputs) as watch:
         ones = [watch.factor(output) for output in connected]
         grads = torch.autograd.grad(
@@ -61,3 +63,13 @@ def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> lis
         if found:
             return found
     raise ValueError(INDEPENDENT)
+
+
+def small_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], hooks: int) -> list[Tensor]:
+    """Return the gradients after such a forward, without a double backward of autograd if all is piecewise affine.
+
+    Args:
+        hooks: ``torch_private.count_hooks()`` before the forward.
+    """
+    graph = read_graph(logits, inputs, hooks)
+    return plain_gradients(logits, inputs) if graph is None else [gradient_of(graph)]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from fastgan.ops.gradient_penalty.paths import paths
-from fastgan.ops.needed import mark_unused
+from fastgan.ops.needed import mark_unused, node_of
 from fastgan.torch_private import FunctionalTensor
 
 _RAISING = {"NotImplemented", "Error", "CdistBackwardBackward0", "PdistBackwardBackward0", "DelayedErrorBackward"}
@@ -51,7 +51,7 @@ class Watch:
     """Check the first backward of a penalty if its graph has a set of node types that was not checked before."""
 
     def __init__(self, path: set[Node], inputs: Sequence[Tensor], every_node: bool = False) -> None:
-        self.path = path - {get_gradient_edge(x).node for x in inputs}
+        self.path = path - {node_of(x) for x in inputs}
         self._kind = frozenset(getattr(node, "_forward_cls", type(node).__name__) for node in path)
         self.missing: dict[Node, str] = {
             node: f"{type(node).__name__} {_REENTRANT}" for node in self.path if type(node).__name__ == _CHECKPOINT

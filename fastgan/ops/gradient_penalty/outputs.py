@@ -61,7 +61,7 @@ def refuse_dependent(logits: Sequence[Tensor], groups: Sequence[int]) -> None:
     start = 0
     for size in groups:
         group = logits[start : start + size]
-        if size > 1 and _one_made_of_another(group):
+        if size > 1 and _depend_on_each_other(group):
             raise ValueError(f"one of the outputs {_shapes(list(group))} is computed from another: {_HOW_TO_SELECT}")
         start += size
 
@@ -135,7 +135,7 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
     A tensor (N, 1) beside others is ambiguous: a class head with one attribute has the same shape.
     """
     first = logits[0]
-    if any(tensor.ndim != first.ndim or tensor.shape[1:].numel() < 2 for tensor in logits) or _one_made_of_another(
+    if any(tensor.ndim != first.ndim or tensor.shape[1:].numel() < 2 for tensor in logits) or _depend_on_each_other(
         logits
     ):
         return False
@@ -144,7 +144,7 @@ def _are_scales(logits: Sequence[Tensor]) -> bool:
     return all(tensor.ndim > 2 and tensor.shape[1] == 1 for tensor in logits)
 
 
-def _one_made_of_another(logits: Sequence[Tensor]) -> bool:
+def _depend_on_each_other(logits: Sequence[Tensor]) -> bool:
     """Return whether one tensor was computed from another, such as logits from features."""
     if _has_duplicates(logits):
         return True

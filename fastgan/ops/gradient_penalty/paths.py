@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
+
+from fastgan.ops.needed import node_of
 
 
 def paths(outputs: Iterable[Tensor], *inputs: Tensor) -> set[Node]:
     """Return the nodes that a backward from ``outputs`` to ``inputs`` visits, including those of ``inputs``."""
-    return follow((output.grad_fn for output in outputs), {get_gradient_edge(x).node for x in inputs})[0]
+    return follow((output.grad_fn for output in outputs), {node_of(x) for x in inputs})[0]
 
 
 def follow(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan import backends
 from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped
@@ -33,6 +34,8 @@ def _index(call: Call, input: Tensor, index: Any) -> Any:
     items = list(index) if isinstance(index, tuple) else [index]
     items = [torch.tensor(item) if isinstance(item, list | range) else item for item in items]
     items = [int(item) if _is_integer(item) else item for item in items]
+    if not backends.is_lowered():
+        items = [part for item in items for part in (item.nonzero(as_tuple=True) if _is_mask(item) else (item,))]
     if any(isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) for item in items):
         raise Ineligible("indexes with a mask; multiply by the mask, or use torch.where")
     picked = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
@@ -41,6 +44,10 @@ def _index(call: Call, input: Tensor, index: Any) -> Any:
     basic = tuple(slice(None) if isinstance(item, Tensor) else item for item in items)
     layout: Layout = call.layout_after_view(input, lambda stand_in: stand_in[basic])
     return _pick(call, layout, items, input.ndim)
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype == torch.bool and item.ndim > 0
 
 
 def _is_integer(item: Any) -> bool:

@@ -78,7 +78,10 @@ def _set_item(call: Call, input: Tensor, index: Any, value: Any) -> Layout:
 
 def _copy(call: Call, input: Tensor, value: Tensor, non_blocking: bool = False) -> Layout:
     if call.layout(value) is None:
-        raise Ineligible("overwrites a tensor that depends on the input with a constant")
+        if not input._is_view():
+            raise Ineligible("overwrites a tensor that depends on the input with a constant")
+        call.add_constant(value)
+        return call.layout_of(input)
     layout = call.layout_of(value)
     if value.shape != input.shape:
         raise MixesSamples
@@ -122,6 +125,26 @@ def _written(call: Call, input: Tensor, value: Tensor, view: Callable[[Tensor], 
         if inside == made._replace(dim=made.dim - value.ndim + ndim):
             return layout
     raise MixesSamples
+
+
+def into_base(call: Call) -> bool:
+    """Move the constants that a call has added to a view to its base, whose node takes the place of the view's.
+
+    Return False if this is impossible.
+    """
+    view = call.result
+    base = view._base
+    if not base.is_contiguous():
+        return False
+    zeros = torch.zeros_like(base)
+    place = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
+    constants, call.constants = call.constants, []
+    call.result = base
+    for _, added in constants:
+        values = torch.as_tensor(added, dtype=base.dtype, device=base.device).expand(view.shape)
+        call.add_constant(torch.as_strided_scatter(zeros, values, *place))
+    call.result = view
+    return True
 
 
 # In-place functions that may turn a constant into a tensor that depends on the input.

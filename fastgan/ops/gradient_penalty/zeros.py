@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from fastgan.ops.filled import filled_inputs
+from fastgan.ops.needed import node_of
 
 
 def fill_zeros(
@@ -36,7 +37,7 @@ def fill_zeros(
         more: further leaves by their nodes. While torch.compile records a graph, parameters have nodes of their own.
     """
     below = reached_by_zeros(path)
-    points = {get_gradient_edge(x).node for x in inputs}
+    points = {node_of(x) for x in inputs}
     more = more or {}
     candidates = {
         node: leaf

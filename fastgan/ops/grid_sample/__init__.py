@@ -38,17 +38,21 @@ def grid_sample(
     ```
 
     Args:
-        input: (N, C, H, W).
-        grid: (N, H', W', 2), positions (x, y) from -1 to 1.
+        input: (N, C, H, W), floating-point.
+        grid: (N, H', W', 2), dtype of the input: positions (x, y) from -1 to 1.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: values outside of the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centers of the corner pixels, or their outer corners.
 
     Returns:
         (N, C, H', W'), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     supported = (
         isinstance(input, Tensor)
+        and isinstance(grid, Tensor)
         and input.ndim == 4
         and mode in _MODES
         and padding_mode in _PADDING

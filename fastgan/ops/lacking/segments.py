@@ -55,14 +55,21 @@ def segment_reduce(
     unsafe: bool = False,
     initial: float | None = None,
 ) -> Tensor:
-    """``torch.segment_reduce`` of rows."""
+    """``torch.segment_reduce``. Batch dimensions before the axis have segments of their own."""
     options = {"lengths": lengths, "indices": indices, "offsets": offsets, "axis": axis, "unsafe": unsafe}
     bounds = lengths if lengths is not None else offsets
-    if not data.requires_grad or bounds is None or bounds.ndim != 1 or axis != 0 or data.numel() == 0:
+    if not data.requires_grad or bounds is None or bounds.ndim != axis + 1 or data.numel() == 0:
         return torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
     with torch.no_grad():  # raises PyTorch's own errors
         value = torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
     sizes = lengths if lengths is not None else bounds.diff()
+    if axis and (sizes.sum(-1) != data.shape[axis]).any():  # with ``unsafe``: rows outside of all segments
+        return torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
+    reduced = _of_rows(data.flatten(0, axis), reduce, sizes.flatten(), value.flatten(0, axis), initial)
+    return reduced.view(value.shape)
+
+
+def _of_rows(data: Tensor, reduce: str, sizes: Tensor, value: Tensor, initial: float | None) -> Tensor:
     segment = torch.repeat_interleave(torch.arange(len(sizes), device=data.device), sizes)
     data = data[: len(segment)]
     if reduce in ("sum", "mean"):

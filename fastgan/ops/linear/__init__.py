@@ -29,5 +29,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (*, out_features), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     return F.linear(input, weight, bias)

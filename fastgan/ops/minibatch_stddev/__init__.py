@@ -49,7 +49,8 @@ def minibatch_stddev(
     import torch
     import fastgan
 
-    y = fastgan.ops.minibatch_stddev(torch.randn(8, 32, 4, 4), group_size=4)  # (8, 33, 4, 4)
+    y = fastgan.ops.minibatch_stddev(torch.randn(8, 32, 4, 4), group_size=4)
+    assert y.shape == (8, 33, 4, 4)
     ```
 
     Args:

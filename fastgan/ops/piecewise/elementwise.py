@@ -27,7 +27,7 @@ def _scaled(x: Tensor, slopes: Tensor) -> Tensor:
     return x * slopes
 
 
-def _sixth(x: Tensor, inside: Tensor) -> Tensor:
+def _divided_by_six(x: Tensor, inside: Tensor) -> Tensor:
     return torch.where(inside, x / 6, 0)
 
 
@@ -41,7 +41,7 @@ def _drawn(x: Tensor, noise: Tensor) -> Tensor:
 
 
 MASKED, SCALED, SIXTH, CHOSEN, DRAWN = (
-    Linear(slopes, slopes) for slopes in (_masked, _scaled, _sixth, _chosen, _drawn)
+    Linear(slopes, slopes) for slopes in (_masked, _scaled, _divided_by_six, _chosen, _drawn)
 )
 
 

@@ -57,6 +57,9 @@ def avg_pool1d(
 
     Returns:
         (N, C, L'), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     if input.ndim != 3:
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
@@ -98,6 +101,9 @@ def avg_pool2d(
 
     Returns:
         (N, C, H', W'), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     return _pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
@@ -134,6 +140,9 @@ def avg_pool3d(
 
     Returns:
         (N, C, D', H', W'), dtype of the input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
     return _pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 

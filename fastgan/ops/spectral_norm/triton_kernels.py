@@ -26,42 +26,43 @@ from torch import Tensor
 from fastgan.backends import TRITON_INTERPRETS
 from fastgan.ops.spectral_norm import triton_plan as plans
 from fastgan.ops.spectral_norm.layout import Layout
-
-
-def _field(name: str) -> tl.constexpr:
-    return tl.constexpr(plans.FIELDS.index(name))
-
-
-_WEIGHT, _OUTPUT, _U, _V, _SAVED, _GRAD = map(_field, ("weight", "output", "u", "v", "saved", "grad"))
-_OUTER, _ROWS, _INNER = map(_field, ("outer", "rows", "inner"))
-_CHUNK, _CHUNKS, _CHUNK_SUMS, _VECTOR = map(_field, ("chunk", "chunks", "chunk_sums", "vector"))
-_FORM, _SPAN, _TILES, _RESULT, _SUMS = map(_field, ("s_form", "s_span", "s_tiles", "s", "s_sums"))
-_OF_T = tl.constexpr(plans.FIELDS.index("t_form") - plans.FIELDS.index("s_form"))  # from a field of s to that of t
-_FIELDS = tl.constexpr(len(plans.FIELDS))
+from fastgan.ops.spectral_norm.triton_products import (
+    ACROSS,
+    ALONG,
+    AT_CHUNK,
+    AT_CHUNK_SUMS,
+    AT_CHUNKS,
+    AT_FORM,
+    AT_GRAD,
+    AT_INNER,
+    AT_OF_T,
+    AT_OUTER,
+    AT_OUTPUT,
+    AT_RESULT,
+    AT_ROWS,
+    AT_SAVED,
+    AT_SUMS,
+    AT_TILES,
+    AT_U,
+    AT_V,
+    AT_VECTOR,
+    AT_WEIGHT,
+    BLOCK_OF_W,
+    FIELDS,
+    GENERAL,
+    RUNS,
+    SMALL_BLOCK,
+    VECTORS,
+    divide,
+    multiple,
+    pointer_of,
+    tile_of_product,
+)
 
 _INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
-_BLOCK = tl.constexpr(plans.BLOCK)
-_SMALL_BLOCK = tl.constexpr(plans.SMALL_BLOCK)
 _MAX_PARTS = tl.constexpr(plans.MAX_PARTS)
-_GENERAL = tl.constexpr(plans.GENERAL)
-_ALONG = tl.constexpr(plans.ALONG)
-_ACROSS = tl.constexpr(plans.ACROSS)
-_RUNS = tl.constexpr(plans.RUNS)
 _WEIGHT_PART = tl.constexpr(plans.WEIGHT_PART)
 _U_PART = tl.constexpr(plans.U_PART)
-
-
-@triton.jit
-def _pointer(layer, FIELD: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr):
-    # The alignment hint belongs to the cast, so code that assumes no alignment needs a cast of its own.
-    pointer = tl.load(layer + FIELD).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16) if VEC > 1 else pointer
-
-
-@triton.jit
-def _multiple(x, VEC: tl.constexpr):
-    # x is a multiple of VEC. This form tells the compiler.
-    return x // VEC * VEC
 
 
 @triton.jit
@@ -71,13 +72,6 @@ def _rounded(x, DTYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
-
-
-@triton.jit
-def _divide(x, by):
-    """Return quotient and remainder, in 32 bits."""
-    quotient = x // by.to(tl.int32)
-    return quotient, x - quotient * by.to(tl.int32)
 
 
 @triton.jit
@@ -92,69 +86,6 @@ def _inverse_norm(squared, EPS: tl.constexpr):
 
 
 @triton.jit
-def _dot(weight, x, i, ni, nj, rows, inner, FORM: tl.constexpr, OF_T: tl.constexpr, ACC: tl.constexpr):
-    """Return the sum over j of W[i, j] x[j] for a block of i. W is transposed if OF_T."""
-    BJ: tl.constexpr = (_SMALL_BLOCK if FORM <= _RUNS else _BLOCK) // i.shape[0]
-    acc = tl.zeros([i.shape[0], BJ], ACC)
-    for j0 in range(0, nj, BJ):
-        j = j0 + tl.arange(0, BJ)
-        x_j = tl.load(x + j, mask=j < nj, other=0.0).to(ACC)
-        if FORM == _ALONG:
-            at = i[:, None] * nj + j[None, :]
-        elif FORM == _ACROSS:
-            at = i[:, None] + j[None, :] * ni
-        else:
-            outer, k = _divide((i if OF_T else j).to(tl.int32), inner)
-            column = outer * (rows * inner) + k
-            at = column[:, None] + (j * inner)[None, :] if OF_T else (i * inner)[:, None] + column[None, :]
-        w = tl.load(weight + at, mask=(i < ni)[:, None] & (j < nj)[None, :], other=0.0)
-        acc += w.to(ACC) * x_j[None, :]
-    return tl.sum(acc, 1)
-
-
-@triton.jit
-def _tile(
-    layer,
-    index,
-    x,
-    scale,
-    result,
-    FORM: tl.constexpr,
-    OF_T: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Write one tile of s or t to ``result`` and return its part of the sum of squares (WEIGHTED: of u.s)."""
-    ACC: tl.constexpr = result.dtype.element_ty
-    WIDE: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    VEC: tl.constexpr = 1 if FORM <= _RUNS else WIDE
-    BI: tl.constexpr = 32 if FORM == _GENERAL else 8 * WIDE if FORM == _ACROSS else 4
-    weight = _pointer(layer, _WEIGHT, DTYPE, VEC)
-    u = _pointer(layer, _U, DTYPE, 1)
-    rows = tl.load(layer + _ROWS)
-    inner = tl.load(layer + _INNER)
-    columns = tl.load(layer + _OUTER) * inner
-    ni = columns if OF_T else rows
-    nj = rows if OF_T else columns
-    if FORM == _ALONG:
-        nj = _multiple(nj, VEC)
-    if FORM == _ACROSS:
-        ni = _multiple(ni, VEC)
-    span = tl.load(layer + (_OF_T if OF_T else 0) + _SPAN)
-    begin = _multiple(index * span, BI)
-    total = tl.zeros([BI], ACC)
-    for i0 in range(begin, tl.minimum(begin + span, ni), BI):
-        i = i0 + tl.arange(0, BI)
-        y = _dot(weight, x, i, ni, nj, rows, inner, FORM, OF_T, ACC) * scale
-        tl.store(result + i, y, mask=i < ni)
-        if WEIGHTED:
-            total += y * tl.load(u + i, mask=i < ni, other=0.0).to(ACC)
-        else:
-            total += y * y
-    return tl.sum(total, 0)
-
-
-@triton.jit
 def _product(
     tiles_ptr,
     layers_ptr,
@@ -166,39 +97,41 @@ def _product(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = scratch.dtype.element_ty
-    HERE: tl.constexpr = _OF_T if OF_T else 0
-    THERE: tl.constexpr = 0 if OF_T else _OF_T
+    HERE: tl.constexpr = AT_OF_T if OF_T else 0
+    THERE: tl.constexpr = 0 if OF_T else AT_OF_T
     tile = tiles_ptr + 2 * tl.program_id(0)
-    layer = layers_ptr + tl.load(tile) * _FIELDS
+    layer = layers_ptr + tl.load(tile) * FIELDS
     index = tl.load(tile + 1)
-    result = scratch + tl.load(layer + HERE + _RESULT)
+    result = scratch + tl.load(layer + HERE + AT_RESULT)
     if STORED:
-        x = _pointer(layer, _U if OF_T else _V, DTYPE, 1)
+        x = pointer_of(layer, AT_U if OF_T else AT_V, DTYPE, 1)
         scale = tl.full([], 1.0, ACC)
     else:
-        x = scratch + tl.load(layer + THERE + _RESULT)
-        sums = scratch + tl.load(layer + THERE + _SUMS)
-        scale = _inverse_norm(_total(sums, tl.load(layer + THERE + _TILES)), EPS)
-    form = tl.load(layer + HERE + _FORM)
-    if form == _ALONG:
-        part = _tile(layer, index, x, scale, result, _ALONG, OF_T, WEIGHTED, DTYPE)
-    elif form == _ACROSS:
-        part = _tile(layer, index, x, scale, result, _ACROSS, OF_T, WEIGHTED, DTYPE)
-    elif not OF_T and form == _RUNS:
-        part = _tile(layer, index, x, scale, result, _RUNS, OF_T, WEIGHTED, DTYPE)
+        x = scratch + tl.load(layer + THERE + AT_RESULT)
+        sums = scratch + tl.load(layer + THERE + AT_SUMS)
+        scale = _inverse_norm(_total(sums, tl.load(layer + THERE + AT_TILES)), EPS)
+    form = tl.load(layer + HERE + AT_FORM)
+    if form == ALONG:
+        part = tile_of_product(layer, index, x, scale, result, ALONG, OF_T, WEIGHTED, DTYPE)
+    elif form == ACROSS:
+        part = tile_of_product(layer, index, x, scale, result, ACROSS, OF_T, WEIGHTED, DTYPE)
+    elif form == VECTORS:
+        part = tile_of_product(layer, index, x, scale, result, VECTORS, OF_T, WEIGHTED, DTYPE)
+    elif not OF_T and form == RUNS:
+        part = tile_of_product(layer, index, x, scale, result, RUNS, OF_T, WEIGHTED, DTYPE)
     else:
-        part = _tile(layer, index, x, scale, result, _GENERAL, OF_T, WEIGHTED, DTYPE)
-    tl.store(scratch + tl.load(layer + HERE + _SUMS) + index, part)
+        part = tile_of_product(layer, index, x, scale, result, GENERAL, OF_T, WEIGHTED, DTYPE)
+    tl.store(scratch + tl.load(layer + HERE + AT_SUMS) + index, part)
 
 
 @triton.jit
 def _divide_chunk(layer, index, scale, VEC: tl.constexpr, DTYPE: tl.constexpr):
-    BLOCK: tl.constexpr = _BLOCK if VEC > 1 else _SMALL_BLOCK
-    weight = _pointer(layer, _WEIGHT, DTYPE, VEC)
-    output = _pointer(layer, _OUTPUT, DTYPE, VEC)
-    size = _multiple(tl.load(layer + _OUTER) * tl.load(layer + _ROWS) * tl.load(layer + _INNER), VEC)
-    chunk = tl.load(layer + _CHUNK)
-    begin = _multiple(index * chunk, BLOCK)
+    BLOCK: tl.constexpr = BLOCK_OF_W if VEC > 1 else SMALL_BLOCK
+    weight = pointer_of(layer, AT_WEIGHT, DTYPE, VEC)
+    output = pointer_of(layer, AT_OUTPUT, DTYPE, VEC)
+    size = multiple(tl.load(layer + AT_OUTER) * tl.load(layer + AT_ROWS) * tl.load(layer + AT_INNER), VEC)
+    chunk = tl.load(layer + AT_CHUNK)
+    begin = multiple(index * chunk, BLOCK)
     for e0 in range(begin, tl.minimum(begin + chunk, size), BLOCK):
         e = e0 + tl.arange(0, BLOCK)
         w = tl.load(weight + e, mask=e < size).to(scale.dtype)
@@ -208,7 +141,7 @@ def _divide_chunk(layer, index, scale, VEC: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _keep(stored, saved, found, n, index, scale, ITERATED: tl.constexpr):
     """Update a block of u or v in place and save it for backward."""
-    i = index * _SMALL_BLOCK + tl.arange(0, _SMALL_BLOCK)
+    i = index * SMALL_BLOCK + tl.arange(0, SMALL_BLOCK)
     if ITERATED:
         x = tl.load(found + i, mask=i < n) * scale
         tl.store(stored + i, _rounded(x, stored.dtype.element_ty), mask=i < n)
@@ -228,47 +161,47 @@ def _finish(
     DTYPE: tl.constexpr,
 ):
     ACC: tl.constexpr = scratch.dtype.element_ty
-    LAST: tl.constexpr = 0 if V_FIRST or not ITERATED else _OF_T
+    LAST: tl.constexpr = 0 if V_FIRST or not ITERATED else AT_OF_T
     tile = parts_ptr + 3 * tl.program_id(0)
-    layer = layers_ptr + tl.load(tile) * _FIELDS
+    layer = layers_ptr + tl.load(tile) * FIELDS
     part = tl.load(tile + 1)
     index = tl.load(tile + 2)
-    sigma = _total(scratch + tl.load(layer + LAST + _SUMS), tl.load(layer + LAST + _TILES))
+    sigma = _total(scratch + tl.load(layer + LAST + AT_SUMS), tl.load(layer + LAST + AT_TILES))
     if ITERATED:  # sigma = s.u = |s|^2 / |s|, or the same with t
         sigma *= _inverse_norm(sigma, EPS)
     if part == _WEIGHT_PART:
-        if tl.load(layer + _VECTOR) != 0:
+        if tl.load(layer + AT_VECTOR) != 0:
             _divide_chunk(layer, index, 1.0 / sigma, 128 // DTYPE.primitive_bitwidth, DTYPE)
         else:
             _divide_chunk(layer, index, 1.0 / sigma, 1, DTYPE)
     else:
-        saved = _pointer(layer, _SAVED, ACC, 1)
-        rows = tl.load(layer + _ROWS)
-        s = scratch + tl.load(layer + _RESULT)
-        t = scratch + tl.load(layer + _OF_T + _RESULT)
+        saved = pointer_of(layer, AT_SAVED, ACC, 1)
+        rows = tl.load(layer + AT_ROWS)
+        s = scratch + tl.load(layer + AT_RESULT)
+        t = scratch + tl.load(layer + AT_OF_T + AT_RESULT)
         s_scale = sigma
         t_scale = sigma
         if ITERATED:
-            s_scale = _inverse_norm(_total(scratch + tl.load(layer + _SUMS), tl.load(layer + _TILES)), EPS)
-            t_sums = scratch + tl.load(layer + _OF_T + _SUMS)
-            t_scale = _inverse_norm(_total(t_sums, tl.load(layer + _OF_T + _TILES)), EPS)
+            s_scale = _inverse_norm(_total(scratch + tl.load(layer + AT_SUMS), tl.load(layer + AT_TILES)), EPS)
+            t_sums = scratch + tl.load(layer + AT_OF_T + AT_SUMS)
+            t_scale = _inverse_norm(_total(t_sums, tl.load(layer + AT_OF_T + AT_TILES)), EPS)
         if part == _U_PART:
             if index == 0:
                 tl.store(saved, sigma)
-            _keep(_pointer(layer, _U, DTYPE, 1), saved + 1, s, rows, index, s_scale, ITERATED)
+            _keep(pointer_of(layer, AT_U, DTYPE, 1), saved + 1, s, rows, index, s_scale, ITERATED)
         else:
-            columns = tl.load(layer + _OUTER) * tl.load(layer + _INNER)
-            _keep(_pointer(layer, _V, DTYPE, 1), saved + 1 + rows, t, columns, index, t_scale, ITERATED)
+            columns = tl.load(layer + AT_OUTER) * tl.load(layer + AT_INNER)
+            _keep(pointer_of(layer, AT_V, DTYPE, 1), saved + 1 + rows, t, columns, index, t_scale, ITERATED)
 
 
 @triton.jit
 def _inner_product(layer, index, VEC: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    BLOCK: tl.constexpr = _BLOCK if VEC > 1 else _SMALL_BLOCK
-    weight = _pointer(layer, _WEIGHT, DTYPE, VEC)
-    grad = _pointer(layer, _GRAD, DTYPE, VEC)
-    size = _multiple(tl.load(layer + _OUTER) * tl.load(layer + _ROWS) * tl.load(layer + _INNER), VEC)
-    chunk = tl.load(layer + _CHUNK)
-    begin = _multiple(index * chunk, BLOCK)
+    BLOCK: tl.constexpr = BLOCK_OF_W if VEC > 1 else SMALL_BLOCK
+    weight = pointer_of(layer, AT_WEIGHT, DTYPE, VEC)
+    grad = pointer_of(layer, AT_GRAD, DTYPE, VEC)
+    size = multiple(tl.load(layer + AT_OUTER) * tl.load(layer + AT_ROWS) * tl.load(layer + AT_INNER), VEC)
+    chunk = tl.load(layer + AT_CHUNK)
+    begin = multiple(index * chunk, BLOCK)
     total = tl.zeros([BLOCK], ACC)
     for e0 in range(begin, tl.minimum(begin + chunk, size), BLOCK):
         e = e0 + tl.arange(0, BLOCK)
@@ -281,37 +214,37 @@ def _inner_product(layer, index, VEC: tl.constexpr, DTYPE: tl.constexpr, ACC: tl
 def _inner_products(chunks_ptr, layers_ptr, scratch, DTYPE: tl.constexpr):
     ACC: tl.constexpr = scratch.dtype.element_ty
     tile = chunks_ptr + 2 * tl.program_id(0)
-    layer = layers_ptr + tl.load(tile) * _FIELDS
+    layer = layers_ptr + tl.load(tile) * FIELDS
     index = tl.load(tile + 1)
-    if tl.load(layer + _VECTOR) != 0:
+    if tl.load(layer + AT_VECTOR) != 0:
         part = _inner_product(layer, index, 128 // DTYPE.primitive_bitwidth, DTYPE, ACC)
     else:
         part = _inner_product(layer, index, 1, DTYPE, ACC)
-    tl.store(scratch + tl.load(layer + _CHUNK_SUMS) + index, part)
+    tl.store(scratch + tl.load(layer + AT_CHUNK_SUMS) + index, part)
 
 
 @triton.jit
 def _grad_chunk(layer, index, scale, rank_one, VEC: tl.constexpr, DTYPE: tl.constexpr):
     """Process elements in groups of VEC within a line of ``inner``. Row and column are computed once per group."""
     ACC: tl.constexpr = scale.dtype
-    GROUPS: tl.constexpr = _BLOCK // VEC if VEC > 1 else _SMALL_BLOCK
-    grad = _pointer(layer, _GRAD, DTYPE, VEC)
-    output = _pointer(layer, _OUTPUT, DTYPE, VEC)
-    u = _pointer(layer, _SAVED, ACC, 1) + 1
-    rows = tl.load(layer + _ROWS)
-    inner = tl.load(layer + _INNER)
+    GROUPS: tl.constexpr = BLOCK_OF_W // VEC if VEC > 1 else SMALL_BLOCK
+    grad = pointer_of(layer, AT_GRAD, DTYPE, VEC)
+    output = pointer_of(layer, AT_OUTPUT, DTYPE, VEC)
+    u = pointer_of(layer, AT_SAVED, ACC, 1) + 1
+    rows = tl.load(layer + AT_ROWS)
+    inner = tl.load(layer + AT_INNER)
     v = u + rows
     line_groups = inner // VEC
-    groups = tl.load(layer + _OUTER) * rows * line_groups
-    chunk = tl.load(layer + _CHUNK) // VEC
+    groups = tl.load(layer + AT_OUTER) * rows * line_groups
+    chunk = tl.load(layer + AT_CHUNK) // VEC
     begin = index * chunk
     for g0 in range(begin, tl.minimum(begin + chunk, groups), GROUPS):
         group = g0 + tl.arange(0, GROUPS)
         line0 = g0 // line_groups
         outer0 = line0 // rows
         within = (g0 - line0 * line_groups).to(tl.int32) + tl.arange(0, GROUPS)
-        lines, within = _divide(within, line_groups)
-        outers, row = _divide((line0 - outer0 * rows).to(tl.int32) + lines, rows)
+        lines, within = divide(within, line_groups)
+        outers, row = divide((line0 - outer0 * rows).to(tl.int32) + lines, rows)
         lane = tl.arange(0, VEC)[None, :]
         column = ((outer0 + outers) * inner + within * VEC)[:, None] + lane
         at = (group * VEC)[:, None] + lane
@@ -326,12 +259,12 @@ def _grad_chunk(layer, index, scale, rank_one, VEC: tl.constexpr, DTYPE: tl.cons
 def _grad_weights(chunks_ptr, layers_ptr, scratch, DTYPE: tl.constexpr):
     WIDE: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     tile = chunks_ptr + 2 * tl.program_id(0)
-    layer = layers_ptr + tl.load(tile) * _FIELDS
+    layer = layers_ptr + tl.load(tile) * FIELDS
     index = tl.load(tile + 1)
-    product = _total(scratch + tl.load(layer + _CHUNK_SUMS), tl.load(layer + _CHUNKS))
-    scale = 1.0 / tl.load(_pointer(layer, _SAVED, scratch.dtype.element_ty, 1))
+    product = _total(scratch + tl.load(layer + AT_CHUNK_SUMS), tl.load(layer + AT_CHUNKS))
+    scale = 1.0 / tl.load(pointer_of(layer, AT_SAVED, scratch.dtype.element_ty, 1))
     rank_one = -product * scale * scale
-    if (tl.load(layer + _VECTOR) != 0) & (tl.load(layer + _INNER) % WIDE == 0):
+    if (tl.load(layer + AT_VECTOR) != 0) & (tl.load(layer + AT_INNER) % WIDE == 0):
         _grad_chunk(layer, index, scale, rank_one, WIDE, DTYPE)
     else:
         _grad_chunk(layer, index, scale, rank_one, 1, DTYPE)
@@ -392,8 +325,10 @@ def forward(
 
     def product(*, of_t: bool, stored: bool, weighted: bool = False) -> None:
         tiles = plan.t_tiles if of_t else plan.s_tiles
-        constants = {"OF_T": of_t, "STORED": stored, "WEIGHTED": weighted, "EPS": eps, "DTYPE": dtype}
-        _product[(len(tiles),)](tiles, layers, scratch, **constants)
+        constants: dict[str, Any] = {"OF_T": of_t, "STORED": stored, "WEIGHTED": weighted, "EPS": eps, "DTYPE": dtype}
+        # With fewer registers, the compiler lets a thread wait for each of its loads of W before the next.
+        options = {"maxnreg": 128} if of_t and torch.version.hip is None else {}
+        _product[(len(tiles),)](tiles, layers, scratch, **constants, **options)
 
     with _on(saved.device):
         layers = plans.table_of(plan, addresses, saved.device, weights)

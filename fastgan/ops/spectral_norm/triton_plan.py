@@ -16,10 +16,10 @@ MAX_PARTS = 1024  # largest number of partial sums; each reader adds them up
 _MAX_LENGTH = 2**31 - 1 - BLOCK  # rows or columns; their product may be larger
 _ENOUGH_PROGRAMS = 2048  # several programs for each multiprocessor of a large GPU
 
-# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. RUNS: each
-# row lies in short runs, as in a transposed convolution's weight; few rows a program, since a row is long. GENERAL: all
-# other cases. The first two read single elements.
-GENERAL, RUNS, ALONG, ACROSS = 0, 1, 2, 3
+# How a product reads W. ALONG and ACROSS: 16-byte aligned lines of memory, summed along or across the line. VECTORS:
+# each row lies in short runs of whole 16-byte accesses, as in a transposed convolution's weight. RUNS: in other short
+# runs; few rows a program, since a row is long. GENERAL: all other cases. The last two read single elements.
+GENERAL, RUNS, ALONG, ACROSS, VECTORS = range(5)
 _RUN = 8  # elements of a run that fill a sector of memory
 # What a program of the last forward launch writes.
 WEIGHT_PART, U_PART, V_PART = 0, 1, 2
@@ -94,7 +94,7 @@ def plan_of(
         ]
         for of_columns, length in ((False, rows), (True, outer * inner)):
             form = _form(matrices[i], of_columns, vector, aligned[i])
-            block = outputs_a_block(form, item)
+            block = outputs_per_step(form, of_columns, item)
             span = block * _ceil(length, block * MAX_PARTS)
             count = _ceil(length, span)
             row += [form, span, count, scratch, scratch + length]
@@ -128,6 +128,8 @@ def plan_of(
 def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: bool) -> int:
     outer, rows, inner = matrix
     line = inner if outer == 1 else rows
+    if outer > 1 and aligned and inner % vector == 0:
+        return VECTORS
     if outer > 1 and inner >= _RUN and not of_columns:
         return RUNS
     if not aligned or min(outer, inner) > 1 or line % vector:
@@ -135,9 +137,10 @@ def _form(matrix: tuple[int, int, int], of_columns: bool, vector: int, aligned: 
     return ALONG if (outer == 1) != of_columns else ACROSS
 
 
-def outputs_a_block(form: int, item: int) -> int:
+def outputs_per_step(form: int, of_columns: bool, item: int) -> int:
     """Return how many elements of s or t a program computes at a time, each from its share of a block of W."""
-    return {ALONG: 4, ACROSS: 128 // item, RUNS: 4, GENERAL: 32}[form]
+    along_memory = 128 // item
+    return {ALONG: 4, ACROSS: along_memory, VECTORS: along_memory if of_columns else 4, RUNS: 4, GENERAL: 32}[form]
 
 
 def _ceil(a: int, b: int) -> int:

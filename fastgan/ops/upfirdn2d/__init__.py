@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import reference
-from fastgan.ops.upfirdn2d.autograd import DTYPES, apply
+from fastgan.ops.upfirdn2d.autograd import CONVOLUTIONS, DTYPES, apply
 from fastgan.ops.upfirdn2d.filters import plane_of, taps_of
 from fastgan.ops.upfirdn2d.plan import Pair, Plan, Taps, image_size
 
@@ -57,7 +58,8 @@ def upfirdn2d(
     import fastgan
 
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)  # (2, 3, 8, 8)
+    half = fastgan.ops.upfirdn2d(torch.randn(2, 3, 16, 16), taps, down=2, padding=1)
+    assert half.shape == (2, 3, 8, 8)
     ```
 
     Args:
@@ -78,11 +80,14 @@ def upfirdn2d(
         ValueError: a shape or factor does not fit, or the result would be empty.
         BackendUnavailable: the requested backend cannot run here.
     """
-    _check_tensors(input, filter)
+    check_image(input)
     geometry = geometry_of(image_size(input), filter, up, down, padding)
+    gain = number_of("gain", gain)
     if not is_constant(filter) or torch.compiler.is_compiling() or not backends.is_plain():
         return reference.upfirdn2d(input, _plane(filter, input, flip_filter, gain), *geometry)
     chosen = backends.select("upfirdn2d", input.device, input.dtype, backend)
+    if chosen == "reference" and not backends.is_forced(backend):
+        chosen = CONVOLUTIONS
     return apply(input, plan_of(image_size(input), geometry, filter, input, flip_filter, gain, chosen))
 
 
@@ -95,14 +100,17 @@ class Geometry(NamedTuple):
     out_size: Pair
 
 
-def geometry_of(in_size: Pair, filter: Tensor | None, up: Factor, down: Factor, padding: Factor) -> Geometry:
-    (ux, uy), (dx, dy) = _factor("up", up), _factor("down", down)
+def geometry_of(
+    in_size: Pair, filter: Tensor | None, up: Factor, down: Factor, padding: Factor, name: str = "filter"
+) -> Geometry:
+    """The name is that of the filter in an error message."""
+    (ux, uy), (dx, dy) = factor_of("up", up), factor_of("down", down)
     left, right, top, bottom = padding_of(padding)
-    h, w = shape_of(filter)
+    h, w = shape_of(filter, name)
     total = in_size[0] * uy + top + bottom, in_size[1] * ux + left + right
     if total[0] < h or total[1] < w:
         raise ValueError(
-            f"filter of shape {(h, w)} does not fit into the padded image of shape {total}: "
+            f"{name} of shape {(h, w)} does not fit into the padded image of shape {total}: "
             "the filter must be smaller or the padding larger"
         )
     return Geometry((uy, ux), (dy, dx), (top, left), ((total[0] - h) // dy + 1, (total[1] - w) // dx + 1))
@@ -112,7 +120,7 @@ def plan_of(
     in_size: Pair, geometry: Geometry, filter: Tensor | None, like: Tensor, flip: bool, gain: float, backend: str
 ) -> Plan:
     up, down, start, out_size = geometry
-    return Plan(_taps(filter, like, flip, float(gain)), up, down, start, in_size, out_size, backend)
+    return Plan(_taps(filter, like, flip, gain), up, down, start, in_size, out_size, backend)
 
 
 def is_constant(filter: Tensor | None) -> bool:
@@ -131,6 +139,8 @@ def upsample2d(
 ) -> Tensor:
     """Enlarge an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -140,7 +150,7 @@ def upsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         up: factor of the upsampling, one number or (x, y).
         padding: padding of the result, in addition to the padding that centers the filter.
@@ -150,11 +160,15 @@ def upsample2d(
 
     Returns:
         (N, C, H * up, W * up) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
-    ux, uy = _factor("up", up)
+    ux, uy = factor_of("up", up)
     h, w = shape_of(filter)
     around = (w + ux - 1) // 2, (w - ux) // 2, (h + uy - 1) // 2, (h - uy) // 2
-    return upfirdn2d(input, filter, (ux, uy), 1, _sum(padding, around), flip_filter, gain * ux * uy, backend=backend)
+    gain = number_of("gain", gain) * ux * uy
+    return upfirdn2d(input, filter, (ux, uy), 1, _sum(padding, around), flip_filter, gain, backend=backend)
 
 
 def downsample2d(
@@ -169,6 +183,8 @@ def downsample2d(
 ) -> Tensor:
     """Reduce an image by a factor, with a centered filter. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -178,7 +194,7 @@ def downsample2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         down: factor of the downsampling, one number or (x, y).
         padding: padding of the input, in addition to the padding that centers the filter.
@@ -188,8 +204,11 @@ def downsample2d(
 
     Returns:
         (N, C, H / down, W / down) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
-    dx, dy = _factor("down", down)
+    dx, dy = factor_of("down", down)
     h, w = shape_of(filter)
     around = (w - dx + 1) // 2, (w - dx) // 2, (h - dy + 1) // 2, (h - dy) // 2
     return upfirdn2d(input, filter, 1, (dx, dy), _sum(padding, around), flip_filter, gain, backend=backend)
@@ -206,6 +225,8 @@ def filter2d(
 ) -> Tensor:
     """Filter an image and keep its size. See `upfirdn2d`.
 
+    Order of derivative: any.
+
     ```python
     import torch
     import fastgan
@@ -215,7 +236,7 @@ def filter2d(
     ```
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W); float16, bfloat16, float32 or float64.
         filter: (h, w), (k,) or None.
         padding: padding of the result, in addition to the padding that centers the filter.
         flip_filter: correlate instead of convolving.
@@ -224,6 +245,9 @@ def filter2d(
 
     Returns:
         (N, C, H, W) without padding, dtype of the input.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as in `upfirdn2d`.
     """
     h, w = shape_of(filter)
     around = w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
@@ -234,31 +258,30 @@ def _sum(padding: Factor, around: tuple[int, int, int, int]) -> list[int]:
     return [given + own for given, own in zip(padding_of(padding), around, strict=True)]
 
 
-def _check_tensors(input: Tensor, filter: Tensor | None) -> None:
+def check_image(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.ndim != 4:
         raise ValueError(f"input must have shape (N, C, H, W), got {tuple(input.shape)}")
-    shape_of(filter)
 
 
-def shape_of(filter: Tensor | None) -> Pair:
+def shape_of(filter: Tensor | None, name: str = "filter") -> Pair:
     """(h, w); without a filter (1, 1)"""
     if filter is None:
         return 1, 1
     if not isinstance(filter, Tensor):
-        raise TypeError(f"filter must be a tensor or None, got {type(filter).__name__}")
+        raise TypeError(f"{name} must be a tensor or None, got {type(filter).__name__}")
     if not filter.is_floating_point():
-        raise TypeError(f"filter must be floating-point, got {filter.dtype}")
+        raise TypeError(f"{name} must be floating-point, got {filter.dtype}")
     h, w = image_size(filter[None] if filter.ndim == 1 else filter) if filter.ndim in (1, 2) else (0, 0)
     if h == 0 or w == 0:
-        raise ValueError(f"filter must have shape (h, w) or (k,), got {tuple(filter.shape)}")
+        raise ValueError(f"{name} must have shape (h, w) or (k,), got {tuple(filter.shape)}")
     return (w, w) if filter.ndim == 1 else (h, w)
 
 
-def _factor(name: str, given: Factor) -> Pair:
+def factor_of(name: str, given: Factor) -> Pair:
     """(x, y)"""
     sizes = _numbers(name, given)
     if len(sizes) not in (1, 2) or min(sizes) < 1:
@@ -281,6 +304,13 @@ def _numbers(name: str, given: Factor) -> list[int]:
         return [operator.index(size) for size in (given if isinstance(given, Sequence) else (given,))]
     except TypeError:
         raise TypeError(f"{name} must be an integer or a sequence of integers, got {given!r}") from None
+
+
+def number_of(name: str, given: float) -> float:
+    # isinstance(given, Real) is slow, so the common case comes first. A tensor could require a gradient.
+    if type(given) is not float and not isinstance(given, Real):
+        raise TypeError(f"{name} must be a number, got {type(given).__name__}")
+    return float(given)
 
 
 def _taps(filter: Tensor | None, input: Tensor, flip: bool, gain: float) -> Taps | Tensor:

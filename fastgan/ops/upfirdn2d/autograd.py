@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.library import accumulation_dtype, is_batched, is_eager, operator, stored
-from fastgan.ops.upfirdn2d import native_kernels, reference
+from fastgan.ops.upfirdn2d import convolutions, native_kernels, reference
 from fastgan.ops.upfirdn2d.plan import Plan, Taps, is_channels_last, memory_format
 
+CONVOLUTIONS = "convolutions"  # a plan's backend, where only the reference can run and was not requested
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("upfirdn2d", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
 
@@ -39,9 +40,10 @@ def apply(x: Tensor, plan: Plan) -> Tensor:
 
 def run(x: Tensor, plan: Plan) -> Tensor:
     taps = plan.taps
-    if plan.backend == "reference" or not isinstance(taps, Taps) or is_batched(x) or x.numel() == 0:
+    if plan.backend in ("reference", CONVOLUTIONS) or not isinstance(taps, Taps) or is_batched(x) or x.numel() == 0:
         plane = taps.plane(accumulation_dtype(x.dtype), x.device) if isinstance(taps, Taps) else taps
-        return reference.upfirdn2d(x, plane, plan.up, plan.down, plan.start, plan.out_size)
+        compute = convolutions.upfirdn2d if plan.backend == CONVOLUTIONS and x.numel() else reference.upfirdn2d
+        return compute(x, plane, plan.up, plan.down, plan.start, plan.out_size)
     x = stored(x).contiguous(memory_format=memory_format(x))
     n, c = x.shape[:2]
     y = torch.empty((n, c, *plan.out_size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))

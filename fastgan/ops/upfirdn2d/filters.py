@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.upfirdn2d.plan import Taps
 
 
@@ -53,7 +54,8 @@ def _values(f: Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def plane_of(f: Tensor) -> Tensor:
-    """Return the filter as a plane (h, w), in its own dtype."""
+    """Return the filter as a plane (h, w), in its own dtype, or in float32 if that is half precision."""
+    f = f.to(accumulation_dtype(f.dtype))
     return f if f.ndim == 2 else f[:, None] * f
 
 

@@ -64,7 +64,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
     name = config.extractor or trained.config.extractor
     distance = Distance(target, load_extractor(name, trained.device))
     start, label_of = nearest(trained, distance, config)
-    z = descend(trained, distance, start, label_of, config)
+    z = optimize_latent(trained, distance, start, label_of, config)
 
     out = config.out or home_of(config.run) / "projected" / config.picture.stem
     make_folder(out)
@@ -103,7 +103,7 @@ def nearest(trained: Trained, distance: Distance, config: ProjectConfig) -> tupl
     return z[row : row + 1], None if labels is None else labels[row : row + 1]
 
 
-def descend(
+def optimize_latent(
     trained: Trained, distance: Distance, start: Tensor, labels: Tensor | None, config: ProjectConfig
 ) -> Tensor:
     """Minimize the distance with Adam on latents of unchanged length, and return the best one (1, Z).

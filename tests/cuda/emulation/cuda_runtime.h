@@ -105,7 +105,7 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameter), dim3 blocks, 
   return cudaSuccess;
 }
 
-// Blocks of a launch that is not cooperative know nothing of each other: one after another, in the order of the fibres.
+// Blocks of a launch that is not cooperative know nothing of each other: one after another, in the order of the fibers.
 template <class Parameter>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameter), dim3 blocks, dim3 threads, void** arguments,
                              std::size_t shared_bytes, cudaStream_t) {

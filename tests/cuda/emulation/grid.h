@@ -1,6 +1,6 @@
-// A CUDA grid on one CPU thread.  Each CUDA thread is a fibre that runs until it waits at a barrier; barriers are those
+// A CUDA grid on one CPU thread.  Each CUDA thread is a fiber that runs until it waits at a barrier; barriers are those
 // of a warp, a block and the grid.  Every thread must reach a barrier, or the run ends with an error: a barrier under a
-// condition that differs between threads shows.  Fibres run in ascending or, with FASTGAN_EMULATION_REVERSED=1,
+// condition that differs between threads shows.  Fibers run in ascending or, with FASTGAN_EMULATION_REVERSED=1,
 // descending order: a missing barrier shows in one of the two.
 #pragma once
 
@@ -58,7 +58,7 @@ struct Copy {
   std::size_t bytes;
 };
 
-struct Fibre {
+struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   uint3 thread, block;
@@ -77,7 +77,7 @@ class Grid {
   // All blocks of a grid, or `blocks` of its `all` from `first` on.
   Grid(unsigned blocks, unsigned threads, std::size_t shared_bytes, std::function<void()> kernel, unsigned first = 0,
        unsigned all = 0)
-      : kernel_(std::move(kernel)), first_(first), blocks_(blocks), fibres_(std::size_t{blocks} * threads) {
+      : kernel_(std::move(kernel)), first_(first), blocks_(blocks), fibers_(std::size_t{blocks} * threads) {
     barrier.expected = blocks * threads;
     gridDim = {all == 0 ? blocks : all, 1, 1}, blockDim = {threads, 1, 1};
     for (Block& b : blocks_) {
@@ -88,16 +88,16 @@ class Grid {
       b.shared.reset(static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t{16})));
       std::memset(b.shared.get(), kPoison, shared_bytes);
     }
-    for (unsigned i = 0; i < fibres_.size(); ++i) {
-      fibres_[i].block = {first + i / threads, 0, 0};
-      fibres_[i].thread = {i % threads, 0, 0};
+    for (unsigned i = 0; i < fibers_.size(); ++i) {
+      fibers_[i].block = {first + i / threads, 0, 0};
+      fibers_[i].thread = {i % threads, 0, 0};
     }
   }
 
   void run() {
     const bool reversed = emulation::reversed();
     current = this;
-    for (Fibre& f : fibres_) {
+    for (Fiber& f : fibers_) {
       f.stack.reset(new unsigned char[kStack]);
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get();
@@ -105,10 +105,10 @@ class Grid {
       f.context.uc_link = nullptr;
       makecontext(&f.context, &Grid::enter, 0);
     }
-    for (std::size_t left = fibres_.size(); left > 0;) {
+    for (std::size_t left = fibers_.size(); left > 0;) {
       const unsigned before = progress_;
-      for (std::size_t i = 0; i < fibres_.size(); ++i) {
-        Fibre& f = fibres_[reversed ? fibres_.size() - 1 - i : i];
+      for (std::size_t i = 0; i < fibers_.size(); ++i) {
+        Fiber& f = fibers_[reversed ? fibers_.size() - 1 - i : i];
         if (f.done) continue;
         resume(f);
         if (f.done) --left;
@@ -129,7 +129,7 @@ class Grid {
   }
 
   Block& block() { return blocks_[blockIdx.x - first_]; }
-  Fibre& fibre() { return *running_; }
+  Fiber& fiber() { return *running_; }
 
   Barrier barrier;
   static inline Grid* current = nullptr;
@@ -147,7 +147,7 @@ class Grid {
     grid.leave(true);
   }
 
-  void resume(Fibre& f) {
+  void resume(Fiber& f) {
     running_ = &f;
     threadIdx = f.thread, blockIdx = f.block;
 #if defined(__SANITIZE_ADDRESS__)
@@ -161,7 +161,7 @@ class Grid {
   }
 
   void leave([[maybe_unused]] bool for_good) {
-    Fibre& f = *running_;
+    Fiber& f = *running_;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, scheduler_bottom_, scheduler_size_);
@@ -181,8 +181,8 @@ class Grid {
   std::function<void()> kernel_;
   unsigned first_;
   std::vector<Block> blocks_;
-  std::vector<Fibre> fibres_;
-  Fibre* running_ = nullptr;
+  std::vector<Fiber> fibers_;
+  Fiber* running_ = nullptr;
   ucontext_t scheduler_;
   unsigned progress_ = 0;
 #if defined(__SANITIZE_ADDRESS__)

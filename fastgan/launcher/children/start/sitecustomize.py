@@ -10,7 +10,7 @@ from typing import Any
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def _run_the_next() -> None:
+def _run_hidden_sitecustomize() -> None:
     """Run the sitecustomize.py that this file hides, if there is one."""
     elsewhere = [folder for folder in sys.path if os.path.abspath(folder or ".") != _HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
@@ -20,7 +20,7 @@ def _run_the_next() -> None:
         spec.loader.exec_module(module)
 
 
-class _OnceImported(importlib.abc.MetaPathFinder):
+class _AfterTorchImport(importlib.abc.MetaPathFinder):
     """Find PyTorch with the other finders, and start the launcher after its import."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
@@ -44,5 +44,5 @@ class _OnceImported(importlib.abc.MetaPathFinder):
 
 
 if os.environ.get("FASTGAN_RUN") and os.environ.get("FASTGAN", "").lower() != "off":
-    sys.meta_path.insert(0, _OnceImported())
-_run_the_next()
+    sys.meta_path.insert(0, _AfterTorchImport())
+_run_hidden_sitecustomize()
