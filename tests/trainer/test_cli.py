@@ -449,3 +449,18 @@ def test_the_extra_is_the_commands_own_where_that_brings_the_package(command, pa
 def test_info_takes_no_arguments(capsys):
     assert cli.main(["info", "all"]) == 2
     assert "no arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "status", "said"), [(None, 0, "report.html"), (15, 143, "stopped by signal 15")])
+def test_only_the_first_rank_prints_the_end_of_a_run(number, status, said, rank, monkeypatch, capsys):
+    class Trainer:
+        def __init__(self, config):
+            self.step, self.writes = 10_000, rank == 0
+
+        def train(self):
+            return number
+
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer", Trainer)
+    assert cli.train(["ring8", "--device", "cpu"]) == status
+    assert (said in capsys.readouterr().out) == (rank == 0)
