@@ -86,18 +86,21 @@ def train(arguments: Sequence[str]) -> int:
     try:
         number = trainer.train()
     except KeyboardInterrupt:  # a second Ctrl-C
-        print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
+        if trainer.writes:
+            print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
         return INTERRUPTED
     except OSError as error:  # for example a full disk
         raise OSError(f"{message_of(error)}; continue from the last checkpoint with: {again}") from error
+    if not trainer.writes:  # rank 0 prints
+        return 0 if number is None else 128 + number
+    if number is not None:
+        print(f"stopped by signal {number}, checkpoint saved; continue with: {again}")
+        return 128 + number
     short = too_short(trainer.step)
-    if number is None:
-        if short and trainer.writes:
-            print(short)
-        print(f"{config.folder / 'report.html'}")
-        return 0
-    print(f"stopped by signal {number}, checkpoint saved; continue with: {again}")
-    return 128 + number
+    if short:
+        print(short)
+    print(f"{config.folder / 'report.html'}")
+    return 0
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:

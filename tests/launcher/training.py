@@ -80,6 +80,21 @@ def a_backward_and_a_step_of_its_own(d, g, steps):
 
 
 @script
+def a_bias_without_a_gradient_in_the_penalty_and_with_zeros_in_the_loss(d, g, steps):
+    """Weight decay moves the last bias in the steps of the loss alone."""
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
+    for _ in range(steps):
+        real, z = data()
+        optimizer.zero_grad()
+        (d(g(z).detach()).mean() - d(real).mean()).backward()
+        optimizer.step()
+        yield d.last.bias.detach().clone(), d
+        optimizer.zero_grad()
+        penalty(d, real.requires_grad_()).backward()
+        optimizer.step()
+
+
+@script
 def r1_through_a_method(d, g, steps):
     optimizer = torch.optim.Adam(d.parameters(), 1e-3)
     for _ in range(steps):

@@ -470,3 +470,18 @@ def test_a_configuration_needs_no_parser_of_options(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "without_tyro", copy)
     spec.loader.exec_module(copy)
     assert dataclasses.is_dataclass(copy.TrainConfig if module is config else copy.ExportConfig)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "status", "said"), [(None, 0, "report.html"), (15, 143, "stopped by signal 15")])
+def test_only_the_first_rank_prints_the_end_of_a_run(number, status, said, rank, monkeypatch, capsys):
+    class Trainer:
+        def __init__(self, config):
+            self.step, self.writes = 10_000, rank == 0
+
+        def train(self):
+            return number
+
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer", Trainer)
+    assert cli.train(["ring8", "--device", "cpu"]) == status
+    assert (said in capsys.readouterr().out) == (rank == 0)
