@@ -192,8 +192,3 @@ def test_a_picture_or_another_archive_is_no_data(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"cut.zip cannot be read as a zip file"):
         read_pictures(tmp_path / "cut.zip", SQUARE)
-
-
-def test_a_background_that_is_no_color_is_named():
-    with pytest.raises(ValueError, match="background must be a color, such as white or '#80ff00', got 'nocolor'"):
-        Layout(16, 16, background="nocolor")
