@@ -147,7 +147,6 @@ KINDS = {
         bias=2,
         input="_saved_input",
         by_weight=_weight_of_convolution,
-        sends_zeros=True,
     ),
     "AddmmBackward0": Kind(
         lambda node, t: t @ node._saved_mat2,
