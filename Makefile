@@ -28,11 +28,12 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 VERSIONS ?= 2.6.0 2.11.0+triton3.6.0 2.13.0+triton3.9.0 2.14.1
 
-.PHONY: help demo test test-gpu-simulated examples versions lint bench gpu data build dist docs clean
+.PHONY: help demo pictures test test-gpu-simulated examples versions lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, verify 32 steps, train on Fashion-MNIST, interpolate, write runs/demo/"
+	@echo "make pictures train, evaluate, generate, project and fine-tune on 300 emoji, as in the README, in ten minutes"
 	@echo "make test    install, then run the tests"
 	@echo "make test-gpu-simulated   run tests on a simulated CUDA device; SIMULATED=all runs all of them"
 	@echo "make examples install accelerate, Lightning and Chromium, then run the tests of every example and take screenshots"
@@ -56,6 +57,11 @@ demo: build data
 	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
 	$(VENV)/bin/fastgan generate runs/demo --samples 0 --grid 4x8 --interpolate 100
+
+# The README's commands for one's own pictures, on 300 emoji.
+pictures: build
+	sh tools/noto-emoji.sh
+	OMP_WAIT_POLICY=passive $(PY) -m tools.pictures
 
 # One file per worker, in the order of tests/conftest.py. Idle threads sleep, because the workers share the cores.
 test: build

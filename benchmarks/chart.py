@@ -16,10 +16,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 
 ROWS = (
-    ("whole step, R3GAN-like, 64 px", "whole-steps", "d-step/relativistic+r1+r2/r3gan64-batch8"),
-    ("whole step, WGAN-GP, DCGAN, 64 px", "whole-steps", "d-step/wgan-gp/dcgan64-batch16"),
-    ("whole step, SNGAN-ResNet, 64 px", "whole-steps-sngan", "d-step/hinge/sngan-resnet64-batch16"),
-    ("whole step, StyleGAN2-like, 128 px", "whole-steps", "d-step/r1/stylegan2-128-batch8"),
+    ("R3GAN-like step, 64 px", "whole-steps", "d-step/relativistic+r1+r2/r3gan64-batch8"),
+    ("DCGAN step, WGAN-GP, 64 px", "whole-steps", "d-step/wgan-gp/dcgan64-batch16"),
+    ("SNGAN-ResNet step, 64 px", "whole-steps-sngan", "d-step/hinge/sngan-resnet64-batch16"),
+    ("StyleGAN2-like step, 128 px", "whole-steps", "d-step/r1/stylegan2-128-batch8"),
     ("loss + R1, SNGAN-128", "steps", "loss+r1/sngan-width64-128-batch4"),
     ("WGAN-GP penalty, 256 px", "steps", "wgan-gp/critic256-batch8"),
     ("R1 through layer norm", "ops", "norm/layer_norm/r1"),
@@ -55,7 +55,7 @@ def machine() -> str:
 
 
 def chart(bars: list[tuple[str, float]], measured_on: str, colors: Colors) -> str:
-    left, step, height, scale = 235, 30, 18, 160 / max(ratio for _, ratio in bars)
+    left, step, height, scale = 225, 30, 18, 160 / max(ratio for _, ratio in bars)
     bottom = 44 + step * len(bars)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 28}" role="img"'

@@ -48,6 +48,7 @@ OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's example
     "--imagesize": "--image-size",
     "--img-size": "--image-size",
     "--resolution": "--image-size",
+    "--ema": "--ema-decay or --ema-kimg",
     "--lr": "--d-lr and --g-lr",
     "--learning-rate": "--d-lr and --g-lr",
     "--glr": "--g-lr",
@@ -146,7 +147,7 @@ def refuse_other_flags(flags: Sequence[str]) -> None:
     for flag in flags:
         name = flag.partition("=")[0].replace("_", "-").lower()
         if name in OTHER_FLAGS:
-            raise ValueError(f"fastgan train has no {flag.partition('=')[0]}: use {OTHER_FLAGS[name]}")
+            raise ValueError(f"train has no {flag.partition('=')[0]}: use {OTHER_FLAGS[name]}")
 
 
 def preset_in(file: Path) -> str:

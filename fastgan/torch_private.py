@@ -49,6 +49,7 @@ __all__ = [
     "force_eager",
     "function_modes",
     "gradients_without_graph",
+    "has_saving_hook",
     "in_transform",
     "intercept_autograd_grad",
     "is_batched",
@@ -157,10 +158,15 @@ def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[A
     return results
 
 
-def shape_of_result(node: Any, index: int = 0) -> torch.Size:
+def shape_of_result(node: Any, index: int = 0) -> list[int]:
     """Return the shape of the tensor that the function of this node returned."""
-    shape: torch.Size = node._input_metadata[index].shape
+    shape: list[int] = node._input_metadata[index].shape
     return shape
+
+
+def has_saving_hook(node: Any, saved: str) -> bool:
+    """Return whether a hook unpacks this saved tensor of a node, such as that of a checkpoint."""
+    return getattr(getattr(node, f"_raw{saved}"), "unpack_hook", None) is not None
 
 
 def count_hooks() -> int:

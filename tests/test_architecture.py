@@ -45,10 +45,10 @@ def test_imports_run_one_way(path):
 
 # Inside the trainer too; files that share a floor may import each other.
 TRAINER = [
-    {"errors", "device", "ranks", "lock", "probe"},
+    {"errors", "device", "ranks", "lock", "probe", "checks"},
     {"data"},
     {"game"},
-    {"config", "checkpoint"},
+    {"config", "settings", "checkpoint"},
     {"models"},
     {"gan"},
     {"measure", "run", "progress"},

@@ -60,6 +60,7 @@ TESTS = (
         )
     ),
 )
+COMPILATION = "tests/aot/test_triton_compiles.py"  # ahead of time, for sm_90 and gfx942
 PACKAGES = ("pytest", "pytest-xdist", "hypothesis", "tyro", "pybind11", "setuptools")
 
 
@@ -90,7 +91,8 @@ def run(version: str, commit: str) -> dict[str, str]:
         subprocess.run([python, "-c", told], check=True, stdout=subprocess.PIPE).stdout
     )
     log = ROOT / "build" / "versions" / f"{version}.log"
-    command = [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", *TESTS]
+    tests = (*TESTS, COMPILATION) if _numbers(triton) >= [3, 6] else TESTS
+    command = [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", *tests]
     with log.open("w") as file:
         settings = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
         subprocess.run(command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT)

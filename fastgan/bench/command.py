@@ -17,8 +17,8 @@ suites:
   memory   peak and saved bytes of those steps and of minibatch discrimination; times one call of each
   growth   time and memory as one size doubles, with fitted and theoretical exponents
   forms    loss + R1 of discriminators in the forms of well-known families: work in forwards, path, speed-up
-  sizes    penalties and whole steps from tiny to large discriminators, where fastgan must never be slower
-  host     penalties and whole steps of small layers: the time of the host, and microseconds per layer and part
+  sizes    penalties and whole steps from tiny to large discriminators; fastgan should not be slower at any size
+  host     penalties and whole steps of small layers: host time, in microseconds per layer and part
 
 examples:
   fastgan bench --case 'spectral_norm/small/*' --device cpu
@@ -47,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR|FILE.json",
         help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
     )
-    add("--rounds", type=_positive, help=f"samples per variant, in sizes per build, of 4 to 16 (default: {rounds})")
+    add(
+        "--rounds",
+        type=_positive,
+        help=f"samples per variant; for sizes, samples of each of 4 to 16 builds (default: {rounds})",
+    )
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add(
         "--give-memory-back",

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+with suppress(ModuleNotFoundError):  # only the command line needs it; it reads the annotations
+    import tyro
 
+from fastgan.trainer.checks import require_positive, require_seed, require_threads
 from fastgan.trainer.data.options import DatasetName, PictureConfig
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
+from fastgan.trainer.settings import checked, flat, merged
 
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -25,11 +28,17 @@ Precision = Literal["float32", "bfloat16", "float16"]
 MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 
 # Settings that a resumed run may change: when it stops, where it runs, how often it writes. None changes its results.
-RESUME_MAY_CHANGE = {
+NO_RESULTS = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
     *("score_every", "init_from", "keep_every"),
 }
+
+# Settings that change the results from the resumption on, because no saved state depends on them.
+FROM_HERE_ON = (
+    *("d_lr", "g_lr", "betas", "d_steps", "accumulate", "penalty_weight", "penalty_every", "ada_images", "ada_target"),
+    *("ema_decay", "ema_kimg", "ema_rampup", "freeze_d"),
+)
 
 NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
 PICTURES = ("folder", "emoji")  # data sets of pictures of any size
@@ -50,7 +59,7 @@ class ModelConfig:
     conditional: bool = False  # give the labels to both networks; the data must have labels
 
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "latent_dim", "n_power_iterations", "pack")
+        require_positive(self, "width", "latent_dim", "n_power_iterations", "pack")
         if self.conditional and self.pack > 1:
             raise ValueError("conditional and pack exclude each other: a pack has no single label")
         if self.architecture == "residual" and self.spectral_norm != "none":
@@ -78,12 +87,22 @@ class OptimConfig:
     g_lr: float = 4e-4
     betas: tuple[float, float] = (0.5, 0.999)  # for every variant of Adam
     d_steps: int = 1  # discriminator steps for each generator step
-    ema_decay: float = 0.995  # decay of the averaged generator, which makes the samples
+    ema_decay: float = 0.995  # decay of the averaged generator, which makes the samples, in each step
+    ema_kimg: float | None = None  # half-life of the average in thousands of images, in place of ema_decay
+    ema_rampup: float | None = None  # the half-life is at most this share of the images so far (StyleGAN2: 0.05)
     freeze_d: int = 0  # layers of the discriminator, from the image on, that are not trained; for fine-tuning
 
+    @property
+    def average_decay(self) -> float:
+        """The decay of the averaged generator in each step."""
+        if self.ema_kimg is None:
+            return self.ema_decay
+        half_life = 1000 * self.ema_kimg / self.batch_size  # steps
+        return float(0.5 ** (1 / half_life))
+
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
-        _require_positive(self, "penalty_weight", "penalty_every", "ada_images")
+        require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
+        require_positive(self, "penalty_weight", "penalty_every", "ada_images", "ema_kimg", "ema_rampup")
         for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
@@ -127,16 +146,18 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps", "minutes", "threads", "log_every", "sample_every", "checkpoint_every")
-        _require_positive(self, "equilibrium_every", "scored", "score_every", "keep_every")
+        require_seed(self.seed)
+        require_threads(self.threads)
+        require_positive(self, "steps", "minutes", "log_every", "sample_every", "checkpoint_every")
+        require_positive(self, "equilibrium_every", "scored", "score_every", "keep_every")
         sides(self.image_size)
         if self.dataset not in PICTURES:
             settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}
             usual = {"image_size": 32, **dataclasses.asdict(PictureConfig())}
             if changed := [name for name, value in settings.items() if value != usual[name]]:
                 raise ValueError(
-                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)}, which belong to "
-                    f"{' and '.join(PICTURES)}"
+                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)} (for "
+                    f"{' and '.join(PICTURES)} only)"
                 )
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
@@ -168,21 +189,13 @@ class TrainConfig:
             ValueError: a key is unknown, or a value is wrong.
             KeyError: a key is missing.
         """
-        values = dict(values)
-        values["runs"] = Path(values["runs"])
-        for key in ("data", "init_from"):
-            values[key] = Path(value) if (value := values.get(key)) is not None else None
+        values = renewed(values)
         values.pop("class_names", None)  # a run's folder lists them for the reader
-        optim = {_NEW_NAMES.get(key, key): value for key, value in values["optim"].items()}
-        check_keys(cls, values)
-        check_keys(OptimConfig, optim)
-        check_keys(ModelConfig, values["model"])
-        check_keys(PictureConfig, values.get("pictures", {}))
-        values["pictures"] = PictureConfig(**values.get("pictures", {}))
-        values["model"] = ModelConfig(**values["model"])
-        optim["betas"] = tuple(optim["betas"])
-        values["optim"] = OptimConfig(**optim)
-        return cls(**values)
+        kinds = {"optim": OptimConfig, "model": ModelConfig, "pictures": PictureConfig}
+        for key, kind in kinds.items():
+            group = values.get(key, {}) if key == "pictures" else values[key]  # older runs had no settings of pictures
+            values[key] = kind(**checked(kind, group, (cls, *kinds.values())))
+        return cls(**checked(cls, values, tuple(kinds.values())))
 
     @classmethod
     def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -191,7 +204,7 @@ class TrainConfig:
             values = json.loads(path.read_text())
             if not isinstance(values, dict):
                 raise TypeError("it is not a table of settings")
-            return cls.from_json(values if base is None else merged(base.to_json(), values))
+            return cls.from_json(values if base is None else merged(base.to_json(), renewed(values)))
         except FileNotFoundError:
             raise RunFolderError(f"{path.parent} does not contain a run") from None
         except KeyError as error:
@@ -200,63 +213,33 @@ class TrainConfig:
             raise RunFolderError(f"{path} is not a valid configuration: {error}") from error
 
 
-def merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with other values. Those of a group may stand in the group or outside of all groups."""
-    groups = {key: dict(value) for key, value in base.items() if isinstance(value, dict)}
-    found = dict(base)
-    for key, value in values.items():
-        if key in groups:
-            if not isinstance(value, dict):
-                raise TypeError(f"{key} must be a table of settings, got {value!r}")
-            groups[key].update({_NEW_NAMES.get(name, name): setting for name, setting in value.items()})
-            continue
-        for group in groups.values():
-            if key in group and key not in base:
-                group[key] = value
-                break
-        else:
-            found[key] = value
-    return found | groups
+def renewed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's values under the names of today."""
+    optim = values.get("optim")
+    if not isinstance(optim, dict):
+        return dict(values)
+    return values | {"optim": {_NEW_NAMES.get(key, key): value for key, value in optim.items()}}
 
 
-def check_keys(kind: type[Any], values: dict[str, Any]) -> None:
-    """Raise ValueError if a key is no field of `kind`, and name the one that is meant."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, [*known, *all_settings()], 1, 0.5)
-            raise ValueError(f"no setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+def changes(before: TrainConfig, after: TrainConfig) -> dict[str, list[Any]]:
+    """Return the settings that change a run's results and differ, each with both values."""
+    old, new = flat(before.to_json()), flat(after.to_json())
+    return {key: [old[key], new[key]] for key in old if key not in NO_RESULTS and old[key] != new[key]}
 
 
-def all_settings() -> list[str]:
-    kinds = (TrainConfig, ModelConfig, OptimConfig, PictureConfig)
-    return [field.name for kind in kinds for field in dataclasses.fields(kind)]
+def described(changed: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{key}: {before} -> {after}" for key, (before, after) in changed.items())
 
 
 def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Raise RunFolderError if `asked` would change what the resumed run computes."""
-    before, after = _flat(saved.to_json()), _flat(asked.to_json())
-    changed = [key for key in before if key not in RESUME_MAY_CHANGE and before[key] != after[key]]
+    """Raise RunFolderError if `asked` has settings that a resumed run cannot change."""
+    changed = {key: pair for key, pair in changes(saved, asked).items() if key not in FROM_HERE_ON}
     if changed:
-        what = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in changed)
         raise RunFolderError(
-            f"cannot resume {asked.folder} with different settings ({what}): leave them out, or "
-            f"start a new run from its weights with --init-from {asked.folder}"
+            f"cannot resume {asked.folder} with different settings ({described(changed)}): of the settings that change "
+            f"the results, only {', '.join(FROM_HERE_ON)} may change; leave them out, or start a new run from its "
+            f"weights with --init-from {asked.folder}"
         )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    groups = {key: value for key, value in values.items() if isinstance(value, dict)}
-    return {key: value for key, value in values.items() if key not in groups} | {
-        key: value for group in groups.values() for key, value in group.items()
-    }
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
 
 
 POINT_OPTIM = OptimConfig(loss="non-saturating", batch_size=256, d_lr=2e-3, g_lr=1e-3, ema_decay=0.99)

@@ -12,6 +12,7 @@ from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import CheckpointError
 from fastgan.trainer.models import build_models
+from fastgan.trainer.run import make_folder
 from fastgan.trainer.use.config import ExportConfig as ExportConfig
 
 
@@ -19,13 +20,14 @@ def export(config: ExportConfig) -> Path:
     """Write the averaged generator's weights as safetensors, with the settings, step and data shape as metadata.
 
     Raises:
-        RunFolderError: the folder does not contain a run.
+        RunFolderError: the folder does not contain a run, or the file's folder cannot be written to.
         CheckpointError: it has no intact checkpoint, or an old version wrote the checkpoint without the data's shape.
         OSError: the file cannot be written.
     """
     settings, state = read_run(config.run)
     check_data(config.run, state)
     path = config.out or home_of(config.run) / "generator.safetensors"
+    make_folder(path.parent)
     write_export(path, settings, state["data"], state["step"], state["gan"]["ema"]["module"])
     return path
 

@@ -84,7 +84,7 @@ class GAN:
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.frozen = first_layers(discriminator, optim.freeze_d) if optim.freeze_d else []
         self._train_discriminator()
-        self.ema = EMA(self.generator, optim.ema_decay)
+        self.ema = EMA(self.generator, optim.average_decay, optim.ema_rampup)
         self.ranks.join(self.generator)
         self.ranks.join(self.discriminator)
         self.g_adam = make_optimizer(optim.optimizer, self.generator.parameters(), optim.g_lr, optim.betas)
@@ -286,6 +286,9 @@ class GAN:
             state = state | {"regularizer": state["regulariser"]}
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
+        for adam, lr in ((self.g_adam, self.optim.g_lr), (self.d_adam, self.optim.d_lr)):
+            for group in adam.param_groups:  # the run may have been resumed with others
+                group["lr"], group["betas"] = lr, self.optim.betas
         self.noise.set_state(state["noise"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgan import strict_json
 from fastgan.trainer import checkpoint
-from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.config import FROM_HERE_ON, TrainConfig, described
 from fastgan.trainer.data.drawn import Source
 from fastgan.trainer.data.held_out import hold_out, require_batch
 from fastgan.trainer.data.record import DataRecord, check_same, record_of
@@ -35,6 +35,7 @@ from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
 from fastgan.trainer.run import MEASURING, RunFolder
+from fastgan.trainer.settings import flat
 from fastgan.trainer.start import start_from
 
 GRID_SAMPLES = 64
@@ -90,8 +91,7 @@ class Trainer:
         self.seconds = 0.0
         self.pending: list[Tensor] = []  # losses since the last record, still on the device
         self.recorded_at = 0.0
-        if config.resume:
-            self._resume(state)
+        changed = self._resume(state) if config.resume else {}
         self.ranks.wait()  # until every rank has read the folder
         self.board = None
         try:
@@ -99,7 +99,7 @@ class Trainer:
                 self.run.open(config, self.data)
             if config.tensorboard and self.writes:
                 self.board = Board(self.run.tensorboard, self.step)
-            self._log(report.header(config, self.device, self.step))
+            self._log(report.header(config, self.device, self.step) | ({"changed": changed} if changed else {}))
         except BaseException:
             if self.writes:
                 self.run.undo()
@@ -238,7 +238,9 @@ class Trainer:
 
     def _save(self, bar: Progress) -> None:
         self._record(bar)  # check the losses first, so that every checkpoint holds a finite state
+        settings = {key: value for key, value in flat(self.config.to_json()).items() if key in FROM_HERE_ON}
         state = {"gan": self.gan.state_dict(), "seconds": self.seconds, "data": self._about_data()}
+        state["settings"] = settings
         if self.writes:
             checkpoint.save(self.run.checkpoints, self.step, state, self.config.keep_every)
         if self.board:
@@ -266,11 +268,12 @@ class Trainer:
             print(f"{message}; continuing from step {state['step']}")
         return state
 
-    def _resume(self, state: dict[str, Any] | None) -> None:
+    def _resume(self, state: dict[str, Any] | None) -> dict[str, list[Any]]:
+        """Continue from a checkpoint. Return the settings that differ from those before it, with both values."""
         if state is None:
             print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
             self.run.forget_after(0)
-            return
+            return {}
         self.gan.load_state_dict(state["gan"])
         checkpoint.restore_rng(state)
         self.step, self.seconds = state["step"], state["seconds"]
@@ -279,6 +282,15 @@ class Trainer:
             self.run.forget_after(self.step)
         self.ranks.wait()
         self.watch.replay(self.run.read_metrics())
+        assert self.run.saved is not None
+        before = state.get("settings") or flat(self.run.saved.to_json())  # an older run's checkpoint has none
+        now = flat(self.config.to_json())
+        changed = {key: [before[key], now[key]] for key in FROM_HERE_ON if key in before and before[key] != now[key]}
+        if changed and self.writes:
+            print(f"from step {self.step:,} on: {described(changed)}")
+        if self.progress() >= 1 and self.writes:
+            print(f"the run has already reached its end at step {self.step:,}: --steps or --minutes moves it")
+        return changed
 
     def _draw(self) -> None:
         samples = self.gan.samples(self.fixed_noise)

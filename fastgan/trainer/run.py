@@ -68,8 +68,10 @@ class RunFolder:
         except PermissionError as error:
             raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
         self.lock.check()
+        self.saved: TrainConfig | None = None  # the settings of the run to resume
         if config.resume:
-            refuse_changes(TrainConfig.load(self.config), config)
+            self.saved = TrainConfig.load(self.config)
+            refuse_changes(self.saved, config)
         elif in_use and not config.overwrite:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.export import read_export, read_run
 from fastgan.trainer.gan import GAN
 
 PROBLEMS = 12  # weights that do not fit, to name
+WRAPPED = "generator."  # start of the names of a generator that takes labels
 
 
 def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -> None:
@@ -27,7 +30,9 @@ def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -
     else:
         other, state = read_run(path)
         generator, discriminator = state["gan"]["ema"]["module"], state["gan"]["discriminator"]
-    weights = {name: tensor for name, tensor in gan.generator.state_dict().items() if tensor.ndim > 1}  # not biases
+    own = gan.generator.state_dict()
+    generator = under_names_of(own, generator)
+    weights = {name: tensor for name, tensor in own.items() if tensor.ndim > 1}  # not biases
     if not any(name in generator and generator[name].shape == tensor.shape for name, tensor in weights.items()):
         raise ValueError(f"no weights of {path} fit these networks: {differences(other, config)}")
     torch.manual_seed(4 * config.seed)  # loading a checkpoint has set the random state
@@ -44,6 +49,14 @@ def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -
         print(f"  and {len(problems) - PROBLEMS} more")
     if discriminator is None:
         print("  the file has no discriminator: its weights are new")
+
+
+def under_names_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a generator with labels under the names of one without, or the other way round."""
+    labeled, wanted = (any(name.startswith(WRAPPED) for name in names) for names in (weights, own))
+    if labeled == wanted:
+        return weights
+    return {WRAPPED + name if wanted else name.removeprefix(WRAPPED): tensor for name, tensor in weights.items()}
 
 
 def differences(other: TrainConfig, config: TrainConfig) -> str:

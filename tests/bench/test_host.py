@@ -1,4 +1,4 @@
-"""The suite that measures the host's time: small steps that run on fastgan's own path."""
+"""The suite that measures the host's time: small steps as users have them, and with fastgan's own functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", SUITES["host"])
-def test_both_variants_agree_and_only_fastgans_calls_its_functions(name, monkeypatch):
+def test_all_variants_agree_and_one_calls_fastgans_functions(name, monkeypatch):
     called = []
     original = autograd._forward
     monkeypatch.setattr(autograd, "_forward", lambda *args: called.append(1) or original(*args))
@@ -27,8 +27,10 @@ def test_both_variants_agree_and_only_fastgans_calls_its_functions(name, monkeyp
     variants[BASELINE]()
     assert not called
     variants["fastgan"]()
+    assert not called
+    variants["fastgan, own functions"]()
     assert called
-    assert errors["fastgan"] <= CASES[name].tolerance
+    assert max(errors["fastgan"], errors["fastgan, own functions"]) <= CASES[name].tolerance
 
 
 def test_without_the_suites_wrapper_the_step_is_left_to_pytorch(monkeypatch):

@@ -22,6 +22,7 @@ CASES = {
     "one group": (2, 3, 1, 5, 7, 8, 8),
     "odd": (1, 2, 2, 127, 127, 16, 16),
     "long": (1, 1, 1, 200, 1000, 8, 8),
+    "two blocks of heads of 64": (1, 1, 1, 70, 90, 64, 64),
 }
 WAYS = BACKENDS[:3]
 FEW = ("one query", "primes", "grouped")

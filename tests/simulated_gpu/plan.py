@@ -11,6 +11,8 @@ TRAINER = (
     "tests/trainer/test_loop.py",
     "tests/trainer/test_robustness.py",
 )
+PENALTIES = "tests/ops/test_penalty_kinds.py"
+PROGRAMS = ("compile", "size_rule", "programs")
 GRAPHS = ("tests/integrations/test_cuda_graphs.py", "tests/integrations/test_graphed_step.py")
 
 # Tests whose subject is the CPU; with cuda as the default device they test nothing, or something else.
@@ -50,18 +52,14 @@ def _own(name: str, *files: str, **environment: str) -> Part:
     return Part(name, tuple(f"{OWN}/test_{file}.py" for file in files), environment=environment)
 
 
-# About three minutes of the CPU, on two cores; the longest first.
+# About three minutes of the CPU, on two cores; the longest first. Tests of one environment share a process, because its
+# start takes as long as hundreds of them.
 SHORT = (
     Part("trainer", TRAINER, ("--without-triton",)),
-    _host_logic("nn, convert", "tests/nn", "tests/convert", "tests/integrations/test_func.py"),
-    _host_logic("penalties", "tests/ops/test_penalty_kinds.py"),
-    _on_cuda("one pass", "tests/ops/test_logits_and_penalty.py"),
-    _on_cuda("gradient penalty", "tests/ops/test_gradient_penalty.py"),
-    Part("graphs, host logic", GRAPHS, ("--without-triton",)),
-    _own("ops", "ops"),
-    Part("programs", (f"{OWN}/test_programs.py",), ("--without-triton",)),
-    Part("compile, sizes", (f"{OWN}/test_compile.py", f"{OWN}/test_size_rule.py"), ("--without-triton",)),
-    _own("rules", "rules", "refusals", "graphs"),
+    _host_logic("host logic", "tests/nn", "tests/convert", "tests/integrations/test_func.py", PENALTIES),
+    _on_cuda("penalties", "tests/ops/test_logits_and_penalty.py", "tests/ops/test_gradient_penalty.py"),
+    Part("programs, graphs", (*(f"{OWN}/test_{file}.py" for file in PROGRAMS), *GRAPHS), ("--without-triton",)),
+    _own("ops, rules", "ops", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
     _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 
 import pytest
 import torch
 import torch.distributed
+from simulated_gpu import refusals
 from simulated_gpu.refusals import NotSimulated
 from torch import nn
 
@@ -14,6 +17,19 @@ from torch import nn
 def test_native_kernels_are_not_imported():
     with pytest.raises(ImportError, match="no native CUDA kernels"):
         importlib.import_module("fastgan._native_cuda")
+
+
+def test_hidden_modules_are_as_if_not_installed(monkeypatch):
+    monkeypatch.setenv("SIMULATED_GPU_HIDES", "wave,this")
+    for name in ("wave", "this"):
+        monkeypatch.setitem(sys.modules, name, None)  # restored after the test
+        del sys.modules[name]
+        assert importlib.util.find_spec(name) is not None
+    refusals.hide()
+    for name in ("wave", "this"):
+        assert importlib.util.find_spec(name) is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(name)
 
 
 def test_times_are_not_told(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import fastgan_command
 from fastgan import __version__, _start, cli
+from fastgan.trainer import config
 from fastgan.trainer.config import PRESETS, TrainConfig
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
@@ -183,7 +185,7 @@ def test_the_policy_is_set_before_pytorch_is_imported():
 def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
     assert cli.main(["train", "folder", flag, "1"]) == 2
     error = capsys.readouterr().err
-    assert error == f"fastgan: fastgan train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
+    assert error == f"fastgan: train has no {flag}: use {cli.OTHER_FLAGS[flag]}\n"
     with pytest.raises(SystemExit):
         cli.main(["train", "folder", "--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
@@ -205,7 +207,12 @@ def test_a_configuration_survives_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--name", "a/b"], ["--ema-decay", "1"], ["--resume", "--overwrite"]]
+    "flags",
+    [
+        *(["--steps", "0"], ["--name", "a/b"], ["--ema-decay", "1"], ["--resume", "--overwrite"]),
+        *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--threads", "100000000"], ["--threads", "0"]),
+        *(["--d-lr", "inf"], ["--ema-rampup", "0"], ["--ema-kimg", "nan"]),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
     with pytest.raises(SystemExit) as caught:
@@ -304,6 +311,7 @@ def test_a_file_without_a_data_set_needs_a_preset(in_tmp_path, capsys):
 def test_an_export_that_cannot_be_written_is_one_line(in_tmp_path, capsys):
     pytest.importorskip("safetensors", reason="needs fastgan[export]")
     assert cli.main(RING) == 0
+    Path("nowhere").touch()
     assert cli.main(["export", "runs/ring8", "--out", "nowhere/generator.safetensors"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fastgan: ")
@@ -449,3 +457,13 @@ def test_the_extra_is_the_commands_own_where_that_brings_the_package(command, pa
 def test_info_takes_no_arguments(capsys):
     assert cli.main(["info", "all"]) == 2
     assert "no arguments" in capsys.readouterr().err
+
+
+def test_a_configuration_needs_no_parser_of_options(monkeypatch):
+    """tools/gpu.sh trains and verifies where tyro is not installed."""
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    spec = importlib.util.spec_from_file_location("without_tyro", config.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "without_tyro", module)
+    spec.loader.exec_module(module)
+    assert module.TrainConfig(dataset="ring8", steps=3).steps == 3

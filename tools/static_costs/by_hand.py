@@ -115,13 +115,16 @@ def _text_of(file: str, line: int) -> str:
 
 
 def _spectral_norm(launch: Launch, function: Function) -> Hand:
-    """The table of weights tells which of the loops run: a kernel has one for each form of a weight."""
+    """The table of weights tells which of the loops run: a kernel has one for each form of a weight.
+
+    All programs read the table and the sums of squares, before and after a loop: these come from L2.
+    """
     a = launch.arguments
     field = {name: i for i, name in enumerate(triton_plan.FIELDS)}
     rows = a["layers_ptr"].tolist()
     size = sum(row[field["outer"]] * row[field["rows"]] * row[field["inner"]] for row in rows)
     item = a["DTYPE"].primitive_bitwidth // 8
-    threads = 128
+    threads = 32 * launch.options.num_warps
     each = size / launch.grid[0] / threads
     of_t = bool(a.get("OF_T"))
     form = rows[0][field["t_form" if of_t else "s_form"]]
@@ -132,7 +135,7 @@ def _spectral_norm(launch: Launch, function: Function) -> Hand:
     wide = [loop for loop in inner if any(i.width == 16 and i.moves for i in function.trace(loop))]
     chosen = max([loop for loop in inner if (loop in wide) != narrow], key=lambda loop: len(function.trace(loop)))
     step = (triton_plan.SMALL_BLOCK if narrow else triton_plan.BLOCK) / threads
-    parts = [Part(function.trace(), 1, "dram"), Part(function.trace(chosen), each / step, "dram")]
+    parts = [Part(function.trace(), 1, "l2"), Part(function.trace(chosen), each / step, "dram")]
     if launch.name.endswith("product"):
         row = rows[0]
         columns = row[field["outer"]] * row[field["inner"]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastgan.bench import discriminators
-from fastgan.bench.case import Case
+from fastgan.bench.case import Case, Make
 from fastgan.bench.cases.gradient_penalty import step_case
 from fastgan.bench.host import force_fastgan, parts, per_layer
 
@@ -45,7 +45,12 @@ def _case(
 ) -> Case:
     case = step_case(family, make, shape, objective, _ANYWHERE, suite="host")
     setup = case.setup
-    return replace(case, setup=lambda *where: force_fastgan(setup(*where)), about=about)
+    return replace(case, setup=lambda *where: _with_own_functions(setup(*where)), about=about)
+
+
+def _with_own_functions(makes: dict[str, Make]) -> dict[str, Make]:
+    """Add fastgan's own functions, which such small steps run only inside ``use_backend``."""
+    return makes | {"fastgan, own functions": force_fastgan({"": makes["fastgan"]})[""]}
 
 
 def _cases() -> Iterator[Case]:

@@ -263,8 +263,11 @@ def _fitting(group: list[tuple[_Member, Operands]]) -> list[tuple[_Member, Opera
     weights, us, vs, dims = zip(*[operands for _, operands in group], strict=True)
     if not fits(weights, us, vs, dims):
         group = [(member, o) for member, o in group if fits([o.weight], [o.u], [o.v], [o.dim])]
+    # If two weights share vectors, a read of one updates the start values of the other.
+    if torch.compiler.is_dynamo_compiling():  # in torch 2.11, it cannot trace id() of a tensor that the graph made
+        return [(member, o) for member, o in group if sum(o.u is other.u for _, other in group) == 1]
     owners = Counter(id(operands.u) for _, operands in group)
-    if len(owners) < len(group):  # if two weights share vectors, a read of one updates the start values of the other
+    if len(owners) < len(group):
         group = [(member, o) for member, o in group if owners[id(o.u)] == 1]
     return group
 

@@ -18,7 +18,7 @@ from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _WIDEST = 256  # head
 _LEAST = 16  # rows and columns of a tile: what a product on tensor cores takes
-_TILE = 2**13  # bytes of a tile of an operand
+_TILE = 2**13  # bytes of a tile of an operand in the accumulation type
 _SHARED = 10  # tiles that a program holds in shared memory at most, as compiled for NVIDIA
 _LEAST_SHARED = 99 * 2**10
 
@@ -101,7 +101,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
     """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
-    sizes, constants, mask = _call(q, k, v, mask, options, derivative=False)
+    sizes, constants, mask = _call(q, k, v, mask, options, order=0)
     with _Contiguous([q, k, v], [o]) as (operands, results), device_of(q):
         attend[_grid(q, constants["ROWS"])](*operands, mask, seed, *results, lse, *sizes, **constants)
 
@@ -121,7 +121,7 @@ def backward(
     dmask: Tensor | None,
     options: Options,
 ) -> None:
-    sizes, constants, mask = _call(q, k, v, mask, options)
+    sizes, constants, mask = _call(q, k, v, mask, options, order=1)
     with _Contiguous([g, q, k, v, o], [dq, dk, dv, dmask]) as (operands, (dq, dk, dv, dmask)), device_of(q):
         given = *operands[:-1], mask, seed, operands[-1], lse
         if dq is not None:
@@ -156,7 +156,7 @@ def double_backward(
     """Run the double backward. gq, gk, gv and gmask are the gradients of the backward's results, None for zeros."""
     if gmask is not None and mask is not None:
         mask = mask.contiguous()  # both are read with the same strides
-    sizes, constants, mask = _call(q, k, v, mask, options)
+    sizes, constants, mask = _call(q, k, v, mask, options, order=2)
     tau, mu = torch.empty_like(lse), torch.empty_like(lse)
     with (
         _Contiguous([gq, gk, gv, gmask, g, q, k, v, o], [by_g, by_q, by_k, by_v, by_mask]) as (operands, results),
@@ -193,9 +193,9 @@ class _Contiguous:
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, derivative: bool = True
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, order: int
 ) -> tuple[tuple[int, ...], dict[str, Any], Tensor | None]:
-    """Return the sizes, the constants, and the mask in a form that Triton reads."""
+    """Return the sizes, the constants, and the mask in a form that Triton reads. order: of the derivative."""
     (batch, heads, length, width), (groups, keys), wide = q.shape, k.shape[1:3], v.shape[-1]
     strides: tuple[int, ...] = 0, 0, 0, 0
     boolean = mask is not None and mask.dtype == torch.bool
@@ -205,8 +205,12 @@ def _call(
     padded, padded_wide = _padded(width), _padded(wide)
     row = max(padded, padded_wide) * accumulation_dtype(q.dtype).itemsize
     # Products of float32 keep their operands in registers. A derivative has several, so a tile is small or has 8 warps.
-    crowded = derivative and q.dtype == torch.float32
-    side = max(_LEAST, min(32 if crowded else 64, _TILE // row))
+    crowded = order > 0 and q.dtype == torch.float32
+    # In half precision, twice the tile halves the instructions. AMD's 64 KB of shared memory might not hold it, nor the
+    # registers of a thread what the double backward has.
+    large = order < 2 and q.dtype.itemsize == 2 and torch.version.hip is None
+    tile = 2 * _TILE if large else _TILE
+    side = max(_LEAST, min(32 if crowded else 64, tile // row))
     constants = {
         "SCALE": options.scale,
         "CAUSAL": options.is_causal,

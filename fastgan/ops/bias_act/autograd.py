@@ -39,7 +39,7 @@ _OPERATORS = {
     "smooth_double_backward": "Tensor? h, Tensor? h_bias, Tensor dy, Tensor x, Tensor? bias, Tensor(a!)? by_dy,"
     " Tensor(b!)? by_x, Tensor(c!)? by_bias",
 }
-_OPTIONS = "int[] layout, str activation, float negative_slope, float gain, float clamp, str backend"
+_OPTIONS = "SymInt[] layout, str activation, float negative_slope, float gain, float clamp, str backend"
 
 backends.register("bias_act", dict.fromkeys(("reference", "cpu", "triton"), frozenset(DTYPES)))
 backends.register("bias_act_unfused", {"reference": frozenset(DTYPES)})

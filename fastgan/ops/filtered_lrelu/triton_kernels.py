@@ -46,6 +46,13 @@ def _times_slope(u, bits, SLOPE: tl.constexpr, GAIN: tl.constexpr):
 
 
 @triton.jit
+def _byte(bits_plane, line, column, out_height, out_width, INDEX: tl.constexpr):
+    """Load the bits of four rows of a column."""
+    inside = (line * 4 < out_height) & (column < out_width)
+    return tl.load(bits_plane + (line.to(INDEX) * out_width + column), mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
 def _activated(
     x_ptr,
     z_ptr,
@@ -91,6 +98,16 @@ def _activated(
         second = none
         third = none
         fourth = none
+        if READ:
+            bits_plane = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width
+            first = _byte(bits_plane, group * UP_Y, ox, out_height, out_width, INDEX)
+            if UP_Y > 1:
+                second = _byte(bits_plane, group * UP_Y + 1, ox, out_height, out_width, INDEX)
+            if UP_Y > 2:
+                third = _byte(bits_plane, group * UP_Y + 2, ox, out_height, out_width, INDEX)
+            if UP_Y > 3:
+                fourth = _byte(bits_plane, group * UP_Y + 3, ox, out_height, out_width, INDEX)
+        kept = (first, second, third, fourth)
         for q in tl.static_range(UP_Y):
             rows = rows_of_phase(
                 x_plane,
@@ -116,10 +133,9 @@ def _activated(
                 oy = (group * ROWS + row) * UP_Y + q
                 inside = (oy < out_height) & (ox < out_width)
                 if READ:
-                    place = (group * UP_Y + (row * UP_Y + q) // 4).to(INDEX) * out_width + ox
-                    bits_plane = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width
-                    bits = tl.load(bits_plane + place, mask=inside, other=0).to(tl.int32)
-                    z = _times_slope(rows[row], bits >> (2 * ((row * UP_Y + q) % 4)), SLOPE, GAIN)
+                    z = _times_slope(
+                        rows[row], kept[(row * UP_Y + q) // 4] >> (2 * ((row * UP_Y + q) % 4)), SLOPE, GAIN
+                    )
                 else:
                     z, bits = _activate(rows[row], SLOPE, GAIN, CLAMP)
                     bits = bits << (2 * ((row * UP_Y + q) % 4))

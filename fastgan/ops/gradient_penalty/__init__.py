@@ -72,8 +72,9 @@ def gradient_penalty(
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
     ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan on their
-    device run PyTorch's own functions, unless ``use_backend`` selects a backend.
+    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan's functions
+    on their device run PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if
+    all of these are piecewise affine and known, and their graph is kept until the penalty is freed.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -325,9 +326,10 @@ def logits_and_penalty(
     costs as much as four forwards instead of six. Convolutions, products with weights, ReLU, clamp, pooling, dropout,
     sums, masks, slices and reshapes allow one pass. Batch statistics, layer and group normalization, smooth activations
     and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
-    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, and for
-    small models (see ``gradient_penalty``), the penalty is computed as in ``penalty_from_logits``. The results are the
-    same up to rounding. One pass frees the activations of the forward early if there is one logit per sample.
+    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, the
+    penalty is computed as in ``penalty_from_logits``. The results are the same up to rounding. One pass frees the
+    activations of the forward early if there is one logit per sample and the model is not small (see
+    ``gradient_penalty``).
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.

@@ -1,14 +1,14 @@
-"""The gradients of a penalty, and its derivative, from the graph that autograd recorded of PyTorch's own functions.
+"""Penalties of small discriminators, from the graph that autograd has recorded of PyTorch's own functions.
 
-Small discriminators run PyTorch's functions, because each of fastgan's takes longer to call. If all of them are piecewise
-affine, the derivative of a penalty still needs no double backward of autograd. Let delta be the gradient of the sum of
-the logits at the result of a layer, and v = dP/dg, where g is the gradient at the input. The tangent v is pushed through
-the linear part of each function, and a weight W whose layer has the tangent t as input gets the gradient t (*) delta. A
-loss of the logits with c_i = dloss/dD(x_i) has the gradient c_i delta at the same place, because no function mixes
-samples. So the layer with input a adds (t + c a) (*) delta for both. This costs four forwards, and no node of a graph
-except one for the whole discriminator.
+Small discriminators run PyTorch's functions, because each of fastgan's takes longer to call. If all of them are
+piecewise affine, the derivative of a penalty needs no double backward of autograd. Let delta be the gradient of the sum
+of the logits at the result of a layer, and v = dP/dg, where g is the gradient at the input. The tangent v is pushed
+through the linear part of each function. The weight of a layer whose input has the tangent t gets the gradient
+t (*) delta. A loss with c_i = dloss/dD(x_i) has the gradient c_i delta at the same place, because no function mixes
+samples. So a layer with the input a adds (t + c a) (*) delta for loss and penalty together. This costs four forwards,
+as in one_pass.py, and only one node of autograd for the whole discriminator.
 
-The forward is not changed, not even observed: the steps are read from the graph afterwards.
+The forward runs as usual. The steps are read from its graph afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fastgan import torch_private
 from fastgan.ops.gradient_penalty.graph_steps import KINDS, Kind
 from fastgan.ops.gradient_penalty.zeros import reached
 from fastgan.torch_private import apply
+
+_LEAST = 2**21  # multiplications in a forward without convolutions
 
 
 class Step(NamedTuple):
@@ -47,54 +49,77 @@ class Graph:
         self.deltas: list[Tensor | None] = []  # one for each step with parameters
 
     def read(self) -> bool:
-        """Read the steps. Return whether all functions are known, and there is a parameter that requires a gradient."""
-        source, end = get_gradient_edge(self.x).node, self.logits.grad_fn
-        numbers: dict[Node, int] = {source: 0}
-        samples = self.x.shape[0]
-        waiting: list[Any] = [end]
+        """Read the steps. Return whether all functions are known and the pass is faster than PyTorch's."""
+        source = get_gradient_edge(self.x).node
+        numbers: dict[Any, int] = {source: 0}
+        # Nodes that were not visited, and visited ones with their arguments, which must be read before them.
+        waiting: list[Any] = [self.logits.grad_fn]
         while waiting:
-            node = waiting[-1]
-            if node in numbers:
-                waiting.pop()
-                continue
-            kind = KINDS.get(type(node).__name__)
-            if kind is None:
-                return False
-            edges = node.next_functions
-            before = [following for i in kind.data if (following := edges[i][0]) is not None]
-            unread = [following for following in before if following not in numbers]
-            if unread:
-                waiting += unread
-                continue
-            if not before or not (kind.fits is None or kind.fits(node, samples)):
-                return False
-            weight = bias = None
-            if kind.weight is not None:
-                weight = self._weight(node, edges[kind.weight][0])
-            if kind.bias is not None and (following := edges[kind.bias][0]) is not None:
-                leaf = getattr(following, "variable", None)
-                if leaf is None or leaf.ndim != 1 or leaf.shape[0] != torch_private.shape_of_result(node)[1]:
+            entry = waiting.pop()
+            if type(entry) is tuple:
+                node, kind, edges, before = entry
+                step = self._step(node, kind, edges, tuple([numbers[each] for each in before]), len(numbers))
+                if step is None:
                     return False
-                bias = self._number(leaf)
-            numbers[node] = len(numbers)
-            self.steps.append(Step(node, kind, tuple(numbers[each] for each in before), numbers[node], weight, bias))
-            waiting.pop()
-        return bool(self.parameters) and source not in reached(self._computed)
+                self.steps.append(step)
+                numbers[node] = step.output
+            elif entry not in numbers:
+                kind = KINDS.get(type(entry).__name__)
+                if kind is None:
+                    return False
+                edges = entry.next_functions
+                if len(kind.data) == 1:
+                    first = edges[kind.data[0]][0]
+                    before = () if first is None else (first,)
+                else:
+                    before = tuple([following for following, _ in edges if following is not None])
+                if not before:
+                    return False
+                waiting.append((entry, kind, edges, before))
+                waiting += before
+        if id(self.x) in self._numbers or source in reached(self._computed):
+            return False  # a weight depends on the input
+        return self._is_faster()
 
-    def _weight(self, node: Any, following: Node | None) -> int | None:
-        if following is None:
+    def _step(self, node: Any, kind: Kind, edges: Any, inputs: tuple[int, ...], output: int) -> Step | None:
+        """Return the step of a node, or None if it is not piecewise affine or mixes samples."""
+        if kind.fits is not None and not kind.fits(node, self.x.shape[0]):
             return None
-        weight: Tensor | None = getattr(following, "variable", None)
-        if weight is None:
-            weight = node._saved_weight if hasattr(node, "_saved_weight") else node._saved_mat2
-            self._computed.append(following)
-        return self._number(weight)
+        if kind.weight is None:
+            return Step(node, kind, inputs, output, None, None)
+        if torch_private.has_saving_hook(node, kind.weights):  # checkpoints would rerun their forward at each read
+            return None
+        weight = bias = None
+        following = edges[kind.weight][0]
+        if following is not None:
+            parameter = getattr(following, "variable", None)
+            if parameter is None:
+                parameter = getattr(node, kind.weights)
+                self._computed.append(following)
+            weight = self._number(parameter)
+        if kind.bias is not None and (following := edges[kind.bias][0]) is not None:
+            parameter = getattr(following, "variable", None)
+            if parameter is None or [*parameter.shape] != torch_private.shape_of_result(node)[1:2]:
+                return None
+            bias = self._number(parameter)
+        return Step(node, kind, inputs, output, weight, bias)
 
     def _number(self, parameter: Tensor) -> int:
         number = self._numbers.setdefault(id(parameter), len(self.parameters))
         if number == len(self.parameters):
             self.parameters.append(parameter)
         return number
+
+    def _is_faster(self) -> bool:
+        """Return whether a weight requires a gradient, and there is enough work.
+
+        The double backward of a convolution fills and convolves zeros, at any size. That of a product does not.
+        """
+        weights = [step for step in self.steps if step.weight is not None]
+        if any(step.kind.sends_zeros for step in weights):
+            return True
+        elements = sum(self.parameters[step.weight].numel() for step in weights if step.weight is not None)
+        return self.x.shape[0] * elements >= _LEAST
 
     @property
     def single(self) -> bool:

@@ -30,7 +30,8 @@ class Kind(NamedTuple):
     data: tuple[int, ...] = (0,)  # positions of arguments that may depend on the input
     weight: int | None = None  # position of the weight
     bias: int | None = None
-    input: str = ""  # the name of the saved input, if there is a weight
+    input: str = ""  # the names of the saved input and weight, if there is a weight
+    weights: str = "_saved_mat2"
     by_weight: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (node, input, delta) -> gradient of the weight
     fits: Callable[[Any, int], bool] | None = None  # (node, N) -> whether the node keeps the N samples apart
     sends_zeros: bool = False  # whether PyTorch's double backward returns zeros for its input
@@ -146,6 +147,7 @@ KINDS = {
         weight=1,
         bias=2,
         input="_saved_input",
+        weights="_saved_weight",
         by_weight=_weight_of_convolution,
     ),
     "AddmmBackward0": Kind(

@@ -1,6 +1,7 @@
 """Small discriminators, for which the Python overhead of fastgan exceeds the work that it saves.
 
-A forward with fewer multiplications than a threshold (overhead.py) runs PyTorch's own functions. If the parameters of
+A forward with fewer multiplications than a threshold (overhead.py) runs PyTorch's own functions. Its graph often allows
+one pass (graph_pass.py). If the parameters of
 the modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
 before the call runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that layer on. The
 decision depends only on the current forward and the device, so a resumed run makes the same choices. A call of one

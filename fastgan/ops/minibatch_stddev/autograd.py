@@ -19,7 +19,7 @@ backends.register("minibatch_stddev", dict.fromkeys(("reference", "cpu", "triton
 backends.register("minibatch_stddev_across_ranks", {"reference": _DTYPES})
 
 
-@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, int[] layout, float eps, str backend) -> ()")
+@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, SymInt[] layout, float eps, str backend) -> ()")
 def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: str) -> None:
     layout = Layout(*layout)
     target = _dense(y, layout)
@@ -28,8 +28,8 @@ def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: s
 
 
 @operator(
-    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, int[] layout, float eps, str backend)"
-    " -> ()"
+    "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, SymInt[] layout, float eps,"
+    " str backend) -> ()"
 )
 def _backward(
     dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Sequence[int], eps: float, backend: str
@@ -41,7 +41,7 @@ def _backward(
 
 
 @operator(
-    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, int[] layout,"
+    "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, SymInt[] layout,"
     " float eps, str backend) -> ()"
 )
 def _double_backward(

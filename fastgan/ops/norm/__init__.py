@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.library import is_traced, symbolic
-from fastgan.ops.norm import reference
+from fastgan.ops.norm import of_batches, reference
 from fastgan.ops.norm.autograd import normalize, statistics_of
 from fastgan.ops.norm.checks import DTYPES, HALF, check_affine, check_channels, check_input, check_running
 from fastgan.ops.norm.evaluation import normalized, scale_and_shift
@@ -197,6 +197,8 @@ def instance_norm(
     running = running_mean is not None or running_var is not None or not use_input_stats
     chosen = "reference" if running else _select("instance_norm", input, backend)
     if chosen == "reference":
+        if backends.is_lowered() and not running and input.numel():
+            return of_batches.instance_norm(input, weight, bias, eps)
         return reference.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return normalize(input, weight, bias, of_channels(input, input.shape[1]), eps, chosen)
 
@@ -267,6 +269,8 @@ def batch_norm(
                 return normalized(input, scale, shift)
             # PyTorch's graph would save the buffers themselves, and later calls in training overwrite these.
             running_mean, running_var = _copy(running_mean), _copy(running_var)
+        if training and not only_one and backends.is_lowered() and input.numel():
+            return of_batches.batch_norm(input, running_mean, running_var, weight, bias, momentum, eps)
         return reference.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layout = of_batch(input)
     statistics = statistics_of(input, layout, 2 if running_var is None else 3)

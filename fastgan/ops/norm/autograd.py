@@ -27,7 +27,7 @@ _WRITTEN = {"y", "statistics", "dx", "dweight", "dbias", "by_dy", "by_x", "by_we
 
 @operator(
     "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
-    " int[] layout, float eps, str backend) -> ()"
+    " SymInt[] layout, float eps, str backend) -> ()"
 )
 def _forward(*arguments: Any) -> None:
     *tensors, layout, eps, backend = arguments
@@ -36,7 +36,7 @@ def _forward(*arguments: Any) -> None:
 
 @operator(
     "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, int[] layout, str backend) -> ()"
+    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, SymInt[] layout, str backend) -> ()"
 )
 def _backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
@@ -45,7 +45,7 @@ def _backward(*arguments: Any) -> None:
 
 @operator(
     "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, int[] layout, str backend) -> ()"
+    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, SymInt[] layout, str backend) -> ()"
 )
 def _double_backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments

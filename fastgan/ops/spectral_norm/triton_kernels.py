@@ -325,8 +325,10 @@ def forward(
 
     def product(*, of_t: bool, stored: bool, weighted: bool = False) -> None:
         tiles = plan.t_tiles if of_t else plan.s_tiles
-        constants = {"OF_T": of_t, "STORED": stored, "WEIGHTED": weighted, "EPS": eps, "DTYPE": dtype}
-        _product[(len(tiles),)](tiles, layers, scratch, **constants)
+        constants: dict[str, Any] = {"OF_T": of_t, "STORED": stored, "WEIGHTED": weighted, "EPS": eps, "DTYPE": dtype}
+        # With fewer registers, the compiler lets a thread wait for each of its loads of W before the next.
+        options = {"maxnreg": 128} if of_t and torch.version.hip is None else {}
+        _product[(len(tiles),)](tiles, layers, scratch, **constants, **options)
 
     with _on(saved.device):
         layers = plans.table_of(plan, addresses, saved.device, weights)

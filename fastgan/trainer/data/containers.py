@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,6 +26,7 @@ class Container(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lost: list[str] = []  # what the system does not let us look at, such as a link to nowhere, with the reason
         entries = [entry for entry in self.find() if counts(entry.name)]
         self.entries = sorted(entries, key=lambda entry: PurePosixPath(entry.name).parts)
 
@@ -62,16 +64,21 @@ class Folder(Container):
             for item in self._read_or_raise(folder):
                 if not counts(item.name):
                     continue
-                if item.is_dir():
+                name = Path(item.path).relative_to(self.path).as_posix()
+                try:
+                    status = item.stat()
+                except OSError as error:
+                    what = "the link leads nowhere" if isinstance(error, FileNotFoundError) else reason(error)
+                    self.lost.append(f"{name}: {what}")
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    found.append(Entry(name, status.st_size, status.st_mtime_ns))
+                elif stat.S_ISDIR(status.st_mode):
                     if item.is_symlink():
                         links.append(Path(item.path))
                     elif os.path.realpath(item.path) not in visited:  # a link may have led here before
                         visited.add(os.path.realpath(item.path))
                         waiting.append(Path(item.path))
-                elif item.is_file():
-                    status = item.stat()
-                    name = Path(item.path).relative_to(self.path).as_posix()
-                    found.append(Entry(name, status.st_size, status.st_mtime_ns))
         return found
 
     def _read_or_raise(self, folder: Path) -> list[os.DirEntry[str]]:
@@ -90,6 +97,8 @@ class Zip(Container):
         try:
             self.file = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
+            if isinstance(error, zipfile.BadZipFile) and self.path.suffix.lower() != ".zip":
+                raise DataError(f"{self.path} must be a folder or a zip file of pictures, and is neither") from error
             raise DataError(f"{self.path} cannot be read as a zip file: {reason(error)}") from error
         members = [member for member in self.file.infolist() if not member.is_dir()]
         return [Entry(member.filename, member.file_size, member.CRC) for member in members]

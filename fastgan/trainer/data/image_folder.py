@@ -61,7 +61,10 @@ def read_pictures(
     listed = [entry for entry in container.entries if PurePosixPath(entry.name).suffix.lower() in endings()]
     if not listed:
         instead = other_endings(container)
-        raise DataError(f"{path} contains 0 readable images{instead}, but at least 2 are needed{zips_in(container)}")
+        lost = f"; {container.lost[0]}" if container.lost else ""
+        raise DataError(
+            f"{path} contains 0 readable images{instead}, but at least 2 are needed{zips_in(container)}{lost}"
+        )
     names, about_split = chosen_split([entry.name for entry in listed], split)
     chosen = set(names)
     entries = [entry for entry in listed if entry.name in chosen]
@@ -83,6 +86,7 @@ def read_pictures(
         used, found.labels = numbers.unique(return_inverse=True)  # no class without pictures, which is never trained
         found.class_names = [labels.names[number] for number in used.tolist()]
     found.notes.append(labels.line(found.class_names or []))
+    found.skipped += container.lost
     if not quiet:
         report_skipped(found.skipped)
     if len(found.names) < 2:

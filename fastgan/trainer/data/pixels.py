@@ -39,7 +39,12 @@ class Layout:
     background: str = "white"  # color under transparent pixels, unless the alpha channel is kept
 
     def __post_init__(self) -> None:
-        ImageColor.getrgb(self.background)  # raises ValueError
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(
+                f"background must be a color, such as white or '#80ff00', got {self.background!r}"
+            ) from None
 
     @property
     def stored(self) -> tuple[int, int]:

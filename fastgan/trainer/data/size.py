@@ -8,8 +8,11 @@ SMALLEST = 4  # shortest side, in pixels, where a generator starts and a discrim
 LEAST, MOST = 8, 1024  # of each side
 
 
-def sides(image_size: int | str) -> tuple[int, int]:
+def sides(image_size: int | str, networks: bool = True) -> tuple[int, int]:
     """Return the height and width of an image size: 128, "128" or "64x192" (height x width).
+
+    Args:
+        networks: whether networks make pictures of this size, so that not every size works.
 
     Raises:
         ValueError: the text is not of this form, or no network makes pictures of this size.
@@ -18,7 +21,8 @@ def sides(image_size: int | str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"image_size must be a number or HEIGHTxWIDTH, such as 128 or 64x192, got {image_size!r}")
     height, width = int(parts[0]), int(parts[-1])
-    if problem := why_not((height, width)):
+    problem = why_not((height, width)) if networks else "sides must be positive" if not height * width else None
+    if problem:
         raise ValueError(f"image_size {image_size}: {problem}")
     return height, width
 

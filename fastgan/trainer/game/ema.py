@@ -9,21 +9,30 @@ from torch import nn
 
 
 class EMA:
-    """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)) after t updates.
+    """average <- d * average + (1 - d) * weights. A warm-up makes an early average forget the random initialization.
 
-    The warm-up makes an early average forget the random initialization; a constant decay would remember it for
-    1 / (1 - decay) steps. Floating-point buffers (batch norm's running statistics) are averaged like the weights that
-    they belong to. Other buffers are copied.
+    After t updates, d = min(decay, (1 + t) / (10 + t)). With `rampup`, d = min(decay, 0.5^(1 / (rampup (t + 1)))): the
+    half-life of the average is at most this share of the updates so far, as in StyleGAN2 (Karras et al. 2020). For many
+    updates, the first formula has a half-life of 0.077 t.
+
+    Floating-point buffers (batch norm's running statistics) are averaged like the weights that they belong to. Other
+    buffers are copied.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, rampup: float | None = None) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
+        self.decay, self.rampup = decay, rampup
         self.updates = 0
+
+    def decay_now(self) -> float:
+        """Return the decay of the next update."""
+        t = self.updates
+        warm_up = (1 + t) / (10 + t) if self.rampup is None else 0.5 ** (1 / (self.rampup * (t + 1)))
+        return float(min(self.decay, warm_up))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay_now()
         current = module.state_dict()
         for name, average in self.module.state_dict().items():
             if average.is_floating_point():

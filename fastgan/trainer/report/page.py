@@ -9,6 +9,7 @@ from torch import nn
 
 from fastgan import strict_json
 from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.config import described as described_changes
 from fastgan.trainer.data.labels import shown
 from fastgan.trainer.device import environment
 from fastgan.trainer.gan import GAN
@@ -53,7 +54,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
             "game",
             f"{config.optim.loss} loss, Adam {config.optim.betas}, learning rates D {config.optim.d_lr:g} "
             f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) per G step, "
-            f"EMA {config.optim.ema_decay:g}",
+            f"EMA {averaging(config)}",
         ),
         ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
         (
@@ -66,6 +67,8 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     ]
     if where["commit"]:
         rows.append(("commit", where["commit"]))
+    for step, what in changes_of(run.read_metrics()):
+        rows.append(("changed", f"from step {step:,} on: {described_changes(what)}"))
     if gan.source.class_names:
         rows.insert(1, ("classes", f"{len(gan.source.class_names)}: {shown(gan.source.class_names)}"))
     if gan.source.notes:
@@ -110,6 +113,24 @@ def summary(quality: dict[str, Any]) -> str:
 def best_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the first record with the lowest cost, or None without scores during training."""
     return min((record for record in records if "cost" in record), key=lambda record: record["cost"], default=None)
+
+
+def averaging(config: TrainConfig) -> str:
+    """Say how the generator's weights are averaged."""
+    rampup = config.optim.ema_rampup
+    return f"{config.optim.average_decay:g}" + ("" if rampup is None else f", rampup {rampup:g}")
+
+
+def changes_of(records: list[dict[str, Any]]) -> list[tuple[int, dict[str, list[Any]]]]:
+    """Return the steps from which the run was resumed with other settings, and these with both values."""
+    found: list[tuple[int, dict[str, list[Any]]]] = []
+    for record in records:
+        if "started_at_step" in record:
+            start = record["started_at_step"]
+            found = [(step, what) for step, what in found if step < start]  # later steps were lost, and repeated
+            if "changed" in record:
+                found.append((start, record["changed"]))
+    return found
 
 
 def parameters(model: nn.Module) -> int:

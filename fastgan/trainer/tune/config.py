@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from fastgan.trainer.checks import require_seed
 from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.data.options import PictureConfig
 
@@ -32,6 +33,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        require_seed(self.seed)
         for name in ("trials", "workers", "steps", "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from fastgan.trainer.checks import require_positive, require_seed
 from fastgan.trainer.data.options import PictureConfig
 
 LEAST = 10  # fewest samples to compute scores from
@@ -35,11 +37,16 @@ class GenerateConfig:
     out: Path | None = None  # folder to write to; default: generated in the run's folder
 
     def __post_init__(self) -> None:
-        if self.samples < 0 or (self.interpolate is not None and self.interpolate < 2):
-            raise ValueError("samples must not be negative, and an interpolation needs at least 2 frames")
-        if not self.truncation >= 0:
-            raise ValueError(f"truncation must not be negative, got {self.truncation}")
-        self.rows_and_columns()
+        require_seed(self.seed)
+        if self.samples < 0:
+            raise ValueError(f"samples must not be negative, got {self.samples}")
+        if self.interpolate is not None and self.interpolate < 2:
+            raise ValueError(f"interpolate must be at least 2 frames, got {self.interpolate}")
+        if not 0 <= self.truncation < math.inf:
+            raise ValueError(f"truncation must be a number that is not negative, got {self.truncation}")
+        size = self.rows_and_columns()
+        if not (self.samples or size or self.interpolate):
+            raise ValueError("there is nothing to write: samples 0 needs grid or interpolate")
 
     def rows_and_columns(self) -> tuple[int, int] | None:
         if self.grid is None:
@@ -72,6 +79,7 @@ class EvaluateConfig:
             raise ValueError("--images needs --against PATH, the real pictures")
         if self.training and self.against is not None:
             raise ValueError("training and against exclude each other")
+        require_seed(self.seed)
         if self.samples < LEAST:
             raise ValueError(f"samples must be at least {LEAST}, got {self.samples}")
 
@@ -89,3 +97,9 @@ class ProjectConfig:
     best: bool = False  # the best generator of --score-every instead of the newest
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None  # folder to write to; default: projected/<picture> in the run's folder
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
+        require_positive(self, "starts", "lr")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")

@@ -127,7 +127,7 @@ def sets_of_folders(config: EvaluateConfig) -> Sets:
     assert config.images is not None
     assert config.against is not None
     if config.image_size is not None:
-        height, width = sides(config.image_size)
+        height, width = sides(config.image_size, networks=False)
     else:
         height, width = first_size(config.images)
     layout = Layout(height, width, config.pictures.crop, config.pictures.channels, config.pictures.background)

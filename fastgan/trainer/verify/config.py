@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastgan.trainer.checks import require_seed, require_threads
 from fastgan.trainer.config import PRESETS, Architecture, MinibatchStatistic, ModelConfig, OptimConfig
 from fastgan.trainer.data.options import DatasetName
 from fastgan.trainer.game.names import APPROXIMATE, LossName, PenaltyName
@@ -32,7 +33,9 @@ class VerifyConfig:
     out: Path | None = None  # folder to write verify.json to, for example runs/demo
 
     def __post_init__(self) -> None:
-        for name in ("steps", "timed_steps", "threads"):
+        require_seed(self.seed)
+        require_threads(self.threads)
+        for name in ("steps", "timed_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -163,3 +164,36 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
         capsys.readouterr().err
         == f"fastgan: no cache, {tmp_path}/file/fastgan/images cannot be written to: Not a directory\n"
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need a right on Windows")
+def test_links_that_lead_nowhere_are_named_and_stop_nothing(tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "c.png").symlink_to("missing.png")
+    (tmp_path / "disk").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "round").symlink_to("round")
+    found = read_pictures(tmp_path, SQUARE)
+    assert found.names == ["a.png", "b.png"]
+    assert found.skipped[:2] == ["c.png: the link leads nowhere", "disk: the link leads nowhere"]
+    assert found.skipped[2].startswith("round: Too many levels")
+    assert "fastgan: skipped disk: the link leads nowhere" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(DataError, match=r"0 readable images.*; c\.png: the link leads nowhere"):
+        read_pictures(tmp_path, SQUARE)
+
+
+def test_a_picture_or_another_archive_is_no_data(tmp_path):
+    for path in (picture(tmp_path / "one.png"), tmp_path / "data.tar.gz"):
+        path.touch()
+        with pytest.raises(DataError, match=f"{path.name} must be a folder or a zip file of pictures, and is neither"):
+            read_pictures(path, SQUARE)
+    (tmp_path / "cut.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"cut.zip cannot be read as a zip file"):
+        read_pictures(tmp_path / "cut.zip", SQUARE)
+
+
+def test_a_background_that_is_no_color_is_named():
+    with pytest.raises(ValueError, match="background must be a color, such as white or '#80ff00', got 'nocolor'"):
+        Layout(16, 16, background="nocolor")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
@@ -52,3 +55,16 @@ def test_the_update_count_survives_a_checkpoint():
     ema.update(module)
     other.update(module)
     assert torch.equal(ema.module.weight, other.module.weight)
+
+
+def test_a_ramp_up_limits_the_half_life_to_a_share_of_the_updates():
+    module = nn.Linear(1, 1)
+    ema = EMA(module, 0.9, rampup=0.5)
+    half_lives = []
+    for _ in range(30):
+        half_lives.append(math.log(0.5) / math.log(ema.decay_now()))
+        ema.update(module)
+    constant = math.log(0.5) / math.log(0.9)  # 6.6 updates
+    wanted = [min(0.5 * (t + 1), constant) for t in range(30)]
+    assert 0.5 * 13 < constant < 0.5 * 30  # both branches were taken
+    assert half_lives == pytest.approx(wanted)

@@ -9,6 +9,7 @@ import torch
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.export import ExportConfig, export
 from fastgan.trainer.loop import Trainer
+from fastgan.trainer.start import under_names_of
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,16 @@ def test_an_exported_generator_is_a_start_too_and_layers_that_do_not_fit_are_nam
     assert "generator.0.weight: (256, 8) became (256, 12)" in output
     assert "the file has no discriminator: its weights are new" in output
     assert torch.equal(new.gan.generator.state_dict()["4.weight"], old.gan.ema.module.state_dict()["4.weight"])
+
+
+def test_a_generator_with_labels_is_a_start_for_one_without_and_the_other_way_round():
+    """Labels move the generator's names below `generator.`; only its first layer has another shape."""
+    plain = {"0.weight": torch.zeros(4, 2), "4.weight": torch.ones(3, 3)}
+    labeled = {"embedding.weight": torch.zeros(5, 2)} | {f"generator.{name}": value for name, value in plain.items()}
+    assert under_names_of(plain, labeled).keys() == {"embedding.weight", *plain}
+    assert under_names_of(labeled, plain).keys() == labeled.keys() - {"embedding.weight"}
+    assert under_names_of(plain, plain) is plain
+    assert under_names_of(labeled, labeled) is labeled
 
 
 def test_a_start_from_which_nothing_fits_is_refused(config):

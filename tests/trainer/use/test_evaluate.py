@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgan import cli
+from fastgan.trainer.data.size import sides
 from fastgan.trainer.measure.extractors import TorchScript, load_extractor
 from fastgan.trainer.measure.metrics import frechet_distance, inception_score, neighbors
 from fastgan.trainer.run import run_data
@@ -200,6 +201,16 @@ def test_folders_are_compared_without_a_run(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", "--images", str(same), "--against", str(tmp_path / "none")]) == 2
     assert "none cannot be read" in capsys.readouterr().err
+
+
+def test_pictures_of_any_size_are_compared_and_networks_need_multiples():
+    assert sides(17, networks=False) == (17, 17)
+    assert sides("5x300", networks=False) == (5, 300)
+    for wrong in ("0", "3x0", "x"):
+        with pytest.raises(ValueError, match="image_size"):
+            sides(wrong, networks=False)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sides(17)
 
 
 @pytest.mark.parametrize("flags", [[], ["--images", "a"], ["run", "--images", "a", "--against", "b"]])

@@ -123,10 +123,18 @@ def test_points_are_written_as_an_array_only(ring8_config, monkeypatch, tmp_path
     assert np.load(written[-1])["samples"].shape == (7, 2)
 
 
-@pytest.mark.parametrize("flags", [["--grid", "4"], ["--interpolate", "1"], ["--samples", "-1"]])
-def test_wrong_flags_are_refused(flags, run, config):
-    with pytest.raises(SystemExit):
-        cli.main(["generate", str(config.folder), *flags])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--grid", "4"], ["--interpolate", "1"], ["--samples", "-1"], ["--samples", "0", "--npz"]),
+        *(["--truncation", "inf"], ["--truncation", "-1"], ["--seed", "-1"], ["--seed", "99999999999999999999"]),
+    ],
+)
+def test_wrong_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "runs/photos", *flags])
+    assert caught.value.code == 2
+    assert flags[0].removeprefix("--") in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -40,3 +41,13 @@ def test_what_is_no_picture_is_one_line(run, config, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "text.png cannot be read" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--steps", "-1"], ["--starts", "0"], ["--lr", "0"], ["--lr", "nan"], ["--seed", "-1"]]
+)
+def test_wrong_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["project", "runs/photos", "picture.png", *flags])
+    assert caught.value.code == 2
+    assert flags[0].removeprefix("--") in capsys.readouterr().err

@@ -28,6 +28,7 @@ def install() -> None:
         raise RuntimeError("the simulated GPU has to be installed before PyTorch is imported")
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     device.path = library()
+    refusals.hide()
     _finders.append(_Finder())
     sys.meta_path.insert(0, _finders[0])
 

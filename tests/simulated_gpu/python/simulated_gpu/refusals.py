@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 
 class NotSimulated(RuntimeError):
     """The simulated GPU can't show this; the message says what to do."""
+
+
+def hide() -> None:
+    """Hide the modules in SIMULATED_GPU_HIDES, for a rehearsal of a machine that lacks them."""
+    for name in filter(None, os.environ.get("SIMULATED_GPU_HIDES", "").split(",")):
+        sys.modules[name] = None  # type: ignore[assignment]  # neither imported nor found
 
 
 def check_import(name: str) -> None:
