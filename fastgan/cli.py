@@ -86,18 +86,21 @@ def train(arguments: Sequence[str]) -> int:
     try:
         number = trainer.train()
     except KeyboardInterrupt:  # a second Ctrl-C
-        print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
+        if trainer.writes:
+            print(f"\nstopped while saving; continue from the last complete checkpoint with: {again}")
         return INTERRUPTED
     except OSError as error:  # for example a full disk
         raise OSError(f"{message_of(error)}; continue from the last checkpoint with: {again}") from error
+    if not trainer.writes:  # rank 0 prints
+        return 0 if number is None else 128 + number
+    if number is not None:
+        print(f"stopped by signal {number}, checkpoint saved; continue with: {again}")
+        return 128 + number
     short = too_short(trainer.step)
-    if number is None:
-        if short and trainer.writes:
-            print(short)
-        print(f"{config.folder / 'report.html'}")
-        return 0
-    print(f"stopped by signal {number}, checkpoint saved; continue with: {again}")
-    return 128 + number
+    if short:
+        print(short)
+    print(f"{config.folder / 'report.html'}")
+    return 0
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
@@ -392,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def message_of(error: Exception) -> str:
-    """Return an error's message; for a system's error, the file and what is wrong with it, without a number."""
+    """Return an error's message. For an OSError, return the file and the reason, without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -84,6 +84,7 @@ THINNED = {
     "test_bias_act.py": 2,
     "test_cases.py": 2,
     "test_compilable.py": 3,
+    "test_compiled_idioms.py": 4,
     "test_compiled_penalties.py": 4,
     "test_compiled_steps.py": 2,
     "test_fuse_spectral_norm.py": 2,

@@ -1,4 +1,4 @@
-// Smooth activations at u: the value f, and its first and second derivatives.  A loop computes only what it uses.
+// Smooth activations at u: the value f, and its first and second derivatives.  Loops compute only the values they use.
 #pragma once
 
 #include "common/vector_math.h"

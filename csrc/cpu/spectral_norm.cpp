@@ -283,7 +283,7 @@ class Batch {
         if (is_mine(batch_.layers_[l], 0)) body(batch_.layers_[l]);
       wait();
     }
-    // Alternate the direction: the caches still have what the previous pass read last.
+    // Alternate the direction: the caches still hold the end of the previous pass.
     template <class Body>
     void each_chunk(const Body& body) {
       for (std::int64_t i = 0; i < batch_.count_; ++i) {

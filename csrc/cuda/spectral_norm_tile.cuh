@@ -56,10 +56,17 @@ __device__ Tile tile_at(const Arguments& arguments, int number, int wide) {
 template <int kWidth, class Visit>
 __device__ void each_group(const Layer& layer, const Tile& tile, const Visit& visit) {
   const int line = tile.inner / kWidth, slab = line * tile.rows;
+  int k = threadIdx.x % line, row = threadIdx.x / line % tile.rows, outer = threadIdx.x / slab;
+  // Steps instead of divisions in the loop; each carries at most once.
+  const int step_k = kThreads % line, step_row = kThreads / line % tile.rows, step_outer = kThreads / slab;
   for (int i = threadIdx.x; i < tile.outer * slab; i += kThreads) {
-    const int outer = i / slab, row = (i - outer * slab) / line, k = (i % line) * kWidth;
     const std::int64_t at = (tile.outer_index + outer) * layer.rows + tile.row + row;
-    visit(at * layer.inner + tile.inner_index + k, row, outer * tile.inner + k);
+    visit(at * layer.inner + tile.inner_index + k * kWidth, row, outer * tile.inner + k * kWidth);
+    k += step_k;
+    row += step_row;
+    outer += step_outer;
+    if (k >= line) k -= line, ++row;
+    if (row >= tile.rows) row -= tile.rows, ++outer;
   }
 }
 

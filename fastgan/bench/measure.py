@@ -119,7 +119,7 @@ def _try(case: Case, device: torch.device, results: Results, path: Path | None) 
         del results["begun"]
         if path is not None:
             save(results, path)  # also after an interruption
-    gc.collect()  # free what the error's frames hold
+    gc.collect()  # free the tensors that the error's frames hold
 
 
 def _fail(results: Results, name: str, reason: str) -> None:

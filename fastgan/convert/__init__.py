@@ -91,7 +91,7 @@ def convert(model: nn.Module, *, mend: bool = False) -> Report:
 
 
 def convert_layers(model: nn.Module, mend: bool = False) -> Report:
-    """Convert a model's layers, and leave its own forward as it is."""
+    """Convert a model's layers, and do not change its own forward."""
     by_torch = torch_spectral_norm.convert(model)
     rows: list[Row] = []
     for path, module in model.named_modules():

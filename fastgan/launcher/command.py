@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> Command:
             if not rest:
                 raise ValueError("-m needs the name of a module")
             return _checked(Command(settings, True, rest[0], tuple(rest[1:])))
-        elif first.startswith("-"):
+        elif first.startswith("-") and first != "-":
             raise ValueError(
                 f"no option {first}: choose from --always, --convert, --compare N, -m MODULE; the script comes after"
             )
@@ -76,6 +76,8 @@ def parse(arguments: Sequence[str]) -> Command:
 def _checked(command: Command) -> Command:
     if command.settings.convert and command.settings.compare:
         raise ValueError("--compare takes the script's own layers: leave out --convert")
+    if command.settings.compare and command.name == "-" and not command.module:
+        raise ValueError("--compare runs the script several times: write it to a file instead of the standard input")
     return command
 
 

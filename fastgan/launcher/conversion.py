@@ -41,7 +41,7 @@ class Conversion:
             return  # a parametrization, whose weight is read
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return
-        self._seen.update(module.modules())  # a part that is called by itself later has been converted with the whole
+        self._seen.update(module.modules())  # a part that is called separately later has been converted with the whole
         self._is_busy = True  # the copies that verify calls are not to be converted
         try:
             reason = self._convert(module, args)

@@ -17,7 +17,12 @@ _kept: list[ModuleType] = []  # the original __main__, whose functions are still
 
 
 def run_file(path: str, arguments: Sequence[str]) -> None:
-    """Run a script as ``python path arguments`` does."""
+    """Run a script as ``python path arguments`` does. The path "-" is the standard input."""
+    if path == "-":
+        sys.argv[:] = [path, *arguments]
+        _set_first_path("")
+        _run(sys.stdin.buffer.read(), _main_module("<stdin>", importlib.machinery.BuiltinImporter, None))
+        return
     if os.path.isdir(path) or _is_archive(path):
         sys.argv[:] = [path, *arguments]
         _set_first_path(os.path.abspath(path))
@@ -76,6 +81,8 @@ def _main_module(path: str, loader: Any, spec: Any) -> ModuleType:
         module.__dict__.update(__package__=spec.parent, __cached__=spec.cached)
     else:
         module.__dict__.update(__package__=None, __cached__=None)
+    if "__annotations__" in vars(sys.modules["__main__"]):  # depends on the version of Python
+        module.__dict__["__annotations__"] = {}
     return module
 
 

@@ -160,8 +160,12 @@ class Session:
             if self._waited >= PATIENCE:
                 self._hooks.turn_off()
         step = self.here.step
-        if step is not None:
-            step.end()
+        if step is None:
+            return
+        step.end()
+        # A later call of this optimizer has the gradients of another loss, which may be zeros in themselves.
+        if id(optimizer) not in step.optimizers:
+            step.optimizers.add(id(optimizer))
             if step.rerouted:
                 step.unit.pattern.restore(optimizer)
             elif not step.is_fused:

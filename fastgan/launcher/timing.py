@@ -100,6 +100,7 @@ class Step:
     timed: bool = False
     count: Count | None = None
     units: set[int] = field(default_factory=set)  # ids of the units whose calls it contains
+    optimizers: set[int] = field(default_factory=set)  # ids of those that took its gradients
     rerouted: bool = False
     forward_work: int = 0
     first: float = 0.0

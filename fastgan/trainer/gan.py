@@ -252,7 +252,7 @@ class GAN:
             parameter.requires_grad_(False)
 
     def start_from(self, generator: dict[str, Tensor], discriminator: dict[str, Tensor] | None) -> list[str]:
-        """Copy the weights of other networks, as far as they fit, and return what does not, one line each."""
+        """Copy the weights of other networks that fit, and return one line for each tensor that does not."""
         problems = [f"generator.{line}" for line in copy_weights(self.generator, generator)]
         if discriminator is not None:
             problems += [f"discriminator.{line}" for line in copy_weights(self.discriminator, discriminator)]

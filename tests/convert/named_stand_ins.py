@@ -162,7 +162,7 @@ class MinibatchStdLayer(nn.Module):
 
 
 class StddevLayer(nn.Module):
-    """The one with num_new_features, found by what it does."""
+    """The layer with num_new_features, which is found by its results."""
 
     def __init__(self, group_size=4, num_new_features=1):
         super().__init__()

@@ -88,6 +88,14 @@ def test_inductor_compiles_a_step(name, step):
     assert_trains_alike(step, torch.compile(step, fullgraph=True), make(name), tolerance=1e-3)
 
 
+@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes a minute: FASTGAN_TESTS=all")
+@pytest.mark.skipif(COMPILER is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_inductors_modes_compile_a_step(mode):
+    step = logits_and_penalty
+    assert_trains_alike(step, torch.compile(step, mode=mode, fullgraph=True), make("batch norm"), tolerance=1e-3)
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["leaky ReLU", "batch norm in evaluation", "max pooling", "SiLU"])
 def test_the_graph_holds_the_convolutions_of_the_eager_penalty(name, step):

@@ -28,7 +28,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 SCRIPTS = {
-    "argparse": """
+    "takes_arguments": """
         import argparse, sys
         import neighbor
         if __name__ == "__main__":
@@ -79,24 +79,26 @@ def folder(tmp_path):
     return tmp_path
 
 
-def outcome(folder, *command):
+def outcome(folder, *command, script=None):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, env=environment)
+    command = [sys.executable, *command]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, input=script)
     return result.returncode, re.sub("0x[0-9a-f]+", "0x", result.stdout), result.stderr
 
 
-def assert_same(folder, *command):
+def assert_same(folder, *command, script=None):
     start = folder / "start_of_fastgan.py"
     start.write_text(START.format(root=str(ROOT)))
-    expected = outcome(folder, *command)
-    assert outcome(folder, str(start), *command) == expected
+    expected = outcome(folder, *command, script=script)
+    assert outcome(folder, str(start), *command, script=script) == expected
     return expected
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_as_with_python(folder, name):
-    status, _, _ = assert_same(folder, f"{name}.py", *(["--width", "3"] if name == "argparse" else []))
-    assert status == {"raises": 1, "exits": 7, "interrupted": -signal.SIGINT}.get(name, status)
+    status, _, _ = assert_same(folder, f"{name}.py", *(["--width", "3"] if name == "takes_arguments" else []))
+    others = {"raises": 1, "exits": 7, "exits_with_text": 1, "syntax_error": 1, "has_its_own_hook": 1}
+    assert status == (others | {"interrupted": -signal.SIGINT}).get(name, 0)
 
 
 @pytest.mark.parametrize("name", ["package", "package.part", "neighbor"])
@@ -116,6 +118,13 @@ def test_a_script_elsewhere_and_one_that_is_missing(folder):
     assert assert_same(folder, "-m", "nothing.at.all")[0] == 1
 
 
+def test_a_script_on_the_standard_input(folder):
+    script = "import sys, neighbor\nprint(sys.argv, repr(sys.path[0]), __name__, sorted(globals()), __loader__)\n"
+    assert assert_same(folder, "-", "--flag", script=script + "sys.exit(3)\n")[0] == 3
+    assert assert_same(folder, "-", script=script + "neighbor.fail()\n")[0] == 1
+    assert assert_same(folder, "-", script="for x in: pass")[0] == 1
+
+
 def test_options_before_the_script_are_the_launchers():
     command = parse(["--always", "--compare=5", "train.py", "--always", "-m"])
     assert command.settings.always
@@ -127,7 +136,14 @@ def test_options_before_the_script_are_the_launchers():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--fast", "x.py"], ["--compare", "many", "x.py"], ["-m"], ["--always"], ["--convert", "--compare=5", "x.py"]],
+    [
+        ["--fast", "x.py"],
+        ["--compare", "many", "x.py"],
+        ["-m"],
+        ["--always"],
+        ["--convert", "--compare=5", "x.py"],
+        ["--compare=5", "-"],
+    ],
 )
 def test_wrong_options_are_an_error_in_one_line(arguments, capsys):
     assert main(arguments) == 2

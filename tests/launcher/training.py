@@ -1,4 +1,4 @@
-"""Functions that train as scripts of each kind do, and yield after each step what they computed."""
+"""Functions that train like scripts of each kind, and yield the results of each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAKERS = {}
 
 
 def script(function):
-    """A function that trains, and yields after each step what it computed."""
+    """A function that trains, and yields the results of each step."""
     MAKERS[function.__name__] = function
     return function
 
@@ -77,6 +77,21 @@ def a_backward_and_a_step_of_its_own(d, g, steps):
             r1.backward()
             yield r1, d
             optimizer.step()
+
+
+@script
+def a_bias_without_a_gradient_in_the_penalty_and_with_zeros_in_the_loss(d, g, steps):
+    """Weight decay moves the last bias in the steps of the loss alone."""
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
+    for _ in range(steps):
+        real, z = data()
+        optimizer.zero_grad()
+        (d(g(z).detach()).mean() - d(real).mean()).backward()
+        optimizer.step()
+        yield d.last.bias.detach().clone(), d
+        optimizer.zero_grad()
+        penalty(d, real.requires_grad_()).backward()
+        optimizer.step()
 
 
 @script

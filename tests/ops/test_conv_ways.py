@@ -314,7 +314,7 @@ def test_gradients_may_come_in_batches(weight):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["input", "weight", "bias"])
 def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, stride):
-    """Their class says what a convolution of them is, and what it gives."""
+    """A subclass that defines its own convolution and the type of its result."""
     leaves = operands("conv2d", (2, 32, 24, 24), (32, 32, 1, 1), {}, dtype=torch.float32)
     inputs = [t.detach() for t in leaves]
     expected = F.conv2d(*inputs, stride)

@@ -163,6 +163,22 @@ def test_gradients_equal_pytorchs_also_where_they_are_zeros_or_none(name, loss):
         assert_equal_gradients(net, twin)
 
 
+def test_parameters_on_which_the_penalty_does_not_depend_get_no_gradient_and_no_hook_runs():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 1, 4)).double()
+    twin, x, seen = copy.deepcopy(net), images(), []
+    net[3].bias.register_hook(seen.append)
+    total = by_fastgan(net, x, False)
+    assert passes(total)
+    with torch.no_grad():
+        net[0].bias.mul_(2)  # PyTorch saves no bias
+    total.backward()
+    by_hand(twin, x, False).backward()
+    assert net[3].bias.grad is None
+    assert not net[0].bias.grad.any()
+    assert not seen
+    assert_equal_gradients(net, twin)
+
+
 @pytest.mark.parametrize("loss", [False, True], ids=["penalty", "loss and penalty"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_graphs_are_left_to_pytorch(name, loss):
@@ -260,6 +276,15 @@ def test_features_stored_by_the_forward_stay_differentiable():
     (by_fastgan(net, x, True) + net.features.square().sum()).backward()
     (by_hand(twin, x, True) + twin.features.square().sum()).backward()
     assert_equal_gradients(net, twin)
+
+
+def test_a_penalty_without_the_loss_gives_the_same_zeros():
+    for layers in ((nn.Conv2d(3, 6, 3), nn.Conv2d(6, 1, 6)), (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 1, 6))):
+        net = nn.Sequential(*layers, nn.Flatten()).double()
+        twin, x = copy.deepcopy(net), images()
+        fastgan.logits_and_penalty(net, x, weight=3.0)[1].backward()
+        by_hand(twin, x, False).backward()
+        assert_equal_gradients(net, twin)
 
 
 def test_several_logits_per_sample_allow_the_pass_for_a_penalty_alone():

@@ -340,3 +340,22 @@ def test_the_number_of_remembered_shapes_is_limited(monkeypatch):
     for n in range(1, 12):
         fastgan.gradient_penalty(net, torch.randn(n, 2), kind="r1")
         assert 1 <= len(small._left_to_pytorch[net]) <= 3
+
+
+@pytest.mark.parametrize("between", [nn.Identity, nn.ReLU, lambda: nn.AvgPool2d(1), lambda: nn.MaxPool2d(1)])
+@pytest.mark.parametrize("call", ["penalty", "both"])
+def test_biases_get_none_or_zeros_as_in_pytorch(between, call):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), between(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 1))
+    x = torch.randn(3, 3, 8, 8)
+    points = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+    (5 * grad.square().flatten(1).sum(1).mean()).backward()
+    want = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    make = fastgan.gradient_penalty if call == "penalty" else fastgan.logits_and_penalty
+    made = make(model, x, kind="r1")
+    (made if call == "penalty" else made[1]).backward()
+    for parameter, theirs in zip(model.parameters(), want, strict=True):
+        assert (parameter.grad is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(parameter.grad, theirs)

@@ -219,6 +219,6 @@ def test_a_library_that_cannot_be_built_says_why(tmp_path):
 def test_sources_that_do_not_compile_are_a_failure_and_no_reason_to_skip(tmp_path):
     runner = Path(__file__).with_name("run.py")
     environment = {**os.environ, "SIMULATED_GPU": "0", "SIMULATED_GPU_BUILD": str(tmp_path), "CXX": "false"}
-    result = subprocess.run([sys.executable, runner, "ops"], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, runner, "deferred"], env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert "the compiler failed" in result.stderr

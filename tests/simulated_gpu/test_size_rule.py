@@ -14,9 +14,9 @@ from fastgan.ops.gradient_penalty.small import Size, at_any_size, size_of
 pytestmark = pytest.mark.small
 
 
-def discriminator():
+def discriminator(activation=nn.Tanh):
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.LeakyReLU(0.2)
+    layers = nn.Conv2d(3, 8, 4, 2, 1), activation(), nn.Conv2d(8, 8, 4, 2, 1), activation()
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 1)).cuda()
 
 
@@ -42,6 +42,13 @@ def test_a_small_discriminator_runs_pytorchs_functions_and_explain_recommends_co
     assert explained.startswith("general path: the discriminator and its inputs are so small")
     assert "torch.compile" in explained
     assert "graphed_step" in explained
+
+
+def test_a_small_piecewise_affine_discriminator_takes_one_pass_through_pytorchs_graph():
+    net, x = discriminator(nn.ReLU), images()
+    assert size_of(net, (x,)) is Size.SMALL
+    assert first_node(net, lambda: fastgan.logits_and_penalty(net, x)) == "ConvolutionBackward0"
+    assert fastgan.explain_penalty(net, x) == "one pass"
 
 
 def test_a_large_discriminator_runs_fastgans(monkeypatch):

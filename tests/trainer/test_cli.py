@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import fastgan_command
 from fastgan import __version__, _start, cli
 from fastgan.trainer import config
 from fastgan.trainer.config import PRESETS, TrainConfig
+from fastgan.trainer.use import config as use_config
 
 COMMAND_HELPS = [[command, "--help"] for command in cli.COMMANDS if command != "train"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -459,11 +461,27 @@ def test_info_takes_no_arguments(capsys):
     assert "no arguments" in capsys.readouterr().err
 
 
-def test_a_configuration_needs_no_parser_of_options(monkeypatch):
+@pytest.mark.parametrize("module", [config, use_config])
+def test_a_configuration_needs_no_parser_of_options(module, monkeypatch):
     """tools/gpu.sh trains and verifies where tyro is not installed."""
     monkeypatch.setitem(sys.modules, "tyro", None)
-    spec = importlib.util.spec_from_file_location("without_tyro", config.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "without_tyro", module)
-    spec.loader.exec_module(module)
-    assert module.TrainConfig(dataset="ring8", steps=3).steps == 3
+    spec = importlib.util.spec_from_file_location("without_tyro", module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "without_tyro", copy)
+    spec.loader.exec_module(copy)
+    assert dataclasses.is_dataclass(copy.TrainConfig if module is config else copy.ExportConfig)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "status", "said"), [(None, 0, "report.html"), (15, 143, "stopped by signal 15")])
+def test_only_the_first_rank_prints_the_end_of_a_run(number, status, said, rank, monkeypatch, capsys):
+    class Trainer:
+        def __init__(self, config):
+            self.step, self.writes = 10_000, rank == 0
+
+        def train(self):
+            return number
+
+    monkeypatch.setattr("fastgan.trainer.loop.Trainer", Trainer)
+    assert cli.train(["ring8", "--device", "cpu"]) == status
+    assert (said in capsys.readouterr().out) == (rank == 0)

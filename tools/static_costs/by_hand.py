@@ -1,4 +1,4 @@
-"""Kernels whose loops are not over the bytes of their operands: what they have to do, and their iterations, by hand."""
+"""Work and iterations of kernels that do not loop over the bytes of their operands, counted by hand."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Function:
         return sum(i.moves for i in body if scalars or i.base == "STG" or i.width != 4)
 
     def trace(self, loop: tuple[int, int] | None = None, skip: set[int] | None = None) -> list[Instruction]:
-        """Return what an iteration executes, without the loops within. Without a loop: what no loop contains."""
+        """Return an iteration's instructions without inner loops. Without a loop, return those outside of all loops."""
         loop = loop or (0, len(self.main) - 1)
         left_out = self._rare.union(skip or (), *(range(a, b + 1) for a, b in self.within(loop)))
         result = []

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.graph_steps import KINDS, Kind
+from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.zeros import reached
 from fastgan.torch_private import apply
 
@@ -45,6 +46,7 @@ class Graph:
         self.steps: list[Step] = []
         self.parameters: list[Tensor] = []
         self._numbers: dict[int, int] = {}  # of the parameters
+        self.weights: dict[int, None] = {}  # the indices of those that are weights
         self._computed: list[Node] = []  # nodes of weights that are not leaves
         self.deltas: list[Tensor | None] = []  # one for each step with parameters
 
@@ -97,6 +99,7 @@ class Graph:
                 parameter = getattr(node, kind.weights)
                 self._computed.append(following)
             weight = self._number(parameter)
+            self.weights[weight] = None
         if kind.bias is not None and (following := edges[kind.bias][0]) is not None:
             parameter = getattr(following, "variable", None)
             if parameter is None or [*parameter.shape] != torch_private.shape_of_result(node)[1:2]:
@@ -113,13 +116,13 @@ class Graph:
     def _is_faster(self) -> bool:
         """Return whether a weight requires a gradient, and there is enough work.
 
-        The double backward of a convolution fills and convolves zeros, at any size. That of a product does not.
+        In PyTorch's double backward, the zeros of activations flow back through all layers. That takes long in
+        convolutions of any size, and in products of large matrices.
         """
         weights = [step for step in self.steps if step.weight is not None]
-        if any(step.kind.sends_zeros for step in weights):
+        if any(step.kind.is_convolution for step in weights):
             return True
-        elements = sum(self.parameters[step.weight].numel() for step in weights if step.weight is not None)
-        return self.x.shape[0] * elements >= _LEAST
+        return self.x.shape[0] * sum(self.parameters[i].numel() for i in self.weights) >= _LEAST
 
     @property
     def single(self) -> bool:
@@ -154,7 +157,9 @@ class Graph:
             if t is not None and output != last:
                 tangents[output] = kind.push(node, t)
         if c is None and v is not None:
-            self._fill_zeros(grads)
+            for i in self.biases_with_zeros():
+                if grads[i] is None:
+                    grads[i] = torch.zeros_like(self.parameters[i])
         return grads
 
     def _add(self, grads: list[Tensor | None], step: Step, t: Tensor | None, c: _Factors | None, delta: Tensor) -> None:
@@ -171,15 +176,17 @@ class Graph:
         if step.bias is not None and c is not None:
             _accumulate(grads, step.bias, c.sum(delta))
 
-    def _fill_zeros(self, grads: list[Tensor | None]) -> None:
-        """Give zeros to the biases that get zeros from PyTorch's double backward (see zeros.py)."""
-        zero = [False] * (len(self.steps) + 1)
+    def biases_with_zeros(self) -> set[int]:
+        """Return the biases that get zeros from PyTorch's double backward of a penalty (see zeros.py)."""
+        found: set[int] = set()
+        below = [False] * (len(self.steps) + 1)  # whether zeros reach a tensor
         for step in reversed(self.steps):
-            if step.bias is not None and zero[step.output] and grads[step.bias] is None:
-                grads[step.bias] = torch.zeros_like(self.parameters[step.bias])
-            if step.kind.sends_zeros or zero[step.output]:
+            if step.bias is not None and below[step.output]:
+                found.add(step.bias)
+            if step.kind.sends_zeros or below[step.output]:
                 for number in step.inputs:
-                    zero[number] = True
+                    below[number] = True
+        return found
 
     def differentiate_again(
         self, by_logits: Tensor | None, v: Tensor | None, wanted: Sequence[Tensor]
@@ -223,21 +230,26 @@ def _accumulate(grads: list[Tensor | None], index: int, grad: Tensor) -> None:
 
 
 class _Penalized(torch.autograd.Function):
-    """The gradient at the input, and the logits if they are wanted, as functions of the parameters."""
+    """The gradient at the input, and the logits if they are wanted, as functions of the parameters with these indices.
+
+    The weights come first. They are saved, as in PyTorch's own graph, so that it is an error to modify them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, graph: Graph, with_logits: bool, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, graph: Graph, indices: Sequence[int], with_logits: bool, *parameters: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*parameters)  # PyTorch then finds parameters that were modified in place
-        ctx.graph = graph
+        ctx.save_for_backward(*parameters[: len(graph.weights)])
+        ctx.graph, ctx.indices = graph, indices
         return (graph.gradient(), graph.logits.clone()) if with_logits else graph.gradient()
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, by_logits: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        parameters, graph = ctx.saved_tensors, cast(Graph, ctx.graph)
+        _, graph = ctx.saved_tensors, cast(Graph, ctx.graph)
         if torch.is_grad_enabled():
-            return None, None, *graph.differentiate_again(by_logits, v, parameters)
-        return None, None, *graph.differentiate(by_logits, v)
+            wanted = [graph.parameters[i] for i in ctx.indices]
+            return None, None, None, *graph.differentiate_again(by_logits, v, wanted)
+        grads = graph.differentiate(by_logits, v)
+        return None, None, None, *(grads[i] for i in ctx.indices)
 
 
 def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -> Graph | None:
@@ -251,15 +263,16 @@ def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -
     if len(logits) != 1 or len(inputs) != 1 or hooks != torch_private.count_hooks():
         return None
     output, x = logits[0], inputs[0]
-    if type(output) is not Tensor or not output.requires_grad or not x.numel():
+    if type(output) is not Tensor or not output.requires_grad or not x.numel() or may_be_sharded():
         return None
     graph = Graph(output, x)
     return graph if graph.read() else None
 
 
 def gradient_of(graph: Graph) -> Tensor:
-    """Return the gradient at the input (N, *S), as a function of the parameters."""
-    result: Tensor = apply(_Penalized, graph, False, *graph.parameters)
+    """Return the gradient at the input (N, *S), as a function of the parameters on which a penalty of it depends."""
+    indices = [*graph.weights, *sorted(graph.biases_with_zeros().difference(graph.weights))]
+    result: Tensor = apply(_Penalized, graph, indices, False, *(graph.parameters[i] for i in indices))
     return result
 
 
@@ -268,5 +281,6 @@ def gradient_and_logits_of(graph: Graph) -> tuple[Tensor, Tensor]:
 
     There must be one logit per sample.
     """
-    results: tuple[Tensor, Tensor] = apply(_Penalized, graph, True, *graph.parameters)
+    indices = [*graph.weights, *(i for i in range(len(graph.parameters)) if i not in graph.weights)]
+    results: tuple[Tensor, Tensor] = apply(_Penalized, graph, indices, True, *(graph.parameters[i] for i in indices))
     return results

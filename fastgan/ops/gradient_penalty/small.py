@@ -113,7 +113,7 @@ def leave_to_pytorch(call: Call) -> None:
 
 
 def forget(call: Call | None) -> None:
-    """Forget what is known about the calls of this module."""
+    """Remove the recorded calls of this module."""
     if call is not None:
         _left_to_pytorch.pop(call.module, None)
 

@@ -50,7 +50,7 @@ def _tile(groups, outer, features, run, tail, MANY_ROWS: tl.constexpr, BLOCK: tl
         p = (within % run).to(tl.int64)
     narrow = (slot // features * outer + row) * features * run + feature * run + p
     if MANY_ROWS:
-        # A row of the result is not a multiple of 16 bytes. Read as it is written, values need not change threads.
+        # A row of the result is not a multiple of 16 bytes. Threads read the values that they write, so that none move.
         narrow = tl.max_contiguous(narrow, [1])
     wide = (slot // features * outer + row) * features * (run + tail) + feature * run + p
     rows = tl.cast(groups, tl.int64) * outer * features

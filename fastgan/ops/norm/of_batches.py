@@ -36,16 +36,17 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """Normalize each channel of (N, C, *) by the statistics of the batch, and update the running ones in place."""
-    y: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+    function: Any = _BatchNorm
+    y: Tensor = function.apply(x, weight, bias, running_mean, running_var, momentum, eps)
     return y
 
 
 def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalize each channel of each sample of (N, C, *): a batch norm of one sample with N C channels."""
     samples, channels, *spatial = x.shape
-    affine = [None if values is None else values.repeat(samples) for values in (weight, bias)]
+    weights, biases = (None if values is None else values.repeat(samples) for values in (weight, bias))
     rows = x.contiguous().view(1, samples * channels, *spatial)
-    return batch_norm(rows, None, None, *affine, 0.0, eps).view(x.shape)
+    return batch_norm(rows, None, None, weights, biases, 0.0, eps).view(x.shape)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -69,7 +70,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = needed(ctx)[:3]
-        grads = (None,) * 3 if dy is None else _BatchNormBackward.apply(dy, *ctx.saved_tensors, ctx.eps, wanted)
+        function: Any = _BatchNormBackward
+        grads = (None,) * 3 if dy is None else function.apply(dy, *ctx.saved_tensors, ctx.eps, wanted)
         return *grads, None, None, None, None
 
 

@@ -18,7 +18,7 @@ MOST_UNROLLED = tl.constexpr(96)  # loads of a thread. With 12 taps, the compile
 @triton.jit
 def first_input(position, UP: tl.constexpr):
     """Return the first input at or after a place among the inputs and the zeros between them."""
-    shift = tl.maximum(-position, 0)  # keeps what is divided from being negative
+    shift = tl.maximum(-position, 0)  # keeps the dividend nonnegative
     return (position + shift * UP + UP - 1) // UP - shift
 
 

@@ -1,4 +1,4 @@
-"""Folders and zip files of pictures: what is in them, and which of it counts."""
+"""Folders and zip files of pictures: their entries, and which of these are pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting from the weights of another run: what fits is copied, what does not is named. Frozen layers."""
+"""Starting from the weights of another run: tensors that fit are copied, others are listed. Frozen layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def copy_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Copy tensors that have the same name and shape, and return what does not fit, one line each."""
+    """Copy tensors that have the same name and shape, and return one line for each of the others."""
     own = module.state_dict()
     problems = []
     for name, tensor in own.items():

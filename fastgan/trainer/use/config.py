@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+with suppress(ModuleNotFoundError):  # only the command line needs it; it reads the annotations
+    import tyro
 
 from fastgan.trainer.checks import require_positive, require_seed
 from fastgan.trainer.data.options import PictureConfig

@@ -46,7 +46,7 @@ def zipped(folder: Path, file: Path) -> Path:
 
 @pytest.fixture(params=["folder", "zip"])
 def packed(request, tmp_path):
-    """Return a function that gives a folder as it is, or as a zip file."""
+    """Return a function that gives a folder unchanged, or as a zip file."""
     return lambda folder: folder if request.param == "folder" else zipped(folder, tmp_path / "data.zip")
 
 

@@ -15,7 +15,7 @@ VOID = {"meta", "img", "br", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """What a page refers to, what it shows, and whether its tags are balanced."""
+    """The references and texts of a page, and whether its tags are balanced."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def no_plot(monkeypatch):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that start at once, and know what a test has replaced."""
+    """Workers that start at once, and see the objects that a test has replaced."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""What the simulation can't show is refused by name, so that nobody takes a result for what it isn't."""
+"""Calls that the simulation cannot represent raise an error that names the limitation."""
 
 from __future__ import annotations
 
