@@ -167,7 +167,7 @@ def test_a_palette_with_transparency_takes_the_background(tmp_path):
     image.putpalette([0, 0, 255, 255, 0, 0])
     image.save(tmp_path / "a.gif", transparency=0)
     assert pixels_in(tmp_path / "a.gif", Layout(8, 8, background="lime"))[:, 4, 4].tolist() == [0, 255, 0]
-    with pytest.raises(ValueError, match="background must be a color, such as .*, got 'lemon-ish'"):
+    with pytest.raises(ValueError, match=r"background must be a color, such as .*, got 'lemon-ish'"):
         Layout(8, 8, background="lemon-ish")
 
 
