@@ -82,7 +82,7 @@ def _main_module(path: str, loader: Any, spec: Any) -> ModuleType:
     else:
         module.__dict__.update(__package__=None, __cached__=None)
     if "__annotations__" in vars(sys.modules["__main__"]):  # depends on the version of Python
-        module.__dict__["__annotations__"] = {}
+        module.__dict__.update(__annotations__={})
     return module
 
 
