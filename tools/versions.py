@@ -60,7 +60,7 @@ TESTS = (
         )
     ),
 )
-COMPILATION = "tests/aot/test_triton_compiles.py"  # ahead of time, for sm_90 and gfx942
+COMPILATION = "tests/aot/test_triton_compiles.py"  # ahead of time, for sm_90
 PACKAGES = ("pytest", "pytest-xdist", "hypothesis", "tyro", "pybind11", "setuptools")
 
 
