@@ -21,7 +21,7 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import check_points, points
 from fastgan.ops.gradient_penalty.sharding import gathering
-from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, size_of
+from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, may_take_one_pass, size_of
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
@@ -161,7 +161,9 @@ def gradient_penalty(
         if repeated:
             with uncompiled:
                 returned = discriminator(given, *args, **(kwargs or {}))
-            part = penalty(small_gradients(logits_of(returned, select, x[0].shape[0]), x, hooks))
+            logits = logits_of(returned, select, x[0].shape[0])
+            read = call is not None and may_take_one_pass(call)
+            part = penalty(small_gradients(logits, x, hooks) if read else plain_gradients(logits, x))
         else:
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
@@ -179,7 +181,7 @@ def gradient_penalty(
             call = call if small and rerouting.only_pytorch_ran else None
         total = part if total is None else total + part
     if call is not None and not repeated:
-        leave_to_pytorch(call)
+        leave_to_pytorch(call, x[0].shape[0])
     assert total is not None
     return total
 

@@ -20,6 +20,7 @@ from fastgan.ops.gradient_penalty.small import (
     forget,
     is_left_to_pytorch,
     leave_to_pytorch,
+    may_take_one_pass,
     reason,
     remember,
     size_of,
@@ -63,7 +64,10 @@ def run_forward(
         hooks = count_hooks()
         with uncompiled:
             returned = discriminator(given, *args, **(kwargs or {}))
-        return _after_pytorch(returned, logits_of(returned, select, x[0].shape[0]), x, hooks, plain=True)
+        logits = logits_of(returned, select, x[0].shape[0])
+        if known is not None and may_take_one_pass(known):
+            return _after_pytorch(returned, logits, x, hooks, plain=True)
+        return Forward(returned, logits, x, None, reason(x), plain=True)
     check_call(inputs, select)
     given, x = differentiable(inputs)
 
@@ -96,7 +100,7 @@ def _run_maybe_small(
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_started
     if small and known is not None and rerouting.only_pytorch_ran:
-        leave_to_pytorch(known)
+        leave_to_pytorch(known, x[0].shape[0])
     elif size is Size.UNKNOWN and small != seen:
         remember(discriminator, x, small)
     if small and rerouting.only_pytorch_ran:

@@ -29,6 +29,17 @@ from fastgan.torch_private import apply
 _LEAST = 2**21  # multiplications in a forward without convolutions
 
 
+def pays_in_one_pass(weights: Sequence[Tensor], samples: int) -> bool:
+    """Return whether one pass with these weights is faster than PyTorch's double backward.
+
+    There, the zeros of activations flow back through all layers. That takes long in convolutions of any size, and in
+    products of large matrices.
+    """
+    if any(weight.ndim > 2 for weight in weights):
+        return True
+    return samples * sum(weight.numel() for weight in weights) >= _LEAST
+
+
 class Step(NamedTuple):
     node: Any
     kind: Kind
@@ -81,7 +92,7 @@ class Graph:
                 waiting += before
         if id(self.x) in self._numbers or source in reached(self._computed):
             return False  # a weight depends on the input
-        return self._is_faster()
+        return pays_in_one_pass([self.parameters[i] for i in self.weights], self.x.shape[0])
 
     def _step(self, node: Any, kind: Kind, edges: Any, inputs: tuple[int, ...], output: int) -> Step | None:
         """Return the step of a node, or None if it is not piecewise affine or mixes samples."""
@@ -112,17 +123,6 @@ class Graph:
         if number == len(self.parameters):
             self.parameters.append(parameter)
         return number
-
-    def _is_faster(self) -> bool:
-        """Return whether a weight requires a gradient, and there is enough work.
-
-        In PyTorch's double backward, the zeros of activations flow back through all layers. That takes long in
-        convolutions of any size, and in products of large matrices.
-        """
-        weights = [step for step in self.steps if step.weight is not None]
-        if any(step.kind.is_convolution for step in weights):
-            return True
-        return self.x.shape[0] * sum(self.parameters[i].numel() for i in self.weights) >= _LEAST
 
     @property
     def single(self) -> bool:

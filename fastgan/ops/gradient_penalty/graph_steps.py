@@ -35,7 +35,6 @@ class Kind(NamedTuple):
     by_weight: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (node, input, delta) -> gradient of the weight
     fits: Callable[[Any, int], bool] | None = None  # (node, N) -> whether the node keeps the N samples apart
     sends_zeros: bool = False  # whether PyTorch's double backward returns zeros for its input
-    is_convolution: bool = False
 
 
 def _geometry(node: Any) -> tuple[Any, ...]:
@@ -150,7 +149,6 @@ KINDS = {
         input="_saved_input",
         weights="_saved_weight",
         by_weight=_weight_of_convolution,
-        is_convolution=True,
     ),
     "AddmmBackward0": Kind(
         lambda node, t: t @ node._saved_mat2,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastgan import backends
 from fastgan.ops.gradient_penalty.called_modules import Call, called_modules, code_of
+from fastgan.ops.gradient_penalty.graph_pass import pays_in_one_pass
 from fastgan.ops.gradient_penalty.overhead import threshold
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.size import bound, estimate
@@ -95,7 +96,8 @@ def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications
 
 
 # Calls that are small and that PyTorch can differentiate twice. The next such call is neither checked nor intercepted.
-_left_to_pytorch: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+# The value, which depends on the parameters only, tells whether one pass through its graph may be faster.
+_left_to_pytorch: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 def is_left_to_pytorch(call: Call | None) -> bool:
@@ -105,11 +107,17 @@ def is_left_to_pytorch(call: Call | None) -> bool:
     return not (_any_size.get() or backends.is_forced() or in_transform() or may_be_sharded())
 
 
-def leave_to_pytorch(call: Call) -> None:
-    known = _left_to_pytorch.setdefault(call.module, set())
+def may_take_one_pass(call: Call) -> bool:
+    """Return whether the graph of a call that ``is_left_to_pytorch`` is worth reading."""
+    return _left_to_pytorch[call.module][call.details]
+
+
+def leave_to_pytorch(call: Call, samples: int) -> None:
+    known = _left_to_pytorch.setdefault(call.module, {})
     if len(known) == MOST_SHAPES:
         known.clear()
-    known.add(call.details)
+    weights = [parameter for parameter in call.module.parameters() if parameter.ndim > 1]
+    known[call.details] = pays_in_one_pass(weights, samples)
 
 
 def forget(call: Call | None) -> None:
