@@ -20,6 +20,20 @@ pytestmark = pytest.mark.small
 N = 3
 
 
+@pytest.fixture(autouse=True)
+def few_weights_suffice(monkeypatch):
+    """Allow the pass for the small convolutions of these tests."""
+    monkeypatch.setattr(graph_pass, "_LEAST_CONVOLVED", 0)
+
+
+def test_a_convolution_of_few_weights_does_not_pay(monkeypatch):
+    monkeypatch.undo()
+    few, more = torch.zeros(8, 3, 4, 4), torch.zeros(16, 16, 4, 4)
+    assert not graph_pass.pays_in_one_pass([few], samples=2)
+    assert graph_pass.pays_in_one_pass([more], samples=2)
+    assert not graph_pass.pays_in_one_pass([more.flatten(1)], samples=2)
+
+
 class Net(nn.Module):
     """A convolution, what is done with its features (N, 6, 8, 8), and one logit of each sample."""
 
