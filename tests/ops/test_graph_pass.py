@@ -326,3 +326,11 @@ def test_matrix_products_need_enough_work():
 def test_the_pass_is_reported():
     assert fastgan.explain_penalty(built(*TAKEN["convolution"]), images()) == "one pass"
     assert "so small" in fastgan.explain_penalty(built(*REFUSED["smooth"]), images())
+
+
+@pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
+def test_a_known_call_that_does_not_pay_is_not_read(call, monkeypatch):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    call(net, torch.randn(N, 4), kind="r1")
+    monkeypatch.setattr(graph_pass.Graph, "read", lambda graph: pytest.fail("the graph was read"))
+    call(net, torch.randn(N, 4), kind="r1")
