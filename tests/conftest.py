@@ -86,7 +86,6 @@ THINNED = {
     "test_compilable.py": 3,
     "test_compiled_idioms.py": 4,
     "test_compiled_penalties.py": 6,
-    "test_compiled_steps.py": 2,
     "test_families.py": 2,
     "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 3,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.autograd.graph import Node
@@ -138,13 +139,20 @@ class Reroute(TorchFunctionMode):
         self.taken = False  # whether any call was rerouted
         self.left, self._call = after, call
         self.leaves: dict[Node, torch.Tensor] = {}
+        self.results: list[ref[torch.Tensor]] = []  # of all calls
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if backends.is_lowered():
             self._keep_leaves((args, kwargs))
-        kwargs = kwargs or {}
+        result = self._run(func, types, args, kwargs or {})
+        if self.is_whole:
+            parts = result if isinstance(result, list | tuple) else (result,)
+            self.results += [ref(part) for part in parts if isinstance(part, torch.Tensor)]
+        return result
+
+    def _run(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         route = self._route(func, args, kwargs)
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
@@ -248,6 +256,7 @@ class Rerouting:
 
     def __init__(self, after: int | None = 0, call: int = CALL) -> None:
         self._mode = Reroute(_LACKING) if after is None else Reroute(after=after, call=call)
+        self.results = self._mode.results  # of all calls inside
         self._inside = False
 
     @property

@@ -255,11 +255,13 @@ def plain_logits_and_penalty(discriminator, x):
 
 
 def both(discriminator, x):
-    return gradient_penalty(discriminator, x) + logits_and_penalty(discriminator, x)
+    penalty = fastgan.gradient_penalty(discriminator, x, kind="r1", weight=WEIGHT)
+    return penalty + logits_and_penalty(discriminator, x)
 
 
 def plain_both(discriminator, x):
-    return plain_gradient_penalty(discriminator, x) + plain_logits_and_penalty(discriminator, x)
+    points = x.detach().requires_grad_()
+    return plain_penalty(discriminator(points), points) + plain_logits_and_penalty(discriminator, x)
 
 
 PLAIN = {

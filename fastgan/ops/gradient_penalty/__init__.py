@@ -22,6 +22,7 @@ from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import check_points, points
 from fastgan.ops.gradient_penalty.sharding import gathering
 from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, may_take_one_pass, size_of
+from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.library import untraced
 from fastgan.ops.needed import mark_unused
@@ -71,10 +72,10 @@ def gradient_penalty(
     the norm at g = 0 is zero.
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
-    ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan's functions
-    on their device run PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if
-    all of these are piecewise affine and known, and their graph is kept until the penalty is freed.
+    ``twice_differentiable``). In this case, the call frees the activations of its forward early, unless D or a hook has
+    stored results of the forward. Models that are too small to gain from fastgan's functions on their device run
+    PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if all of these are
+    piecewise affine and known, and their graph is kept until the penalty is freed.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -167,14 +168,16 @@ def gradient_penalty(
         else:
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
-                    returned = discriminator(given, *args, **(kwargs or {}))
+                    box = [discriminator(given, *args, **(kwargs or {}))]
                 small = rerouting.never_started
+                private = not small and not is_any_stored(rerouting.results, box, x)
+                returned = box.pop()
                 logits = logits_of(returned, select, x[0].shape[0])
                 graph = read_graph(logits, x, hooks) if small and rerouting.only_pytorch_ran else None
                 if graph is not None:
                     part = penalty([gradient_of(graph)])
                 else:
-                    part = _penalty(logits, x, penalty, private_graph=not small)
+                    part = _penalty(logits, x, penalty, private_graph=private)
             if not small:
                 for tensor in x:
                     mark_unused(tensor)
@@ -330,8 +333,8 @@ def logits_and_penalty(
     and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
     gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, the
     penalty is computed as in ``penalty_from_logits``. The results are the same up to rounding. One pass frees the
-    activations of the forward early if there is one logit per sample and the model is not small (see
-    ``gradient_penalty``).
+    activations of the forward early if there is one logit per sample, nothing else is returned or stored, and the
+    model is not small (see ``gradient_penalty``).
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.

@@ -30,6 +30,7 @@ from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
+from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
 from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES, into_base
 from fastgan.ops.needed import node_of
@@ -64,7 +65,7 @@ class Tracer(TorchFunctionMode):
         self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
         self.path: set[Node] = set()  # set by find_obstacle: the nodes from the logits to the inputs
         self.single = True  # set by find_obstacle: there is one logit per sample
-        self.attached = False  # set by find_obstacle: the caller may differentiate other outputs
+        self.attached = False  # the caller may differentiate other outputs, or results that the forward has stored
         self.sends_zeros = False  # set by find_obstacle: a layer's double backward returns zeros for its input
         self._inputs = inputs
         self._made = {id(x): _Made(ref(x), x._version, Layout(0), None) for x in inputs}
@@ -250,6 +251,10 @@ class Tracer(TorchFunctionMode):
     def _reason(self, func: Any, why: str) -> str:
         return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
 
+    def note_stored(self, box: list[Any]) -> None:
+        """Find out whether the forward has stored results elsewhere than in its output; see ``is_any_stored``."""
+        self.attached = is_any_stored((made.tensor for made in self._made.values()), box, self._inputs)
+
     def find_obstacle(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
         """Return the obstacle to one pass, or None.
 
@@ -274,7 +279,7 @@ class Tracer(TorchFunctionMode):
         if not all(any(part is output for part in parts) for output in outputs):
             return "the logits are not among the tensors that the discriminator returned"
         self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
-        self.attached = any(self._is_attached(part, outputs) for part in parts)
+        self.attached |= any(self._is_attached(part, outputs) for part in parts)
         return self._judge_graph(outputs, late)
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
@@ -321,7 +326,9 @@ class Tracer(TorchFunctionMode):
         if self.sends_zeros:
             conditions.append("after the first layers, which are so small that PyTorch's own functions run them")
         if self.attached:
-            conditions.append("other outputs have a backward of their own: 2 more forwards if a loss uses them")
+            conditions.append(
+                "other outputs, and stored ones, have a backward of their own: 2 more forwards if a loss uses them"
+            )
         return "; ".join(conditions) or None
 
 

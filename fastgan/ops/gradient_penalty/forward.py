@@ -78,7 +78,9 @@ def run_forward(
     if size is not Size.LARGE:
         return _run_maybe_small(discriminator, call, known, size, select, x)
     with Rerouting(), Tracer(*x) as tracer:
-        returned = call()
+        box = [call()]
+    tracer.note_stored(box)
+    returned = box.pop()
     logits = logits_of(returned, select, x[0].shape[0])
     return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned))
 
@@ -96,7 +98,10 @@ def _run_maybe_small(
     tracer = None if seen else Tracer(*x)
     hooks = count_hooks()
     with size.rerouting(x) as rerouting, tracer or nullcontext():
-        returned = call()
+        box = [call()]
+    if tracer is not None:
+        tracer.note_stored(box)
+    returned = box.pop()
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_started
     if small and known is not None and rerouting.only_pytorch_ran:
