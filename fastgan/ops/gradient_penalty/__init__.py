@@ -155,6 +155,7 @@ def gradient_penalty(
     if not repeated:
         check_points(kind, real, fake)
     total: Tensor | None = None
+    readable = False
     for point in points(kind, real, fake, generator):
         given, x = differentiable(point)
         hooks = count_hooks()
@@ -171,6 +172,7 @@ def gradient_penalty(
                 small = rerouting.never_started
                 logits = logits_of(returned, select, x[0].shape[0])
                 graph = read_graph(logits, x, hooks) if small and rerouting.only_pytorch_ran else None
+                readable = graph is not None
                 if graph is not None:
                     part = penalty([gradient_of(graph)])
                 else:
@@ -181,7 +183,7 @@ def gradient_penalty(
             call = call if small and rerouting.only_pytorch_ran else None
         total = part if total is None else total + part
     if call is not None and not repeated:
-        leave_to_pytorch(call, x[0].shape[0])
+        leave_to_pytorch(call, x[0].shape[0], readable=readable)
     assert total is not None
     return total
 

@@ -96,7 +96,7 @@ def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications
 
 
 # Calls that are small and that PyTorch can differentiate twice. The next such call is neither checked nor intercepted.
-# The value, which depends on the parameters only, tells whether one pass through its graph may be faster.
+# The value tells whether to read its graph: the first graph allowed one pass, which may be faster with these weights.
 _left_to_pytorch: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
@@ -112,12 +112,17 @@ def may_take_one_pass(call: Call) -> bool:
     return _left_to_pytorch[call.module][call.details]
 
 
-def leave_to_pytorch(call: Call, samples: int) -> None:
+def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
+    """Remember a call that was small and ran only PyTorch's functions.
+
+    Args:
+        readable: its graph allowed one pass.
+    """
     known = _left_to_pytorch.setdefault(call.module, {})
     if len(known) == MOST_SHAPES:
         known.clear()
     weights = [parameter for parameter in call.module.parameters() if parameter.ndim > 1]
-    known[call.details] = pays_in_one_pass(weights, samples)
+    known[call.details] = readable and pays_in_one_pass(weights, samples)
 
 
 def forget(call: Call | None) -> None:
