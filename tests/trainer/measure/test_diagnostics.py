@@ -187,7 +187,7 @@ class TestDualityGap:
         gan = ring8_gan()
         held_out = gan.source.fork(1)
         start = duality_gap(gan, held_out, 0)["duality_gap"]
-        # At an equilibrium G draws the data and D cannot tell: here by construction.
+        # At an equilibrium, G draws the data and D cannot distinguish it. This one is constructed.
         solved = ring8_gan()
         solved.generator = Draws(solved.source.fork(3))
         solved.discriminator = nn.Sequential(nn.Linear(2, 1))

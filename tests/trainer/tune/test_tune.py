@@ -48,7 +48,7 @@ def no_plot(monkeypatch):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that start at once, and see the objects that a test has replaced."""
+    """Start workers by forking, so that they are quick and have the objects that a test has replaced."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     if torch.cuda.is_initialized():
@@ -75,7 +75,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, 
         try:
             os.close(os.open(toy.out / "killed", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            assert replaced.wait(60)  # or the other worker may do all there is to do
+            assert replaced.wait(60)  # otherwise the other worker may run all trials
             return play_to(game, step)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
