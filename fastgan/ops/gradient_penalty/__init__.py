@@ -1,4 +1,21 @@
-"""Gradient penalties: exact, and for any discriminator that PyTorch can differentiate twice."""
+"""Gradient penalties: exact, and for any discriminator that PyTorch can differentiate twice.
+
+The path of a call through the files of this folder:
+
+    points, inputs          the points at which the gradient is taken, and the checks of the inputs
+    small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules)
+    forward                 calls the discriminator, rerouted and traced
+    outputs                 selects the logits in its output
+    eligibility             whether the trace allows one pass, by rules (products, shapes, writes, fused, table, layout)
+    one_pass                the gradients and the logits of a traced forward in one pass
+    graph_pass              the same for a small discriminator, from autograd's graph (graph_steps)
+    general                 the gradients of any other forward (paths, freeing)
+    differences, compiled   the same by finite differences, and inside torch.compile (drawn)
+    norms, kinds            the penalty as a function of the gradients
+    zeros                   gives parameters the zero gradients that PyTorch gives them
+
+missing_derivatives finds layers without a second derivative. sharding and shards gather the weights of FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +30,10 @@ from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.explain import explain_penalty
 from fastgan.ops.gradient_penalty.forward import check_call, naming_layers, require_grad_mode, run_forward
+from fastgan.ops.gradient_penalty.from_logits import penalty_from_logits
 from fastgan.ops.gradient_penalty.general import general_penalty, plain_gradients, small_gradients
 from fastgan.ops.gradient_penalty.graph_pass import gradient_and_logits_of, gradient_of, read_graph
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
@@ -199,71 +217,6 @@ def _traced_or_approximate(
         return penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
     with gathering(discriminator):
         return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
-
-
-@traceable
-def penalty_from_logits(
-    logits: Any,
-    inputs: Inputs,
-    *,
-    kind: Kind = "r1",
-    weight: Number | None = None,
-    select: Select | None = None,
-    target: Number | None = None,
-    dims: Dims | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Compute a gradient penalty from logits that are already computed.
-
-    Call the discriminator inside ``twice_differentiable``, so that its second derivative costs less.
-
-    Args:
-        logits: the output of the discriminator for ``inputs``.
-        inputs: (N, *S), floating-point; or a tuple, list or dict of tensors. The floating-point tensors must require a
-            gradient before the discriminator is called.
-        kind, weight, select, target, dims, reduction: as for ``gradient_penalty``. The gradient is always taken at
-            ``inputs``; the kind only selects the function of its norms.
-
-    Returns:
-        The penalty, as returned by ``gradient_penalty``. It can be differentiated once, also with respect to
-        ``inputs``.
-
-    Raises:
-        ValueError: an input does not require a gradient; also as in ``gradient_penalty``.
-        TypeError, RuntimeError: as in ``gradient_penalty``.
-
-    ```python
-    import torch
-    import fastgan
-
-    discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(),
-        torch.nn.Linear(192, 64),
-        torch.nn.ReLU(),
-        torch.nn.Linear(64, 1),
-    )
-    images = torch.randn(4, 3, 8, 8).requires_grad_()
-    with fastgan.twice_differentiable():
-        logits = discriminator(images)
-    loss = torch.nn.functional.softplus(-logits).mean()
-    (loss + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)).backward()
-    ```
-    """
-    penalty = penalty_of(kind, weight, target, dims, reduction)
-    if penalty.is_approximate:
-        raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
-    check_inputs("inputs", inputs)
-    check_select(select)
-    require_grad_mode()
-    for name, tensor in named("inputs", inputs):
-        if tensor.is_floating_point() and not tensor.requires_grad:
-            raise ValueError(
-                f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
-            )
-    x = floating(inputs)
-    if is_entered():
-        return penalty(compiled.gradients_of(logits, x, select))
-    return general_penalty(logits_of(logits, select, x[0].shape[0]), x, penalty)
 
 
 @traceable
