@@ -35,7 +35,7 @@ def test_a_convolution_of_few_weights_does_not_pay(monkeypatch):
 
 
 class Net(nn.Module):
-    """A convolution, what is done with its features (N, 6, 8, 8), and one logit of each sample."""
+    """A convolution, a function of its features (N, 6, 8, 8), and one logit per sample."""
 
     def __init__(self, between, **parts):
         super().__init__()

@@ -1,12 +1,11 @@
 """Small discriminators, for which the Python overhead of fastgan exceeds the work that it saves.
 
 A forward with fewer multiplications than a threshold (overhead.py) runs PyTorch's own functions. Its graph often allows
-one pass (graph_pass.py). If the parameters of
-the modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
-before the call runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that layer on. The
-decision depends only on the current forward and the device, so a resumed run makes the same choices. A call of one
-known module is remembered together with everything that can change its size: the number of modules, the mode and the
-shapes.
+one pass (graph_pass.py). If the parameters of the modules show that it has fewer or more, nothing is counted.
+Otherwise, the multiplications of each call are counted before the call runs: PyTorch's own functions run until the
+threshold is passed, and fastgan's from that layer on. The decision depends only on the current forward and the device,
+so a resumed run makes the same choices. A call of one known module is remembered together with everything that can
+change its size: the number of modules, the mode and the shapes.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def may_take_one_pass(call: Call) -> bool:
 
 
 def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
-    """Remember a call that was small and ran only PyTorch's functions.
+    """Remember that equal calls are small and run PyTorch's own functions.
 
     Args:
         readable: its graph allowed one pass.
