@@ -1,4 +1,4 @@
-"""What `python -m fastgan` sets before PyTorch is imported; torchrun starts it so. The package imports this first."""
+"""Set environment variables for `python -m fastgan`, also under torchrun. Imported first, before PyTorch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 def is_command(original: Sequence[str], arguments: Sequence[str]) -> bool:
-    """Whether `python -m fastgan` started this process, except with `run`, which starts a script of the user's.
+    """Whether `python -m fastgan` started this process, except for `run`, which starts the user's script.
 
     Args:
-        original, arguments: sys.orig_argv and sys.argv, in which -m stands while the interpreter looks up the module.
+        original, arguments: sys.orig_argv and sys.argv. argv[0] is -m while the interpreter looks up the module.
     """
     module = original[-len(arguments)]
     return arguments[0] == "-m" and module in ("fastgan", "-mfastgan") and arguments[1:2] != ["run"]

@@ -176,7 +176,7 @@ class Reroute(TorchFunctionMode):
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
     def _keep_leaves(self, given: Any) -> None:
-        """While a graph is recorded, the nodes of its inputs do not know them."""
+        """Remember the inputs of a graph that is being recorded, because their nodes do not refer to them."""
         for tensor in tree_leaves(given):
             if isinstance(tensor, torch.Tensor):
                 with torch_private.DisableTorchFunction():
@@ -196,7 +196,7 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def leaves_of(modes: Iterable[TorchFunctionMode]) -> dict[Node, torch.Tensor]:
-    """The graph's inputs that require a gradient, by their nodes, which a reroute has met while it was recorded."""
+    """Return the inputs of the recorded graph that require a gradient and that were rerouted, by their nodes."""
     return {node: leaf for mode in modes if isinstance(mode, Reroute) for node, leaf in mode.leaves.items()}
 
 

@@ -124,7 +124,7 @@ def train(module, rows):
 
 
 def split_at_every_parameter(self, *arguments, _init=DDPOptimizer.__init__, **keywords):
-    """As for a discriminator of many megabytes."""
+    """Make several buckets, as for a discriminator of many megabytes."""
     _init(self, *arguments, **keywords)
     self.first_bucket_cap = 1
 

@@ -29,7 +29,7 @@ ROOTS = ("torch_utils", "op", "basicsr", "networks", "project")
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    """The packages can be imported, and nothing of them or of a patch is left afterwards."""
+    """Make the packages importable, and remove them and all patches afterwards."""
     monkeypatch.syspath_prepend(Path(__file__).parent / "stand_ins")
     yield
     fastgan.patch_torch_utils().restore()
@@ -173,7 +173,7 @@ def test_basicsr_gets_them_too():
 
 
 def r1_by_hand(model, x):
-    """R1 as in that family's training loops."""
+    """R1 as in the training loops of the StyleGAN family."""
     x = x.detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
@@ -304,7 +304,7 @@ def forward(x):
 
 @pytest.mark.parametrize("first", ["load", "patch"])
 def test_a_module_that_is_made_from_the_source_in_a_pickle_gets_them(first):
-    """As persistence classes are: their module has a name of its own, and its source came with the pickle."""
+    """As for persistent classes, the module has an arbitrary name, and its source comes from the pickle."""
     name = "_imported_module_1234"
     module = sys.modules[name] = types.ModuleType(name)
     try:

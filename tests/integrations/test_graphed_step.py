@@ -79,7 +79,7 @@ def test_a_graphed_training_equals_the_eager_one(optimizer):
     assert graphed.runs == 4, "three calls as given, and the capture"
     torch.manual_seed(3)
     expected = [eager.step(*batch) for batch in data]
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)  # copies: each kept its own value
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)  # outputs are copies, so each keeps its value
     assert_same(graphed, eager)
 
 

@@ -110,7 +110,7 @@ def test_a_spawned_worker_is_under_the_launcher_too(tmp_path):
     output, errors = run(tmp_path, WORKERS, "-m", "fastgan", "run", "--always", "script.py")
     assert "True" in output
     assert output.splitlines()[-1] == "0"
-    assert "script.py:" in errors  # the worker's table: its parent penalizes nothing
+    assert "script.py:" in errors  # the table of the worker; its parent computes no penalty
 
 
 @pytest.mark.parametrize("way", CHILDREN)

@@ -18,7 +18,7 @@ from tests.ops.test_one_pass_idioms import build
 
 
 class Heads(nn.Module):
-    """Features, and what each head makes of them, in a container."""
+    """Return the features and the result of each head in a container."""
 
     def __init__(self, heads, container):
         super().__init__()

@@ -104,12 +104,14 @@ def _run_maybe_small(
     returned = box.pop()
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_started
-    if small and known is not None and rerouting.only_pytorch_ran:
-        leave_to_pytorch(known, x[0].shape[0])
-    elif size is Size.UNKNOWN and small != seen:
+    ran_pytorch = small and rerouting.only_pytorch_ran
+    if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
-    if small and rerouting.only_pytorch_ran:
-        return _after_pytorch(returned, logits, x, hooks, plain=False)
+    if ran_pytorch:
+        forward = _after_pytorch(returned, logits, x, hooks, plain=False)
+        if known is not None:
+            leave_to_pytorch(known, x[0].shape[0], readable=forward.graph is not None)
+        return forward
     if small:
         return Forward(returned, logits, x, None, reason(x))
     if tracer is None:
