@@ -123,16 +123,27 @@ def force_eager() -> Any:
 
     The compiler must be imported. torch.compiler.set_stance makes more calls, which a small penalty notices.
     """
-    return sys.modules["torch._dynamo.eval_frame"]._set_stance(_eager_stance())
+    compiler, callback = _compiler()
+    if callback():  # None or False outside of compiled functions
+        raise RuntimeError("a penalty that is not compiled cannot run inside a compiled function")
+    before, compiler._stance = compiler._stance, _eager_stance()
+    return before
 
 
-def set_stance(stance: Any) -> Any:
-    return sys.modules["torch._dynamo.eval_frame"]._set_stance(stance)
+def set_stance(stance: Any) -> None:
+    _compiler()[0]._stance = stance
+
+
+@cache
+def _compiler() -> tuple[Any, Any]:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return sys.modules["torch._dynamo.eval_frame"], get_eval_frame_callback
 
 
 @cache
 def _eager_stance() -> Any:
-    return sys.modules["torch._dynamo.eval_frame"].DynamoStance("force_eager")
+    return _compiler()[0].DynamoStance("force_eager")
 
 
 def differentiable_gradients(

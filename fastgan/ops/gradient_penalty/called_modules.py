@@ -76,7 +76,7 @@ def call_of(
     details: list[Hashable] = [code, module.training, count_modules(module)]
     for value in values:  # the common cases are inline
         if type(value) is Tensor:
-            details.append((Tensor, value.shape, value.dtype, value.device))
+            details += value.shape, value.dtype, value.device
         elif value is None or type(value) is str:
             details.append(value)
         else:
