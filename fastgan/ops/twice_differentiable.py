@@ -79,6 +79,8 @@ _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention_forward,
     F.hardsigmoid: piecewise.ROUTES[F.hardsigmoid],
     **lacking.ROUTES,
+    # The same function. A reroute notices it: a pass through a graph does not fill the gradients of activations.
+    torch.Tensor.retain_grad: torch.Tensor.retain_grad,
 }
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,

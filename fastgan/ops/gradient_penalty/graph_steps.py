@@ -177,7 +177,8 @@ KINDS = {
     **dict.fromkeys(
         (
             *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"),
-            *("SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0"),
+            *(f"SqueezeBackward{version}" for version in range(6)),  # from 3 on, in place
+            *("UnsqueezeBackward0", "UnsqueezeBackward1"),
         ),
         Kind(_reshape, fits=_keeps_rows),
     ),
