@@ -99,7 +99,6 @@ THINNED = {
     "test_processes.py": 2,
     "test_scaled_dot_product_attention.py": 6,
     "test_second_derivatives.py": 2,
-    "test_sharded_penalties.py": 5,
     "test_spectral_norm.py": 4,
     "test_spectral_norm_as_pytorch.py": 2,
     "test_spectral_norm_traced.py": 3,
@@ -108,7 +107,6 @@ THINNED = {
     "test_tracers.py": 3,
     "test_upfirdn2d.py": 4,
     "test_values_not_stored.py": 2,
-    "test_wrappers.py": 2,
     "test_zeros.py": 3,
 }
 

@@ -100,7 +100,7 @@ def fits(q: Tensor, v: Tensor) -> bool:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
-    """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
+    """Write o (B, H, L, Ev) and lse (B, H, L, 2): rounded, and what rounding left out. 0 for a row without keys."""
     sizes, constants, mask = _call(q, k, v, mask, options, order=0)
     with _Contiguous([q, k, v], [o]) as (operands, results), device_of(q):
         attend[_grid(q, constants["ROWS"])](*operands, mask, seed, *results, lse, *sizes, **constants)
@@ -157,7 +157,7 @@ def double_backward(
     if gmask is not None and mask is not None:
         mask = mask.contiguous()  # both are read with the same strides
     sizes, constants, mask = _call(q, k, v, mask, options, order=2)
-    tau, mu = torch.empty_like(lse), torch.empty_like(lse)
+    tau, mu = (lse.new_empty(lse.shape[:3]) for _ in range(2))
     with (
         _Contiguous([gq, gk, gv, gmask, g, q, k, v, o], [by_g, by_q, by_k, by_v, by_mask]) as (operands, results),
         device_of(q),
