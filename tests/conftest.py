@@ -96,7 +96,6 @@ THINNED = {
     "test_penalty_inputs.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
-    "test_processes.py": 2,
     "test_scaled_dot_product_attention.py": 6,
     "test_second_derivatives.py": 2,
     "test_spectral_norm.py": 4,

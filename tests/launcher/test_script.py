@@ -35,7 +35,7 @@ SCRIPTS = {
             parser = argparse.ArgumentParser()
             parser.add_argument("--width", type=int)
             print(parser.parse_args(), sys.argv, sys.path[0], __file__, __name__, __spec__, __package__, neighbor.value)
-            print(sorted(globals()), sys.modules["__main__"].__file__)
+            print(sorted(globals()), sys.modules["__main__"].__file__, type(__builtins__))
     """,
     "raises": """
         import neighbor
