@@ -110,7 +110,7 @@ def converted(name: str, texts: Sequence[str], hint: Any) -> Any:
         with suppress(ValueError):
             found = [one(text, option) for text, option in zip(texts, options, strict=True)]
             return tuple(found) if several else found[0]
-    wanted = described(kind)
+    wanted = "a path" if kind is Path else described(kind)
     if not texts:
         raise ValueError(f"{name} needs a value: {wanted}")
     raise ValueError(f"{name} must be {wanted}, got {' '.join(texts)!r}")

@@ -110,7 +110,7 @@ WRONG = [
     (["--lr-decay", "5", "2"], "lr_decay must be two steps, the first before the second, got (5, 2)"),
     (["--optimizer", "sgd"], "--optimizer must be one of adam, optimistic-adam, extra-adam, got 'sgd'"),
     (["--channels", "2"], "--channels must be one of 1, 3, 4, got '2'"),
-    (["--data", ""], "--data must be text, got ''"),
+    (["--data", ""], "--data must be a path, got ''"),
     (["--mirror=yes"], "--mirror takes no value, got 'yes'"),
     (["--batch-size", "-1"], "batch_size must be positive, got -1"),
     (["photos"], "train discs has no argument 'photos': flags start with --"),

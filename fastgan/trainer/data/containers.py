@@ -105,7 +105,10 @@ class Zip(Container):
         return [Entry(name, member.file_size, member.CRC) for name, member in self.members.items()]
 
     def read(self, name: str) -> bytes:
-        return self.file.read(self.members[name])
+        member = self.members[name]
+        if member.flag_bits & 1:
+            raise ValueError("it is encrypted, unpack the zip file first")
+        return self.file.read(member)
 
 
 def open_container(path: Path) -> Container:
