@@ -20,6 +20,7 @@ from fastgan.trainer.game.fine_tuning import copy_weights, first_layers
 from fastgan.trainer.game.losses import LOSSES
 from fastgan.trainer.game.optimizers import ExtraAdam, make_optimizer
 from fastgan.trainer.game.regularizer import Regularizer
+from fastgan.trainer.game.schedule import rate_factor
 from fastgan.trainer.models import build_models
 from fastgan.trainer.ranks import Ranks
 
@@ -148,6 +149,8 @@ class GAN:
 
     def step(self) -> Tensor:
         """Train one step and return the losses (2,) of the last discriminator step and the generator step."""
+        if self.optim.lr_warmup or self.optim.lr_decay:
+            self._set_rates(rate_factor(self.ema.updates, self.optim.lr_warmup, self.optim.lr_decay))
         if isinstance(self.d_adam, ExtraAdam) and isinstance(self.g_adam, ExtraAdam):
             self._gradients()
             self.d_adam.extrapolate()
@@ -286,10 +289,13 @@ class GAN:
             state = state | {"regularizer": state["regulariser"]}
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        for adam, lr in ((self.g_adam, self.optim.g_lr), (self.d_adam, self.optim.d_lr)):
-            for group in adam.param_groups:  # the run may have been resumed with others
-                group["lr"], group["betas"] = lr, self.optim.betas
+        self._set_rates(1.0)  # the run may have been resumed with others
         self.noise.set_state(state["noise"])
+
+    def _set_rates(self, factor: float) -> None:
+        for adam, lr in ((self.g_adam, self.optim.g_lr), (self.d_adam, self.optim.d_lr)):
+            for group in adam.param_groups:
+                group["lr"], group["betas"] = factor * lr, self.optim.betas
 
 
 def packed(x: Tensor, pack: int) -> Tensor:

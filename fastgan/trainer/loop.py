@@ -283,7 +283,7 @@ class Trainer:
         self.ranks.wait()
         self.watch.replay(self.run.read_metrics())
         assert self.run.saved is not None
-        before = state.get("settings") or flat(self.run.saved.to_json())  # an older run's checkpoint has none
+        before = flat(self.run.saved.to_json()) | state.get("settings", {})  # an older run's checkpoint lacks some
         now = flat(self.config.to_json())
         changed = {key: [before[key], now[key]] for key in FROM_HERE_ON if key in before and before[key] != now[key]}
         if changed and self.writes:

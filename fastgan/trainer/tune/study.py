@@ -19,7 +19,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan import strict_json
@@ -34,6 +33,7 @@ from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
+from fastgan.trainer.tune.journal import open_journal
 
 RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
 CHECK_EVERY = 50  # steps between checks for a loss that is not finite
@@ -141,7 +141,7 @@ def interrupts_ignored() -> Iterator[None]:
 
 def open_study(config: TuneConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
+    storage = optuna.storages.JournalStorage(open_journal(config.out / "journal.log"))
     study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
     about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
     known = study.user_attrs.get("about", about)

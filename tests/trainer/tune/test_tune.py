@@ -25,6 +25,7 @@ from fastgan.trainer.data.options import PictureConfig  # noqa: E402
 from fastgan.trainer.errors import TrainerError  # noqa: E402
 from fastgan.trainer.gan import GAN  # noqa: E402
 from fastgan.trainer.tune import study as tuning  # noqa: E402
+from fastgan.trainer.tune.journal import open_journal  # noqa: E402
 from fastgan.trainer.tune.study import DIVERGED, Game, TuneConfig, cost, open_study, settings, tune, values_of  # noqa: E402
 
 
@@ -182,6 +183,23 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     assert output.err == ""
     tune(dataclasses.replace(toy, trials=1))
     assert open_study(toy).best_params == values_of(toy.start)
+
+
+def test_the_lock_of_a_worker_that_was_killed_holds_nobody_up(tmp_path, forked):
+    path = tmp_path / "journal.log"
+
+    def die_with_the_lock() -> None:
+        open_journal(path)._lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker = multiprocessing.get_context("fork").Process(target=die_with_the_lock)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+    start = time.monotonic()
+    open_journal(path).append_logs([{"a": 1}])
+    assert time.monotonic() - start < 10
+    assert list(open_journal(path).read_logs(0)) == [{"a": 1}]
 
 
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
