@@ -162,7 +162,7 @@ def upfirdn2d(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps:
     shape = inner, height, width, out_height, out_width, start_y, start_x
     with device_of(x):
         grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
-        _upfirdn2d[grid](x, y, of_device, *shape, num_warps=warps_of(options), **options)
+        _upfirdn2d[grid](x, y, of_device, *shape, num_warps=warps_of(options, inner), **options)
 
 
 _POINTERS = addresses("x", "y", "taps") | dict.fromkeys(

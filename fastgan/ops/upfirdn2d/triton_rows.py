@@ -128,9 +128,12 @@ def unrolls(up: tuple[int, int], down: tuple[int, int], taps: tuple[int, int], s
     return lines * _span(up_x, down_x, taps_x, start_x % up_x) <= MOST_LOADS
 
 
-def warps_of(options: dict[str, Any]) -> int:
-    """Return how many warps share a tile. Half-precision lines of many taps would fill the registers of four."""
-    many = options["UNROLLED"] and options["TAPS_Y"] * options["TAPS_X"] > 64
+def warps_of(options: dict[str, Any], inner: int = 1) -> int:
+    """Return how many warps share a tile. Half-precision lines of many inputs would fill the registers of four.
+
+    Those of channels_last (``inner`` channels) take fewer, since a thread reads its columns in one access.
+    """
+    many = options["UNROLLED"] and (options["TAPS_Y"] * options["TAPS_X"] > 64 or options["DOWN_X"] > 1) and inner == 1
     return 8 if many and options["DTYPE"].primitive_bitwidth == 16 else 4
 
 
