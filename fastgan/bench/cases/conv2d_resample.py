@@ -49,16 +49,17 @@ def _penalized(function: _Function, device: torch.device, dtype: torch.dtype) ->
 
 
 def setup(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
-    def ours(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
-        return ops.conv2d_resample(x, weight, f, padding=1, **{name: 2})
+    def fast(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
+        up, down = (2, 1) if name == "up" else (1, 2)
+        return ops.conv2d_resample(x, weight, f, up=up, down=down, padding=1)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalized(ours, device, dtype))
+        return on_backend(backend, _penalized(fast, device, dtype))
 
     variants: dict[str, Make] = {
         BASELINE: partial(_penalized, _PLAIN[name], device, dtype),
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalized, ours, device, dtype),
+        "fastgan": partial(_penalized, fast, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:

@@ -52,7 +52,8 @@ def backward(
     """Return dq, dk and dv."""
     g = g if g.stride(-1) == 1 else g.contiguous()
     keys, values = (_for_each_head(t, q) for t in (k, v))
-    parts, sums = [], []
+    parts: list[Tensor] = []
+    sums: list[Tensor] = []
     for rows, of_mask in _parts(q, k, mask):
         dq, *by_keys = torch_private.attention_on_cpu_backward(
             *(t[:, :, rows] for t in (g, q)),
