@@ -1,4 +1,4 @@
-"""What `python -m fastgan` does before PyTorch is imported; torchrun starts it so. The package imports this first."""
+"""Set up `python -m fastgan`, also under torchrun, before PyTorch is imported. The package imports this first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 def is_command(original: Sequence[str], arguments: Sequence[str]) -> bool:
-    """Whether `python -m fastgan` started this process.
+    """Return whether `python -m fastgan` started this process.
 
     Args:
-        original, arguments: sys.orig_argv and sys.argv, in which -m stands while the interpreter looks up the module.
+        original, arguments: sys.orig_argv and sys.argv. argv[0] is -m while the interpreter looks up the module.
     """
     return arguments[0] == "-m" and original[-len(arguments)] in ("fastgan", "-mfastgan")
 

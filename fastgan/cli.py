@@ -356,7 +356,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that the user can fix are printed in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    print_what_is_possible()
+    replace_unencodable()
     if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
@@ -398,7 +398,7 @@ def fixable(error: Exception) -> bool:
     return isinstance(error, TrainerError | BackendUnavailable | ValueError | OSError)
 
 
-def print_what_is_possible() -> None:
+def replace_unencodable() -> None:
     """If a terminal or pipe cannot encode a character, print a question mark instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -73,7 +73,7 @@ class GAN:
         self.latent_dim = model.latent_dim
         self.device = device
         self.ranks = ranks or Ranks(device)
-        self.batch_size = rows_a_rank(model, optim, self.ranks)
+        self.batch_size = rows_per_rank(model, optim, self.ranks)
         torch.manual_seed(seed)
         self.classes = classes_of(source, model)
         self.pack = model.pack
@@ -190,12 +190,12 @@ class GAN:
                     real = self.augment(part.real, part.u_real)
                 real, fake = packed(real, self.pack), packed(fake, self.pack)
                 noise = None if part.noise is None else packed(part.noise, self.pack)
-                judged = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
-            loss = self.loss.discriminator(at_least_float(judged.real), at_least_float(judged.fake))
-            if judged.penalty is not None:
-                loss = loss + judged.penalty
+                result = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
+            loss = self.loss.discriminator(at_least_float(result.real), at_least_float(result.fake))
+            if result.penalty is not None:
+                loss = loss + result.penalty
             if self.optim.augment == "ada":
-                signs = (judged.real.detach() - (self.loss.boundary or 0.0)).sign().mean()
+                signs = (result.real.detach() - (self.loss.boundary or 0.0)).sign().mean()
                 self.augment.look(self.ranks.mean(signs.float()), self.optim.batch_size // len(parts))
             loss = loss / len(parts)
             self.d_scaler.scale(loss).backward()
@@ -322,7 +322,7 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def rows_a_rank(model: ModelConfig, optim: OptimConfig, ranks: Ranks) -> int:
+def rows_per_rank(model: ModelConfig, optim: OptimConfig, ranks: Ranks) -> int:
     parts = ranks.size * optim.accumulate * model.pack
     if optim.batch_size % parts:
         raise ValueError(f"batch_size {optim.batch_size} must be a multiple of ranks * accumulate * pack, {parts}")

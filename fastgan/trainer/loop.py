@@ -154,7 +154,7 @@ class Trainer:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Give the lock back in the end. If the first step of a new run fails, remove the run."""
+        """Release the lock at the end. If the first step of a new run fails, remove the run."""
         first = self.step
         try:
             yield
@@ -253,7 +253,7 @@ class Trainer:
             self.board.write(record)
 
     def _describe(self, source: Source) -> None:
-        """Print what was found in the user's folder."""
+        """Print notes about the data in the user's folder."""
         if not self.writes or not source.notes:
             return
         print(f"data: {'; '.join(source.notes)}")

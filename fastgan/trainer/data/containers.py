@@ -26,7 +26,7 @@ class Container(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lost: list[str] = []  # what the system does not let us look at, such as a link to nowhere, with the reason
+        self.lost: list[str] = []  # entries that cannot be read, such as a broken link, each with the reason
         entries = [entry for entry in self.find() if counts(entry.name)]
         self.entries = sorted(entries, key=lambda entry: PurePosixPath(entry.name).parts)
 

@@ -282,7 +282,7 @@ def cost_of(config: TuneConfig, trial: Trial) -> float:
     chosen = settings(start, suggest(trial, start))
     games = [Game(chosen, seed, config.extractor) for seed in range(config.seeds)]
     for rung in range(1, RUNGS + 1):
-        costs = [game.play_to(rung * chosen.steps // RUNGS) for game in games]
+        costs = [game.train_to(rung * chosen.steps // RUNGS) for game in games]
         cost = sum(costs) / len(costs)
         trial.report(cost, rung)
         if trial.should_prune():
@@ -303,7 +303,7 @@ class Game:
         self.step, self.diverged = 0, False
         self.scores: dict[str, Any] = {}
 
-    def play_to(self, step: int) -> float:
+    def train_to(self, step: int) -> float:
         """Train up to `step` and return the cost. A diverged run is not trained further."""
         while self.step < step and not self.diverged:
             losses = self.gan.step()

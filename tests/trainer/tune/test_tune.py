@@ -50,7 +50,7 @@ def no_plot(monkeypatch):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that start at once, and see the objects that a test has replaced."""
+    """Start workers by forking, so that they are quick and have the objects that a test has replaced."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     if torch.cuda.is_initialized():
@@ -64,7 +64,7 @@ def states(config: TuneConfig) -> list[str]:
 
 
 def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, forked, no_plot, monkeypatch, capfd):
-    play_to, start = Game.play_to, multiprocessing.process.BaseProcess.start
+    train_to, start = Game.train_to, multiprocessing.process.BaseProcess.start
     started, replaced = [], multiprocessing.get_context("fork").Event()
 
     def counted(process: multiprocessing.process.BaseProcess) -> None:
@@ -77,12 +77,12 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, 
         try:
             os.close(os.open(toy.out / "killed", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            assert replaced.wait(60)  # or the other worker may do all there is to do
-            return play_to(game, step)
+            assert replaced.wait(60)  # otherwise the other worker may run all trials
+            return train_to(game, step)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    monkeypatch.setattr(Game, "play_to", killed_once)
+    monkeypatch.setattr(Game, "train_to", killed_once)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", counted)
     config = dataclasses.replace(toy, workers=2)
     best = tune(config)
@@ -100,14 +100,14 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, 
 
 
 def test_settings_that_kill_their_worker_twice_are_given_up(toy, forked, no_plot, monkeypatch, capfd):
-    play_to = Game.play_to
+    train_to = Game.train_to
 
     def killed_by_the_preset(game: Game, step: int) -> float:
         if values_of(game.config) == values_of(toy.start):
             os.kill(os.getpid(), signal.SIGKILL)
-        return play_to(game, step)
+        return train_to(game, step)
 
-    monkeypatch.setattr(Game, "play_to", killed_by_the_preset)
+    monkeypatch.setattr(Game, "train_to", killed_by_the_preset)
     config = dataclasses.replace(toy, workers=2, trials=2)
     tune(config)
     assert states(config).count("FAIL") == 2
@@ -142,7 +142,7 @@ def test_a_trial_that_ctrl_c_ends_is_taken_up_by_the_next_call(toy, no_plot, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Game, "play_to", interrupted)
+        patch.setattr(Game, "train_to", interrupted)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 tune(toy)
@@ -155,7 +155,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     def interrupted(game: Game, step: int) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Game, "play_to", interrupted)
+    monkeypatch.setattr(Game, "train_to", interrupted)
     arguments = ["tune", "ring8", "--steps", "4", "--device", "cpu", "--out", str(toy.out)]
     assert cli.main(arguments) == 130
     output = capfd.readouterr()
@@ -173,7 +173,7 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Game, "play_to", interrupting)
+            patch.setattr(Game, "train_to", interrupting)
             arguments = ["--trials", "1", "--workers", "2", "--steps", "4", "--seeds", "1", "--device", "cpu"]
             assert cli.main(["tune", "ring8", *arguments, "--out", str(toy.out)]) == 130
     finally:
@@ -276,10 +276,10 @@ def test_the_samplers_close_in_on_the_best_learning_rate(toy, no_plot, monkeypat
 def test_divergence_has_a_large_finite_cost(toy, monkeypatch):
     monkeypatch.setattr(GAN, "step", lambda gan: torch.tensor([math.nan, 1.0]))
     game = Game(toy.start, 0, "random-conv")
-    assert game.play_to(4) == DIVERGED
+    assert game.train_to(4) == DIVERGED
     assert math.isfinite(DIVERGED)
     assert cost({"covered": 0, "total": 8, "high_quality": 0.0}) < DIVERGED
-    assert game.play_to(8) == DIVERGED
+    assert game.train_to(8) == DIVERGED
     assert game.step == 4
 
 
@@ -320,7 +320,7 @@ class TestBeforeTheFirstTrial:
         def started(*_: object) -> None:
             raise AssertionError("a trial has started")
 
-        monkeypatch.setattr(Game, "play_to", started)
+        monkeypatch.setattr(Game, "train_to", started)
         yield
         assert not (tmp_path / "tune").exists()
 
