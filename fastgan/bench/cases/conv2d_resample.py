@@ -50,7 +50,8 @@ def _penalized(function: _Function, device: torch.device, dtype: torch.dtype) ->
 
 def setup(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
     def fast(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
-        return ops.conv2d_resample(x, weight, f, padding=1, up=2 if name == "up" else 1, down=2 if name == "down" else 1)
+        up, down = (2, 1) if name == "up" else (1, 2)
+        return ops.conv2d_resample(x, weight, f, up=up, down=down, padding=1)
 
     def variant(backend: str) -> Run:
         return on_backend(backend, _penalized(fast, device, dtype))
