@@ -49,8 +49,10 @@ def _penalized(function: _Function, device: torch.device, dtype: torch.dtype) ->
 
 
 def setup(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+    up, down = (2, 1) if name == "up" else (1, 2)
+
     def ours(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
-        return ops.conv2d_resample(x, weight, f, padding=1, **{name: 2})
+        return ops.conv2d_resample(x, weight, f, up, down, padding=1)
 
     def variant(backend: str) -> Run:
         return on_backend(backend, _penalized(ours, device, dtype))
