@@ -36,7 +36,7 @@ def double_precision():
 
 
 def losses(path: Path) -> torch.Tensor:
-    """Of a script that finds the packages beside it, as Python does, and none that an earlier one has changed."""
+    """Run a script with the packages beside it, as Python does, and with no module that an earlier script changed."""
     beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(path.parent)

@@ -65,12 +65,12 @@ class Patch(MetaPathFinder):
         self._replaced.clear()
 
     def pause(self, is_paused: bool) -> None:
-        """Put the originals back for a while, or end this."""
+        """Install the original functions, or the replacements again."""
         if self._modules != len(sys.modules):
             self._add_imports_by_name()
         self._is_paused = is_paused
-        for module, name, original, ours in self._replaced:
-            held, other = (ours, original) if is_paused else (original, ours)
+        for module, name, original, replacement in self._replaced:
+            held, other = (replacement, original) if is_paused else (original, replacement)
             if vars(module).get(name) is held:
                 setattr(module, name, other)
 

@@ -118,7 +118,7 @@ def test_basicsr_gets_them_too():
 
 
 def r1_by_hand(model, x):
-    """R1 as in that family's training loops."""
+    """R1 as in the training loops of the StyleGAN family."""
     x = x.detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)

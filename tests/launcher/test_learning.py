@@ -261,7 +261,7 @@ def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):
         run("a_penalty_alone", 6)
         assert not torch.nn.modules.module._global_forward_hooks
     (unit,) = learned[0].units
-    assert unit.steps == 4  # after one that finds the hooks off, and one that is learned from
+    assert unit.steps == 4  # one step finds the hooks removed, and one is observed
 
 
 def test_zeros_and_none_are_restored_for_an_optimizer():
@@ -276,4 +276,4 @@ def test_zeros_and_none_are_restored_for_an_optimizer():
     assert pattern.restore(optimizer) == 2
     assert not zeros.grad.any()
     assert none.grad is None
-    assert values.grad is None  # a layer that this step has left out
+    assert values.grad is None  # this step does not use the layer

@@ -81,7 +81,7 @@ def a_backward_and_a_step_of_its_own(d, g, steps):
 
 @script
 def a_bias_without_a_gradient_in_the_penalty_and_with_zeros_in_the_loss(d, g, steps):
-    """Weight decay moves the last bias in the steps of the loss alone."""
+    """Weight decay moves the last bias only in the steps of the loss."""
     optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
     for _ in range(steps):
         real, z = data()
@@ -314,7 +314,7 @@ def ctgans_loop(d, g, steps):
 
 
 class Styled(nn.Module):
-    """Returns an image and the style that it was made with."""
+    """Returns an image and its style."""
 
     def __init__(self):
         super().__init__()

@@ -57,7 +57,7 @@ def defined(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1.0):
 
 
 def _orders(function, x, by):
-    """The values, the gradient of a sum of cubes, and the gradient of that one's squares."""
+    """Return the values, the gradient of the sum of their cubes, and the gradient of its squares."""
     x = x.detach().requires_grad_()
     y = function(x)
     (grad,) = torch.autograd.grad((y.pow(3) * by).sum(), x, create_graph=True)

@@ -51,16 +51,16 @@ def _penalized(function: _Function, device: torch.device, dtype: torch.dtype) ->
 def setup(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
     up, down = (2, 1) if name == "up" else (1, 2)
 
-    def ours(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
+    def fast(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
         return ops.conv2d_resample(x, weight, f, up, down, padding=1)
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalized(ours, device, dtype))
+        return on_backend(backend, _penalized(fast, device, dtype))
 
     variants: dict[str, Make] = {
         BASELINE: partial(_penalized, _PLAIN[name], device, dtype),
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalized, ours, device, dtype),
+        "fastgan": partial(_penalized, fast, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:
