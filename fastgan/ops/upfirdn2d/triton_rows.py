@@ -125,7 +125,8 @@ def unrolls(up: tuple[int, int], down: tuple[int, int], taps: tuple[int, int], s
     """Return whether a thread's loads with separable taps are few enough to be written out by the compiler."""
     (up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x) = up, down, taps, start
     lines = _span(up_y, down_y, taps_y, start_y % up_y) + (ROWS.value - 1) * down_y
-    return lines * _span(up_x, down_x, taps_x, start_x % up_x) <= MOST_LOADS
+    loads: int = lines * _span(up_x, down_x, taps_x, start_x % up_x)
+    return loads <= MOST_LOADS
 
 
 def warps_of(options: dict[str, Any], inner: int = 1) -> int:
