@@ -143,13 +143,21 @@ def open_study(config: TuneConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(open_journal(config.out / "journal.log"))
     study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
-    about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
-    known = study.user_attrs.get("about", about)
-    if known != about:
-        raise TrainerError(f"{config.out} contains a study of {known}, not of {about}: choose another --out")
-    if "about" not in study.user_attrs:
+    about = what_costs_depend_on(config)
+    known = study.user_attrs.get("about", {})
+    others = [f"{key} {known[key]}, not {value}" for key, value in about.items() if known.get(key, value) != value]
+    if others:
+        raise TrainerError(f"{config.out} contains a study with {', '.join(others)}: choose another --out")
+    if about.keys() - known.keys():  # a new study, or an older version's
         study.set_user_attr("about", about)
     return study
+
+
+def what_costs_depend_on(config: TuneConfig) -> dict[str, Any]:
+    """Return the settings that all trials of a study share. Costs under other ones cannot be compared."""
+    start = config.start
+    data = {"data": str(start.data), "image_size": start.image_size, **dataclasses.asdict(start.pictures)}
+    return {"preset": config.preset, "steps": start.steps, "seeds": config.seeds, "extractor": config.extractor} | data
 
 
 def requeue_orphans(study: optuna.Study, workers: set[int | None] | None = None, killed: bool = False) -> None:

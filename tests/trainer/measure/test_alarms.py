@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -92,6 +93,7 @@ def drawn_discs(count: int, seed: int) -> Images:
     return Images(small.add(1).mul(127.5).round().byte(), 3, CPU)
 
 
+@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes ten seconds: FASTGAN_TESTS=all")
 def test_a_discriminator_of_few_pictures_overfits_and_with_adaptive_augmentation_it_does_not():
     few = dict(
         source=drawn_discs(48, 9),

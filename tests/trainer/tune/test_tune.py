@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,8 +233,20 @@ def test_a_study_goes_on_where_it_was_stopped(toy, no_plot):
     tune(dataclasses.replace(toy, trials=2))
     tune(dataclasses.replace(toy, trials=3))
     assert states(toy) == ["COMPLETE"] * 3
-    with pytest.raises(TrainerError, match="choose another --out"):
+    with pytest.raises(TrainerError, match="study with steps 4, not 5: choose another --out"):
         tune(dataclasses.replace(toy, steps=5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": Path("b")}, {"image_size": 64}, {"pictures": PictureConfig(crop="none")}, {"extractor": "mine:embed"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_study_of_other_pictures_is_not_continued(tmp_path, change):
+    config = TuneConfig("folder", data=Path("a"), out=tmp_path)
+    assert open_study(config).user_attrs == open_study(config).user_attrs
+    with pytest.raises(TrainerError, match="choose another --out"):
+        open_study(dataclasses.replace(config, **change))
 
 
 def test_a_trial_left_running_by_a_dead_process_is_taken_up(toy, no_plot):
