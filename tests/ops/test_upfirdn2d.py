@@ -197,7 +197,7 @@ def test_any_call_equals_the_definition_to_second_order(sizes, up, down, padding
             assert_close(a, e, order=order)
 
 
-@settings(max_examples=40 if os.environ.get("FASTGAN_TESTS") == "all" else 3, deadline=None)
+@settings(max_examples=40 if os.environ.get("FASTGAN_TESTS") == "all" else 2, deadline=None)
 @given(
     sizes=st.tuples(st.just(1), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5)),
     up=st.tuples(st.integers(1, 2), st.integers(1, 2)),
