@@ -198,11 +198,11 @@ def count_references(result: ref[Tensor]) -> int:
 
 def _references(result: ref[Tensor]) -> tuple[int, bool]:
     """Return the count of references to a Python object, and whether C++ refers to the tensor."""
-    tensor = result()
+    tensor: Any = result()
     if tensor is None or not tensor.requires_grad:
         return 0, False
     same = tensor.requires_grad_()  # returns the tensor; before torch 2.10, Python takes over the reference of C++ here
-    return sys.getrefcount(same), tensor._use_count() > 1  # type: ignore[attr-defined]
+    return sys.getrefcount(same), tensor._use_count() > 1
 
 
 @cache

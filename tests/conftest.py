@@ -92,6 +92,8 @@ THINNED = {
     "test_minibatch_stddev.py": 2,
     "test_norm.py": 4,
     "test_one_pass_idioms.py": 2,
+    "test_one_pass_rare_calls.py": 2,
+    "test_one_pass_writes.py": 2,
     "test_penalty_conventions.py": 2,
     "test_penalty_inputs.py": 2,
     "test_penalty_options.py": 2,

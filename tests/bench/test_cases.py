@@ -44,7 +44,9 @@ def test_the_variants_of_every_case_agree(name):
     assert list(variants) == list(errors)
     assert set(variants) in ({BASELINE, "reference", "fastgan"}, {BASELINE, "cdist", "fastgan"}, {BASELINE, "fastgan"})
     assert not left_out
-    assert 0 < errors["fastgan"] <= case.tolerance
+    assert errors["fastgan"] <= case.tolerance
+    # Variants are not one function twice, except that grid_sample has PyTorch's kernels.
+    assert errors["fastgan"] > 0 or "grid_sample" in name
     for run in variants.values():
         assert all(tensor.isfinite().all() for tensor in run())
 

@@ -122,6 +122,20 @@ def r1_by_backward(d, g, steps):
 
 
 @script
+def r1_by_backward_to_the_images(d, g, steps):
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        optimizer.zero_grad()
+        d(x).sum().backward(create_graph=True, inputs=[x])
+        loss = x.grad.square().sum()
+        x.grad = None
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
 def a_penalty_alone(d, g, steps):
     optimizer = torch.optim.AdamW(d.parameters(), 1e-3)
     for _ in range(steps):

@@ -18,7 +18,7 @@ from tests.hypothesis_if_there import given, settings, st
 from tests.ops.test_graph_pass import assert_equal_gradients, by_fastgan, by_hand, passes
 
 pytestmark = pytest.mark.small
-EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "40"))
 
 
 class Program(nn.Module):

@@ -17,6 +17,7 @@ from tests.hypothesis_if_there import given, settings, st
 from tests.ops.one_pass_problem import work
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "200"))
+ALL = os.environ.get("FASTGAN_TESTS") == "all"
 Y = torch.tensor([2, 0, 1, 2, 1, 0, 2, 2])
 
 
@@ -322,7 +323,7 @@ def check(steps, ending, loss, samples, size):
     said = fastgan.explain_penalty(model, x)
     if all(name != "mixed" for name, _ in steps):
         assert said.startswith("one pass"), said
-    if size == 6:  # counting takes half of the time
+    if (size == 6 or samples in (1, 6)) and not ALL:  # counting takes as long as all the rest
         return
     if said == "one pass":
         spent = work(lambda: gradients(model, by_fastgan, x, LOSSES[loss])) / work(lambda: model(x))

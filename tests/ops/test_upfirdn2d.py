@@ -150,6 +150,19 @@ def test_triton_reads_channels_last():
     assert_close(actual, defined(x, FILTERS["1-D"], up=2, down=3, padding=3), order=0)
 
 
+@pytest.mark.parametrize("loads", [0, 240])
+def test_triton_adds_up_separable_taps_in_either_way(loads, monkeypatch):
+    """A filter with more loads than the compiler can write out takes one phase after the other, in a loop."""
+    if HAS_GPU:
+        pytest.skip("the interpreter runs a few programs")
+    triton_rows = pytest.importorskip("fastgan.ops.upfirdn2d.triton_rows", reason="Triton is not installed")
+    monkeypatch.setattr(triton_rows, "MOST_LOADS", loads)
+    x, options = torch.randn(1, 1, 5, 6, dtype=torch.float64), dict(up=(2, 1), down=(1, 2), padding=(9, 6, 4, 7))
+    assert triton_rows.unrolls((1, 2), (2, 1), (12, 12), (0, 0)) == (loads > 0)
+    actual = ops.upfirdn2d(x, FILTERS["long"], **options, backend="triton")
+    assert_close(actual, defined(x, FILTERS["long"], **options), order=0)
+
+
 def test_a_view_is_read_in_order():
     x = torch.randn(9, 2, 7, 3, dtype=torch.float64).permute(1, 3, 2, 0)[:, :, ::2]
     assert_close(ops.upfirdn2d(x, FILTERS["1-D"], padding=2), defined(x, FILTERS["1-D"], padding=2), order=0)

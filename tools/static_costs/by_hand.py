@@ -73,7 +73,7 @@ def _filter(launch: Launch, function: Function) -> Hand:
 
 
 def _is_data(instruction: Instruction) -> bool:
-    return not any("taps_ptr" in _text_of(file, line) for file, line in instruction.lines[:1])
+    return not any("taps_ptr" in text_of(file, line) for file, line in instruction.lines[:1])
 
 
 # Products of a pair (row, key) by kernel: of operands as they are stored, and of P and the like.
@@ -102,7 +102,7 @@ def _attention(launch: Launch, function: Function) -> Hand:
 
 def _is_of_form(function: Function, loop: tuple[int, int], form: int) -> bool:
     name = ("GENERAL", "RUNS", "ALONG", "ACROSS", "VECTORS")[form]
-    return any(f"result, {name}, " in _text_of(file, line) for file, line in function.main[loop[1]].lines)
+    return any(f"result, {name}, " in text_of(file, line) for file, line in function.main[loop[1]].lines)
 
 
 @lru_cache
@@ -110,7 +110,7 @@ def _lines_of(file: str) -> list[str]:
     return Path(file).read_text().splitlines()
 
 
-def _text_of(file: str, line: int) -> str:
+def text_of(file: str, line: int) -> str:
     return _lines_of(file)[line - 1]
 
 

@@ -49,9 +49,10 @@ def _penalized(function: _Function, device: torch.device, dtype: torch.dtype) ->
 
 
 def setup(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
+    up, down = (2, 1) if name == "up" else (1, 2)
+
     def fast(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
-        up, down = (2, 1) if name == "up" else (1, 2)
-        return ops.conv2d_resample(x, weight, f, up=up, down=down, padding=1)
+        return ops.conv2d_resample(x, weight, f, up, down, padding=1)
 
     def variant(backend: str) -> Run:
         return on_backend(backend, _penalized(fast, device, dtype))

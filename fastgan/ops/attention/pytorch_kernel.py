@@ -13,6 +13,7 @@ from fastgan.ops.attention.reference import additive
 from fastgan.ops.library import accumulation_dtype
 
 _LEAST_ROWS = 64  # rows per call with a large boolean mask; with fewer, the kernel is slower than the blocks
+_COPY = 2**22  # elements of the additive copy of a boolean mask, if queries and keys have fewer
 
 
 def is_eligible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
@@ -35,10 +36,10 @@ def is_faster(q: Tensor, wanted: Sequence[bool]) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Return o and the log-sum-exp of each row. Both are 0 for a row without keys."""
-    k, v = (_for_each_head(t, q) for t in (k, v))
+    keys, values = (_for_each_head(t, q) for t in (k, v))
     parts = [
         torch_private.attention_on_cpu(
-            q[:, :, rows], k, v, 0.0, options.is_causal, attn_mask=of_mask, scale=options.scale
+            q[:, :, rows], keys, values, 0.0, options.is_causal, attn_mask=of_mask, scale=options.scale
         )
         for rows, of_mask in _parts(q, k, mask)
     ]
@@ -77,9 +78,9 @@ def backward(
 
 
 def _rows_at_once(q: Tensor, k: Tensor, mask: Tensor) -> int:
-    """Return how many rows of a boolean mask have an additive copy no larger than the queries and keys."""
+    """Return how many rows of a boolean mask have an additive copy of at most the allowed size."""
     of_row = mask.numel() // mask.shape[2]
-    return q.shape[2] if mask.shape[2] == 1 else min(q.shape[2], (q.numel() + k.numel()) // of_row)
+    return q.shape[2] if mask.shape[2] == 1 else min(q.shape[2], max(q.numel() + k.numel(), _COPY) // of_row)
 
 
 def _parts(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:

@@ -253,7 +253,7 @@ class Tracer(TorchFunctionMode):
 
     def note_stored(self, box: list[Any]) -> None:
         """Find out whether the forward has stored results elsewhere than in its output; see ``is_any_stored``."""
-        self.attached = is_any_stored((made.tensor for made in self._traced.values()), box, self._inputs)
+        self.attached = is_any_stored((known.tensor for known in self._traced.values()), box, self._inputs)
 
     def find_obstacle(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
         """Return the obstacle to one pass, or None.
