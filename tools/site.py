@@ -18,6 +18,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _CASE = re.compile(r" <!-- (?:case|kept) \S+ (\S+) -->")
+_INLINE_CODE = re.compile(r"<code>([^<\n]+)</code>")
+_HYPHENATED = re.compile(r"(?<!\S)(?=\S*-)\S{2,24}(?!\S)")
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = ROOT / "build" / "katex" / "package" / "dist"
 COMMANDS = {
@@ -62,6 +64,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show the name of a measured case below its label, because `fastgan bench --case` takes the name."""
     return _CASE.sub(r"<br><small>\1</small>", markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep the words of inline code whole. Browsers would break a flag such as --penalty-weight after any hyphen."""
+    return _INLINE_CODE.sub(lambda code: f"<code>{_HYPHENATED.sub(_whole, code[1])}</code>", html)
+
+
+def _whole(word: re.Match[str]) -> str:
+    return f'<span class="whole">{word[0]}</span>'
 
 
 def command_line() -> str:

@@ -23,6 +23,14 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   endforeach()
 endif()
 
+# With sanitizers, sources take long to compile, and those of all instruction sets are the same: no baseline.
+list(LENGTH isas count)
+if(FASTGAN_SANITIZE AND count GREATER 1)
+  list(REMOVE_ITEM isas baseline)
+  list(GET isas 0 narrowest)
+  target_compile_definitions(cpu_flags INTERFACE FASTGAN_NARROWEST=${narrowest})
+endif()
+
 find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
   target_link_libraries(cpu_flags INTERFACE OpenMP::OpenMP_CXX)

@@ -31,13 +31,14 @@ if(NOT APPLE)
   target_link_options(_native_cuda PRIVATE -s)
 endif()
 
-if(FASTGAN_PTXAS_REPORT)
+# A build for one architecture writes each kernel's registers, shared memory and spills to ptxas/<source>.txt. Those of
+# several, which are compiled in parallel, would interleave their lines.
+if(CMAKE_CUDA_ARCHITECTURES MATCHES "^[0-9]+[a-z]?(-real)?$")
   target_compile_options(_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
   set_target_properties(
     _native_cuda PROPERTIES CUDA_COMPILER_LAUNCHER
                             "sh;${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas-report.sh;${CMAKE_CURRENT_BINARY_DIR}/ptxas")
 else()
-  # Compile architectures in parallel, but not with a report, whose lines would interleave.
   target_compile_options(_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2>)
 endif()
 

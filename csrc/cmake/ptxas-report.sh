@@ -1,5 +1,5 @@
 #!/bin/sh
-# ptxas-report.sh DIR NVCC...: runs the compiler and writes its messages to DIR/<source>.txt
+# ptxas-report.sh DIR NVCC...: runs the compiler, writes its messages to DIR/<source>.txt and prints warnings and errors.
 set -u
 dir=$1
 shift
@@ -9,5 +9,5 @@ done
 mkdir -p "$dir"
 "$@" 2>"$dir/$source.txt"
 status=$?
-[ $status -eq 0 ] || cat "$dir/$source.txt" >&2
+if [ $status -ne 0 ] || grep -qi warning "$dir/$source.txt"; then cat "$dir/$source.txt" >&2; fi
 exit $status

@@ -46,10 +46,14 @@ inline Isa best_isa() {
 #define FASTGAN_CASE_AVX2(call)
 #endif
 
-#define FASTGAN_DISPATCH(isa, call)   \
-  switch (isa) {                      \
-    FASTGAN_CASE_AVX512(call)         \
-    FASTGAN_CASE_AVX2(call)           \
-    default:                          \
-      return fastgan::baseline::call; \
+#ifndef FASTGAN_NARROWEST  // built for every processor, except with sanitizers
+#define FASTGAN_NARROWEST baseline
+#endif
+
+#define FASTGAN_DISPATCH(isa, call)            \
+  switch (isa) {                               \
+    FASTGAN_CASE_AVX512(call)                  \
+    FASTGAN_CASE_AVX2(call)                    \
+    default:                                   \
+      return fastgan::FASTGAN_NARROWEST::call; \
   }

@@ -222,6 +222,10 @@ def backward(
     step = session.here.step
     with _counting(session):
         _backward(*given)
+    if create_graph and inputs is not None:  # otherwise all leaves have gradients already
+        points = [x for x in learning.tensors_in(inputs) if x.grad is not None]
+        for x, made in zip(points, session.after(tensors, points, tuple(x.grad for x in points), site()), strict=True):
+            x.grad = made
     if step is not None:
         step.lap()
     return None

@@ -75,7 +75,7 @@ class Unit:
         return self.steps % 2 == 1
 
     def end(self, step: Step) -> None:
-        if step.count is not None:
+        if step.count is not None and step.last is not None:  # it had a backward
             self.work[step.is_fused] = step.count.total
             self.forward_work = max(self.forward_work, step.forward_work)
         if step.timed and step.last is not None:

@@ -1,10 +1,15 @@
-"""Compile the kernels in the table AOT of a module: compile_kernels.py MODULE TARGET=DTYPE,DTYPE...
+"""Compile the kernels in the tables AOT of modules: compile_kernels.py TARGET=DTYPE,DTYPE... -- MODULE...
 
-``TARGET=DTYPE/1`` compiles only the first combination of constants of each entry.
+``TARGET=DTYPE/1`` compiles only the first combination of constants of each kernel.
 """
 
 import importlib
+import json
+import multiprocessing
+import os
 import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 
 import triton
 import triton.language as tl
@@ -32,15 +37,36 @@ def compile_kernel(kernel, pointers, constants, dtype, target):
     return len(binary)
 
 
-def main(module, *wanted):
-    """Print a line for each kernel that compiles, and stop at the first that does not."""
-    for target, dtypes in (each.split("=") for each in wanted):
-        for kernel, pointers, variants in importlib.import_module(module).AOT:
+def compile_entry(name, number, wanted):
+    """Compile an entry of a module's table, and return (target, kernel, dtype) of each binary, and an error or None."""
+    table = importlib.import_module(name).AOT
+    kernel, pointers, variants = table[number]
+    another = any(other is kernel for other, *_ in table[:number])  # form of a kernel that an earlier entry has
+    made = []
+    try:
+        for target, dtypes in (each.split("=") for each in wanted):
             for dtype, _, most in (each.partition("/") for each in dtypes.split(",")):
-                for constants in variants[: int(most) if most else None]:
-                    size = compile_kernel(kernel, pointers, constants, dtype, target)
-                    print(target, kernel.__name__, dtype, constants, f"{size} bytes", flush=True)
+                for constants in variants[: 0 if most and another else int(most) if most else None]:
+                    compile_kernel(kernel, pointers, constants, dtype, target)
+                    made.append((target, kernel.__name__, dtype))
+    except Exception:
+        return name, made, f"{kernel.__name__}, {target}, {dtype}, {constants}: {traceback.format_exc()}"
+    return name, made, None
+
+
+def main(arguments):
+    """Print what was compiled and the errors, by module. Processes are forked, because the imports take seconds."""
+    divider = arguments.index("--")
+    wanted, names = arguments[:divider], arguments[divider + 1 :]
+    results = {name: {"made": [], "errors": []} for name in names}
+    tasks = [(name, number) for name in names for number in range(len(importlib.import_module(name).AOT))]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for future in [pool.submit(compile_entry, *task, wanted) for task in tasks]:
+            name, made, error = future.result()
+            results[name]["made"] += made
+            results[name]["errors"] += [error] if error else []
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

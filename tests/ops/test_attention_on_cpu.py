@@ -85,7 +85,7 @@ def test_every_instruction_set_computes_what_lies_between_two_products(isa, dtyp
 @pytest.mark.parametrize("option", ["plain", "causal", "boolean"])
 @pytest.mark.parametrize("case", FEW)
 def test_the_first_backward_is_pytorchs_kernel(case, option, monkeypatch):
-    """With and without a graph; to the bit."""
+    """Bitwise equal, with and without a graph."""
     problem = problem_of((*CASES[case][:6], CASES[case][5]), option).to(torch.float32)
     monkeypatch.setattr(autograd.blocks, "backward", not_called)
     their = torch.autograd.grad(problem(None, attend=F.scaled_dot_product_attention), problem.leaves(), problem.weight)

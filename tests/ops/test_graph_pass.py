@@ -35,7 +35,7 @@ def test_a_convolution_of_few_weights_does_not_pay(monkeypatch):
 
 
 class Net(nn.Module):
-    """A convolution, what is done with its features (N, 6, 8, 8), and one logit of each sample."""
+    """A convolution, a function of its features (N, 6, 8, 8), and one logit per sample."""
 
     def __init__(self, between, **parts):
         super().__init__()
@@ -72,6 +72,10 @@ TAKEN = {
     "sum": (lambda net, h: h.sum(1, keepdim=True).sum(-1).clone(), {}),
     "constants": (lambda net, h: -(h * 0.5 + 1) / 3 * torch.linspace(-1, 1, 8).double() / torch.arange(1, 9), {}),
     "reshapes": (lambda net, h: net.more(h.unsqueeze(1).squeeze(1).flatten(2).view(N, 6, 64)), {"more": nn.Identity}),
+    "in-place shapes": (
+        lambda net, h: (h * 1).unsqueeze_(1).squeeze_(1).unsqueeze_(2).squeeze_((2,)).unsqueeze_(4).squeeze_(),
+        {},
+    ),
     "1d": (lambda net, h: net.more(h.flatten(2)), {"more": lambda: nn.Conv1d(6, 2, 3)}),
     "products": (
         lambda net, h: F.relu(net.more(h.flatten(1))) @ net.matrix,
@@ -205,6 +209,35 @@ def test_other_graphs_are_left_to_pytorch(name, loss):
     assert_equal_gradients(net, twin, tolerance=1e-5 if name == "a cast" else 1e-9)
 
 
+def test_activations_that_retain_their_gradient_get_pytorchs():
+    def retained(net, h):
+        net.kept = h * 1
+        if h.requires_grad:
+            net.kept.retain_grad()
+        return net.kept
+
+    net, twin, x = built(retained, {}), built(retained, {}), images()
+    for _ in range(2):
+        by_fastgan(net, x, True).backward()
+        by_hand(twin, x, True).backward()
+        torch.testing.assert_close(net.kept.grad, twin.kept.grad)
+
+
+def test_a_constant_that_raises_the_dtype_is_left_to_pytorch():
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Conv2d(3, 6, 3), nn.Linear(216, 1).double()])
+    for name, change in (
+        ("sum", lambda h: h + images()[0, 0, 0, 0].expand(216)),
+        ("product", lambda h: h * images().sum(3).sum(1)[0, :1]),
+    ):
+
+        def model(x, change=change):
+            return net[1](change(net[0](x).flatten(1)))
+
+        total = fastgan.gradient_penalty(model, images().float(), kind="r1")
+        assert not passes(total), name
+
+
 def test_every_kind_of_node_is_compared_with_pytorch(monkeypatch):
     met = set()
     original = graph_pass.Graph._step
@@ -334,3 +367,19 @@ def test_a_known_call_that_does_not_pay_is_not_read(call, monkeypatch):
     call(net, torch.randn(N, 4), kind="r1")
     monkeypatch.setattr(graph_pass.Graph, "read", lambda graph: pytest.fail("the graph was read"))
     call(net, torch.randn(N, 4), kind="r1")
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
+def test_a_known_call_whose_graph_allows_no_pass_is_not_read_again(call, monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32 * 36, 1))
+    x = torch.randn(8, 3, 8, 8)
+    expected = call(net, x, kind="r1")
+    monkeypatch.setattr(graph_pass.Graph, "read", lambda graph: pytest.fail("the graph was read"))
+    again = call(net, x, kind="r1")
+    for one, other in zip(
+        expected if isinstance(expected, tuple) else (expected,),
+        again if isinstance(again, tuple) else (again,),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

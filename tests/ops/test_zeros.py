@@ -64,7 +64,7 @@ class Added(nn.Module):
 
 
 class Branches(nn.Module):
-    """A branch of a constant, into which no gradient of the images goes."""
+    """A branch of a constant, which no gradient of the images reaches."""
 
     def __init__(self):
         super().__init__()
@@ -111,6 +111,7 @@ DISCRIMINATORS = {
     "added": Added,
     "branches": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), Branches()),
     "group norm": lambda: sequence(nn.GroupNorm(2, 4), nn.ReLU()),
+    "layer norm": lambda: sequence(nn.LayerNorm([4, 4, 4]), nn.ReLU()),
     "layer norm above": lambda: sequence(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.LayerNorm([4, 4, 4])),
     "batch norm": lambda: sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()),
     "batch norm in evaluation": lambda: sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).eval(),

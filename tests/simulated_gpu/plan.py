@@ -1,4 +1,4 @@
-"""What runs on the simulated device: parts, each a process of pytest."""
+"""The parts that run on the simulated device. Each part is one process of pytest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ ABOUT_THE_CPU = {
     "tests/convert/test_families.py::test_a_family_is_what_it_was[transformer": "a GPU's attention has its own dropout",
 }
 
+# Left to the long list: what is written and read again, and what is traced, is the same on every device.
+FILES_OF_A_RUN = (
+    "tests/trainer/game/test_compiled_games.py",
+    "tests/trainer/test_robustness.py::test_a_run_that_is_killed_again_and_again_reaches_the_same_bits",
+    "tests/trainer/test_robustness.py::test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits",
+    "tests/trainer/test_robustness.py::test_a_write_past_the_systems_limit_leaves_the_last_checkpoint",
+    "tests/trainer/test_robustness.py::test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it",
+    "tests/trainer/test_robustness.py::test_an_exported_generator_is_built_again_by_the_line_that_export_prints",
+)
+TRACES = (
+    "tests/nn/test_spectral_norm_traced.py",
+    "tests/convert/test_families.py::test_a_family_is_traced_as_it_was",
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -34,18 +48,22 @@ class Part:
     tests: tuple[str, ...]
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    seconds: int = 900  # the clock's, after which it hangs; the plugin limits what a test takes of the CPU
+    seconds: int = 900  # wall-clock limit; the plugin limits the CPU time of each test
+
+
+def _without(*tests: str) -> tuple[str, ...]:
+    return tuple(f"--deselect={test}" for test in tests)
 
 
 def _on_cuda(name: str, *tests: str, options: tuple[str, ...] = ()) -> Part:
     """CPU tests with cuda as their device."""
-    left_out = tuple(f"--deselect={test}" for test in ABOUT_THE_CPU)
-    return Part(name, tests, ("--on-cuda", *options, *left_out), {"SIMULATED_GPU_CPU_GENERATORS": "1"})
+    options = "--on-cuda", *options, *_without(*ABOUT_THE_CPU)
+    return Part(name, tests, options, {"SIMULATED_GPU_CPU_GENERATORS": "1"})
 
 
-def _host_logic(name: str, *tests: str) -> Part:
+def _host_logic(name: str, *tests: str, later: tuple[str, ...] = ()) -> Part:
     """The same with PyTorch's operations in the place of Triton's kernels."""
-    return _on_cuda(name, *tests, options=("--without-triton",))
+    return _on_cuda(name, *tests, options=("--without-triton", *_without(*later)))
 
 
 def _own(name: str, *files: str, **environment: str) -> Part:
@@ -55,8 +73,8 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 # About three minutes of the CPU, on two cores; the longest first. Tests of one environment share a process, because its
 # start takes as long as hundreds of them.
 SHORT = (
-    Part("trainer", TRAINER, ("--without-triton",)),
-    _host_logic("host logic", "tests/nn", "tests/convert", "tests/integrations/test_func.py", PENALTIES),
+    Part("trainer", TRAINER, ("--without-triton", *_without(*FILES_OF_A_RUN))),
+    _host_logic("host logic", "tests/nn", "tests/convert", "tests/integrations/test_func.py", PENALTIES, later=TRACES),
     _on_cuda("penalties", "tests/ops/test_logits_and_penalty.py", "tests/ops/test_gradient_penalty.py"),
     Part("programs, graphs", (*(f"{OWN}/test_{file}.py" for file in PROGRAMS), *GRAPHS), ("--without-triton",)),
     _own("ops, rules", "ops", "rules", "refusals", "graphs"),
@@ -67,6 +85,7 @@ SHORT = (
 # By hand: as long as the interpreter takes.
 LONG = (
     Part("whole trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
+    _host_logic("traces", *TRACES),
     Part("graphs", GRAPHS, ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )

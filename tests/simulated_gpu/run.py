@@ -14,13 +14,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "python")]
 
-from plan import ABOUT_THE_CPU, LONG, SHORT, Part  # noqa: E402
+from plan import ABOUT_THE_CPU, FILES_OF_A_RUN, LONG, SHORT, TRACES, Part  # noqa: E402
 from simulated_gpu.build import CannotSimulate, library  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part."""
+    """The result of a part."""
 
     part: Part
     status: int
@@ -63,8 +63,8 @@ def run(part: Part) -> Outcome:
 
 
 def check_names() -> None:
-    """A test that was renamed would be left out no longer, and pytest says nothing about it."""
-    for name in ABOUT_THE_CPU:
+    """Check the names of the deselected tests: pytest ignores a name that does not exist."""
+    for name in (*ABOUT_THE_CPU, *FILES_OF_A_RUN, *TRACES):
         file, _, test = name.partition("::")
         if f"def {test.partition('[')[0]}" not in (ROOT / file).read_text():
             sys.exit(f"plan.py leaves out {name}, which does not exist")

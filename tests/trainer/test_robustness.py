@@ -24,7 +24,7 @@ from fastgan.trainer.loop import Trainer
 from fastgan.trainer.run import replace_text
 from tests.trainer.use.conftest import write_pictures
 
-KILLS = 20 if os.environ.get("FASTGAN_TESTS") == "all" else 4  # of each run
+KILLS, SEEDS = (20, (0, 1)) if os.environ.get("FASTGAN_TESTS") == "all" else (4, (0,))  # kills of each run
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def leave_out_the_end(replace: Callable[[type, str, object], None] = setattr) ->
 def child():
     """Run a function in another process, and return its exit code.
 
-    It isn't a fork of this process, which cannot use a GPU once this one has: PyTorch's optimizers look for one.
+    It is not a fork, because a fork cannot use a GPU that its parent has used.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastgan.trainer.loop"])
@@ -77,7 +77,7 @@ def go_on(config: TrainConfig) -> Trainer:
 
 
 def killed_at(config: TrainConfig, call: int) -> None:
-    """Go on with the run, and die by SIGKILL at the `call`-th function call, Python's or C's."""
+    """Continue the run, and send SIGKILL to this process at the `call`-th function call in Python or C."""
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
@@ -136,7 +136,7 @@ def kill_again_and_again(config: TrainConfig, calls: int, child: Callable[..., i
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_that_is_killed_again_and_again_reaches_the_same_bits(toy, child, seed):
     whole, parts = (dataclasses.replace(toy, name=name, steps=3 * KILLS) for name in ("whole", "parts"))
     calls = calls_of(whole)
@@ -308,7 +308,7 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, child, seed):
     """With random crops, mirrors, ADA, scores while training, frozen layers, a lock and a record of the data."""
     pytest.importorskip("safetensors", reason="needs fastgan[export]")

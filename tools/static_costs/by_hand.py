@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Hand(NamedTuple):
-    """What a launch has to do, and what a thread executes for it."""
+    """The work of a launch, and the instructions that a thread executes for it."""
 
     elements: float
     bytes: float  # that have to move once; 0 where operations are the floor
@@ -51,7 +51,7 @@ def _discrimination(launch: Launch, function: Function) -> Hand:
     a = launch.arguments
     of_dim = 2 if launch.name.endswith("similarities") else 5 if a["w_ptr"] is None else 9
     pairs = a["samples"] * a["rows"] * a["kernels"]
-    memory = "l1" if 4 * a["dims"] * a["samples"] <= L1_BYTES else "l2"  # what the programs of a kernel share
+    memory = "l1" if 4 * a["dims"] * a["samples"] <= L1_BYTES else "l2"  # the programs of a kernel share these tensors
     trips = [ceil(a["samples"] / (a["OTHERS"] * a["ACROSS"])), a["dims"]]
     return Hand(pairs, 0, pairs * (of_dim * a["dims"] + 1) / LANES, loop_parts(function, trips, memory))
 
@@ -73,7 +73,7 @@ def _filter(launch: Launch, function: Function) -> Hand:
 
 
 def _is_data(instruction: Instruction) -> bool:
-    return not any("taps_ptr" in _text_of(file, line) for file, line in instruction.lines[:1])
+    return not any("taps_ptr" in text_of(file, line) for file, line in instruction.lines[:1])
 
 
 # Products of a pair (row, key) by kernel: of operands as they are stored, and of P and the like.
@@ -102,7 +102,7 @@ def _attention(launch: Launch, function: Function) -> Hand:
 
 def _is_of_form(function: Function, loop: tuple[int, int], form: int) -> bool:
     name = ("GENERAL", "RUNS", "ALONG", "ACROSS", "VECTORS")[form]
-    return any(f"result, {name}, " in _text_of(file, line) for file, line in function.main[loop[1]].lines)
+    return any(f"result, {name}, " in text_of(file, line) for file, line in function.main[loop[1]].lines)
 
 
 @lru_cache
@@ -110,7 +110,7 @@ def _lines_of(file: str) -> list[str]:
     return Path(file).read_text().splitlines()
 
 
-def _text_of(file: str, line: int) -> str:
+def text_of(file: str, line: int) -> str:
     return _lines_of(file)[line - 1]
 
 

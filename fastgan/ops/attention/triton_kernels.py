@@ -17,7 +17,7 @@ from fastgan.ops.library import accumulation_dtype, copy_back
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _WIDEST = 256  # head
-_LEAST = 16  # rows and columns of a tile: what a product on tensor cores takes
+_LEAST = 16  # smallest number of rows and columns of a tile that tensor cores accept
 _TILE = 2**13  # bytes of a tile of an operand in the accumulation type
 _SHARED = 10  # tiles that a program holds in shared memory at most, as compiled for NVIDIA
 _LEAST_SHARED = 99 * 2**10

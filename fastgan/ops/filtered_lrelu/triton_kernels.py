@@ -20,7 +20,18 @@ from torch import Tensor
 
 from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
-from fastgan.ops.upfirdn2d.triton_rows import BLOCK, ROWS, first_input, rows_of_phase, taps_on_device
+from fastgan.ops.upfirdn2d.triton_rows import (
+    BLOCK,
+    ROWS,
+    first_input,
+    lines_of_tile,
+    load_taps,
+    row_of_lines,
+    rows_of_phase,
+    taps_on_device,
+    unrolls,
+    warps_of,
+)
 
 
 @triton.jit
@@ -73,6 +84,7 @@ def _activated(
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
     SEPARABLE: tl.constexpr,
+    UNROLLED: tl.constexpr,
     SLOPE: tl.constexpr,
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -91,6 +103,30 @@ def _activated(
     z_plane = typed(z_ptr, DTYPE) + plane * out_height * out_width
     column = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
     group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
+    lines = ()
+    taps = ()
+    if UNROLLED:
+        taps = load_taps(taps_ptr, 0, TAPS_Y)
+        lines = lines_of_tile(
+            x_plane,
+            load_taps(taps_ptr, TAPS_Y, TAPS_X),
+            group * (ROWS * DOWN_Y) - (start_y - PHASE_Y) // UP_Y,
+            column * DOWN_X - (start_x - PHASE_X) // UP_X,
+            column < columns,
+            0,
+            1,
+            height,
+            width,
+            UP_Y,
+            UP_X,
+            DOWN_Y,
+            DOWN_X,
+            PHASE_Y,
+            PHASE_X,
+            TAPS_Y,
+            TAPS_X,
+            INDEX,
+        )
     for p in tl.static_range(UP_X):
         ox = column * UP_X + p
         none = tl.zeros([TILE_Y, TILE_X], tl.int32)
@@ -109,26 +145,31 @@ def _activated(
                 fourth = _byte(bits_plane, group * UP_Y + 3, ox, out_height, out_width, INDEX)
         kept = (first, second, third, fourth)
         for q in tl.static_range(UP_Y):
-            rows = rows_of_phase(
-                x_plane,
-                taps_ptr,
-                group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y),
-                column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X),
-                column < columns,
-                0,
-                1,
-                height,
-                width,
-                (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,
-                (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
-                UP_Y,
-                UP_X,
-                DOWN_Y,
-                TAPS_Y,
-                TAPS_X,
-                SEPARABLE,
-                INDEX,
-            )
+            rows = ()
+            if UNROLLED:
+                for row in tl.static_range(ROWS):
+                    rows += (row_of_lines(lines, taps, row, q, p, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y),)
+            else:
+                rows = rows_of_phase(
+                    x_plane,
+                    taps_ptr,
+                    group * (ROWS * DOWN_Y) + first_input(q * DOWN_Y - start_y, UP_Y),
+                    column * DOWN_X + first_input(p * DOWN_X - start_x, UP_X),
+                    column < columns,
+                    0,
+                    1,
+                    height,
+                    width,
+                    (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,
+                    (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
+                    UP_Y,
+                    UP_X,
+                    DOWN_Y,
+                    TAPS_Y,
+                    TAPS_X,
+                    SEPARABLE,
+                    INDEX,
+                )
             for row in tl.static_range(ROWS):
                 oy = (group * ROWS + row) * UP_Y + q
                 inside = (oy < out_height) & (ox < out_width)
@@ -189,6 +230,7 @@ def activated(
         "TAPS_Y": taps_y,
         "TAPS_X": taps_x,
         "SEPARABLE": separable,
+        "UNROLLED": separable and unrolls((up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x)),
         "SLOPE": slope,
         "GAIN": gain,
         "CLAMP": None if clamp == inf else clamp,
@@ -202,7 +244,7 @@ def activated(
     shape = height, width, out_height, out_width, start_y, start_x
     with device_of(x):
         grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
-        _activated[grid](x, z, of_device, bits, *shape, **options)
+        _activated[grid](x, z, of_device, bits, *shape, num_warps=warps_of(options), **options)
 
 
 _POINTERS = {
@@ -225,6 +267,7 @@ AOT = [
                 "TAPS_Y": 4,
                 "TAPS_X": 4,
                 "SEPARABLE": True,
+                "UNROLLED": True,
                 "SLOPE": 0.2,
                 "GAIN": 2**0.5,
                 "CLAMP": 256.0,

@@ -23,7 +23,17 @@ _AVOID_FORWARD = frozenset(
         *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im"),
         *("Index", "IndexSelect", "Gather", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy"),
         *("IndexPut", "IndexFill", "SliceScatter", "SelectScatter", "DiagonalScatter"),
-        *("Where", "MaskedFill", "NativeDropout", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
+        *(
+            "Where",
+            "MaskedFill",
+            "MaskedScatter",
+            "NativeDropout",
+            "Clamp",
+            "ClampMin",
+            "ClampMax",
+            "Maximum",
+            "Minimum",
+        ),
         *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
         *("Cummax", "Cummin", "Frac", "NanToNum"),
         *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "NativeChannelShuffle"),
@@ -32,7 +42,7 @@ _AVOID_FORWARD = frozenset(
         *("UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBilinear2DAa", "UpsampleTrilinear3D"),
         *("UpsampleBicubic2D", "UpsampleBicubic2DAa", "MaxUnpool2D", "MaxUnpool3D"),
     )
-) | {"LerpBackward0", "CopyBackwards"}
+) | {"LerpBackward0", "CopyBackwards", *(f"SqueezeBackward{version}" for version in range(2, 6))}
 # Piecewise affine functions whose double backward returns zeros for their inputs.
 SENDS_ZEROS = frozenset(
     f"{name}Backward{version}"
@@ -47,7 +57,7 @@ SENDS_ZEROS = frozenset(
 )
 # Products: the gradient of one factor depends on the others. These are the positions of the factors among the inputs.
 _FACTORS = {
-    **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0"), (0, 1)),
+    **dict.fromkeys(("MulBackward0", "MmBackward0", "MvBackward0", "BmmBackward0", "LinalgCrossBackward0"), (0, 1)),
     **dict.fromkeys(("AddmmBackward0", "AddmvBackward0", "BaddbmmBackward0", "AddbmmBackward0"), (1, 2)),
     "AddcmulBackward0": (1, 2),
     "TrilinearBackward0": (0, 1, 2),

@@ -265,6 +265,8 @@ def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -
     output, x = logits[0], inputs[0]
     if type(output) is not Tensor or not output.requires_grad or not x.numel() or may_be_sharded():
         return None
+    if output.dtype != x.dtype:  # a constant or a sum of another dtype, which tangents do not take on
+        return None
     graph = Graph(output, x)
     return graph if graph.read() else None
 

@@ -24,7 +24,7 @@ _WRAPPED = 2**63  # nodes return negative dimensions as unsigned numbers
 
 
 class Kind(NamedTuple):
-    """What is known about a node. Positions count its ``next_functions``."""
+    """How to differentiate the function of a node. Positions are indices of its ``next_functions``."""
 
     push: Push  # (node, t) -> L t
     data: tuple[int, ...] = (0,)  # positions of arguments that may depend on the input
@@ -177,7 +177,8 @@ KINDS = {
     **dict.fromkeys(
         (
             *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"),
-            *("SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0"),
+            *(f"SqueezeBackward{version}" for version in range(6)),  # from 3 on, in place
+            *("UnsqueezeBackward0", "UnsqueezeBackward1"),
         ),
         Kind(_reshape, fits=_keeps_rows),
     ),

@@ -154,6 +154,75 @@ def _tensordot(call: Call, a: Tensor, b: Tensor, dims: Any = 2, out: None = None
     return layout._replace(dim=left.index(layout.dim) + (0 if which == 0 else other.ndim - len(summed[0])))
 
 
+def _inner(call: Call, input: Tensor, other: Tensor) -> Layout:
+    if input.ndim == 0 or other.ndim == 0:
+        return _factor(call, input, other)
+    return _tensordot(call, input, other, ([-1], [-1]))
+
+
+def _factor(call: Call, input: Tensor, other: Tensor) -> Layout:
+    """Return the layout of a product of elements, of which only one may depend on the input."""
+    if call.layout(input) is not None:
+        call.require_constants(other)
+    return call.broadcast_layout(input, other)
+
+
+def _chain(call: Call, *matrices: Any) -> Layout:
+    """multi_dot and chain_matmul. The outer dimension of the first or last factor may hold the samples."""
+    given = matrices[0] if isinstance(matrices[0], list | tuple) else matrices
+    made = [i for i, factor in enumerate(given) if call.layout(factor) is not None]
+    if len(made) != 1:
+        raise Ineligible("multiplies a tensor that depends on the input by another that does")
+    layout = call.layout_of(given[made[0]])
+    if made[0] == 0 and layout.dim == 0 and given[0].ndim == 2:
+        return layout
+    if made[0] == len(given) - 1 and layout.dim == 1:
+        return layout._replace(dim=call.result.ndim - 1)
+    raise MixesSamples
+
+
+def _vecdot(call: Call, x: Tensor, y: Tensor, *, dim: int = -1) -> Layout:
+    if call.layout(x) is not None:
+        call.require_constants(y)
+    input = y if call.layout(x) is None else x
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    layout = aligned([(call.layout_of(input), input)], shape)
+    summed = dim % len(shape)
+    if summed == layout.dim:
+        raise MixesSamples
+    return layout._replace(dim=layout.dim - (summed < layout.dim))
+
+
+def _outer(call: Call, input: Tensor, other: Tensor) -> Layout:
+    if call.layout(input) is not None:
+        call.require_constants(other)
+        return call.layout_of(input)
+    return call.layout_of(other)._replace(dim=1)
+
+
+def _kron(call: Call, input: Tensor, other: Tensor) -> Layout:
+    if call.layout(input) is not None:
+        call.require_constants(other)
+    made = other if call.layout(input) is None else input
+    layout = call.layout_of(made)
+    dim = layout.dim + call.result.ndim - made.ndim
+    times = call.result.shape[dim] // made.shape[layout.dim]
+    if made is input:
+        return Layout(dim, layout.outer, layout.inner * times)
+    return Layout(dim, layout.outer * times, layout.inner)
+
+
+def _cross(call: Call, input: Tensor, other: Tensor, dim: int | None = None) -> Layout:
+    layout = _factor(call, input, other)
+    if layout.dim == (call.result.shape.index(3) if dim is None else dim % call.result.ndim):
+        raise MixesSamples
+    return layout
+
+
+def _linalg_cross(call: Call, input: Tensor, other: Tensor, *, dim: int = -1) -> Layout:
+    return _cross(call, input, other, dim)
+
+
 def _bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
     call.require_constants(weight, bias)
     if call.layout(input1) is not None:
@@ -171,5 +240,12 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("addbmm"), _sum_and_summed_product),
     torch.einsum: _einsum,
     torch.tensordot: _tensordot,
+    **dict.fromkeys(functions("inner"), _inner),
+    **dict.fromkeys(functions("multi_dot", "chain_matmul"), _chain),
+    **dict.fromkeys(functions("vecdot"), _vecdot),
+    **dict.fromkeys(functions("outer", "ger"), _outer),
+    **dict.fromkeys(functions("kron"), _kron),
+    **dict.fromkeys((torch.cross, Tensor.cross), _cross),
+    torch.linalg.cross: _linalg_cross,
     **dict.fromkeys({F.bilinear, torch.bilinear}, _bilinear),
 }

@@ -19,7 +19,7 @@ from fastgan.ops.gradient_penalty import fused
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
-from fastgan.ops.gradient_penalty.shapes import SHAPES, reduced
+from fastgan.ops.gradient_penalty.shapes import SHAPES, VIEWS_IN_PLACE, keep_shape, reduced
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
 from fastgan.ops.gradient_penalty.writes import WRITES, keep_target
 from fastgan.ops.norm.evaluation import scale_and_shift
@@ -151,6 +151,13 @@ def _clamped(call: Call, input: Tensor, *bounds: Any, **named: Any) -> Layout:
     return _piecewise(call, input, *bounds, **named)
 
 
+def _require_first_power(call: Call, input: Any, exponent: Any) -> None:
+    """Copy instead. The derivative of PyTorch's function is a power of the input."""
+    if not isinstance(exponent, int | float) or exponent != 1 or call.func in IN_PLACE:
+        raise Ineligible("is affine only for the exponent 1")
+    call.func, call.args, call.kwargs = torch.clone, (input,), {}
+
+
 def _keep_alias(call: Call, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> None:
     """Let the call read an alias. The gradient of the alias gives the mask."""
     call.require_input(input)
@@ -222,14 +229,16 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(functions("masked_fill"), Rule(_masked_fill)),
     **dict.fromkeys(functions("clamp", "clip", "clamp_min", "clamp_max"), Rule(_clamped, _keep_source)),
     **dict.fromkeys(
-        functions("maximum", "minimum", "hardtanh", "relu6", "threshold", "softshrink", "hardsigmoid"),
+        functions("maximum", "minimum", "fmax", "fmin", "hardtanh", "relu6", "threshold", "softshrink", "hardsigmoid"),
         Rule(_piecewise, _keep_source),
     ),
+    **dict.fromkeys(functions("pow", "__pow__", "__ipow__"), Rule(_elementwise, _require_first_power)),
     **dict.fromkeys(functions("max", "min"), Rule(_extremum, _keep_source_of_two)),
     **dict.fromkeys(functions("alpha_dropout", "feature_alpha_dropout"), Rule(_shifted_dropout, _keep_alias)),
     bias_act: Rule(fused.bias_act, fused.split_bias),
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
+    **{function: Rule(rule, keep_shape) for function, rule in VIEWS_IN_PLACE.items()},
     **{function: Rule(rule, keep_target) for function, rule in WRITES.items()},
 }

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call, tensors
-from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped, viewed
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
 from fastgan.ops.grid_sample import grid_sample
 from fastgan.ops.upfirdn2d import upfirdn2d
@@ -26,6 +26,17 @@ def _reshape(call: Call, input: Tensor, *shape: Any, **named: Any) -> Layout:
 
 def _view(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return call.layout_after_view(input, lambda stand_in: call.func(stand_in, *args, **kwargs))
+
+
+def keep_shape(call: Call, input: Tensor, *rest: Any, **named: Any) -> None:
+    """Store the shape that an in-place call is about to change."""
+    call.source = input.shape
+
+
+def _view_in_place(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return viewed(
+        call.layout_of(input), call.source, lambda stand_in: call.func(stand_in, *args, **kwargs), call.samples
+    )
 
 
 def _index(call: Call, input: Tensor, index: Any) -> Any:
@@ -123,6 +134,22 @@ def _cat_samples(layouts: list[Layout]) -> Layout:
 
 def _hstack(call: Call, tensors: Sequence[Tensor]) -> Layout:
     return _cat(call, tensors, 0 if tensors[0].ndim == 1 else 1)
+
+
+def _vstack(call: Call, tensors: Sequence[Tensor]) -> Layout:
+    return _stack(call, tensors) if tensors[0].ndim == 1 else _cat(call, tensors)
+
+
+def _dstack(call: Call, tensors: Sequence[Tensor]) -> Layout:
+    if tensors[0].ndim == 1:
+        raise MixesSamples
+    return _stack(call, tensors, 2) if tensors[0].ndim == 2 else _cat(call, tensors, 2)
+
+
+def _column_stack(call: Call, tensors: Sequence[Tensor]) -> Layout:
+    if len({tensor.ndim for tensor in tensors}) > 1:
+        raise Ineligible("was given vectors and matrices; one pass needs tensors with the same number of dimensions")
+    return _stack(call, tensors, 1) if tensors[0].ndim == 1 else _cat(call, tensors, 1)
 
 
 def _stack(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Layout:
@@ -252,7 +279,13 @@ _VIEWS = (
     *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH", "adjoint"),
     *("narrow", "select", "unbind", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit"),
     *("expand", "expand_as", "broadcast_to", "squeeze", "unsqueeze", "diagonal", "unfold"),
+    *("atleast_1d", "atleast_2d", "atleast_3d"),
 )
+VIEWS_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    function: _view_in_place
+    for function in functions("squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t")
+    if function in IN_PLACE
+}
 _POOLINGS = ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool", "fractional_max_pool", "max_unpool")
 _RESHAPES = ("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel")
 SHAPES: dict[Any, Callable[..., Any]] = {
@@ -264,6 +297,9 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(functions("stack"), _stack),
     **dict.fromkeys(functions("hstack"), _hstack),
+    **dict.fromkeys(functions("vstack", "row_stack"), _vstack),
+    **dict.fromkeys(functions("dstack"), _dstack),
+    **dict.fromkeys(functions("column_stack"), _column_stack),
     **dict.fromkeys(functions("sum", "mean", "amax", "amin"), reduced),
     **dict.fromkeys(functions("median"), reduced),
     **dict.fromkeys(functions("kthvalue"), _kth),

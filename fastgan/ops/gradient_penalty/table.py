@@ -35,6 +35,7 @@ SAFE_IN_PLACE = IN_PLACE.intersection(
     functions(
         *("relu", "leaky_relu", "add", "sub", "mul", "div", "clamp", "clamp_min", "clamp_max", "masked_fill"),
         *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__setitem__", "copy_"),
+        *("fill", "zero"),
     )
 )
 # Functions that do not read the values of a tensor, or have no effect on the trace.

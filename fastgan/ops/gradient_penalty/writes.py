@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan import backends
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, viewed
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
@@ -74,6 +75,41 @@ def _set_item(call: Call, input: Tensor, index: Any, value: Any) -> Layout:
     if not (isinstance(value, int | float) and value == 0):
         call.add_constant(_at_zero(call))
     return call.layout_of(input)
+
+
+def _index_put(call: Call, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Layout:
+    call.require_constants(indices)
+    if call.layout(values) is not None:
+        raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
+    call.add_constant(_at_zero(call))
+    return call.layout_of(input)
+
+
+def _fill(call: Call, input: Tensor, value: Any = 0) -> Layout:
+    call.require_constants(value)
+    if not input._is_view():
+        raise Ineligible("overwrites a tensor that depends on the input with a constant")
+    call.add_constant(value)
+    return call.layout_of(input)
+
+
+def _masked_scatter(call: Call, input: Tensor, mask: Tensor, source: Tensor) -> Layout:
+    """The elements of the source, in order, take the places that the mask selects."""
+    call.require_constants(mask)
+    layout, made = call.layout(input), call.layout(source)
+    if _adds(call, input):
+        call.add_constant(_at_zero(call))
+    if made is not None and call.samples > 1:
+        if made != Layout(0) or layout not in (None, made) or call.result.shape[0] != call.samples:
+            raise MixesSamples
+        if backends.is_lowered():
+            raise Ineligible("depends on the values of its mask; use torch.where")
+        if (mask.expand(call.result.shape).flatten(1).sum(1) != source[0].numel()).any():
+            raise MixesSamples
+        layout = made
+    if layout is None or call.samples == 1:
+        raise MixesSamples
+    return layout if call.layout(input) is None else call.broadcast_layout(input)
 
 
 def _copy(call: Call, input: Tensor, value: Tensor, non_blocking: bool = False) -> Layout:
@@ -149,13 +185,19 @@ def into_base(call: Call) -> bool:
 
 # In-place functions that may turn a constant into a tensor that depends on the input.
 INTO_CONSTANTS = IN_PLACE.intersection(
-    functions("scatter", "scatter_add", "index_add", "index_copy", "add", "sub", "subtract", "__iadd__", "__isub__")
+    functions(
+        *("scatter", "scatter_add", "index_add", "index_copy", "masked_scatter"),
+        *("add", "sub", "subtract", "__iadd__", "__isub__"),
+    )
 ) | {Tensor.__setitem__, Tensor.copy_}
 WRITES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("scatter", "scatter_add", "index_add", "index_copy", "index_fill"), _writes_along),
     **dict.fromkeys(functions("slice_scatter"), _scatter_view("slice")),
     **dict.fromkeys(functions("select_scatter"), _scatter_view("select")),
     **dict.fromkeys(functions("diagonal_scatter"), _scatter_view("diagonal")),
+    **dict.fromkeys(functions("masked_scatter"), _masked_scatter),
+    **dict.fromkeys(functions("index_put"), _index_put),
+    **dict.fromkeys(functions("fill", "zero"), _fill),
     Tensor.__setitem__: _set_item,
     Tensor.copy_: _copy,
 }

@@ -9,7 +9,7 @@ PyTorch (``fastgan.ops.filled``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fastgan.ops.needed import node_of
 
 def fill_zeros(
     penalty: Tensor,
-    path: Iterable[Node],
+    path: Collection[Node],
     inputs: Iterable[Tensor],
     made: Iterable[Tensor] | None = None,
     more: Mapping[Node, Tensor] | None = None,
@@ -46,10 +46,11 @@ def fill_zeros(
     }
     if not candidates:
         return penalty
-    # A leaf that the penalty reaches in the graph may still get None, as the bias of PyTorch's group norm does. So a
-    # bias always gets zeros, which are cheap to add. A weight gets them only if the penalty does not reach it.
+    # A leaf that the penalty reaches in the graph may still get None, as the bias of PyTorch's norms does. So a bias
+    # always gets zeros, which are cheap to add. A weight gets them only if the penalty does not reach it.
     depends = reached([tensor.grad_fn for tensor in ([penalty] if made is None else made)])
-    leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2]
+    biases = {node.next_functions[2][0] for node in path if type(node).__name__ == "NativeLayerNormBackward0"}
+    leaves = [leaf for node, leaf in candidates.items() if node not in depends or leaf.ndim < 2 or node in biases]
     if not leaves:
         return penalty
     return with_zeros(penalty, leaves)

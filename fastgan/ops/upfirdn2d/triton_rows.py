@@ -12,6 +12,7 @@ from torch import Tensor
 
 BLOCK = 512  # columns of a phase that a program's threads have together
 ROWS = tl.constexpr(4)
+MOST_LOADS = 240  # of a thread with separable taps, for all phases
 MOST_UNROLLED = tl.constexpr(96)  # loads of a thread. With 12 taps, the compiler would need 22 s for all of them.
 
 
@@ -118,6 +119,106 @@ def rows_of_phase(
                 KY, KX, UP_Y, UP_X, DOWN_Y, TAPS_Y, TAPS_X, SEPARABLE, INDEX,
             )  # fmt: skip
     return rows
+
+
+def unrolls(up: tuple[int, int], down: tuple[int, int], taps: tuple[int, int], start: tuple[int, int]) -> bool:
+    """Return whether a thread's loads with separable taps are few enough to be written out by the compiler."""
+    (up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x) = up, down, taps, start
+    lines = _span(up_y, down_y, taps_y, start_y % up_y) + (ROWS.value - 1) * down_y
+    loads: int = lines * _span(up_x, down_x, taps_x, start_x % up_x)
+    return loads <= MOST_LOADS
+
+
+def warps_of(options: dict[str, Any]) -> int:
+    """Return how many warps share a tile. Half-precision lines of many taps would fill the registers of four."""
+    many = options["UNROLLED"] and options["TAPS_Y"] * options["TAPS_X"] > 64
+    return 8 if many and options["DTYPE"].primitive_bitwidth == 16 else 4
+
+
+def _span(up: int, down: int, taps: int, phase: int) -> int:
+    """Return how many inputs in a row the outputs of all phases have."""
+    return (taps - 1 - phase + down * (up - 1)) // up + 1
+
+
+@triton.jit
+def load_taps(taps_ptr, AT: tl.constexpr, TAPS: tl.constexpr):
+    """Load the taps of one direction."""
+    taps = ()
+    for k in tl.static_range(TAPS):
+        taps += (tl.load(taps_ptr + (AT + k)),)
+    return taps
+
+
+@triton.jit
+def lines_of_tile(
+    x_plane,
+    taps,
+    y0,
+    x0,
+    exists,
+    c,
+    inner,
+    height,
+    width,
+    UP_Y: tl.constexpr,
+    UP_X: tl.constexpr,
+    DOWN_Y: tl.constexpr,
+    DOWN_X: tl.constexpr,
+    PHASE_Y: tl.constexpr,
+    PHASE_X: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Return the input's lines for four rows of all phases, each as a tuple: its sums with the taps of phase p.
+
+    y0 and x0 are the first inputs of phase 0. An input j further on meets tap UP j + PHASE - DOWN p of phase p.
+    """
+    LINES: tl.constexpr = (TAPS_Y - 1 - PHASE_Y + DOWN_Y * (UP_Y - 1)) // UP_Y + 1 + (ROWS - 1) * DOWN_Y
+    WIDTH: tl.constexpr = (TAPS_X - 1 - PHASE_X + DOWN_X * (UP_X - 1)) // UP_X + 1
+    columns = ()
+    for j in tl.static_range(WIDTH):
+        columns += (exists & (x0 + j >= 0) & (x0 + j < width),)
+    lines = ()
+    for v in tl.static_range(LINES):
+        y = y0 + v
+        inside = (y >= 0) & (y < height)
+        first = x_plane + ((y.to(INDEX) * width + x0) * inner + c)
+        values = ()
+        for j in tl.static_range(WIDTH):
+            values += (tl.load(first + j * inner, mask=inside & columns[j], other=0.0).to(taps[0].dtype),)
+        sums = ()
+        for p in tl.static_range(UP_X):
+            total = tl.zeros_like(values[0])
+            for j in tl.static_range(WIDTH):
+                if (UP_X * j + PHASE_X - DOWN_X * p >= 0) & (UP_X * j + PHASE_X - DOWN_X * p < TAPS_X):
+                    total += values[j] * taps[UP_X * j + PHASE_X - DOWN_X * p]
+            sums += (total,)
+        lines += (sums,)
+    return lines
+
+
+@triton.jit
+def row_of_lines(
+    lines,
+    taps,
+    ROW: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    UP_Y: tl.constexpr,
+    DOWN_Y: tl.constexpr,
+    PHASE_Y: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+):
+    """Return one of four rows of phases Q and P."""
+    LINES: tl.constexpr = (TAPS_Y - 1 - PHASE_Y + DOWN_Y * (UP_Y - 1)) // UP_Y + 1 + (ROWS - 1) * DOWN_Y
+    total = tl.zeros_like(lines[0][P])
+    for v in tl.static_range(LINES):
+        if (UP_Y * (v - ROW * DOWN_Y) + PHASE_Y >= DOWN_Y * Q) & (
+            UP_Y * (v - ROW * DOWN_Y) + PHASE_Y < DOWN_Y * Q + TAPS_Y
+        ):
+            total += lines[v][P] * taps[UP_Y * (v - ROW * DOWN_Y) + PHASE_Y - DOWN_Y * Q]
+    return total
 
 
 @dataclass
