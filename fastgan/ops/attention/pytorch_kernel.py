@@ -37,13 +37,15 @@ def is_faster(q: Tensor, wanted: Sequence[bool]) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Return o and the log-sum-exp of each row. Both are 0 for a row without keys."""
     keys, values = (_for_each_head(t, q) for t in (k, v))
-    parts = [
+    parts: list[tuple[Tensor, Tensor]] = [
         torch_private.attention_on_cpu(
             q[:, :, rows], keys, values, 0.0, options.is_causal, attn_mask=of_mask, scale=options.scale
         )
         for rows, of_mask in _parts(q, k, mask)
     ]
-    o, lse = parts[0] if len(parts) == 1 else (torch.cat(results, 2) for results in zip(*parts, strict=True))
+    if len(parts) == 1:
+        return parts[0]
+    o, lse = (torch.cat(results, 2) for results in zip(*parts, strict=True))
     return o, lse
 
 
