@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgan.bench.provenance import slug
 from fastgan.trainer.config import ModelConfig, OptimConfig
 from fastgan.trainer.data.emoji import find_emoji, read_emoji
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.data.sources import Images
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.game.augment import AugmentName
@@ -63,7 +63,7 @@ class Emoji:
         )
 
     def features(self, source: Images, extractor: Extractor) -> Tensor:
-        return features_of(some_reals(source, JUDGED, 0)[0].cpu(), extractor, source.device)
+        return features_of(sample_reals(source, JUDGED, 0)[0].cpu(), extractor, source.device)
 
 
 def play(emoji: Emoji, augment: AugmentName, steps: int, extractor: Extractor, real: Tensor) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def judge(config: TrainConfig, seeds: range) -> list[dict[str, Any]]:
     found = []
     for seed in seeds:
         game = Game(config, seed, "random-conv")
-        cost = game.play_to(config.steps)
+        cost = game.train_to(config.steps)
         found.append({"seed": seed, "cost": cost, **game.scores})
         print(found[-1], flush=True)
     return found

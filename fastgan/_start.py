@@ -1,4 +1,4 @@
-"""What `python -m fastgan` sets before PyTorch is imported; torchrun starts it so. The package imports this first."""
+"""Set up `python -m fastgan`, also under torchrun, before PyTorch is imported. The package imports this first."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from collections.abc import Sequence
 
 
 def is_command(original: Sequence[str], arguments: Sequence[str]) -> bool:
-    """Whether `python -m fastgan` started this process, except with `run`, which starts a script of the user's.
+    """Return whether `python -m fastgan` started this process.
 
     Args:
-        original, arguments: sys.orig_argv and sys.argv, in which -m stands while the interpreter looks up the module.
+        original, arguments: sys.orig_argv and sys.argv. argv[0] is -m while the interpreter looks up the module.
     """
-    module = original[-len(arguments)]
-    return arguments[0] == "-m" and module in ("fastgan", "-mfastgan") and arguments[1:2] != ["run"]
+    return arguments[0] == "-m" and original[-len(arguments)] in ("fastgan", "-mfastgan")
+
+
+def needs_no_kernels(arguments: Sequence[str]) -> bool:
+    """Whether a command only prints a help text or the version."""
+    if arguments[:1] == ["run"]:
+        arguments = arguments[:2]  # what follows is the script's
+    return not arguments or not {"-h", "--help", "--version"}.isdisjoint(arguments)
 
 
 if sys.argv and is_command(sys.orig_argv, sys.argv):
-    # Idle OpenMP threads sleep. If they spin, a step takes many times as long while another program uses the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if needs_no_kernels(sys.argv[1:]):
+        from fastgan.cli import main
+
+        sys.exit(main())  # the rest of the package takes seconds
+    if sys.argv[1:2] != ["run"]:  # a script of the user's
+        # Idle OpenMP threads sleep. If they spin, a step takes many times as long while other programs use the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastgan._version import __version__
 
 if TYPE_CHECKING:
     from fastgan.trainer.config import TrainConfig
 
+Settings = TypeVar("Settings")
 INTERRUPTED = 128 + signal.SIGINT
 HELP = ("-h", "--help")
 PLACE = {"folder": " --data PATH"}  # flags that a preset requires
@@ -105,8 +106,6 @@ def train(arguments: Sequence[str]) -> int:
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """Return the settings of a run: those of a preset or of `--config FILE`, modified by the flags."""
-    import tyro
-
     from fastgan.trainer.config import PRESETS, TrainConfig
 
     arguments, file = take_config(arguments)
@@ -122,18 +121,10 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     if file is not None:
         preset = TrainConfig.load(file, preset)
 
-    def parse(settings: TrainConfig) -> TrainConfig:
-        # A file or a run may have switched something on. Then its flag means no change, and --no-... switches it off.
-        on_or_off = () if file is not None or "--resume" in flags else (tyro.conf.FlagCreatePairsOff,)
-        # Parse one preset at a time. With all presets as subcommands, messages would mention the other presets' flags.
-        return tyro.cli(
-            TrainConfig,
-            prog=f"fastgan train {name}",
-            description=f"{text}\n\nexample: fastgan train {name}{PLACE.get(name, '')} --steps 500",
-            default=settings,
-            args=flags,
-            config=(tyro.conf.OmitArgPrefixes, *on_or_off),
-        )
+    example = f"fastgan train {name}{PLACE.get(name, '')} --steps 500"
+
+    def parse(start: TrainConfig) -> TrainConfig:
+        return settings(TrainConfig, f"train {name}", text, example, flags, start)
 
     config = parse(preset)
     if not config.resume:
@@ -143,6 +134,31 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     if config.dataset != saved.dataset:
         raise ValueError(f"{config.folder} is a run on {saved.dataset}, not on {config.dataset}")
     return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
+
+
+def settings(
+    kind: type[Settings],
+    command: str,
+    about: str,
+    example: str,
+    arguments: Sequence[str],
+    default: Settings | None = None,
+) -> Settings:
+    """Return a command's settings from its arguments. If they ask for the help text, print it and exit."""
+    if not any(argument in HELP or argument.startswith("--tyro-") for argument in arguments):
+        from fastgan.trainer.flags import parse
+
+        return parse(command, kind, arguments, default)
+    import tyro
+
+    return tyro.cli(
+        kind,
+        prog=f"fastgan {command}",
+        description=f"{about}\n\nexample: {example}",
+        default=tyro.MISSING if default is None else default,
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def refuse_other_flags(flags: Sequence[str]) -> None:
@@ -194,15 +210,10 @@ def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def tune(arguments: Sequence[str]) -> int:
     """Search for the settings of a preset that give the best samples."""
-    import tyro
-
     from fastgan.trainer.tune.config import TuneConfig
 
-    config = tyro.cli(
-        TuneConfig,
-        prog="fastgan tune",
-        description=f"{tune.__doc__}\n\nexample: fastgan tune grid25 --trials 12 --workers 2 --steps 3000",
-        args=list(arguments),
+    config = settings(
+        TuneConfig, "tune", tune.__doc__ or "", "fastgan tune grid25 --trials 12 --workers 2 --steps 3000", arguments
     )
     from fastgan.trainer.tune.study import tune as run
 
@@ -219,17 +230,9 @@ def tune(arguments: Sequence[str]) -> int:
 
 def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a plain PyTorch copy in lockstep, and compare every step."""
-    import tyro
-
     from fastgan.trainer.verify.config import VerifyConfig
 
-    config = tyro.cli(
-        VerifyConfig,
-        prog="fastgan verify",
-        description=f"{verify.__doc__}\n\nexample: fastgan verify --steps 32 --device cpu",
-        args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    config = settings(VerifyConfig, "verify", verify.__doc__ or "", "fastgan verify --steps 32 --device cpu", arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.verify.verify import verify as run
 
@@ -239,16 +242,9 @@ def verify(arguments: Sequence[str]) -> int:
 
 def export(arguments: Sequence[str]) -> int:
     """Write a run's averaged generator as safetensors."""
-    import tyro
-
     from fastgan.trainer.use.config import ExportConfig
 
-    config = tyro.cli(
-        ExportConfig,
-        prog="fastgan export",
-        description=f"{export.__doc__}\n\nexample: fastgan export runs/demo",
-        args=list(arguments),
-    )
+    config = settings(ExportConfig, "export", export.__doc__ or "", "fastgan export runs/demo", arguments)
     from fastgan.trainer.export import export as run
     from fastgan.trainer.export import how_to_load
 
@@ -259,15 +255,14 @@ def export(arguments: Sequence[str]) -> int:
 
 def generate(arguments: Sequence[str]) -> int:
     """Make samples, grids and animated interpolations with a trained generator."""
-    import tyro
-
     from fastgan.trainer.use.config import GenerateConfig
 
-    config = tyro.cli(
+    config = settings(
         GenerateConfig,
-        prog="fastgan generate",
-        description=f"{generate.__doc__}\n\nexample: fastgan generate runs/demo --grid 4x8 --interpolate 120",
-        args=list(arguments),
+        "generate",
+        generate.__doc__ or "",
+        "fastgan generate runs/demo --grid 4x8 --interpolate 120",
+        arguments,
     )
     from fastgan.trainer.use.generate import generate as run
 
@@ -278,15 +273,14 @@ def generate(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Compute the scores of a trained generator, or of a folder of samples."""
-    import tyro
-
     from fastgan.trainer.use.config import EvaluateConfig
 
-    config = tyro.cli(
+    config = settings(
         EvaluateConfig,
-        prog="fastgan evaluate",
-        description=f"{evaluate.__doc__}\n\nexample: fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
-        args=list(arguments),
+        "evaluate",
+        evaluate.__doc__ or "",
+        "fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
+        arguments,
     )
     from fastgan.trainer.use.evaluate import evaluate as run
     from fastgan.trainer.use.evaluate import lines
@@ -297,15 +291,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def project(arguments: Sequence[str]) -> int:
     """Find the latent whose sample is nearest to a picture."""
-    import tyro
-
     from fastgan.trainer.use.config import ProjectConfig
 
-    config = tyro.cli(
-        ProjectConfig,
-        prog="fastgan project",
-        description=f"{project.__doc__}\n\nexample: fastgan project runs/demo picture.png",
-        args=list(arguments),
+    config = settings(
+        ProjectConfig, "project", project.__doc__ or "", "fastgan project runs/demo picture.png", arguments
     )
     from fastgan.trainer.use.project import project as run
 
@@ -367,7 +356,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that the user can fix are printed in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    print_what_is_possible()
+    replace_unencodable()
     if not arguments or arguments[0] in HELP:
         print(usage())
         return 0 if arguments else 2
@@ -409,7 +398,7 @@ def fixable(error: Exception) -> bool:
     return isinstance(error, TrainerError | BackendUnavailable | ValueError | OSError)
 
 
-def print_what_is_possible() -> None:
+def replace_unencodable() -> None:
     """If a terminal or pipe cannot encode a character, print a question mark instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

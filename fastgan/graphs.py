@@ -44,10 +44,11 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
         self._constants: Any = None
+        self._grads: list[tuple[Tensor, Tensor | None]] = []  # where a replay leaves the gradients
         self.reason = _why_not(example_inputs, modules, optimizers)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if self.reason is not None or not self._fits(inputs):
+        if not self._fits(inputs) or self.reason is not None:
             return self._step(*inputs)
         if self._calls < self._warmup:
             self._calls += 1
@@ -61,12 +62,18 @@ class GraphedStep:
                 return self._step(*inputs)
         with torch.cuda.device(self._device):
             self._graph.replay()
+        for parameter, grad in self._grads:  # a step without the graph, or zero_grad, may have replaced it
+            if parameter.grad is not grad:
+                parameter.grad = grad
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs)
 
     def _fits(self, inputs: Sequence[Tensor]) -> bool:
         """Return whether the inputs have the shapes of the graph. The last batch of an epoch may be smaller."""
         if len(inputs) != len(self._examples):
             raise TypeError(f"the step was graphed with {len(self._examples)} inputs, got {len(inputs)}")
+        for x in inputs:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"the inputs of a graphed step must be tensors, got {type(x).__name__}")
         return all(
             x.shape == example.shape and x.dtype == example.dtype
             for x, example in zip(inputs, self._examples, strict=True)
@@ -98,11 +105,12 @@ class GraphedStep:
             self._give_up(f"its capture failed: {first}")
             return
         self._captures += 1
+        self._grads = [(p, p.grad) for module in self._modules for p in module.parameters()]
         self._graph, self._constants = graph, constants
         self._outputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outputs)
 
     def _give_up(self, reason: str) -> None:
-        self.reason, self._graph, self._outputs = reason, None, None
+        self.reason, self._graph, self._outputs, self._grads = reason, None, None, []
         warnings.warn(f"the step runs without a CUDA graph: {reason}", stacklevel=4)
 
     def _find_constants(self) -> Any:

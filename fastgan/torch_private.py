@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ __all__ = [
     "count_dispatch_modes",
     "count_function_modes",
     "count_hooks",
+    "count_references",
     "current_node",
     "differentiable_gradients",
     "dispatch_mode",
@@ -183,6 +185,38 @@ def has_saving_hook(node: Any, saved: str) -> bool:
 def count_hooks() -> int:
     """Return the number of hooks that this process has registered. A node of a graph does not show its hooks."""
     return RemovableHandle.next_id
+
+
+def count_references(result: ref[Tensor]) -> int:
+    """Return the number of Python objects that refer to a tensor that requires a gradient.
+
+    The graph may refer to it too. Call this while torch function modes are disabled.
+    """
+    references, by_graph = _references(result)
+    return references - _unstored()[by_graph]
+
+
+def _references(result: ref[Tensor]) -> tuple[int, bool]:
+    """Return the count of references to a Python object, and whether C++ refers to the tensor."""
+    tensor = result()
+    if tensor is None or not tensor.requires_grad:
+        return 0, False
+    same = tensor.requires_grad_()  # returns the tensor; before torch 2.10, Python takes over the reference of C++ here
+    return sys.getrefcount(same), tensor._use_count() > 1  # type: ignore[attr-defined]
+
+
+@cache
+def _unstored() -> tuple[int, int]:
+    """Return the counts of references to a tensor to which nothing in Python refers; the second one is in a graph."""
+    with torch.enable_grad():
+        leaf = torch.ones(1, requires_grad=True)
+        alone, stored = leaf * 1, leaf * 1
+        product = stored * stored
+    of_graph, of_one = ref(stored), ref(alone)
+    del stored
+    counts = _references(of_one)[0] - 1, _references(of_graph)[0]
+    del product
+    return counts
 
 
 def intercept_autograd_grad() -> None:

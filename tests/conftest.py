@@ -86,7 +86,6 @@ THINNED = {
     "test_compilable.py": 3,
     "test_compiled_idioms.py": 4,
     "test_compiled_penalties.py": 6,
-    "test_compiled_steps.py": 2,
     "test_families.py": 2,
     "test_fuse_spectral_norm.py": 2,
     "test_minibatch_discrimination.py": 3,
@@ -99,10 +98,8 @@ THINNED = {
     "test_penalty_inputs.py": 2,
     "test_penalty_options.py": 2,
     "test_piecewise.py": 3,
-    "test_processes.py": 2,
     "test_scaled_dot_product_attention.py": 6,
     "test_second_derivatives.py": 2,
-    "test_sharded_penalties.py": 5,
     "test_spectral_norm.py": 4,
     "test_spectral_norm_as_pytorch.py": 2,
     "test_spectral_norm_traced.py": 3,
@@ -111,7 +108,6 @@ THINNED = {
     "test_tracers.py": 3,
     "test_upfirdn2d.py": 4,
     "test_values_not_stored.py": 2,
-    "test_wrappers.py": 2,
     "test_zeros.py": 3,
 }
 

@@ -48,7 +48,7 @@ TRAINER = [
     {"errors", "device", "ranks", "lock", "probe", "checks"},
     {"data"},
     {"game"},
-    {"config", "settings", "checkpoint"},
+    {"config", "settings", "flags", "checkpoint"},
     {"models"},
     {"gan"},
     {"measure", "run", "progress"},

@@ -182,7 +182,7 @@ sanitize() {
             "tests/ops/test_$op.py" || return $?
     done
 }
-compiled='spectral_norm/sngan128/forward_backward'
+compiled='spectral_norm/sngan128/forward_backward' compiled_step='d-step/wgan-gp/critic64-batch16'
 native='CUDA kernels, which nvcc compiles'
 
 if [ -n "$simulated" ]; then
@@ -197,11 +197,14 @@ if [ -n "$simulated" ] || command -v compute-sanitizer >/dev/null; then
 fi
 stage test 110 many_tests tests/ops -k 'not cuda'
 stage bench 95 bench 40 ops.json --rounds 10 $few_ops
-stage bench-steps $(($(left) / slower - 150)) bench 30 steps.json --suite steps --rounds 5 $few_steps
+stage bench-steps $(($(left) / slower - 205)) bench 30 steps.json --suite steps --rounds 5 $few_steps
 stage verify 40 limited "$python" -c "$verify" $verify_on
 stage train 40 limited "$python" -c "$train" $train_on
 gpu_stage 'Triton kernels that torch.compile makes' bench-compiled 35 \
     bench 20 ops-compiled.json --case "$compiled" --compile
+gpu_stage 'graphs that torch.compile makes' bench-compiled-steps 40 \
+    bench 30 steps-compiled.json --suite steps --rounds 3 --case "$compiled_step" --compile
+gpu_stage "the host's time for a GPU" bench-host 15 bench 8 host.json --suite host --rounds 3
 # This stage is last, because a failed capture can make the GPU unusable for the process.
 stage test-more "$(($(left) / slower))" tests $more
 

@@ -82,7 +82,7 @@ def commands(minutes: float, more_minutes: float) -> list[list[str]]:
 
 
 def check(folder: Path) -> dict[str, float]:
-    """Check what the commands wrote, and return the scores and errors."""
+    """Check the files that the commands wrote, and return the scores and errors."""
     run = folder / "runs" / "folder"
     with Image.open(run / "generated" / "interpolation.webp") as animation:
         assert animation.n_frames == 60

@@ -1,4 +1,4 @@
-"""Which of torch.nn's modules and functions a penalty takes, and by whose second derivative, measured.
+"""Measure which modules and functions of torch.nn have a second derivative inside a penalty, and whose it is.
 
 python -m tools.second_derivatives        # writes the table of docs/second_derivatives.md
 """
@@ -167,7 +167,7 @@ def _others() -> dict[str, tuple[Call, tuple[int, ...]]]:
 
 
 def _functions() -> dict[str, tuple[Call, tuple[int, ...]]]:
-    """Those that no module above calls, or that PyTorch differentiates once only."""
+    """Functions that no module above calls, or that PyTorch differentiates only once."""
     grid, grid3 = (torch.rand(shape).double() * 2 - 1 for shape in ((4, 5, 5, 2), (2, 3, 5, 5, 3)))
     return {
         "F.grid_sample (2-D)": (lambda x: F.grid_sample(x, grid, align_corners=False), IMAGE),

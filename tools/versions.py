@@ -72,7 +72,7 @@ def environment(version: str) -> Path:
         torch, _, triton = version.partition("+triton")
         numpy = (
             "numpy<2.4" if _numbers(torch) < [2, 12] else "numpy"
-        )  # older Triton's interpreter uses what numpy 2.4 removed
+        )  # older Triton's interpreter uses a function that numpy 2.4 removed
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         wanted = [f"torch=={torch}", *([f"triton=={triton}"] if triton else []), numpy, *PACKAGES]
         subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *wanted], check=True)

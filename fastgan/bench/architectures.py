@@ -296,7 +296,7 @@ class Tokens(nn.Module):
 
 
 class Coordinates(nn.Module):
-    """The position of each pixel as two channels more."""
+    """Append the position of each pixel as two channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

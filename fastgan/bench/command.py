@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 BATCH = 16  # of --model
 ROUNDS = {"ops": 20, "steps": 7, "memory": 1, "growth": 3, "forms": 7, "sizes": 6, "host": 30, "model": 7}
@@ -29,8 +30,15 @@ examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.partition(' ')[0]}: {message}; {self.prog} --help lists the flags\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="fastgan bench",
         description="Time fastgan's operations and whole training steps against PyTorch's, alternately in one process.",
         epilog=EPILOG,

@@ -36,7 +36,7 @@ def _conv(x: Tensor, weight: Tensor, f: Tensor, down: int) -> Tensor:
     return F.conv2d(resample(x, f, padding=(before, after, before, after)), weight, stride=down)
 
 
-def _our_conv(x: Tensor, weight: Tensor, f: Tensor, down: int) -> Tensor:
+def _fastgan_conv(x: Tensor, weight: Tensor, f: Tensor, down: int) -> Tensor:
     return ops.conv2d_resample(x, weight, f, down=down, padding=weight.shape[-1] // 2)
 
 
@@ -52,7 +52,7 @@ PLAIN = Functions(
     lambda x, f: resample(x, f, down=2, padding=(1, 1, 1, 1)),
 )
 OURS = Functions(
-    _our_conv,
+    _fastgan_conv,
     lambda x, bias: ops.bias_act(x, bias, gain=GAIN),
     lambda x, f: ops.upfirdn2d(x, f, down=2, padding=1),
 )
@@ -95,7 +95,7 @@ class _R3Block(nn.Module):
         return x + self.three(self.two(self.one(x)))  # type: ignore[no-any-return]
 
 
-class _Half(nn.Module):
+class _Downsample(nn.Module):
     f: Tensor
 
     def __init__(self, functions: Functions) -> None:
@@ -121,5 +121,5 @@ def r3gan(functions: Functions, pixels: int, width: int, widest: int) -> nn.Modu
     widths = _widths(pixels, width, widest)
     layers: list[nn.Module] = [_Layer(functions, 3, widths[0], 1, act=False), _R3Block(functions, widths[0])]
     for a, b in pairwise(widths):
-        layers += [_Half(functions), _Layer(functions, a, b, 1, act=False), _R3Block(functions, b)]
+        layers += [_Downsample(functions), _Layer(functions, a, b, 1, act=False), _R3Block(functions, b)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], 1))

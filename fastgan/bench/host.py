@@ -120,7 +120,7 @@ class _AsksEngine(_Nothing):
         return grad
 
 
-class _Passing(TorchFunctionMode):
+class _PassThrough(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
@@ -141,7 +141,7 @@ def parts(device: torch.device, dtype: torch.dtype, rounds: int = 40) -> dict[st
     bias = torch.randn(8, dtype=dtype, device=device, requires_grad=True)
     ones = torch.ones_like(x)
     modes: dict[str, AbstractContextManager[Any]] = {
-        "passing": _Passing(),
+        "passing": _PassThrough(),
         "rerouting": Reroute({}),
         "tracing": Tracer(x),
     }

@@ -214,7 +214,7 @@ def d_step(
         net = model()
         return training(net, lambda: objective.plain(net, real, fake, draw(), _by_autograd), context, objective.whole)
 
-    def fastgans() -> Run:
+    def fused() -> Run:
         net = model()
         fastgan.convert(net)
         called: Any = (lambda x: net(x)) if function else net
@@ -276,7 +276,7 @@ def d_step(
 
         return counted(training(net, total, context, objective.whole, backward=False), graphs)
 
-    def fastgans_compiled() -> Run:
+    def fused_compiled() -> Run:
         net, graphs = model(), Graphs()
         fastgan.convert(net)
         called: Any = (lambda x: net(x)) if function else net
@@ -296,8 +296,8 @@ def d_step(
         variants["torch.compile, eager penalty"] = eager_penalty
     variants |= {
         "torch.compile, backward inside": backward_inside,
-        "fastgan": fastgans,
-        "fastgan, compiled": fastgans_compiled,
+        "fastgan": fused,
+        "fastgan, compiled": fused_compiled,
     }
     return {name: partial(_rounding, make, precision) for name, make in variants.items()}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastgan import ops
-from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn, undisturbed
+from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, preserved_rng, randn
 from fastgan.convert.replace import Replacement, become, can_become
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
@@ -72,7 +72,7 @@ def convert(module: nn.Module) -> Outcome | None:
         return None
     if not can_become(module, "forward"):
         return None, "its forward is overridden on the instance"
-    with undisturbed():
+    with preserved_rng():
         return convert_it()
 
 
@@ -84,7 +84,7 @@ def _appends_statistics(module: nn.Module) -> bool:
     if found is None:
         return False
     x = randn(4, 6, 4, 4)
-    with undisturbed(), torch.no_grad():
+    with preserved_rng(), torch.no_grad():
         y, _ = outcome(lambda: double(module).train().forward(x.clone()))
     if not isinstance(y, Tensor) or y.dtype != x.dtype or y.ndim != 4 or y.shape[1] <= 6:
         return False

@@ -69,7 +69,7 @@ def outcome(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserved_rng() -> Iterator[None]:
     """Restore the random number generators on the CPU afterwards: a module that is tried may draw numbers."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None

@@ -28,14 +28,14 @@ Outcome = tuple[str | None, str]  # the replacement or None, and the reason or a
 def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
     """Convert all weights that PyTorch normalizes. Return the outcome for each module that has one."""
     fused_before = any(_is_fused(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
-    fastgans_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_fastgans(norm)}
+    converted_before = {id(norm) for module in model.modules() for norm in _norms(module) if _is_from_fastgan(norm)}
     outcomes: dict[nn.Module, Outcome] = {}
     members = 0
     for module in model.modules():
         found = [m.norm if isinstance(m, _Parametrized) else m for m in (*_parametrizations(module), *_hooks(module))]
         members += len(found)
         for norm in _norms(module):
-            if id(norm) in fastgans_before:
+            if id(norm) in converted_before:
                 outcomes[module] = None, "already fastgan's spectral norm"
             elif any(norm is converted for converted in found):
                 norm.__dict__[_CONVERTED] = True
@@ -74,7 +74,7 @@ def _norms(module: nn.Module) -> list[Any]:
     return found
 
 
-def _is_fastgans(norm: object) -> bool:
+def _is_from_fastgan(norm: object) -> bool:
     return isinstance(norm, SpectralNorm | _Hook)
 
 

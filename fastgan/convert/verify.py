@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fastgan.convert.distance import distance, norm
 from fastgan.convert.probe import outcome
 from fastgan.convert.restore import revert
-from fastgan.ops.attention.multi_head import own_draws
+from fastgan.ops.attention.multi_head import dropout_draws
 from fastgan.ops.twice_differentiable import twice_differentiable
 
 # Largest allowed relative differences of a float32 model. They equal the tolerances for single ops.
@@ -108,12 +108,12 @@ def verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V
     """Compare copies of the converted model and of the original."""
     if any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors_in((args, kwargs)))):
         return _not_compared(dict.fromkeys(_TOLERANCES, "the model or its inputs are on the meta device"))
-    with own_draws() as draws:
+    with dropout_draws() as draws:
         verification = _verify(model, args, kwargs)
     if verification.equal or not draws:
         return verification
     # Only with the same dropout can the two agree. In evaluation mode, layers have none.
-    with own_draws() as draws:
+    with dropout_draws() as draws:
         verification = _verify(model, args, kwargs, evaluation=True)
     if draws and not verification.equal:
         return _not_compared(dict.fromkeys(_TOLERANCES, f"{_DRAWS}, in evaluation mode too"))

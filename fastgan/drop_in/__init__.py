@@ -12,17 +12,20 @@ def patch_torch_utils() -> Patch:
     """Replace the custom CUDA operations of StyleGAN's code bases by fastgan's, with the same signatures.
 
     - StyleGAN2-ADA, StyleGAN3, R3GAN and their descendants: upfirdn2d, bias_act, filtered_lrelu, conv2d_gradfix,
-      conv2d_resample, grid_sample_gradfix and fma of ``torch_utils.ops``
+      conv2d_resample, grid_sample_gradfix and fma of ``torch_utils.ops``, also in StudioGAN's ``style_ops`` and
+      MMGeneration's ``stylegan3.ops``
     - rosinality's stylegan2-pytorch and its descendants: upfirdn2d, fused_act and conv2d_gradfix of ``op``
     - BasicSR and packages built on it: upfirdn2d and fused_act of ``basicsr.ops``
 
     Modules with these names are patched, whether they are already imported or are imported later, also inside another
     package (``stylegan3.torch_utils.ops.upfirdn2d``). Modules that imported one of the functions by name are patched
     too. Nothing is compiled by nvcc, and everything also runs on a CPU. Other modules, such as ``torch_utils.misc`` and
-    ``training.networks``, do not change. A function with parameters that fastgan does not know is not replaced, and the
+    ``training.networks``, do not change. A replacement has the name, the module and the defaults of the original, so
+    pickles do not refer to fastgan. A function with parameters that fastgan does not know is not replaced, and the
     logger "fastgan" gets a warning.
 
-    Call it once, before training. Further calls have no effect.
+    Call it once, before training. A further call also replaces functions in modules that were loaded without an import
+    since then.
 
     ```python
     import fastgan

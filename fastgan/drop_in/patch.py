@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
+from fastgan.drop_in.signatures import in_place_of, why_not
 from fastgan.drop_in.tables import Functions
 
 _log = logging.getLogger("fastgan")
@@ -32,20 +33,23 @@ class Patch(MetaPathFinder):
     def __init__(self, tables: Mapping[str, Functions]) -> None:
         self._tables = tables
         self._replaced: list[_Replaced] = []
+        self._refused: list[Any] = []
+        self._modules = 0  # number of modules at the last search for functions that were imported by name
         self._is_paused = False
 
     @classmethod
     def begin(cls, tables: Mapping[str, Functions]) -> Patch:
         if cls._active is None:
-            cls._active = patch = cls(tables)
-            sys.meta_path.insert(0, patch)
-            for name, module in [*sys.modules.items()]:
-                patch._replace_in(name, module)
+            cls._active = cls(tables)
+            sys.meta_path.insert(0, cls._active)
+        for name, module in [*sys.modules.items()]:  # at each call: some modules are made without an import
+            cls._active._replace_in(name, module)
         return cls._active
 
     @property
     def replaced(self) -> list[str]:
         """The names of the functions that were replaced so far, each with the module that holds it."""
+        self._add_imports_by_name()
         return [f"{entry.module.__name__}.{entry.name}" for entry in self._replaced]
 
     def restore(self) -> None:
@@ -54,16 +58,19 @@ class Patch(MetaPathFinder):
             sys.meta_path.remove(self)
         if Patch._active is self:
             Patch._active = None
+        self._add_imports_by_name()
         for module, name, original, replacement in reversed(self._replaced):
             if vars(module).get(name) is replacement:
                 setattr(module, name, original)
         self._replaced.clear()
 
     def pause(self, is_paused: bool) -> None:
-        """Put the originals back for a while, or end this."""
+        """Install the original functions, or the replacements again."""
+        if self._modules != len(sys.modules):
+            self._add_imports_by_name()
         self._is_paused = is_paused
-        for module, name, original, ours in self._replaced:
-            held, other = (ours, original) if is_paused else (original, ours)
+        for module, name, original, replacement in self._replaced:
+            held, other = (replacement, original) if is_paused else (original, replacement)
             if vars(module).get(name) is held:
                 setattr(module, name, other)
 
@@ -94,27 +101,45 @@ class Patch(MetaPathFinder):
             return
 
         def load_and_replace(module: ModuleType) -> None:
-            with _no_compilation():
+            with _late_compilation():
                 load(module)
-            self._replace_in(spec.name, module)
+            self._replace_in(vars(module).get("__name__", ""), module)  # the loader of an archive has many modules
 
-        loader.exec_module = load_and_replace  # each module has its own loader
+        loader.exec_module = load_and_replace
 
     def _replace_in(self, module_name: str, module: ModuleType) -> None:
         functions = self._functions(module_name)
         if functions is None or not isinstance(module, ModuleType):
             return
-        for name, replacement in functions.items():
+        for name, function in functions.items():
             original = vars(module).get(name)
-            if not callable(original) or original is replacement or isinstance(original, ModuleType):
+            known = (*(entry.replacement for entry in self._replaced), *self._refused)
+            if not callable(original) or isinstance(original, ModuleType) or any(original is one for one in known):
                 continue
-            if not _has_parameters_of(original, replacement):
-                _log.warning("%s.%s is not replaced: its parameters differ from fastgan's", module_name, name)
+            if self._is_paused and any(original is entry.original for entry in self._replaced):
                 continue
+            reason = why_not(original, function)
+            if reason is not None:
+                self._refused.append(original)
+                _log.warning("%s.%s is not replaced: %s", module_name, name, reason)
+                continue
+            replacement = in_place_of(original, function)
             for holder, held in [*_holders(original)]:
                 if not self._is_paused:
                     setattr(holder, held, replacement)
                 self._replaced.append(_Replaced(holder, held, original, replacement))
+
+    def _add_imports_by_name(self) -> None:
+        """Add the modules that imported a function by name since its replacement."""
+        self._modules = len(sys.modules)
+        known = {(id(entry.module), entry.name) for entry in self._replaced}
+        entries = {id(function): entry for entry in self._replaced for function in (entry.original, entry.replacement)}
+        for module in [*sys.modules.values()]:
+            if isinstance(module, ModuleType):
+                for name, value in [*vars(module).items()]:
+                    entry = entries.get(id(value))
+                    if entry is not None and (id(module), name) not in known:
+                        self._replaced.append(entry._replace(module=module, name=name))
 
 
 def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
@@ -126,34 +151,36 @@ def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
                     yield module, name
 
 
-def _has_parameters_of(original: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
-    """Return whether the replacement has the parameters of the original, in the same order."""
-    try:
-        parameters = [*inspect.signature(original).parameters]
-    except (TypeError, ValueError):
-        return False
-    return [*inspect.signature(replacement).parameters][: len(parameters)] == parameters
+class _CompiledLate:
+    """An extension that is compiled at its first use. Functions that are replaced never use it."""
 
-
-class _NotCompiled:
-    """A stand-in for a compiled extension whose functions are replaced."""
+    def __init__(self, compile_now: Any) -> None:
+        self._compile_now = compile_now
+        self._extension: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"{name}: fastgan.patch_torch_utils() replaces this extension, which was not compiled")
+        if name.startswith("__"):  # a look at the object, not a use of the extension
+            raise AttributeError(name)
+        if self._extension is None:
+            self._extension = self._compile_now()
+        return getattr(self._extension, name)
 
 
 @contextmanager
-def _no_compilation() -> Iterator[None]:
+def _late_compilation() -> Iterator[None]:
     """Inside this context, torch.utils.cpp_extension compiles nothing. The modules would compile at their import."""
     try:
         from torch.utils import cpp_extension
     except ImportError:  # it needs setuptools
         yield
         return
-    names = ("load", "load_inline")
-    originals = {name: getattr(cpp_extension, name) for name in names}
-    for name in names:
-        setattr(cpp_extension, name, lambda *args, **kwargs: _NotCompiled())
+    originals = {name: getattr(cpp_extension, name) for name in ("load", "load_inline")}
+
+    def later(original: Any) -> Any:
+        return lambda *args, **named: _CompiledLate(partial(original, *args, **named))
+
+    for name, original in originals.items():
+        setattr(cpp_extension, name, later(original))
     try:
         yield
     finally:

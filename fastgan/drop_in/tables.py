@@ -18,15 +18,20 @@ _UPFIRDN: Functions = {
 }
 _ROSINALITY_UPFIRDN: Functions = {"upfirdn2d": rosinality.upfirdn2d}
 _ROSINALITY_ACT: Functions = {"fused_leaky_relu": rosinality.fused_leaky_relu}
+_STYLEGAN: dict[str, Functions] = {
+    "upfirdn2d": _UPFIRDN,
+    "bias_act": {"bias_act": torch_utils.bias_act},
+    "filtered_lrelu": {"filtered_lrelu": torch_utils.filtered_lrelu},
+    "conv2d_gradfix": _GRADFIX,
+    "conv2d_resample": {"conv2d_resample": torch_utils.conv2d_resample},
+    "grid_sample_gradfix": {"grid_sample": torch_utils.grid_sample},
+    "fma": {"fma": torch_utils.fma},
+}
+# NVIDIA's package, and those of StudioGAN and MMGeneration
+_PACKAGES = ("torch_utils.ops", "style_ops", "stylegan3.ops")
 # Keys are the ends of module names.
 TABLES: dict[str, Functions] = {
-    "torch_utils.ops.upfirdn2d": _UPFIRDN,
-    "torch_utils.ops.bias_act": {"bias_act": torch_utils.bias_act},
-    "torch_utils.ops.filtered_lrelu": {"filtered_lrelu": torch_utils.filtered_lrelu},
-    "torch_utils.ops.conv2d_gradfix": _GRADFIX,
-    "torch_utils.ops.conv2d_resample": {"conv2d_resample": torch_utils.conv2d_resample},
-    "torch_utils.ops.grid_sample_gradfix": {"grid_sample": torch_utils.grid_sample},
-    "torch_utils.ops.fma": {"fma": torch_utils.fma},
+    **{f"{package}.{module}": functions for package in _PACKAGES for module, functions in _STYLEGAN.items()},
     "op.upfirdn2d": _ROSINALITY_UPFIRDN,
     "op.fused_act": _ROSINALITY_ACT,
     "op.conv2d_gradfix": _GRADFIX,

@@ -47,9 +47,9 @@ class Recorder:
             torch.set_num_threads(threads)
 
     def _begin_patch(self) -> Any:
-        """Of the operations of StyleGAN's code bases. None where the script is to keep its own.
+        """Replace the operations of StyleGAN's code bases, unless this process runs the script's own.
 
-        With CUDA, these would be compiled, and fastgan's stay in all processes.
+        With CUDA, the script's own would have to be compiled, so all processes use fastgan's.
         """
         from fastgan.drop_in import patch_torch_utils
 

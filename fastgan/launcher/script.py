@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.machinery
 import io
 import os
@@ -70,13 +71,13 @@ def _is_archive(path: str) -> bool:
 
 
 def _set_first_path(folder: str) -> None:
-    if not sys.flags.safe_path if hasattr(sys.flags, "safe_path") else True:
+    if not getattr(sys.flags, "safe_path", False):  # since Python 3.11
         sys.path[0:1] = [folder]
 
 
 def _main_module(path: str, loader: Any, spec: Any) -> ModuleType:
     module = ModuleType("__main__")
-    module.__dict__.update(__file__=path, __loader__=loader, __spec__=spec, __builtins__=__builtins__)
+    module.__dict__.update(__file__=path, __loader__=loader, __spec__=spec, __builtins__=builtins)
     if spec is not None:
         module.__dict__.update(__package__=spec.parent, __cached__=spec.cached)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.gradient_penalty import gradients_of_logits
+from fastgan.ops.gradient_penalty.gradients_of_logits import gradients_of_logits
 from fastgan.ops.gradient_penalty.inputs import Inputs
 from fastgan.ops.gradient_penalty.norms import norms
 from fastgan.ops.regions import traceable

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.autograd.graph import Node
@@ -140,13 +141,20 @@ class Reroute(TorchFunctionMode):
         self.taken = False  # whether any call was rerouted
         self.left, self._call = after, call
         self.leaves: dict[Node, torch.Tensor] = {}
+        self.results: list[ref[torch.Tensor]] = []  # of all calls
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if backends.is_lowered():
             self._keep_leaves((args, kwargs))
-        kwargs = kwargs or {}
+        result = self._run(func, types, args, kwargs or {})
+        if self.is_whole:
+            parts = result if isinstance(result, list | tuple) else (result,)
+            self.results += [ref(part) for part in parts if isinstance(part, torch.Tensor)]
+        return result
+
+    def _run(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         route = self._route(func, args, kwargs)
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
@@ -170,7 +178,7 @@ class Reroute(TorchFunctionMode):
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
     def _keep_leaves(self, given: Any) -> None:
-        """While a graph is recorded, the nodes of its inputs do not know them."""
+        """Remember the inputs of a graph that is being recorded, because their nodes do not refer to them."""
         for tensor in tree_leaves(given):
             if isinstance(tensor, torch.Tensor):
                 with torch_private.DisableTorchFunction():
@@ -190,7 +198,7 @@ def _is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def leaves_of(modes: Iterable[TorchFunctionMode]) -> dict[Node, torch.Tensor]:
-    """The graph's inputs that require a gradient, by their nodes, which a reroute has met while it was recorded."""
+    """Return the inputs of the recorded graph that require a gradient and that were rerouted, by their nodes."""
     return {node: leaf for mode in modes if isinstance(mode, Reroute) for node, leaf in mode.leaves.items()}
 
 
@@ -250,6 +258,7 @@ class Rerouting:
 
     def __init__(self, after: int | None = 0, call: int = CALL) -> None:
         self._mode = Reroute(_LACKING) if after is None else Reroute(after=after, call=call)
+        self.results = self._mode.results  # of all calls inside
         self._inside = False
 
     @property

@@ -36,8 +36,8 @@ NO_RESULTS = {
 
 # Settings that change the results from the resumption on, because no saved state depends on them.
 FROM_HERE_ON = (
-    *("d_lr", "g_lr", "betas", "d_steps", "accumulate", "penalty_weight", "penalty_every", "ada_images", "ada_target"),
-    *("ema_decay", "ema_kimg", "ema_rampup", "freeze_d"),
+    *("d_lr", "g_lr", "lr_warmup", "lr_decay", "betas", "d_steps", "accumulate", "penalty_weight", "penalty_every"),
+    *("ada_images", "ada_target", "ema_decay", "ema_kimg", "ema_rampup", "freeze_d"),
 )
 
 NOT_SAVED = ("resume", "overwrite", "data_changed_ok")  # they belong to one call, not to the run
@@ -85,6 +85,8 @@ class OptimConfig:
     optimizer: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimiser"])] = "adam"
     d_lr: float = 4e-4
     g_lr: float = 4e-4
+    lr_warmup: int | None = None  # steps over which both learning rates rise linearly from zero
+    lr_decay: tuple[int, int] | None = None  # steps from and to which both learning rates fall linearly to zero
     betas: tuple[float, float] = (0.5, 0.999)  # for every variant of Adam
     d_steps: int = 1  # discriminator steps for each generator step
     ema_decay: float = 0.995  # decay of the averaged generator, which makes the samples, in each step
@@ -103,6 +105,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "accumulate", "d_lr", "g_lr", "d_steps")
         require_positive(self, "penalty_weight", "penalty_every", "ada_images", "ema_kimg", "ema_rampup")
+        require_positive(self, "lr_warmup")
+        if self.lr_decay is not None and not 0 <= self.lr_decay[0] < self.lr_decay[1]:
+            raise ValueError(f"lr_decay must be two steps, the first before the second, got {self.lr_decay}")
         for value in (*self.betas, self.ema_decay, self.ada_target):
             if not 0 <= value < 1:
                 raise ValueError(f"betas, ema_decay and ada_target must lie in [0, 1), got {value}")
@@ -176,7 +181,8 @@ class TrainConfig:
         values["runs"] = str(self.runs)
         for key in ("data", "init_from"):
             values[key] = None if values[key] is None else str(values[key])
-        values["optim"]["betas"] = list(self.optim.betas)
+        for key in ("betas", "lr_decay"):  # as JSON has them
+            values["optim"][key] = list(values["optim"][key]) if values["optim"][key] else None
         for key in NOT_SAVED:
             del values[key]
         return values

@@ -20,6 +20,7 @@ from fastgan.trainer.game.fine_tuning import copy_weights, first_layers
 from fastgan.trainer.game.losses import LOSSES
 from fastgan.trainer.game.optimizers import ExtraAdam, make_optimizer
 from fastgan.trainer.game.regularizer import Regularizer
+from fastgan.trainer.game.schedule import rate_factor
 from fastgan.trainer.models import build_models
 from fastgan.trainer.ranks import Ranks
 
@@ -72,7 +73,7 @@ class GAN:
         self.latent_dim = model.latent_dim
         self.device = device
         self.ranks = ranks or Ranks(device)
-        self.batch_size = rows_a_rank(model, optim, self.ranks)
+        self.batch_size = rows_per_rank(model, optim, self.ranks)
         torch.manual_seed(seed)
         self.classes = classes_of(source, model)
         self.pack = model.pack
@@ -148,6 +149,8 @@ class GAN:
 
     def step(self) -> Tensor:
         """Train one step and return the losses (2,) of the last discriminator step and the generator step."""
+        if self.optim.lr_warmup or self.optim.lr_decay:
+            self._set_rates(rate_factor(self.ema.updates, self.optim.lr_warmup, self.optim.lr_decay))
         if isinstance(self.d_adam, ExtraAdam) and isinstance(self.g_adam, ExtraAdam):
             self._gradients()
             self.d_adam.extrapolate()
@@ -187,12 +190,12 @@ class GAN:
                     real = self.augment(part.real, part.u_real)
                 real, fake = packed(real, self.pack), packed(fake, self.pack)
                 noise = None if part.noise is None else packed(part.noise, self.pack)
-                judged = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
-            loss = self.loss.discriminator(at_least_float(judged.real), at_least_float(judged.fake))
-            if judged.penalty is not None:
-                loss = loss + judged.penalty
+                result = self.regularizer(self.discriminator, real, fake, part.labels, part.alpha, noise, part=number)
+            loss = self.loss.discriminator(at_least_float(result.real), at_least_float(result.fake))
+            if result.penalty is not None:
+                loss = loss + result.penalty
             if self.optim.augment == "ada":
-                signs = (judged.real.detach() - (self.loss.boundary or 0.0)).sign().mean()
+                signs = (result.real.detach() - (self.loss.boundary or 0.0)).sign().mean()
                 self.augment.look(self.ranks.mean(signs.float()), self.optim.batch_size // len(parts))
             loss = loss / len(parts)
             self.d_scaler.scale(loss).backward()
@@ -286,10 +289,13 @@ class GAN:
             state = state | {"regularizer": state["regulariser"]}
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        for adam, lr in ((self.g_adam, self.optim.g_lr), (self.d_adam, self.optim.d_lr)):
-            for group in adam.param_groups:  # the run may have been resumed with others
-                group["lr"], group["betas"] = lr, self.optim.betas
+        self._set_rates(1.0)  # the run may have been resumed with others
         self.noise.set_state(state["noise"])
+
+    def _set_rates(self, factor: float) -> None:
+        for adam, lr in ((self.g_adam, self.optim.g_lr), (self.d_adam, self.optim.d_lr)):
+            for group in adam.param_groups:
+                group["lr"], group["betas"] = factor * lr, self.optim.betas
 
 
 def packed(x: Tensor, pack: int) -> Tensor:
@@ -316,7 +322,7 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def rows_a_rank(model: ModelConfig, optim: OptimConfig, ranks: Ranks) -> int:
+def rows_per_rank(model: ModelConfig, optim: OptimConfig, ranks: Ranks) -> int:
     parts = ranks.size * optim.accumulate * model.pack
     if optim.batch_size % parts:
         raise ValueError(f"batch_size {optim.batch_size} must be a multiple of ranks * accumulate * pack, {parts}")

@@ -154,7 +154,7 @@ class Trainer:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Give the lock back in the end. If the first step of a new run fails, remove the run."""
+        """Release the lock at the end. If the first step of a new run fails, remove the run."""
         first = self.step
         try:
             yield
@@ -253,7 +253,7 @@ class Trainer:
             self.board.write(record)
 
     def _describe(self, source: Source) -> None:
-        """Print what was found in the user's folder."""
+        """Print notes about the data in the user's folder."""
         if not self.writes or not source.notes:
             return
         print(f"data: {'; '.join(source.notes)}")
@@ -283,7 +283,7 @@ class Trainer:
         self.ranks.wait()
         self.watch.replay(self.run.read_metrics())
         assert self.run.saved is not None
-        before = state.get("settings") or flat(self.run.saved.to_json())  # an older run's checkpoint has none
+        before = flat(self.run.saved.to_json()) | state.get("settings", {})  # an older run's checkpoint lacks some
         now = flat(self.config.to_json())
         changed = {key: [before[key], now[key]] for key in FROM_HERE_ON if key in before and before[key] != now[key]}
         if changed and self.writes:

@@ -21,7 +21,7 @@ class Probe(NamedTuple):
     one: float  # by one thread, now
     all: float  # by all threads, now
 
-    def complaint(self, threads: int) -> str | None:
+    def warning(self, threads: int) -> str | None:
         """Return a line that says that the cores are busy and what helps, or None if they are not.
 
         Args:

@@ -68,7 +68,7 @@ class Progress:
             self._probe(now)
 
     def _probe(self, now: float) -> None:
-        line = probe().complaint(torch.get_num_threads())
+        line = probe().warning(torch.get_num_threads())
         if line and self.suspected:
             self.write(line)
             self.probe_at = math.inf

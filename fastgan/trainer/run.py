@@ -88,7 +88,7 @@ class RunFolder:
         self.history.mkdir(exist_ok=True)
 
     def undo(self) -> None:
-        """Remove what a start that failed has made, and give the lock back."""
+        """Remove the files of a failed start, and release the lock."""
         if self.fresh:
             self._clear()
         self.lock.release()

@@ -18,7 +18,7 @@ WRAPPED = "generator."  # start of the names of a generator that takes labels
 
 
 def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -> None:
-    """Copy the weights of a run's folder or of an exported file as far as they fit, and print what does not.
+    """Copy the weights of a run's folder or of an exported file as far as they fit, and print those that do not.
 
     Raises:
         RunFolderError, CheckpointError, OSError: there is no such run or file.

@@ -31,7 +31,7 @@ def result_of(name, seconds, peak):
 
 @pytest.fixture
 def found(results):
-    """Twice N: four times the seconds, twice the bytes, but for a last point that takes half as long again."""
+    """Doubling N takes four times the seconds and twice the bytes. The last point is slower by half."""
     names = [f"growth/minibatch_discrimination/N={n}" for n in (64, 128, 256, 512)]
     seconds = [1e-3 * 4**i for i in range(4)]
     seconds[-1] *= 1.5

@@ -92,7 +92,7 @@ def test_a_frozen_or_unused_parameter_is_no_obstacle_to_any_variant(monkeypatch)
         def forward(self, x):
             return self[2](self[1](self[0](x)))
 
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is compiled is what is tested
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # test the function that would be compiled
     for name in ("loss+r1", "d-step/wgan-gp"):
         setup = lambda *_, name=name: batches(Model, (5, 6), name, CPU, torch.float32)  # noqa: E731
         case = dataclasses.replace(CASES["loss+r1/critic64-batch4"], setup=setup)
@@ -120,7 +120,7 @@ def test_a_piecewise_affine_discriminator_takes_less_work_and_one_pass(name):
     assert fastgan.explain_penalty(make(), torch.randn(shape)) == "one pass"
     runs, *_ = variants(name, "loss+r1")
     ratio = count_flops(runs["fastgan"]) / count_flops(runs[BASELINE])
-    assert ratio <= 0.75  # 4 of 6 forwards, but for the first and the last layer
+    assert ratio <= 0.75  # 4 of 6 forwards, except for the first and the last layer
 
 
 def test_flops_are_those_of_the_convolutions_and_products():

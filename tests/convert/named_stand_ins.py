@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class SN:
-    """BigGAN's: u0 and sv0. An iteration that is not to be stored starts from the stored vector again."""
+    """BigGAN's: u0 and sv0. An iteration whose result is not stored starts from the stored vector."""
 
     def __init__(self, num_svs, num_itrs, num_outputs, transpose=False, eps=1e-12):
         self.num_svs, self.num_itrs, self.transpose, self.eps = num_svs, num_itrs, transpose, eps
@@ -178,7 +178,7 @@ class StddevLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """Of a discriminator that computes the statistic itself, in rosinality's way."""
+    """A discriminator that computes the statistic in its own forward, as rosinality's does."""
 
     def __init__(self):
         super().__init__()

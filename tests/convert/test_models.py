@@ -68,7 +68,7 @@ def test_a_converted_checkpoint_evaluates_and_trains_as_it_did(name):
     report = fastgan.convert(converted, mend=True)
     assert report.replaced
     assert_close(converted.eval()(IMAGES), model.eval()(IMAGES).double(), order=0)
-    # weight_bar's own gradients are wrong after two forwards before one backward; a test below has that.
+    # weight_bar's own gradients are wrong after two forwards before one backward; a test below covers this.
     expected, actual = (train(m.train(), 32, one_forward=name == "weight_bar") for m in (model, converted))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     for key, value in converted.state_dict().items():

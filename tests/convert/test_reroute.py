@@ -83,7 +83,7 @@ def test_what_somebody_else_decides_is_left_to_them(at_any_size):
     assert torch.func.grad(lambda x: model(x).sum())(x).shape == x.shape
     with torch.no_grad():
         assert model(x).grad_fn is None
-    # One pass follows what the model calls, not what these calls are rerouted to.
+    # One pass traces the calls of the model, not the functions to which they are rerouted.
     assert fastgan.explain_penalty(model, x) == "one pass"
 
 

@@ -73,7 +73,7 @@ def gradients(critic, loss, wrap, rows):
 
 def work(rank):
     own = slice(rank * N, (rank + 1) * N)
-    # BatchNorm has none here, and u and v, equal on all, may not be written over between two forwards.
+    # Without broadcasting: u and v are equal on all ranks and must not change between two forwards. Not for BatchNorm.
     wrap = lambda model: nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # noqa: E731
     assert fastgan.explain_penalty(wrap(Critic()), torch.randn(2, 3, 8, 8)) == "one pass"
     return [gradients(*case, wrap, own) for case in CASES]

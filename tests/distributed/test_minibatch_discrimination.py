@@ -22,7 +22,7 @@ def everyones(dtype):
 
 
 def results(m, scale, segments, exclude_self, backend, group):
-    """Values, first order, and second order through a penalty: on these samples, the rest being elsewhere."""
+    """Return values, first order, and second order through a penalty, for the samples of this process."""
     m, scale = m.requires_grad_(), scale.requires_grad_()
     o = ops.minibatch_discrimination(
         m, exclude_self=exclude_self, segments=segments, process_group=group, backend=backend

@@ -71,7 +71,7 @@ def test_two_ranks_equal_one_process_on_both_batches(ranks, case):
     for i, whole in enumerate(expected):
         actual = torch.cat([rank[case][i] for rank in ranks])
         torch.testing.assert_close(actual, whole, rtol=1e-10, atol=1e-12)
-    # The ranks must need one another: alone, each gives something else.
+    # The result must depend on the other rank: one rank alone gives another result.
     alone = results(
         fnn.MinibatchStdDev(**{**settings, "remainder": "largest-divisor"}), x[: counts[0]], scale[: counts[0]]
     )

@@ -1,4 +1,4 @@
-"""The average length is that of all ranks' samples; and a discriminator in shards is normalized by its gradient."""
+"""The average length covers the samples of all ranks. Gradient normalization works with sharded discriminators."""
 
 from __future__ import annotations
 

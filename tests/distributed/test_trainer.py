@@ -24,7 +24,7 @@ CASES = {
     "batch norm, WGAN-GP": ("waveforms", IMAGES, OptimConfig(batch_size=8, penalty="wgan-gp", loss="wasserstein")),
     "stddev, R1 + R2": ("discs", RESIDUAL, OptimConfig(batch_size=8, penalty="r1+r2", loss="relativistic")),
     "discrimination, R1": ("ring8", POINTS, OptimConfig(batch_size=12, penalty="r1", loss="non-saturating")),
-    # Without spectral norm, which iterates once a part.
+    # Without spectral norm, which iterates once for each part.
     "parts": (
         "ring8",
         dataclasses.replace(POINTS, spectral_norm="none", minibatch="none"),

@@ -1,4 +1,4 @@
-"""tools/browser.sh with programs that only write down how they were called, in place of the system's."""
+"""tools/browser.sh with stubs of the system's programs that record their arguments."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def install(wheel: Path, directory: Path) -> Path:
 
 
 def with_torch(python: Path, *arguments: object) -> str:
-    """Runs the second environment's interpreter with this one's torch, not its fastgan, in reach."""
+    """Run the interpreter of the other environment with this environment's torch, but not its fastgan."""
     return succeed(python, *arguments, cwd=python.parent, PYTHONPATH=sysconfig.get_path("purelib"))
 
 
@@ -105,7 +105,7 @@ def native_python(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def pure_wheel(unpacked: Path, native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built where native_wheel was, whose modules still lie in the build folder."""
+    """Built in the same folder as native_wheel, whose modules are still there."""
     destination = tmp_path_factory.mktemp("pure")
     return only_wheel(build_wheel(unpacked, destination, FASTGAN_BUILD="off"), destination)
 

@@ -21,7 +21,7 @@ N, WEIGHT = 4, 3.0
 
 
 class Critic(nn.Module):
-    """Two convolutions, with something between them, and a linear layer."""
+    """Two convolutions with a layer between them, and a linear layer."""
 
     def __init__(self, between: nn.Module | None = None, activation: nn.Module | None = None, channels: int = 6):
         super().__init__()
@@ -204,7 +204,7 @@ class CountedEagerly(TorchDispatchMode):
 
 
 def convolutions_of(function, args):
-    """How many convolutions an operator computes: each gradient of an input or a weight is one."""
+    """Return the number of convolutions of an operator. Each gradient of an input or a weight is one."""
     if function is torch.ops.aten.convolution_backward.default:
         return sum(args[-1][:2])
     return int(function is torch.ops.aten.convolution.default)
@@ -255,11 +255,13 @@ def plain_logits_and_penalty(discriminator, x):
 
 
 def both(discriminator, x):
-    return gradient_penalty(discriminator, x) + logits_and_penalty(discriminator, x)
+    penalty = fastgan.gradient_penalty(discriminator, x, kind="r1", weight=WEIGHT)
+    return penalty + logits_and_penalty(discriminator, x)
 
 
 def plain_both(discriminator, x):
-    return plain_gradient_penalty(discriminator, x) + plain_logits_and_penalty(discriminator, x)
+    points = x.detach().requires_grad_()
+    return plain_penalty(discriminator(points), points) + plain_logits_and_penalty(discriminator, x)
 
 
 PLAIN = {
@@ -286,7 +288,7 @@ def assert_same(actual, expected, tolerance):
 
 
 def assert_trains_alike(step, compiled, model, tolerance=1e-4):
-    """Two steps against PyTorch in float64: gradients, and what they leave in parameters and buffers."""
+    """Compare two steps with PyTorch in float64: gradients, and parameters and buffers after the steps."""
     twin = copy.deepcopy(model).double()
     x = images()
     for _ in range(2):

@@ -22,7 +22,7 @@ from tests.integrations.players import (
 )
 
 BATCH = 4
-pytestmark = pytest.mark.filterwarnings("error:Dynamo")  # what it cannot trace, or goes past
+pytestmark = pytest.mark.filterwarnings("error:Dynamo")  # warnings about code that Dynamo cannot trace or skips
 
 
 @pytest.fixture(autouse=True)

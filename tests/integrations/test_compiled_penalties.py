@@ -97,7 +97,7 @@ def test_inductors_modes_compile_a_step(mode):
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["leaky ReLU", "batch norm in evaluation", "max pooling", "SiLU"])
+@pytest.mark.parametrize("name", ["leaky ReLU", "batch norm", "batch norm in evaluation", "max pooling", "SiLU"])
 def test_the_graph_holds_the_convolutions_of_the_eager_penalty(name, step):
     backend, eager, model, x = Counted(), CountedEagerly(), make(name), images()
     torch.compile(step, backend=backend, fullgraph=True)(model, x).backward()

@@ -38,7 +38,7 @@ def relativistic(discriminator, real, fake):
 
 @pytest.fixture
 def no_synchronization():
-    """Allowed until `forbid` is called: plans are made, and kernels compiled, at the first step."""
+    """Allow synchronization until `forbid` is called, because the first step makes plans and compiles kernels."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -76,7 +76,7 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
         graph.replay()
     torch.cuda.set_sync_debug_mode("default")
 
-    torch.manual_seed(1)  # replays draw on from where the warm-up ended, as eager steps do
+    torch.manual_seed(1)  # replays continue the random numbers of the warm-up, as eager steps do
     eager = torch.optim.SGD(twin.parameters(), lr=0.05)
     for _ in range(WARM_UP + REPLAYS):
         eager.zero_grad()
@@ -87,7 +87,7 @@ def test_a_whole_step_is_captured_and_replays_to_the_eager_steps(loss, minibatch
 
 
 def replayed(step):
-    """A function that replays `step`, which is called once and captured."""
+    """Capture `step` and return a function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,7 +105,7 @@ def replayed(step):
 
 
 def wgan_gp(discriminator, real, fake, alpha):
-    """The penalty of Gulrajani et al. (2017) at the points that alpha names."""
+    """The penalty of Gulrajani et al. (2017) at the points given by alpha."""
     x_hat = (alpha * real + (1 - alpha) * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(x_hat).sum(), x_hat, create_graph=True)
     return 10 * (gradient.flatten(1).norm(dim=1) - 1).square().mean()

@@ -79,7 +79,7 @@ def test_a_graphed_training_equals_the_eager_one(optimizer):
     assert graphed.runs == 4, "three calls as given, and the capture"
     torch.manual_seed(3)
     expected = [eager.step(*batch) for batch in data]
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)  # copies: each kept its own value
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)  # outputs are copies, so each keeps its value
     assert_same(graphed, eager)
 
 
@@ -170,6 +170,28 @@ def test_what_a_replay_would_get_wrong_runs_without_a_graph_and_says_why(options
     assert_same(graphed, eager)
 
 
+@CUDA
+def test_a_gradscaler_steps_after_the_graph_also_after_a_smaller_batch():
+    trainings = pair()
+    data = [*batches(5), *batches(1, size=3), *batches(2)]
+    for training in trainings:
+        scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
+
+        def backward(real, fake, training=training, scaler=scaler):
+            training.optimizer.zero_grad()
+            logits, penalty = fastgan.logits_and_penalty(training.discriminator, real)
+            loss = F.softplus(-logits).mean() + F.softplus(training.discriminator(fake)).mean() + penalty
+            scaler.scale(loss).backward()
+
+        graphed = fastgan.graphed_step(backward, data[0], modules=[training.discriminator], optimizers=[])
+        for batch in data:
+            (graphed if training is trainings[0] else backward)(*batch)
+            scaler.step(training.optimizer)
+            scaler.update()
+        assert graphed.reason is None
+    assert_same(*trainings)
+
+
 def on_cpu():
     return Training(nn.Sequential(nn.Flatten(), nn.Linear(int(torch.Size(SHAPE).numel()), 1)))
 
@@ -182,6 +204,10 @@ def test_on_a_cpu_the_step_runs_as_it_is():
     for _ in range(5):
         assert step(real, fake).isfinite()
     assert training.runs == 5
+    with pytest.raises(TypeError, match="graphed with 2 inputs, got 1"):
+        step(real)
+    with pytest.raises(TypeError, match="must be tensors, got int"):
+        step(real, 3)
 
 
 @pytest.mark.parametrize(

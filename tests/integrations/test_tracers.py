@@ -112,7 +112,7 @@ def discriminator():
 
 @pytest.fixture
 def rerouted_at_any_size(monkeypatch, kernels):
-    """A converted model's forward, as a user's large one: no backend is named."""
+    """The forward of a large converted model, without a requested backend."""
     monkeypatch.setattr(import_module("fastgan.convert.reroute"), "_LEAST", 0)
     with fastgan.use_backend("auto"):
         yield
@@ -179,7 +179,7 @@ def assert_recorded_as_pytorch(model, shape, record):
         wanted = torch.autograd.grad(expected[0].square().sum(), list(model.parameters()), allow_unused=True)
     recorded, names = record(model, x)
     assert not [name for name in names if "fastgan" in name or "PythonOp" in name or name.startswith("^")]
-    _junk = [torch.full((100_000,), float("nan")) for _ in range(5)]  # where freed memory of the trace was
+    _junk = [torch.full((100_000,), float("nan")) for _ in range(5)]  # reuses memory that the trace has freed
     for y, e in zip((recorded(x), recorded(2 * x)), expected, strict=True):
         torch.testing.assert_close(y, e, rtol=1e-4, atol=1e-4)
     assert recorded(x).requires_grad == any(g is not None for g in wanted)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fastgan.launcher.command import main
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
-import sys, time
+import os, subprocess, sys
 import torch
 from torch import nn
 
@@ -29,65 +31,39 @@ def train(steps, seed=0):
     return loss.item()
 """
 PLAIN = TRAIN + "print(train(int(sys.argv[1])))\n"
-WORKERS = (
+# Each process takes another number of steps, by which its table is known. A forked worker that trains nothing inherits
+# the table of the parent.
+FAMILY = (
     TRAIN
     + """
-def work(queue, seed):
-    queue.put((seed, round(train(6, seed), 4), type(torch.autograd.grad).__name__, torch.autograd.grad.__module__))
+def work(steps):
+    train(steps, steps)
+    sys.exit(steps)
 
-if __name__ == "__main__":
-    import multiprocessing
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    worker = context.Process(target=work, args=(queue, 1))
-    worker.start()
-    print(queue.get(), torch.autograd.grad.__code__.co_filename.endswith("session.py"))
-    worker.join()
-    print(worker.exitcode)
-"""
-)
-
-CHILDREN = {
-    "forkserver": """
-    import multiprocessing
-    worker = multiprocessing.get_context("forkserver").Process(target=train, args=(6, 1))
-    worker.start()
-    worker.join()
-    print(worker.exitcode)
-""",
-    "fork": """
-    import multiprocessing
-    worker = multiprocessing.get_context("fork").Process(target=train, args=(6, 1))
-    worker.start()
-    worker.join()
-    print(worker.exitcode)
-""",
-    "torch.multiprocessing.spawn": """
-    import torch.multiprocessing
-    torch.multiprocessing.spawn(work, (6,), nprocs=1)
-    print(0)
-""",
-    "subprocess": """
-    import subprocess
-    print(subprocess.run([sys.executable, __file__, "6"]).returncode)
-""",
-}
-CHILD = (
-    TRAIN
-    + """
-def work(rank, steps):
-    train(steps, rank)
+def rank(number, steps):
+    train(steps)
 
 if len(sys.argv) > 1:
-    train(int(sys.argv[1]))
+    print("alone", train(int(sys.argv[1])))
 elif __name__ == "__main__":
+    import torch.multiprocessing as mp
+    print("parent", train(6), flush=True)
+    for way, target, steps in (("fork", int, 0), ("fork", work, 7), ("forkserver", work, 8)):
+        worker = mp.get_context(way).Process(target=target, args=(steps,))
+        worker.start()
+        worker.join()
+        print(way, worker.exitcode, flush=True)
+    mp.spawn(rank, (9,), nprocs=1)
+    for variables in ({}, {"FASTGAN": "off"}):
+        steps = "6" if variables else "10"
+        subprocess.run([sys.executable, __file__, steps], env={**os.environ, **variables}, check=True)
 """
 )
 
 
-def run(folder, text, *command, **variables):
+def run(folder, text, *command):
     (folder / "script.py").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("FASTGAN_RUN", None)
     result = subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -96,34 +72,16 @@ def run(folder, text, *command, **variables):
     return result.stdout, result.stderr
 
 
-def test_a_script_prints_the_same_and_the_table_follows(tmp_path):
-    output, errors = run(tmp_path, PLAIN, "-m", "fastgan", "run", "--always", "script.py", "6")
-    expected, nothing = run(tmp_path, PLAIN, "-m", "fastgan", "run", "script.py", "6", FASTGAN="off")
-    assert float(output) == pytest.approx(float(expected), rel=1e-4)
-    assert nothing == ""
-    (row,) = [line.split() for line in errors.splitlines() if line.startswith("  script.py:")]
-    assert row[1:3] == ["Sequential", "5"]
-    assert float(row[5]) < float(row[3])  # forwards' work with fastgan and with PyTorch
-
-
-def test_a_spawned_worker_is_under_the_launcher_too(tmp_path):
-    output, errors = run(tmp_path, WORKERS, "-m", "fastgan", "run", "--always", "script.py")
-    assert "True" in output
-    assert output.splitlines()[-1] == "0"
-    assert "script.py:" in errors  # the worker's table: its parent penalizes nothing
-
-
-@pytest.mark.parametrize("way", CHILDREN)
-def test_other_children_are_under_the_launcher_too(tmp_path, way):
-    output, errors = run(tmp_path, CHILD + CHILDREN[way], "-m", "fastgan", "run", "--always", "script.py")
-    assert output == "0\n"
-    assert "script.py:" in errors
-
-
-def test_a_forked_worker_does_not_print_its_parents_table(tmp_path):
-    script = CHILD + "    train(6)\n" + CHILDREN["fork"].replace("target=train, args=(6, 1)", "target=int")
-    _, errors = run(tmp_path, script, "-m", "fastgan", "run", "--always", "script.py")
-    assert errors.count("  script.py:") == 1
+def test_a_script_and_its_children_print_the_same_and_each_has_its_table(tmp_path):
+    output, errors = run(tmp_path, FAMILY, "-m", "fastgan", "run", "--always", "script.py")
+    parent, nothing, fork, forkserver, _, off = output.splitlines()
+    assert (nothing, fork, forkserver) == ("fork 0", "fork 7", "forkserver 8")
+    assert float(parent.split()[1]) == pytest.approx(float(off.split()[1]), rel=1e-4)
+    rows = [line.split() for line in errors.splitlines() if line.startswith("  script.py:")]
+    # The first step shows the penalty. FASTGAN=off has no table.
+    assert sorted(row[1:3] for row in rows) == [["Sequential", str(steps)] for steps in (5, 6, 7, 8, 9)]
+    for row in rows:
+        assert float(row[5]) < float(row[3])  # forwards' work with fastgan and with PyTorch
 
 
 def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
@@ -133,8 +91,13 @@ def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
     assert errors.count("  script.py:") == 2
 
 
-def test_compare_prints_times_memory_and_differences(tmp_path):
-    output, errors = run(tmp_path, PLAIN, "-m", "fastgan", "run", "--compare", "4", "script.py", "40")
+def test_compare_prints_times_memory_and_differences(tmp_path, monkeypatch, capsys):
+    (tmp_path / "script.py").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["--compare", "4", "script.py", "40"]) == 0
+    output, errors = capsys.readouterr()
     assert errors == ""
     first, times, memory, losses, parameters = output.splitlines()
     assert first.startswith("fastgan: 4 steps")

@@ -14,7 +14,7 @@ import pytest
 from fastgan.launcher.command import main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-# What `fastgan run` is, of which only the start is replaced: it does not import PyTorch, which takes seconds.
+# The command `fastgan run` with a stub of its session, because importing PyTorch takes seconds.
 START = """
 import sys, types, pathlib
 for name in ("fastgan", "fastgan.launcher"):
@@ -35,7 +35,7 @@ SCRIPTS = {
             parser = argparse.ArgumentParser()
             parser.add_argument("--width", type=int)
             print(parser.parse_args(), sys.argv, sys.path[0], __file__, __name__, __spec__, __package__, neighbor.value)
-            print(sorted(globals()), sys.modules["__main__"].__file__)
+            print(sorted(globals()), sys.modules["__main__"].__file__, type(__builtins__))
     """,
     "raises": """
         import neighbor

@@ -81,7 +81,7 @@ def a_backward_and_a_step_of_its_own(d, g, steps):
 
 @script
 def a_bias_without_a_gradient_in_the_penalty_and_with_zeros_in_the_loss(d, g, steps):
-    """Weight decay moves the last bias in the steps of the loss alone."""
+    """Weight decay moves the last bias only in the steps of the loss."""
     optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
     for _ in range(steps):
         real, z = data()
@@ -128,6 +128,68 @@ def a_penalty_alone(d, g, steps):
         loss = penalty(d, data()[0].requires_grad_())
         optimizer.zero_grad()
         loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+class OfBoth(nn.Module):
+    """Sees an image and a smaller one, in a dictionary, as EG3D's discriminator does."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, images):
+        return self.d(images["image"] + F.interpolate(images["raw"], size=(8, 8), mode="bilinear"))
+
+
+@script
+def r1_at_a_dictionary_of_images(d, g, steps):
+    both = OfBoth(d)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        real = data()[0]
+        images = {"image": real.requires_grad_(), "raw": F.avg_pool2d(real.detach(), 2).requires_grad_()}
+        logits = both(images)
+        grads = torch.autograd.grad(outputs=[logits.sum()], inputs=[*images.values()], create_graph=True)
+        loss = (F.softplus(-logits).squeeze(1) + sum(grad.square().sum((1, 2, 3)) for grad in grads)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+@script
+def a_scaled_gradient_and_loss(d, g, steps):
+    """As with mixed precision in pi-GAN's loop."""
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(steps):
+        x = data()[0].requires_grad_()
+        logits = d(x)
+        (grad,) = torch.autograd.grad(outputs=scaler.scale(logits.sum()), inputs=x, create_graph=True)
+        loss = F.softplus(-logits).mean() + (grad / scaler.get_scale()).flatten(1).norm(2, dim=1).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        yield loss, d
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@script
+def two_backwards_through_one_forward(d, g, steps):
+    """As in FUNIT and denoising diffusion GANs."""
+    optimizer = torch.optim.RMSprop(d.parameters(), 1e-4, weight_decay=1e-4)
+    for _ in range(steps):
+        real, z = data()
+        optimizer.zero_grad()
+        logits = d(real.requires_grad_())
+        F.relu(1 - logits).mean().backward(retain_graph=True)
+        (grad,) = torch.autograd.grad(logits.mean(), real, create_graph=True, retain_graph=True)
+        loss = 10 * grad.square().sum() / len(real)
+        loss.backward()
+        F.relu(1 + d(g(z).detach())).mean().backward()
         yield loss, d
         optimizer.step()
 
@@ -238,7 +300,7 @@ def ctgans_loop(d, g, steps):
 
 
 class Styled(nn.Module):
-    """Returns an image and the style that it was made with."""
+    """Returns an image and its style."""
 
     def __init__(self):
         super().__init__()

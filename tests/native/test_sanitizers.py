@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Puts the instrumented module where the plain one would be imported from, then runs the tests of the ops on it.
+# Imports the instrumented module under the name of the plain one, then runs the tests of the ops.
 RUN = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("fastgan._native", sys.argv[1])
@@ -41,7 +41,7 @@ def instrumented(tmp_path_factory) -> Path:
     options = {
         "FASTGAN_SANITIZE": "ON",
         "FASTGAN_WERROR": "ON",
-        "FASTGAN_ISAS": "avx2",  # one with vectors: the sources are the same
+        "FASTGAN_ISAS": "avx2",  # one vector set is enough, because all compile the same sources
         "CMAKE_CXX_FLAGS_RELEASE": "-Og",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),

@@ -39,7 +39,7 @@ def pair(make, **options):
 
 
 def step(model, x):
-    """Output, gradients and state after one training step."""
+    """Return output, gradients and state after one training step."""
     model.zero_grad()
     output = model(x)
     output.square().sum().backward()

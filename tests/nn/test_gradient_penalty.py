@@ -32,7 +32,7 @@ def test_a_lazy_penalty_is_taken_at_the_first_of_every_k_calls_and_weighs_k_time
 
 
 def off_step(penalty, discriminator, *inputs):
-    """The zero of the second of every two calls."""
+    """With every=2, the second call returns zero."""
     penalty(discriminator, *inputs)
     zero = penalty(discriminator, *inputs)
     assert zero.requires_grad

@@ -25,7 +25,7 @@ class UsualLayer(nn.Module):
 
 
 def of_the_paper(x, theta, log_weight_scale, bias):
-    """Salimans et al.: columns of norm exp(log_weight_scale), a large number where a sample meets itself."""
+    """As in Salimans et al.: columns of norm exp(log_weight_scale), and a large distance of a sample from itself."""
     W = theta * (log_weight_scale.exp() / theta.square().sum(0).sqrt())
     activation = torch.tensordot(x, W, 1)  # (N, B, C)
     distance = (activation[..., None] - activation.permute(1, 2, 0)).abs().sum(2)  # (N, B, N)

@@ -128,7 +128,7 @@ def test_autocast_multiplies_in_half_precision_and_normalizes_in_single():
 
 def test_a_checkpoint_of_either_form_loads_into_the_other():
     hook, new = discriminator(torch_hook), discriminator(parametrizations.spectral_norm)
-    for _ in range(20):  # both orders of iteration settle on one u and v
+    for _ in range(20):  # both orders of iteration converge to the same u and v
         hook(IMAGES)
     new.load_state_dict(utils.convert_spectral_norm_state_dict(hook.state_dict(), "parametrization"))
     assert_close(new.eval()(IMAGES), hook.eval()(IMAGES).double(), order=0)

@@ -118,7 +118,7 @@ def broken_off(model, fused, plan):
 
 def checkpointed(model, fused, plan, reentrant=False):
     """PyTorch updates u and v again when it recomputes, so the copy restores them."""
-    plan = "".join(dict.fromkeys(plan))  # each part once: what is recomputed has the u and v of the last call
+    plan = "".join(dict.fromkeys(plan))  # each part once, because a recomputation uses the u and v of the last call
     output = model(X, plan, reentrant if fused else None)
     backward(output.square().mean(), model)
     return [output]
@@ -133,7 +133,7 @@ def a_part_by_itself(model, fused, plan):
 
 
 def regularize(model, fused, plan):
-    """The weights that are there after a forward. Those of a parametrization iterate once more."""
+    """Return the weights after a forward. Reading a parametrized weight iterates once more."""
     output = model(X, plan)
     backward(output.mean() + model.a.weight.square().sum() + model.head.weight.abs().sum(), model)
     return [output]

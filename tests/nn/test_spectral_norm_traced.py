@@ -31,7 +31,7 @@ def build(norm):
 
 
 def pair(form):
-    """PyTorch's model, with u and v that have settled, and ours from the same state."""
+    """Return PyTorch's model with converged u and v, and fastgan's from the same state."""
     theirs, ours, fuse = FORMS[form]
     twin, model = build(theirs), build(ours)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def plain_memory(monkeypatch):
 
 
 def outcome(trace, model, grad):
-    """What the traced model returns for two inputs, and the state after; or the class of the error."""
+    """Return the traced model's results for two inputs and the state after them, or the class of the error."""
     try:
         with torch.set_grad_enabled(grad):
             traced = trace(model, X)
@@ -104,7 +104,7 @@ def test_a_traced_model_is_pytorchs(tracer, form, training, grad):
     twin.train(training)
     ours, theirs = (outcome(TRACERS[tracer], net, grad) for net in (model, twin))
     if isinstance(theirs, type):
-        assert ours is theirs, "PyTorch's own cannot be traced so"
+        assert ours is theirs, "PyTorch's own cannot be traced in this way"
     else:
         assert not isinstance(ours, type), ours
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -138,7 +138,7 @@ def values_and_gradients(problem: Problem, backend: str) -> list[tuple[int, Tens
 
 
 def penalty_gradients(problem: Problem, backend: str) -> list[tuple[int, Tensor]]:
-    """Through a penalty on all gradients; the gradient of the output depends on the output too."""
+    """Through a penalty on all gradients. The gradient of the output also depends on the output."""
     o = problem(backend)
     loss = (o.square() * problem.weight).sum()
     grads = torch.autograd.grad(loss, problem.leaves(), create_graph=True)
@@ -152,7 +152,7 @@ def compare(compute, problem, backend, dtype):
     actual = compute(problem.to(dtype), backend)
     for (order, a), (_, e), (_, o) in zip(actual, exact, own, strict=True):
         assert a.dtype == dtype
-        if e.norm() < 1e-10:  # what is zero in exact arithmetic: one key has one probability
+        if e.norm() < 1e-10:  # zero in exact arithmetic, because a single key has the probability 1
             assert a.norm() <= 1e-3 * (1 + problem.weight.norm())
             continue
         assert_close(a, e.to(a.device), order=order, reference=o)

@@ -18,7 +18,7 @@ def operands(name, shape, weight_shape, options, *, bias=True, dtype=torch.float
 
 
 def orders(function, inputs, options):
-    """The input's gradient, and the gradients of a penalty of it by each that it depends on."""
+    """Return the gradient of the input, and the gradients of a penalty of it."""
     y = function(*inputs, **options)
     by = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).requires_grad_()
     (grad,) = torch.autograd.grad(y, inputs[0], by, create_graph=True)

@@ -1,4 +1,4 @@
-"""A normalization and its operands, and its derivatives up to the second beside those of PyTorch in float64."""
+"""A normalization, its operands, and its derivatives up to the second compared with PyTorch's in float64."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def values_and_gradients(problem: Problem, backend: str) -> list[tuple[int, Tens
 
 
 def penalty_gradients(problem: Problem, backend: str) -> list[tuple[int, Tensor]]:
-    """Through a penalty on the gradient by x, as of a critic, and through one on the gradients by weight and bias."""
+    """Through a penalty on the gradient of x, as for a critic, and through one on the gradients of weight and bias."""
     score = (torch.tanh(problem(backend)) * problem.scale).sum()
     (grad_x,) = torch.autograd.grad(score, problem.x, create_graph=True)
     affine = [t for t in (problem.weight, problem.bias) if t is not None]

@@ -45,7 +45,7 @@ def work(function):
 
 
 class Between(nn.Module):
-    """A convolution, what is done with its features (N, C, S, S), another convolution, and one logit of each sample."""
+    """A convolution, a function of its features (N, C, S, S), another convolution, and one logit per sample."""
 
     def __init__(self, between, **parameters):
         super().__init__()
@@ -80,7 +80,7 @@ def softplus(logits):
 
 
 def uneven(logits):
-    """Another gradient in every logit."""
+    """A loss whose gradient differs between logits."""
     return (logits * torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)).sum() + softplus(logits)
 
 

@@ -148,7 +148,7 @@ def test_a_penalty_forms_no_weight_gradient_of_a_linear_layer_in_its_first_pass(
         (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     with Count() as second:
         grad.square().sum().backward()
-    # Of two layers: W x; W^T g; for each one product with W and one for its weight, but none by the ones at the end.
+    # Two layers: W x, W^T g, and for each one product with W and one for its weight; none for the ones at the end.
     assert (forward.products, first.products, second.products) == (2, 2, 3)
 
 

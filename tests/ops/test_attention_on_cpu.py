@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import ops
+from fastgan import ops, torch_private
 from fastgan.ops.attention import autograd, blocks, layout
-from tests.ops.attention_problem import CASES, FEW, OPTIONS, penalty_gradients, problem_of
+from tests.ops.attention_problem import CASES, FEW, OPTIONS, penalty_gradients, problem_of, values_and_gradients
 
 DERIVE = blocks.native_kernels.derive
 
@@ -85,7 +85,7 @@ def test_every_instruction_set_computes_what_lies_between_two_products(isa, dtyp
 @pytest.mark.parametrize("option", ["plain", "causal", "boolean"])
 @pytest.mark.parametrize("case", FEW)
 def test_the_first_backward_is_pytorchs_kernel(case, option, monkeypatch):
-    """With and without a graph; to the bit."""
+    """Bitwise equal, with and without a graph."""
     problem = problem_of((*CASES[case][:6], CASES[case][5]), option).to(torch.float32)
     monkeypatch.setattr(autograd.blocks, "backward", not_called)
     their = torch.autograd.grad(problem(None, attend=F.scaled_dot_product_attention), problem.leaves(), problem.weight)
@@ -94,6 +94,26 @@ def test_the_first_backward_is_pytorchs_kernel(case, option, monkeypatch):
         if problem.mask is None:
             assert all(torch.equal(a, b) for a, b in zip(ours, their, strict=True))
         torch.testing.assert_close(ours, their)
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (2, 2, 150, 200), (2, 1, 150, 200), (2, 1, 1, 200)])
+def test_a_large_boolean_mask_reaches_pytorchs_kernel_in_parts(shape, monkeypatch):
+    """So that its additive form is never in memory as a whole."""
+    given = []
+
+    def noted(kernel):
+        return lambda *operands, **options: given.append(options["attn_mask"]) or kernel(*operands, **options)
+
+    for name in ("attention_on_cpu", "attention_on_cpu_backward"):
+        monkeypatch.setattr(torch_private, name, noted(getattr(torch_private, name)))
+    problem = problem_of((2, 2, 1, 150, 200, 64, 64)).to(torch.float64)
+    problem.mask = torch.rand(shape) > 0.3
+    problem.mask[..., 3 % shape[-2], :] = False
+    for compute in (values_and_gradients, penalty_gradients):
+        for (_, a), (_, b) in zip(compute(problem, "cpu"), compute(problem, "reference"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    assert all(mask.numel() <= problem.q.numel() + problem.k.numel() for mask in given)
+    assert sum(mask.shape[-2] for mask in given) == 5 * shape[-2]  # forward and backward, and again with a double one
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])

@@ -113,6 +113,28 @@ def test_large_scores_neither_overflow_nor_vanish(backend):
     assert results[0][1].any()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("added", [torch.finfo(torch.float32).min, -1e9, 1e6])
+@pytest.mark.parametrize("backend", WAYS)
+def test_a_mask_may_add_a_huge_number_to_whole_rows(backend, added, requires_grad):
+    """A float32 log-sum-exp of that size has no digits for the logarithm of the sum."""
+    problem = problem_of("grouped", dtype=torch.float32, device=device_of(backend))
+    mask = torch.zeros(19, 11, device=problem.q.device)
+    mask[::2] = added
+    mask[1, ::3] = -abs(added)
+    results = []
+    for name in (backend, None):
+        ours = problem.to(torch.float32)
+        ours.mask = mask.clone().requires_grad_(requires_grad)
+        with sdpa_kernel(SDPBackend.MATH):
+            attend = ops.scaled_dot_product_attention if name else F.scaled_dot_product_attention
+            o = ours(name, attend=attend)
+            first = torch.autograd.grad((o.square() * problem.weight).sum(), ours.leaves(), create_graph=True)
+            results.append([o, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), ours.leaves())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(HAS_GPU, reason="a GPU's own memory decides")
 @pytest.mark.parametrize(
     ("width", "dtype", "shared", "fits"),

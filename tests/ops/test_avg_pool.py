@@ -49,7 +49,7 @@ def _pools(shape):
 
 
 def _orders(pool, x, by, kernel, **options):
-    """The values, the gradient, and the gradient by ``by`` of a penalty of that."""
+    """Return the values, the gradient, and the gradient with respect to ``by`` of a penalty on the gradient."""
     x, by = x.clone().requires_grad_(), by.clone().requires_grad_()
     y = pool(x, kernel, **options)
     (grad,) = torch.autograd.grad(y, x, by, create_graph=True)
@@ -116,7 +116,7 @@ def test_the_kernel_runs_where_windows_tile_and_pytorch_elsewhere(monkeypatch):
     assert names(x, stride=1) == []
     assert names(x, padding=1) == []
     assert names(x, 3) == []
-    assert names(x[:, :1]) == []  # too small to be worth a call
+    assert names(x[:, :1]) == []  # too small for the kernel
     with backends.use_backend("reference"):
         assert names(x) == []
 

@@ -97,7 +97,7 @@ def test_modules_inside_twice_differentiable_do_as_outside(module, shape, option
     assert len(calls) == 2
     for actual, expected in zip(*results, strict=True):
         if expected is None or actual is None:
-            assert actual is None  # of a bias, which the gradient does not depend on
+            assert actual is None  # the bias, on which the gradient does not depend
             continue
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
     for name, buffer in own.named_buffers():

@@ -68,7 +68,7 @@ def without_gradients(model, x):
         return model(x).sum()
 
 
-# A letter a call: fastgan's, and PyTorch's that has the same result.
+# Each letter is a call: fastgan's, and PyTorch's with the same result.
 CALLS = {
     "l": (lambda model, x: F.softplus(model(x)).mean(),) * 2,
     "c": (rerouted, lambda model, x: F.softplus(model(x)).mean()),
@@ -88,7 +88,7 @@ def step(model, order, which, modes=""):
             model.train(modes[i] == "t")
         total = total + CALLS[letter][which](model, images(len(model[0].kernel_size), seed=i))
     total.backward()
-    # Nothing of a penalty reaches some parameters: None and zeros are both right here.
+    # A penalty does not depend on some parameters. None and zeros are both correct here.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return grads, dict(model.named_buffers())
 

@@ -46,7 +46,7 @@ class Problem:
         return Problem(*parts, self.options)
 
     def leaves(self, *without: object) -> list[Tensor]:
-        """x, bias and scale, less a bias that is not there; with an argument, all three."""
+        """x, bias (if there is one) and scale; with an argument, all three."""
         parts = [self.x, self.bias, self.scale]
         return parts if without else [t for t in parts if t is not None]
 
@@ -85,7 +85,7 @@ def values_and_gradients(problem: Problem, backend: str) -> list[tuple[int, Tens
 
 
 def penalty_gradients(problem: Problem, backend: str) -> list[tuple[int, Tensor]]:
-    """Through a penalty on the gradient by x, as of a critic, and one on the gradients by x and by the bias."""
+    """Through a penalty on the gradient of x, as for a critic, and one on the gradients of x and the bias."""
     score = (torch.tanh(problem(backend)) * problem.scale).sum()
     by = [t for t in (problem.x, problem.bias) if t is not None]
     grads = torch.autograd.grad(score, by, create_graph=True)
@@ -123,7 +123,7 @@ def test_second_order_in_half_precision_errs_at_most_twice_as_much_as_pytorch(ba
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS[2:3])
 def test_gelu_in_half_precision_is_rounded_from_a_value_that_is_nearly_exact(backend, dtype):
-    """In its tail too, where 1 + erf would cancel. Triton has a formula of its own for these types."""
+    """Also in the tail, where 1 + erf would cancel. Triton has its own formula for these types."""
     u = torch.linspace(-12, 8, 4001).to(dtype)
     exact = u.double() * torch.erfc(u.double() / -(2**0.5)) / 2
     y = ops.bias_act(u.to(device_of(backend)), activation="gelu", backend=backend).cpu()
@@ -134,7 +134,7 @@ def test_gelu_in_half_precision_is_rounded_from_a_value_that_is_nearly_exact(bac
 @pytest.mark.parametrize("inner", [1, 8])
 @pytest.mark.parametrize("backend", BACKENDS[2:3])
 def test_eight_elements_of_one_channel_and_of_eight_channels_have_their_bias(backend, inner):
-    """Whose places the Triton kernel finds by one division."""
+    """The Triton kernel finds the channels of eight elements by one division."""
     x, bias = torch.randn(3, 24, inner, device=device_of(backend)), torch.randn(24, device=device_of(backend))
     actual = ops.bias_act(x, bias, dim=1, activation="linear", backend=backend)
     torch.testing.assert_close(actual, x + bias[:, None])
@@ -205,7 +205,7 @@ def saved_bytes(function):
 
 
 def test_what_is_linear_in_pieces_keeps_one_bit_an_element_and_two_if_it_is_cut_off():
-    x = torch.randn(4, 8, 4096, requires_grad=True)  # of fewer elements, there are no bits
+    x = torch.randn(4, 8, 4096, requires_grad=True)  # smaller inputs have no bits
     bits = x.numel() // 8
     assert saved_bytes(lambda: ops.relu(x)) == bits
     assert saved_bytes(lambda: ops.bias_act(x)) == bits
@@ -227,7 +227,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 
 
 def recorded(monkeypatch, name, results):
-    """What each call of a native kernel was asked for: True where a result was wanted."""
+    """Record the results that each call of a native kernel computes: True if one was requested."""
     kernel, calls = getattr(native_kernels, name), []
 
     def spy(*arguments):

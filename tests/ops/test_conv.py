@@ -61,7 +61,7 @@ def test_only_what_requires_a_gradient_gets_one(wanted):
 
 
 def test_a_penalty_sends_no_gradient_into_the_forward():
-    """Where PyTorch fills zeros: nothing may reach what made the input."""
+    """PyTorch returns zeros for the input. fastgan must not run the backward of the input."""
     seen = []
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
     made = x * 2

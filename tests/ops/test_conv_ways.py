@@ -14,7 +14,7 @@ from fastgan.ops.conv import native_kernels, pointwise, weight_gradient
 from tests.harness import assert_close
 from tests.ops.conv_problem import needs_kernel, operands, orders, set_of_calls
 
-# Inputs of few channels: more and fewer columns than a vector has lanes, and all that a convolution's rows may do.
+# Inputs with few channels: more and fewer columns than a vector has lanes, and every kind of row.
 NARROW = {
     "dilated": ((2, 3, 40, 36), (40, 3, 2, 1), dict(dilation=3)),
     "3x3": ((2, 3, 33, 37), (20, 3, 3, 3), dict(padding=1)),
@@ -29,7 +29,7 @@ NARROW = {
 
 
 def noted(monkeypatch, way):
-    """The calls of a way to the input's gradient, from now on."""
+    """Record calls of one implementation of the input gradient."""
     calls, function = [], way.input_gradient
 
     def note(*arguments):
@@ -108,7 +108,7 @@ POINTWISE = {
 
 @pytest.fixture
 def pointwise_calls(monkeypatch):
-    """The functions of one pixel that ran, on any processor as on one of long vectors."""
+    """Record the 1x1 functions that run, on any processor as on one with long vectors."""
     if backends.native() is None:
         pytest.skip("there is no native module")
     monkeypatch.setattr(pointwise, "_TAKEN", (backends.native().isa(),))
@@ -132,7 +132,7 @@ def test_the_cpu_kernel_gives_convolutions_of_one_pixel(shape, weight, bias, poi
         inputs = [t for t in (x, w, b) if t is not None]
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         results.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
-    few_channels = weight[1] <= 6  # the input's gradient is then of the kernel of few channels
+    few_channels = weight[1] <= 6  # the kernel for few channels then computes the gradient of the input
     assert all_of(pointwise_calls) == {"forward", "weight_gradient"} | (set() if few_channels else {"input_gradient"})
     for i, (actual, expected) in enumerate(zip(*results, strict=True)):
         assert actual.is_contiguous()
@@ -314,7 +314,7 @@ def test_gradients_may_come_in_batches(weight):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["input", "weight", "bias"])
 def test_tensors_of_a_class_of_their_own_are_the_vendors(wrapped, stride):
-    """A subclass that defines its own convolution and the type of its result."""
+    """A subclass with its own convolution and result type."""
     leaves = operands("conv2d", (2, 32, 24, 24), (32, 32, 1, 1), {}, dtype=torch.float32)
     inputs = [t.detach() for t in leaves]
     expected = F.conv2d(*inputs, stride)

@@ -101,7 +101,7 @@ def test_what_that_kernel_does_not_take_is_the_vendors(change, calls):
 
 @needs_kernel
 def test_a_bias_alone_costs_no_weights_gradient(monkeypatch):
-    """oneDNN would form the weight's with it."""
+    """oneDNN would also compute the gradient of the weight."""
     x, w, b = operands("conv2d", (3, 8, 9, 9), (6, 8, 3, 3), {}, dtype=torch.float32)
     y = ops.conv2d(x, w.detach(), b)
     seen = []

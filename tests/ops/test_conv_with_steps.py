@@ -11,7 +11,7 @@ from fastgan.ops.conv import strided
 from tests.harness import assert_close
 from tests.ops.conv_problem import needs_kernel, operands, orders, set_of_calls
 
-# All that a convolution with steps may do; channels fill blocks of lanes, and squares of them, or leave some idle.
+# Every kind of strided convolution. Channels fill blocks of lanes and squares of them, or leave some idle.
 STRIDED = {
     "halving": ((2, 32, 20, 28), (64, 32, 4, 4), dict(stride=2, padding=1)),
     "many small samples": ((70, 32, 4, 4), (32, 32, 4, 4), dict(stride=2, padding=1)),
@@ -27,7 +27,7 @@ STRIDED = {
 
 @pytest.fixture
 def strided_calls(monkeypatch):
-    """The functions of strided.py that ran, on any processor as on one of long vectors."""
+    """Record the functions of strided.py that run, on any processor as on one with long vectors."""
     isa = backends.native().isa()
     monkeypatch.setattr(strided, "_BLOCK", {isa: 32})
     monkeypatch.setattr(strided, "_FORWARD", isa)
@@ -88,7 +88,7 @@ def test_convolutions_with_steps_are_the_same_bits_for_any_number_of_threads():
         assert all(map(torch.equal, results[0], others))
 
 
-# name -> shapes of input and weight, which of the two functions takes them nevertheless
+# name -> shapes of input and weight, and the one of the two functions that still takes them
 UNFIT = {
     "few channels of the input": ((4, 15, 20, 20), (32, 15, 3, 3), set()),
     "few channels of the output": ((4, 32, 20, 20), (15, 32, 3, 3), set()),

@@ -47,7 +47,7 @@ def gradients(model, loss):
 
 
 def exact(model, x, **options):
-    """The same random numbers and the same buffers."""
+    """All forwards use the same random numbers and buffers."""
     torch.manual_seed(1)
     return fastgan.gradient_penalty(model, x, kind="r1", **options)
 
@@ -84,7 +84,7 @@ def test_the_error_is_of_the_second_order(monkeypatch):
 
 
 class Once(torch.autograd.Function):
-    """tanh, of which no second derivative is known."""
+    """tanh without a second derivative."""
 
     @staticmethod
     def forward(ctx, x):

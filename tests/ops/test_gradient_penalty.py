@@ -110,7 +110,7 @@ def gradients(discriminator, loss):
 def assert_equal_penalties(discriminator, kind, *, train=True, dtype=torch.float32):
     real, fake = (x.to(dtype) for x in images())
     fused, exact = discriminator.to(dtype).train(train), copy.deepcopy(discriminator).double().train(train)
-    # float64 draws other random numbers than float32: the same ones, for the oracle too.
+    # float64 would draw other random numbers than float32, so draw them once for both.
     draws = lambda: torch.Generator().manual_seed(3)  # noqa: E731
     actual = fastgan.gradient_penalty(fused, real, fake, kind=kind, weight=7.0, generator=draws())
     if dtype == torch.float64 or kind in ("r1", "r2", "r1+r2"):

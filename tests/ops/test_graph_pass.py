@@ -35,7 +35,7 @@ def test_a_convolution_of_few_weights_does_not_pay(monkeypatch):
 
 
 class Net(nn.Module):
-    """A convolution, what is done with its features (N, 6, 8, 8), and one logit of each sample."""
+    """A convolution, a function of its features (N, 6, 8, 8), and one logit per sample."""
 
     def __init__(self, between, **parts):
         super().__init__()
@@ -367,3 +367,19 @@ def test_a_known_call_that_does_not_pay_is_not_read(call, monkeypatch):
     call(net, torch.randn(N, 4), kind="r1")
     monkeypatch.setattr(graph_pass.Graph, "read", lambda graph: pytest.fail("the graph was read"))
     call(net, torch.randn(N, 4), kind="r1")
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("call", [fastgan.gradient_penalty, fastgan.logits_and_penalty])
+def test_a_known_call_whose_graph_allows_no_pass_is_not_read_again(call, monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32 * 36, 1))
+    x = torch.randn(8, 3, 8, 8)
+    expected = call(net, x, kind="r1")
+    monkeypatch.setattr(graph_pass.Graph, "read", lambda graph: pytest.fail("the graph was read"))
+    again = call(net, x, kind="r1")
+    for one, other in zip(
+        expected if isinstance(expected, tuple) else (expected,),
+        again if isinstance(again, tuple) else (again,),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

@@ -18,7 +18,7 @@ DOUBLE = {"dtype": torch.float64}
 
 
 def second_order(function, *inputs):
-    """The value, the first derivatives, and the second of a combination of them, in every input that requires one."""
+    """Return the value, the first derivatives, and the second derivatives of a combination of them."""
     inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     wanted = [t for t in inputs if t.requires_grad]
     value = function(*inputs)
@@ -231,7 +231,7 @@ def test_segment_reduce_with_segments_of_each_sample(reduce, by):
 
 @pytest.mark.parametrize("theirs", list(recurrent.ROUTES))
 def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypatch):
-    """On a CPU, with a tensor that says that it lies on CUDA."""
+    """On a CPU, with a tensor whose ``is_cuda`` is true."""
     seen = []
 
     class OnCuda:
@@ -243,7 +243,7 @@ def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypa
         route(OnCuda())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        route(OnCuda())  # which says nothing again
+        route(OnCuda())  # there is no second warning
     assert seen == [False, False]
     assert torch.backends.cudnn.enabled
     assert theirs in lacking.ROUTES

@@ -93,7 +93,7 @@ def attention(net, h):
     return F.scaled_dot_product_attention(q, q, q)
 
 
-# What one pass would get wrong, each hidden in a different way.
+# Cases in which one pass would be wrong, each hidden in a different way.
 INELIGIBLE = {
     "batch norm": (Then(lambda net, h: net.modules_["bn"](h), bn=nn.BatchNorm2d(6)), "batch_norm"),
     "batch mean": (Then(lambda net, h: h - h.mean(0, keepdim=True)), "mean"),
@@ -209,7 +209,7 @@ def test_the_general_path_is_exact_and_names_the_obstacle(name):
     explained = fastgan.explain_penalty(copy.deepcopy(discriminator), images()[0])
     assert explained.startswith("general path: ")
     assert reason in explained
-    if "custom" not in name:  # Hidden is no twice-differentiable function
+    if "custom" not in name:  # Hidden cannot be differentiated twice
         assert_exact(discriminator)
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are not plain ones in a machine's memory: on meta, on devices that fastgan doesn't know, subclasses."""
+"""Tensors on meta and on unknown devices, and subclasses of Tensor."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_functions_of_an_unknown_device_are_pytorchs_own(monkeypatch):
 
 
 class Distribution(torch.Tensor):
-    """A latent tensor that knows how it is drawn, and whose ``to`` would lose the graph."""
+    """A latent tensor that can draw itself, and whose ``to`` would lose the graph."""
 
     def to(self, *args, **kwargs):
         raise AssertionError("PyTorch's functions never call a method of a subclass")
@@ -164,7 +164,7 @@ class Distribution(torch.Tensor):
 
 
 class Counted(torch.Tensor):
-    """A subclass with a say of its own."""
+    """A subclass with its own ``__torch_function__``."""
 
     calls = 0
 

@@ -85,7 +85,7 @@ def values_and_gradients(problem: Problem, backend: str) -> list[tuple[int, Tens
 
 
 def penalty_gradients(problem: Problem, backend: str) -> list[tuple[int, Tensor]]:
-    """Through a penalty on the gradient by m, as of a critic."""
+    """Through a penalty on the gradient of m, as for a critic."""
     score = (problem(backend).square() * problem.scale).mean()
     (grad,) = torch.autograd.grad(score, problem.m, create_graph=True)
     return [(2, g) for g in torch.autograd.grad(grad.square().sum(), (problem.m, problem.scale))]
@@ -171,11 +171,11 @@ def test_samples_far_apart_have_a_similarity_of_zero_and_equal_ones_of_one(backe
 @pytest.mark.parametrize(("dtype", "range"), [(torch.float32, 87.3), (torch.float64, 708.3)])
 def test_the_cpu_kernels_exponential_errs_by_less_than_a_unit_in_the_last_place(dtype, range):
     distance = torch.cat([torch.linspace(0, range, 200_001), torch.rand(100_001)]).to(dtype)
-    m = torch.stack([torch.zeros_like(distance), distance])[..., None]  # two samples, a kernel a distance
+    m = torch.stack([torch.zeros_like(distance), distance])[..., None]  # two samples, one kernel per distance
     actual = ops.minibatch_discrimination(m, backend="cpu")[0].double()
     exact = torch.exp(-distance.double())
     unit = torch.finfo(dtype).eps * torch.exp2(exact.log2().floor())
-    own = 0 if dtype == torch.float32 else 1  # of the exponential that it is compared with
+    own = 0 if dtype == torch.float32 else 1  # the error of the exponential that it is compared with
     assert ((actual - exact).abs() / unit).max() < 1 + own
 
 

@@ -70,7 +70,7 @@ def first_order(case, x, scale, backend):
 
 
 def second_order(case, x, scale, backend):
-    """Through a penalty on the gradient by x, as of a critic, and one on that of the statistics alone."""
+    """Through a penalty on the gradient of x, as for a critic, and one on that of the statistics only."""
     results, values = [], x.shape[1]
     y = apply(case, x, backend)
     for score in ((torch.tanh(y) * scale).sum(), (y * scale)[:, values:].sum()):

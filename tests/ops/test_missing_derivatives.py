@@ -1,4 +1,4 @@
-"""Layers without a second derivative: an error with their paths, in place of a lost gradient; explained beforehand."""
+"""Layers without a second derivative raise an error with their paths, and explain_penalty lists them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ ALL, INPUT, PARAMETERS = (True, True, True), (True, False, False), (False, True,
     ("asked", "create_graph", "mask"),
     [
         ("x", True, INPUT),
-        ("x", False, ALL),  # of a pass that nobody differentiates, only the input's is looked at
+        ("x", False, ALL),  # in a pass that is not differentiated, only the gradient of the input is checked
         ("wb", False, PARAMETERS),
         ("wb", True, ALL),
         ("xwb", True, ALL),
@@ -115,7 +115,7 @@ def test_the_backward_of_a_penalty_does_not_reach_for_its_own_points(penalty, ma
         loss = loss + logits.sum()
     masks.clear()
     loss.backward()
-    first_pass = (False, True, False)  # the weights' part of it, of each layer
+    first_pass = (False, True, False)  # the part of the weights, for each layer
     assert masks.count(first_pass) == 2
     assert [mask for mask in masks if mask != first_pass] == ([ALL] if penalty == "logits_and_penalty" else []) + [
         PARAMETERS

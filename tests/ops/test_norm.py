@@ -100,7 +100,7 @@ def test_gradcheck_and_gradgradcheck_hold(backend, case):
 
 
 def recorded(monkeypatch, name):
-    """What each call of a native kernel was asked for: True where a result was wanted."""
+    """Record the results that each call of a native kernel computes: True if one was requested."""
     kernel, calls = getattr(native_kernels, name), []
 
     def spy(operands, layout):

@@ -32,7 +32,7 @@ FILTER = ((KERNEL[:, None] * KERNEL) / 64)[None, None].double()
 
 
 def in_place(change):
-    """Applied to a tensor that nobody else reads."""
+    """Applied to a tensor that nothing else reads."""
 
     def between(net, h):
         h = h * 1.5
@@ -74,7 +74,7 @@ def equalized(net, h):
 
 
 def evaluated(norm):
-    """With statistics and parameters that are not those of its beginning."""
+    """With statistics and parameters that differ from the initial ones."""
     torch.manual_seed(6)
     for values in (*norm.parameters(), norm.running_mean, norm.running_var):
         nn.init.uniform_(values, 0.5, 2)

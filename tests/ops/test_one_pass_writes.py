@@ -98,7 +98,7 @@ WRITTEN = {
     "sub_ from a constant": lambda net, h: constant(N, C, S, S).sub_(h),
     "+= of a constant": lambda net, h: plus(constant(N, C, S, S), h),
     "views": through_views,
-    "a view of what is gone": lambda net, h: (h * 2).flatten(1).add_(1.0).sub_(0.5),
+    "a view of a freed tensor": lambda net, h: (h * 2).flatten(1).add_(1.0).sub_(0.5),
     "a view of a view": lambda net, h: plus((h * 2).view(N, C * S, S)[:, 2:], net.p[0]),
     "scatter": lambda net, h: h.scatter(1, ALL[:, :2].expand(N, 2, S, S), 1.5),
     "scatter of it": lambda net, h: constant(N, C, S, S).scatter(1, ALL[:, :2].expand(N, 2, S, S), h[:, :2]),

@@ -117,7 +117,7 @@ def given():
 
 
 def gradient(discriminator, *inputs):
-    """The gradients as code bases take them: of the outputs, with ones for each."""
+    """The gradients as code bases compute them, with ones as the gradients of the outputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = discriminator(*inputs)
     grads = torch.autograd.grad(output, inputs, torch.ones_like(output), create_graph=True)

@@ -22,7 +22,7 @@ Y = torch.tensor([2, 0, 1, 2, 1, 0, 2, 2])
 
 
 class Program(nn.Module):
-    """Steps one after another on features whose first dimension is the samples'. It makes its parameters as it runs."""
+    """A sequence of steps on features (N, ...). Parameters are created as it runs."""
 
     def __init__(self, steps, ending, shape):
         super().__init__()
@@ -226,7 +226,7 @@ def residual(net, h, choice):
 
 
 def mixed(net, h, choice):
-    """Not affine, or not sample by sample."""
+    """A step that is not affine or that mixes samples."""
     return (
         lambda: torch.tanh(h),
         lambda: h - h.mean(0),
@@ -323,7 +323,7 @@ def check(steps, ending, loss, samples, size):
     said = fastgan.explain_penalty(model, x)
     if all(name != "mixed" for name, _ in steps):
         assert said.startswith("one pass"), said
-    if (size == 6 or samples in (1, 6)) and not ALL:  # counting takes as long as all the rest
+    if (size == 6 or samples in (1, 6)) and not ALL:  # counting takes half of the time
         return
     if said == "one pass":
         spent = work(lambda: gradients(model, by_fastgan, x, LOSSES[loss])) / work(lambda: model(x))

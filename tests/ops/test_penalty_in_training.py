@@ -54,7 +54,7 @@ def generator():
 
 
 def losses(discriminator, exact, kind):
-    """The penalty and a loss of the same discriminator, of ours and by definition."""
+    """The penalty and a loss of the same discriminator, by fastgan and by definition."""
     real, fake = (x.double() for x in images())
     ours = fastgan.gradient_penalty(discriminator, real, fake, kind=kind, weight=7.0, generator=generator())
     plain = by_definition(exact, real, fake, kind, 7.0, generator())
@@ -100,7 +100,7 @@ SITUATIONS = pytest.mark.parametrize("situation", [mixed, twice, retained, froze
 def assert_exact(name, situation, kind):
     discriminator = DISCRIMINATORS[name]().double()
     if name == "spectral norm":
-        discriminator.eval()  # so that both see the same weights however often they ask
+        discriminator.eval()  # so that both get the same weights at every read
     for actual, expected in zip(*situation(discriminator, copy.deepcopy(discriminator), kind), strict=True):
         assert_close(actual, expected, order=2)
 
@@ -149,7 +149,7 @@ def test_a_compiled_training_step_gives_the_same(call):
 
 
 def test_threads_that_leave_in_any_order_leave_the_compiler_as_it_was():
-    import torch._dynamo  # so that there is a stance to give back
+    import torch._dynamo  # so that there is a stance to restore
 
     assert "torch._dynamo" in sys.modules
     stance = torch._dynamo.eval_frame._stance

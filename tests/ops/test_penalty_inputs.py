@@ -25,7 +25,7 @@ Pair = namedtuple("Pair", ["image", "text"])
 
 
 class OfPair(nn.Module):
-    """An image (N, 3, 8, 8), a text (N, 7) and a label (N,), from whatever holds them."""
+    """Return the image (N, 3, 8, 8), the text (N, 7) and the label (N,) from any container."""
 
     def __init__(self, unpack, activation):
         super().__init__()

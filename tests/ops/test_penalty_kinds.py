@@ -26,7 +26,7 @@ SIZES = {"few": (3, 5), "many": (3, 1 << 7, 1 << 6)}
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_derivatives_are_those_of_the_norms(kind, size, dtype):
     grad = torch.randn(SIZES[size], dtype=torch.float64).to(dtype)
-    grad[0] = 0  # whose norm has no derivative: it is zero
+    grad[0] = 0  # the norm of zero; its derivative is taken as zero
     ours, exact = grad.clone().requires_grad_(), grad[1:].double().requires_grad_()
     penalty = penalize(kind, ours, 3.0)
     norms = torch.cat([exact.new_zeros(1), exact.flatten(1).square().sum(1).sqrt()])

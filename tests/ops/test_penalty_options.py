@@ -90,7 +90,7 @@ def test_options_of_small_discriminators_are_alike(name, call):
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
 def test_norms_over_dimensions_of_any_layout(kind, layout, shape, dims):
     g = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout)
-    g[0] = 0  # whose norm has no derivative: it is zero
+    g[0] = 0  # the norm of zero; its derivative is taken as zero
     ours, exact = g.clone().requires_grad_(), g[1:].clone().requires_grad_()
     over = (1, 2, 3) if dims is None else dims
     squares = torch.cat([exact.square().sum(over), torch.zeros_like(g[:1].sum(over))])

@@ -43,7 +43,7 @@ def images():
 
 
 def r1(discriminator, x, summed):
-    """By PyTorch: the outputs that ``summed`` picks are summed."""
+    """Compute the penalty with PyTorch, from the sum of the outputs that ``summed`` selects."""
     x = x.detach().requires_grad_()
     total = sum(output.sum() for output in summed(discriminator(x)))
     (grad,) = torch.autograd.grad(total, x, create_graph=True)
@@ -139,7 +139,7 @@ def test_scales_and_periods_are_summed(heads, call, form):
 
 
 def then(*more):
-    """Outputs of which the later ones are made from the first."""
+    """Outputs of which the later ones are computed from the first."""
     return lambda outputs: (*outputs, *(function(outputs[0]) for function in more))
 
 

@@ -79,8 +79,9 @@ def test_gradcheck_and_gradgradcheck_hold(backend, option):
     problem = problem_of((1, 2, 1, 3, 4, 2, 2), option, device=device_of(backend)).to(torch.float64)
     fast = backend == "triton"  # its interpreter is slow: random projections instead of every element
     run = lambda *leaves: problem(backend, *leaves)  # noqa: E731
-    assert gradcheck(run, problem.leaves(), fast_mode=fast)
-    assert gradgradcheck(run, problem.leaves(), fast_mode=fast)
+    # test_gradients_of_some_operands_alone_are_the_same has undefined gradients
+    assert gradcheck(run, problem.leaves(), fast_mode=fast, check_undefined_grad=not fast)
+    assert gradgradcheck(run, problem.leaves(), fast_mode=fast, check_undefined_grad=not fast)
 
 
 @pytest.mark.parametrize("wanted", [["q"], ["k"], ["v"], ["q", "k"], ["mask"], ["v", "mask"]])
@@ -185,7 +186,8 @@ def test_opcheck_accepts_the_operators(backend, option, monkeypatch):
     options = None, 0.3, option == "causal", 0.0, backend
     mask = () if p.mask is None else (p.mask[None],)
     operands = p.q, p.k, p.v, *(mask or (None,))
-    o, lse = torch.empty_like(p.weight), torch.empty(p.weight.shape[:3], device=p.weight.device)
+    terms = (2,) if backend == "triton" else ()
+    o, lse = torch.empty_like(p.weight), torch.empty(*p.weight.shape[:3], *terms, device=p.weight.device)
     torch.ops.fastgan.attention_fwd(*operands, o, lse, *options)
     absent = [None] * (1 - len(mask))
     results = [torch.empty_like(t) for t in (p.q, p.k, p.v, *mask)] + absent

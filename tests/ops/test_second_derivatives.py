@@ -1,4 +1,4 @@
-"""Every module of torch.nn in a small discriminator: PyTorch's gradient, ours, or an error with the layer's name."""
+"""Every module of torch.nn in a small discriminator: PyTorch's gradient, or an error with the layer's name."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_fastgan_is_used_if_pytorchs_work_takes_longer_than_fastgans_calls(gpu):
         gpu(*properties)
         limit = threshold(image())
         for layers in (1, 5, 50):
-            seconds = HOST_SECONDS * layers  # of the host, if PyTorch's six forwards keep the device busy as long
+            seconds = HOST_SECONDS * layers  # the host's time, if PyTorch's six forwards keep the device busy as long
             equal = int(seconds * rate(DEVICE, torch.float32) / 12)
             assert not Cost(equal, layers).reaches(limit)
             assert Cost(equal + limit.least + layers, layers).reaches(limit)

@@ -1,4 +1,4 @@
-"""Activations of few elements, which PyTorch's own operators compute: their results, and nothing through the slopes."""
+"""Activations of few elements run PyTorch's operators, with PyTorch's results and no gradient through the slopes."""
 
 from __future__ import annotations
 

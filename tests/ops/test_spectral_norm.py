@@ -57,7 +57,7 @@ def operands(shapes_and_dims, dtype=torch.float32, device="cpu"):
 
 
 def run(backend, problem, dtype, *, n=1, v_first=False):
-    """outputs, us, vs, gradients of the weights, of one forward and backward in `dtype`."""
+    """Return outputs, us, vs and the gradients of the weights after one forward and backward in `dtype`."""
     weights, us, vs, dims, grads = problem
     weights = [w.to(dtype).clone().requires_grad_() for w in weights]
     us, vs, grads = ([t.to(dtype).clone() for t in tensors] for tensors in (us, vs, grads))

@@ -61,14 +61,14 @@ def test_filtered_lrelu_equals_its_steps(name, backend):
     def ours(x, bias):
         return ops.filtered_lrelu(x, FU, FD, bias, **options, backend=backend)
 
-    n, c = (1, 1) if backend == "triton" else (2, 3)  # the interpreter takes its time
+    n, c = (1, 1) if backend == "triton" else (2, 3)  # the interpreter is slow
     same_orders(ours, steps, torch.randn(n, c, 7, 8).double(), torch.randn(c).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clamp", [None, 0.5])
 def test_filtered_lrelu_keeps_no_upsampled_image_on_a_cpu(dtype, clamp):
-    """The kernel's values and derivatives are those of the steps, and so are its bits' where an image is left over."""
+    """The kernel has the values and derivatives of the separate steps, also where a row of bits is not full."""
     x = torch.randn(3, 5, 9, 13).to(dtype)
     options = dict(up=2, down=2, padding=(5, 4, 6, 3), clamp=clamp)
     by = torch.randn_like(ops.filtered_lrelu(x, FU, FD, **options, backend="reference"))

@@ -1,4 +1,4 @@
-"""Derivatives beyond the second, where a step is differentiated through: meta-learning, Hessian-vector products."""
+"""Derivatives beyond the second, as in meta-learning and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def leaves_of(*shapes, device="cpu", offset=0.0):
 
 
 def derivatives(function, leaves, count):
-    """Each order by all leaves, of a scalar of the one before."""
+    """Return each order with respect to all leaves, of a scalar of the order before."""
     results, last = [], [function(*leaves)]
     for _ in range(count):
         score = sum(t.pow(3).sum() + t.sin().sum() for t in last)
@@ -189,7 +189,7 @@ def test_minibatch_stddev_has_every_order(backend, memory_format):
 
 @pytest.mark.parametrize("op", ["conv", "transposed", "norm", "activation", "stddev", "discrimination"])
 def test_numerical_third_derivatives(op):
-    """Of the second derivatives by all operands, the first by differences."""
+    """Compare the first derivatives of the second derivatives with finite differences."""
     functions = {
         "conv": (ops.conv2d, [(1, 2, 4, 4), (2, 2, 3, 3)]),
         # PyTorch's own third derivative raises where there is an output_padding.
@@ -265,7 +265,7 @@ def seeded():
 @pytest.mark.parametrize("kind", ["r1", "wgan-gp"])
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
 def test_a_step_by_a_penalty_is_differentiated_through(between, kind):
-    """Meta-learning: a loss of the weights that a step by the penalty's gradient leads to."""
+    """Meta-learning: a loss of the weights after a step along the gradient of the penalty."""
     model, x = discriminator_of(*between()), torch.randn(4, 3, 8, 8).double()
     results = []
     for ours in (True, False):

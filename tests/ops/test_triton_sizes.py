@@ -1,4 +1,4 @@
-"""Grids of the Triton kernels for sizes that no test has the memory for."""
+"""Grids of the Triton kernels for sizes that do not fit into the memory of a test."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LAYERS = {
 
 
 class Abs(nn.Module):
-    """Its double backward is a zero that is stored nowhere."""
+    """Its double backward is a zero without storage."""
 
     def forward(self, x):
         return x.abs()
@@ -61,7 +61,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])  # PyTorch's own group norm reads what is not there
+@pytest.mark.parametrize("backend", BACKENDS[1:])  # PyTorch's own group norm reads the missing storage
 @pytest.mark.parametrize("op", OPS)
 def test_a_gradient_of_zeros_that_are_not_stored_gives_zeros(op, backend):
     function, shape, arguments = OPS[op]
@@ -91,7 +91,7 @@ def test_signs_that_are_flipped_when_read_are_read_so(op, backend):
 
 
 def _backend_of(op, backend):
-    """The backend, or what runs in its place where an op has none."""
+    """Return the backend, or the one that runs if the op lacks it."""
     own = {"avg_pool2d": ("reference", "cpu")}
     many = "spectral_norm", "minibatch_discrimination"
     if backend == "cuda" and op not in many:
@@ -102,7 +102,7 @@ def _backend_of(op, backend):
 
 
 def batched(function, x):
-    """The input's gradient for three of the output at once, and one by one."""
+    """Return the input gradients for three output gradients, at once and one by one."""
     y = function(x)
     by = torch.randn(3, *y.shape)
     one_by_one = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in by]

@@ -64,7 +64,7 @@ class Added(nn.Module):
 
 
 class Branches(nn.Module):
-    """A branch of a constant, into which no gradient of the images goes."""
+    """A branch of a constant, which no gradient of the images reaches."""
 
     def __init__(self):
         super().__init__()

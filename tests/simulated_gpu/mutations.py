@@ -1,4 +1,4 @@
-"""Faults put into a copy of fastgan, each of which the simulated tests have to find.
+"""Put faults into a copy of fastgan. The simulated tests must find each of them.
 
 ``python tests/simulated_gpu/mutations.py [NAME...]``: the status is 1 if a fault passes.
 """
@@ -22,7 +22,7 @@ COPIED = ("fastgan", "tests", "pyproject.toml")
 
 @dataclass(frozen=True)
 class Mutation:
-    """A text that a file has once, what replaces it, and the tests that have to fail."""
+    """A text that occurs once in a file, its replacement, and the tests that must fail."""
 
     file: str
     before: str

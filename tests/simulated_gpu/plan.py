@@ -1,4 +1,4 @@
-"""What runs on the simulated device: parts, each a process of pytest."""
+"""The parts that run on the simulated device. Each part is one process of pytest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Part:
     tests: tuple[str, ...]
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    seconds: int = 900  # the clock's, after which it hangs; the plugin limits what a test takes of the CPU
+    seconds: int = 900  # wall-clock limit; the plugin limits the CPU time of each test
 
 
 def _on_cuda(name: str, *tests: str, options: tuple[str, ...] = ()) -> Part:

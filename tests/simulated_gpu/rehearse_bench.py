@@ -1,7 +1,7 @@
-"""``fastgan bench`` on the simulated device: the host's times, and ceilings of the machine that a CPU finds in no time.
+"""``fastgan bench`` on the simulated device, with the host's times and quickly measured ceilings of the machine.
 
-Its numbers say nothing; that every case is prepared, checked, captured and recorded does. Whole steps run on PyTorch's
-operations: Triton's interpreter would take hours.
+Its numbers mean nothing. It shows that every case is prepared, checked, captured and recorded. Whole steps run on
+PyTorch's operations, because Triton's interpreter would take hours.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from simulated_gpu.build import CannotSimulate, library  # noqa: E402
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part."""
+    """The result of a part."""
 
     part: Part
     status: int
@@ -63,7 +63,7 @@ def run(part: Part) -> Outcome:
 
 
 def check_names() -> None:
-    """A test that was renamed would be left out no longer, and pytest says nothing about it."""
+    """Check the names of the deselected tests: pytest ignores a name that does not exist."""
     for name in ABOUT_THE_CPU:
         file, _, test = name.partition("::")
         if f"def {test.partition('[')[0]}" not in (ROOT / file).read_text():

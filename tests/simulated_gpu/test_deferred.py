@@ -1,4 +1,4 @@
-"""Deferred mode: work runs as late as a GPU may run it, and who hasn't waited for it reads old memory."""
+"""Deferred mode: work runs as late as a GPU may run it, so code that does not wait for it reads old memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs on the simulated device: values come with the first replay, and what a capture forbids raises."""
+"""CUDA graphs on the simulated device: values exist after the first replay, and calls that a capture forbids raise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the simulation can't show, it refuses by name."""
+"""Calls that the simulation cannot represent raise an error that names the limitation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of a GPU, which a CPU doesn't have: what breaks one raises."""
+"""Calls that break a rule of GPUs raise an error."""
 
 from __future__ import annotations
 

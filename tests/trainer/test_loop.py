@@ -51,7 +51,7 @@ def test_a_resumed_run_reaches_the_same_bits_as_an_uninterrupted_one(config, spe
     config = dataclasses.replace(config, model=model)
     whole = train(config, name="whole")
     train(config, name="parts", steps=k)
-    torch.manual_seed(12345)  # whatever a new process starts with
+    torch.manual_seed(12345)  # the state of a new process
     parts = train(config, name="parts", resume=True)
     assert parts.step == whole.step == 6
     wanted, got = tensors(whole.gan.state_dict()), tensors(parts.gan.state_dict())

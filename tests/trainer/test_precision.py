@@ -20,7 +20,7 @@ def game(model: ModelConfig = MODEL, **optim: object) -> GAN:
 
 
 def gradients(gan: GAN) -> torch.Tensor:
-    """Of both players, of one batch, without the scaler's factor."""
+    """Return the gradients of both players on one batch, without the factor of the scaler."""
     gan.discriminator_gradient(gan.batch())
     gan.generator_gradient(gan.generator_batch())
     found = []

@@ -76,12 +76,12 @@ def test_busy_cores_are_named_once_after_two_probes_and_not_when_one_is_slow(clo
 
 
 def test_a_line_about_busy_cores_compares_with_free_ones_and_names_the_flag():
-    assert Probe(free=1.0, one=1.0, all=0.6).complaint(2) is None
-    assert Probe(free=1.0, one=3.0, all=0.2).complaint(8) is None
-    line = Probe(free=1.0, one=2.0, all=20.0).complaint(2)
+    assert Probe(free=1.0, one=1.0, all=0.6).warning(2) is None
+    assert Probe(free=1.0, one=3.0, all=0.2).warning(8) is None
+    line = Probe(free=1.0, one=2.0, all=20.0).warning(2)
     assert "40 times as slow as on free cores; --threads 1 is faster now, 10.0 times in a short test" in line
-    assert Probe(free=1.0, one=9.0, all=2.0).complaint(8).endswith("16 times as slow as on free cores; try --threads 4")
-    assert "--threads" not in Probe(free=1.0, one=9.0, all=9.0).complaint(1)
+    assert Probe(free=1.0, one=9.0, all=2.0).warning(8).endswith("16 times as slow as on free cores; try --threads 4")
+    assert "--threads" not in Probe(free=1.0, one=9.0, all=9.0).warning(1)
 
 
 def test_a_probe_compares_the_same_work():

@@ -42,7 +42,7 @@ def leave_out_the_end(replace: Callable[[type, str, object], None] = setattr) ->
 def child():
     """Run a function in another process, and return its exit code.
 
-    It isn't a fork of this process, which cannot use a GPU once this one has: PyTorch's optimizers look for one.
+    It is not a fork, because a fork cannot use a GPU that its parent has used.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastgan.trainer.loop"])
@@ -77,7 +77,7 @@ def go_on(config: TrainConfig) -> Trainer:
 
 
 def killed_at(config: TrainConfig, call: int) -> None:
-    """Go on with the run, and die by SIGKILL at the `call`-th function call, Python's or C's."""
+    """Continue the run, and send SIGKILL to this process at the `call`-th function call in Python or C."""
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:

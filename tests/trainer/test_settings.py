@@ -10,6 +10,7 @@ import torch
 
 from fastgan.trainer.config import PRESETS, OptimConfig, TrainConfig
 from fastgan.trainer.errors import RunFolderError
+from fastgan.trainer.game.schedule import rate_factor
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.report.page import changes_of
 
@@ -92,6 +93,30 @@ def test_a_change_on_resuming_is_the_same_as_the_setting_from_the_start_of_the_s
         other.gan.step()
         other.step += 1
     assert all(map(torch.equal, one.values(), other.gan.generator.state_dict().values()))
+
+
+def test_the_learning_rates_rise_and_fall_linearly():
+    assert [rate_factor(step, 4, None) for step in (0, 1, 3, 4, 100)] == [0.25, 0.5, 1, 1, 1]
+    assert [rate_factor(step, None, (10, 20)) for step in (0, 10, 15, 19, 20, 30)] == [1, 1, 0.5, 0.1, 0, 0]
+    assert rate_factor(2, 4, (0, 4)) == 0.375
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_schedule_is_the_rates_set_by_hand_and_goes_on_after_resuming(ring8_config, capsys):
+    optim = dataclasses.replace(ring8_config.optim, lr_warmup=2, lr_decay=(4, 8))
+    config = dataclasses.replace(ring8_config, optim=optim)
+    Trainer(dataclasses.replace(config, steps=5)).train()
+    one = resumed(TrainConfig.load(config.folder / "config.json"), 7)
+    assert "from step" not in capsys.readouterr().out
+    assert "rising over 2 steps, falling to zero from step 4 to 8" in one.run.report.read_text()
+    other = Trainer(dataclasses.replace(ring8_config, name="other", steps=7)).gan
+    for factor in (0.5, 1, 1, 1, 1, 0.75, 0.5):
+        other.g_adam.param_groups[0]["lr"] = factor * optim.g_lr
+        other.d_adam.param_groups[0]["lr"] = factor * optim.d_lr
+        other.step()
+    assert all(map(torch.equal, one.gan.generator.state_dict().values(), other.generator.state_dict().values()))
+    resumed(config, 8, lr_decay=None)
+    assert "from step 7 on: lr_decay: [4, 8] -> None" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("bare")

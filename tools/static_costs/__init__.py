@@ -1,4 +1,4 @@
-"""Static costs of the Triton kernels: what their machine code says about their speed, without a GPU.
+"""Static costs of the Triton kernels: speeds predicted from machine code, without a GPU.
 
     python -m tools.static_costs                 print the table
     python -m tools.static_costs --only norm.    only the kernels and cases whose name contains a text

@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Hand(NamedTuple):
-    """What a launch has to do, and what a thread executes for it."""
+    """The work of a launch, and the instructions that a thread executes for it."""
 
     elements: float
     bytes: float  # that have to move once; 0 where operations are the floor
@@ -51,7 +51,7 @@ def _discrimination(launch: Launch, function: Function) -> Hand:
     a = launch.arguments
     of_dim = 2 if launch.name.endswith("similarities") else 5 if a["w_ptr"] is None else 9
     pairs = a["samples"] * a["rows"] * a["kernels"]
-    memory = "l1" if 4 * a["dims"] * a["samples"] <= L1_BYTES else "l2"  # what the programs of a kernel share
+    memory = "l1" if 4 * a["dims"] * a["samples"] <= L1_BYTES else "l2"  # the programs of a kernel share these tensors
     trips = [ceil(a["samples"] / (a["OTHERS"] * a["ACROSS"])), a["dims"]]
     return Hand(pairs, 0, pairs * (of_dim * a["dims"] + 1) / LANES, loop_parts(function, trips, memory))
 

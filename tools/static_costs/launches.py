@@ -1,4 +1,4 @@
-"""What fastgan launches for a table of inputs, recorded instead of launched."""
+"""The launches of fastgan for a table of inputs, recorded and not executed."""
 
 from __future__ import annotations
 

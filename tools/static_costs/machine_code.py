@@ -90,7 +90,7 @@ class Function:
         return result
 
     def remainders(self, loop: tuple[int, int]) -> list[tuple[range, int]]:
-        """Return (places, bytes moved) of what a size skips that is a multiple of an unrolled loop's iteration."""
+        """Return (places, bytes moved) of the remainder of an unrolled loop, which sizes that are multiples skip."""
         found = []
         for i in range(loop[1] + 1, len(self.main)):
             x, target = self.main[i], self.main[i].target

@@ -1,4 +1,4 @@
-"""What each kernel has to do, by hand, and the cost that its machine code predicts."""
+"""The work of each kernel, stated by hand, and the cost that its machine code predicts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ _TRIPS = {
 
 
 class Estimate(NamedTuple):
-    """What a launch has to do, and what a thread executes for it."""
+    """The work of a launch, and the instructions that a thread executes for it."""
 
     elements: float
     bytes: float  # that have to move once

@@ -25,7 +25,7 @@ MATRICES = 14  # of scores, at most, that PyTorch holds in R1
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def plainly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value)
 
@@ -46,7 +46,7 @@ def setup(batch: int, tokens: int, order: str, device: torch.device, dtype: torc
         return run if backend is None else on_backend(backend, run)
 
     variants: dict[str, Make] = {
-        BASELINE: partial(variant, plainly if second else F.scaled_dot_product_attention),
+        BASELINE: partial(variant, plain_attention if second else F.scaled_dot_product_attention),
         "reference": partial(variant, ops.scaled_dot_product_attention, "reference"),
         "fastgan": partial(variant, ops.scaled_dot_product_attention),
     }

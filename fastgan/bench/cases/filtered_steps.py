@@ -19,11 +19,11 @@ def variants(
     model: _Model, shape: tuple[int, ...], objective: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Make]:
     real, fake = (torch.randn(*shape, dtype=dtype, device=device) for _ in range(2))
-    plain, ours = (
+    plain, fused = (
         d_step(seeded(partial(model, functions), device, dtype), real, fake, OBJECTIVES[objective])
         for functions in (filtered.PLAIN, filtered.OURS)
     )
-    return {BASELINE: plain[BASELINE], "fastgan": ours["fastgan"]}
+    return {BASELINE: plain[BASELINE], "fastgan": fused["fastgan"]}
 
 
 def _case(family: str, make: Callable[..., nn.Module], objective: str, pixels: int) -> Case:

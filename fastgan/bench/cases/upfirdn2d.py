@@ -52,19 +52,19 @@ def setup(
     op: str, options: dict[str, Any], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Make]:
     plain = partial(resample if op == "upfirdn2d" else _plain_filtered, **options)
-    ours: _Filter
+    fused: _Filter
     if op == "upfirdn2d":
-        ours = partial(ops.upfirdn2d, **options)
+        fused = partial(ops.upfirdn2d, **options)
     else:
-        ours = lambda x, f: ops.filtered_lrelu(x, f, f, **options)  # noqa: E731
+        fused = lambda x, f: ops.filtered_lrelu(x, f, f, **options)  # noqa: E731
 
     def variant(backend: str) -> Run:
-        return on_backend(backend, _penalized(ours, shape, device, dtype))
+        return on_backend(backend, _penalized(fused, shape, device, dtype))
 
     variants: dict[str, Make] = {
         BASELINE: partial(_penalized, plain, shape, device, dtype),
         "reference": partial(variant, "reference"),
-        "fastgan": partial(_penalized, ours, shape, device, dtype),
+        "fastgan": partial(_penalized, fused, shape, device, dtype),
     }
     if device.type == "cuda":
         for backend in BY_NAME:

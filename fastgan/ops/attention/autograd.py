@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.attention import blocks, blocks_second, pytorch_kernel, reference
-from fastgan.ops.attention.layout import Options
+from fastgan.ops.attention.layout import Options, is_far
 from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, last_order, operator, stored, without_autocast
 from fastgan.ops.needed import needed
 
@@ -64,12 +64,13 @@ def _forward(*arguments: Any) -> None:
         blocks.forward(q, k, v, mask, seed, o, lse, options)
 
 
-def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Allocate o, in the memory order (B, L, H, Ev) of PyTorch's result, and lse."""
     (batch, heads, length), wide = q.shape[:3], v.shape[-1]
     strides = length * heads * wide, wide, heads * wide, 1  # not a view, so that the user may write into it
     o = torch.empty_strided((batch, heads, length, wide), strides, dtype=q.dtype, device=q.device)
-    return o, q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
+    terms = (2,) if backend == "triton" else ()  # rounded, and what rounding left out
+    return o, q.new_empty(batch, heads, length, *terms, dtype=accumulation_dtype(q.dtype))
 
 
 @operator(
@@ -81,7 +82,7 @@ def _backward(*given: Any) -> None:
     g, q, k, v, mask, o, lse, dq, dk, dv, dmask, seed, scale, is_causal, dropout_p, backend = given
     options = Options(scale, is_causal, dropout_p)
     targets = dq, dk, dv, dmask
-    if _uses_pytorch_kernel(q, k, v, mask, [t is not None for t in targets], options, backend):
+    if _uses_pytorch_kernel(q, k, v, mask, lse, [t is not None for t in targets], options, backend):
         results = pytorch_kernel.backward(stored(g), q, k, v, mask, o, lse, options)
         for target, result in zip(targets, results, strict=False):
             copy_back(result, target)
@@ -149,7 +150,7 @@ def _run_forward(
     is_direct = is_eager(q)
     if is_direct and backend != "triton" and pytorch_kernel.is_eligible(q, k, v, mask, options.dropout_p):
         return _pytorch_forward(q, k, v, mask, options)  # without the operator's copy
-    o, lse = _results(q, v)
+    o, lse = _results(q, v, backend)
     run: Any = _forward if is_direct else torch.ops.fastgan.attention_fwd
     run(q, k, v, mask, o, lse, seed, *options, backend)
     return o, lse
@@ -160,13 +161,14 @@ def _uses_pytorch_kernel(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    lse: Tensor,
     wanted: Sequence[bool],
     options: Options,
     backend: str,
 ) -> bool:
     """Return whether PyTorch's kernel computes the backward."""
     eligible = backend != "triton" and pytorch_kernel.is_eligible(q, k, v, mask, options.dropout_p)
-    return eligible and pytorch_kernel.is_faster(q, wanted)
+    return eligible and pytorch_kernel.is_faster(q, wanted) and not is_far(lse)
 
 
 def _run_backward(
@@ -184,7 +186,7 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     operands = q, k, v, mask
     is_direct = is_eager(g)
-    if is_direct and _uses_pytorch_kernel(q, k, v, mask, wanted, options, backend):
+    if is_direct and _uses_pytorch_kernel(q, k, v, mask, lse, wanted, options, backend):
         grads = _pytorch_backward(stored(g), q, k, v, mask, o, lse, options)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), None
     results = [

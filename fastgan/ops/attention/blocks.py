@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.attention import native_kernels
-from fastgan.ops.attention.layout import Heads, Options, partition
+from fastgan.ops.attention.layout import Heads, Options, is_far, partition
 from fastgan.ops.library import accumulation_dtype
 
 
@@ -88,6 +88,7 @@ class Blocks:
         self.parts, self.most = partition(q, k, torch.get_num_threads() if seed is None and q.is_cpu else 2)
         self.length, self.keys = q.shape[2], k.shape[2]
         self.device, self.mask, self.options = q.device, mask, options
+        self.has_added_mask = mask is not None and mask.is_floating_point()
         self.generator = None if seed is None else torch.Generator(q.device)
         self._seed = 0 if seed is None else int(seed)
         self._buffers: dict[str, Tensor] = {}
@@ -186,11 +187,16 @@ class Operands:
         self._v1 = torch.cat([self.v, ones], -1)
         self._o, self._lse = heads.queries(o, blocks.dtype), heads.queries(lse, blocks.dtype).unsqueeze(-1)
         self._scale = blocks.options.scale
+        # Without a GPU's wait for the answer
+        self._is_far = is_far(self._lse) if q.is_cpu else blocks.has_added_mask
 
     def of(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor]:
         rows = block.rows
         left = torch.cat([self.q[:, rows] * self._scale, -self._lse[:, rows]], -1)
         scores = block.masked(block.product("P", left, self._k1))
+        if self._is_far:
+            rest = scores.logsumexp(-1, keepdim=True)  # of the rounding of the log-sum-exp
+            scores -= rest.masked_fill_(rest == -inf, 0)
         factors = block.dropout(scores)
         g = self.g[:, rows]
         delta = torch.linalg.vecdot(g, self._o[:, rows]).unsqueeze(-1)

@@ -13,6 +13,7 @@ _LEAST_ROWS = 64
 # Scores of a call up to which a CPU runs the plain formulas if a gradient is needed. They keep at most 13 matrices of
 # scores, 27 MB in float32. Up to here they are as fast as PyTorch's kernel, and faster than blocks to second order.
 FEW = 2**19
+_FAR = 1024.0
 
 
 class Options(NamedTuple):
@@ -84,3 +85,11 @@ def partition(q: Tensor, k: Tensor, threads: int = 2) -> tuple[list[Heads], int]
     of_part = samples * together * repeats
     rows = max(scores // max(1, keys * of_part), _LEAST_ROWS // of_part, 1)
     return parts, min(rows, max(1, length))
+
+
+def is_far(lse: Tensor) -> bool:
+    """Return whether a log-sum-exp is so large that its rounding changes the probabilities computed from it.
+
+    A mask that adds -1e9 to a whole row leaves no digits for the logarithm of the sum.
+    """
+    return bool((lse.abs() > _FAR).any())

@@ -18,18 +18,18 @@ from torch.nn import functional as F
 
 from fastgan.ops.attention import scaled_dot_product_attention
 
-_own_draws: ContextVar[list[float] | None] = ContextVar("own_draws", default=None)
+_dropout_draws: ContextVar[list[float] | None] = ContextVar("dropout_draws", default=None)
 
 
 @contextmanager
-def own_draws() -> Iterator[list[float]]:
+def dropout_draws() -> Iterator[list[float]]:
     """Yield a list that gets dropout_p of each call of a model's attention that draws fastgan's random numbers."""
     draws: list[float] = []
-    token = _own_draws.set(draws)
+    token = _dropout_draws.set(draws)
     try:
         yield draws
     finally:
-        _own_draws.reset(token)
+        _dropout_draws.reset(token)
 
 
 def attention_of_a_model(
@@ -47,7 +47,7 @@ def attention_of_a_model(
     There PyTorch runs its plain form, which has every derivative, and draws its own random numbers.
     """
     reference = dropout_p > 0 and _runs_plain_form(query)
-    draws = _own_draws.get()
+    draws = _dropout_draws.get()
     if dropout_p > 0 and not reference and draws is not None:
         draws.append(dropout_p)
     attend = F.scaled_dot_product_attention if reference else scaled_dot_product_attention

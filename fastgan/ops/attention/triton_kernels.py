@@ -17,7 +17,7 @@ from fastgan.ops.library import accumulation_dtype, copy_back
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 
 _WIDEST = 256  # head
-_LEAST = 16  # rows and columns of a tile: what a product on tensor cores takes
+_LEAST = 16  # smallest number of rows and columns of a tile that tensor cores accept
 _TILE = 2**13  # bytes of a tile of an operand in the accumulation type
 _SHARED = 10  # tiles that a program holds in shared memory at most, as compiled for NVIDIA
 _LEAST_SHARED = 99 * 2**10
@@ -100,7 +100,7 @@ def fits(q: Tensor, v: Tensor) -> bool:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor, options: Options
 ) -> None:
-    """Write o (B, H, L, Ev) and lse (B, H, L). Both are 0 for a row without keys."""
+    """Write o (B, H, L, Ev) and lse (B, H, L, 2): rounded, and what rounding left out. 0 for a row without keys."""
     sizes, constants, mask = _call(q, k, v, mask, options, order=0)
     with _Contiguous([q, k, v], [o]) as (operands, results), device_of(q):
         attend[_grid(q, constants["ROWS"])](*operands, mask, seed, *results, lse, *sizes, **constants)
@@ -157,7 +157,7 @@ def double_backward(
     if gmask is not None and mask is not None:
         mask = mask.contiguous()  # both are read with the same strides
     sizes, constants, mask = _call(q, k, v, mask, options, order=2)
-    tau, mu = torch.empty_like(lse), torch.empty_like(lse)
+    tau, mu = (lse.new_empty(lse.shape[:3]) for _ in range(2))
     with (
         _Contiguous([gq, gk, gv, gmask, g, q, k, v, o], [by_g, by_q, by_k, by_v, by_mask]) as (operands, results),
         device_of(q),

@@ -7,6 +7,7 @@ from fastgan.ops.attention.triton_second import second_tile
 from fastgan.ops.attention.triton_tiles import (
     deltas,
     factors_of,
+    load_lse,
     load_tile,
     mask_tile,
     probabilities,
@@ -91,7 +92,7 @@ def grad_mask(
                 gq = q
                 if GQ:
                     gq = load_tile(gq_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
-                lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+                lse, rest = load_lse(lse_ptr, head, row, length)
                 delta = deltas(g, o, ACC)
                 for key0 in range(first_key, last_key, KEYS):
                     k = load_tile(k_ptr + group * keys * E, key0, keys, DTYPE, KEYS, E, PADDED)
@@ -106,6 +107,7 @@ def grad_mask(
                         q,
                         k,
                         lse,
+                        rest,
                         mask_ptr,
                         row0,
                         key0,

@@ -6,6 +6,7 @@ import triton.language as tl
 from fastgan.ops.attention.triton_tiles import (
     deltas,
     factors_of,
+    load_lse,
     load_tile,
     mask_tile,
     plus_product,
@@ -107,7 +108,7 @@ def grad_grad_rows(
     gq = q
     if GQ:
         gq = load_tile(gq_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
-    lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+    lse, rest = load_lse(lse_ptr, head, row, length)
     delta = deltas(g, o, ACC)
     last = tl.minimum(keys, row0 + ROWS) if CAUSAL else keys
     tau = tl.zeros([ROWS], ACC)
@@ -127,6 +128,7 @@ def grad_grad_rows(
             q,
             k,
             lse,
+            rest,
             mask_ptr,
             row0,
             key0,
@@ -170,6 +172,7 @@ def grad_grad_rows(
                 q,
                 k,
                 lse,
+                rest,
                 mask_ptr,
                 row0,
                 key0,
@@ -277,13 +280,14 @@ def grad_grad_keys(
             gq = q
             if GQ:
                 gq = load_tile(gq_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
-            lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+            lse, rest = load_lse(lse_ptr, head, row, length)
             tau = tl.load(tau_ptr + head * length + row, mask=row < length, other=0.0)
             mu = tl.load(mu_ptr + head * length + row, mask=row < length, other=0.0)
             p = probabilities(
                 q,
                 k,
                 lse,
+                rest,
                 mask_ptr,
                 row0,
                 key0,

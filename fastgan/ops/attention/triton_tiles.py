@@ -111,6 +111,7 @@ def probabilities(
     q,
     k,
     lse,
+    rest,
     mask_ptr,
     row0,
     key0,
@@ -128,7 +129,17 @@ def probabilities(
     scores = scores_of(q, k, ACC, PRECISION)
     scores = scores * tl.full(scores.shape, SCALE, ACC)
     scores = masked(scores, mask_ptr, row0, key0, length, keys, mask_first, mask_row, mask_key, CAUSAL, BOOLEAN)
-    return tl.exp(scores - lse[:, None])
+    scores -= lse[:, None]
+    if mask_ptr is not None and not BOOLEAN:  # it may have added -1e9 to a whole row
+        scores -= rest[:, None]
+    return tl.exp(scores)
+
+
+@triton.jit
+def load_lse(ptr, head, row, length):
+    """Load the log-sum-exp of rows of a head, and what its rounding left out."""
+    at = ptr + (head * length + row) * 2
+    return tl.load(at, mask=row < length, other=0.0), tl.load(at + 1, mask=row < length, other=0.0)
 
 
 @triton.jit
@@ -204,9 +215,13 @@ def attend(
         total = plus_product(p, v, total * shrink[:, None], PRECISION)
         largest = higher
     nothing = sums == 0.0
-    lse = tl.where(nothing, 0.0, tl.where(nothing, 0.0, largest) + tl.log(tl.where(nothing, 1.0, sums)))
+    near = tl.where(nothing, 0.0, largest)
+    log = tl.log(tl.where(nothing, 1.0, sums))
+    lse = near + log
     row = row0 + tl.arange(0, ROWS)
-    tl.store(lse_ptr + head * length + row, lse, mask=row < length)
+    at = lse_ptr + (head * length + row) * 2
+    tl.store(at, lse, mask=row < length)
+    tl.store(at + 1, (near - lse) + log, mask=row < length)
     total = total / tl.where(nothing, 1.0, sums)[:, None]
     store_tile(o_ptr + head * length * EV, total, row0, length, DTYPE, EV)
 
@@ -255,7 +270,7 @@ def grad_rows(
     q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
     g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
     o = load_tile(o_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
-    lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+    lse, rest = load_lse(lse_ptr, head, row, length)
     delta = deltas(g, o, ACC)
     total = tl.zeros([ROWS, PADDED], ACC)
     last = tl.minimum(keys, row0 + ROWS) if CAUSAL else keys
@@ -266,6 +281,7 @@ def grad_rows(
             q,
             k,
             lse,
+            rest,
             mask_ptr,
             row0,
             key0,
@@ -337,11 +353,12 @@ def grad_keys(
             row = row0 + tl.arange(0, ROWS)
             q = load_tile(q_ptr + head * length * E, row0, length, DTYPE, ROWS, E, PADDED)
             g = load_tile(g_ptr + head * length * EV, row0, length, DTYPE, ROWS, EV, PADDED_V)
-            lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
+            lse, rest = load_lse(lse_ptr, head, row, length)
             p = probabilities(
                 q,
                 k,
                 lse,
+                rest,
                 mask_ptr,
                 row0,
                 key0,

@@ -89,7 +89,7 @@ def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Ten
 
 
 def _empty_bits(x: Tensor, steps: Steps) -> tuple[Tensor, Tensor | None]:
-    """What the forward keeps: the signs, and where nothing is clamped. Triton's kernel has both in one tensor."""
+    """The saved bits: the signs, and which elements are not clamped. Triton's kernel stores both in one tensor."""
     planes, (h, w) = x.shape[0] * x.shape[1], steps.up.out_size
     if steps.up.backend == "triton":
         from fastgan.ops.filtered_lrelu.triton_kernels import size_of_bits

@@ -1,4 +1,21 @@
-"""Gradient penalties: exact, and for any discriminator that PyTorch can differentiate twice."""
+"""Gradient penalties: exact, and for any discriminator that PyTorch can differentiate twice.
+
+The path of a call through the files of this folder:
+
+    points, inputs          the points at which the gradient is taken, and the checks of the inputs
+    small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules)
+    forward                 calls the discriminator, rerouted and traced
+    outputs                 selects the logits in its output
+    eligibility             whether the trace allows one pass, by rules (products, shapes, writes, fused, table, layout)
+    one_pass                the gradients and the logits of a traced forward in one pass
+    graph_pass              the same for a small discriminator, from autograd's graph (graph_steps)
+    general                 the gradients of any other forward (paths, freeing)
+    differences, compiled   the same by finite differences, and inside torch.compile (drawn)
+    norms, kinds            the penalty as a function of the gradients
+    zeros                   gives parameters the zero gradients that PyTorch gives them
+
+missing_derivatives finds layers without a second derivative. sharding and shards gather the weights of FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +28,22 @@ from torch import Tensor
 from fastgan.ops.gradient_penalty import compiled
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
+from fastgan.ops.gradient_penalty.explain import explain_penalty
 from fastgan.ops.gradient_penalty.forward import check_call, naming_layers, require_grad_mode, run_forward
-from fastgan.ops.gradient_penalty.general import gradients, plain_gradients, small_gradients
+from fastgan.ops.gradient_penalty.from_logits import penalty_from_logits
+from fastgan.ops.gradient_penalty.general import general_penalty, plain_gradients, small_gradients
 from fastgan.ops.gradient_penalty.graph_pass import gradient_and_logits_of, gradient_of, read_graph
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable, floating, named, replaced
+from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
-from fastgan.ops.gradient_penalty.missing_derivatives import Layers
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import check_points, points
 from fastgan.ops.gradient_penalty.sharding import gathering
 from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, may_take_one_pass, size_of
-from fastgan.ops.gradient_penalty.zeros import fill_zeros
-from fastgan.ops.library import untraced
+from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import is_entered, traceable
-from fastgan.ops.twice_differentiable import twice_differentiable, uncompiled
+from fastgan.ops.twice_differentiable import uncompiled
 from fastgan.torch_private import count_hooks
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -71,10 +88,10 @@ def gradient_penalty(
     the norm at g = 0 is zero.
 
     If D is piecewise affine, the penalty and its gradient cost as much as four forwards; PyTorch needs six (see
-    ``twice_differentiable``). In this case, the call frees the activations of its forward early. Do not differentiate
-    features that D has stored elsewhere during this forward. Models that are too small to gain from fastgan's functions
-    on their device run PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if
-    all of these are piecewise affine and known, and their graph is kept until the penalty is freed.
+    ``twice_differentiable``). In this case, the call frees the activations of its forward early, unless D or a hook has
+    stored results of the forward. Models that are too small to gain from fastgan's functions on their device run
+    PyTorch's own, unless ``use_backend`` selects a backend. The penalty then costs four forwards if all of these are
+    piecewise affine and known, and their graph is kept until the penalty is freed.
 
     "r1-finite-difference" needs no double backward. Use it for models that are too large for a double backward or have
     layers without a second derivative. The value is exact. The gradient is that of
@@ -155,6 +172,7 @@ def gradient_penalty(
     if not repeated:
         check_points(kind, real, fake)
     total: Tensor | None = None
+    readable = False
     for point in points(kind, real, fake, generator):
         given, x = differentiable(point)
         hooks = count_hooks()
@@ -167,21 +185,24 @@ def gradient_penalty(
         else:
             with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
-                    returned = discriminator(given, *args, **(kwargs or {}))
+                    box = [discriminator(given, *args, **(kwargs or {}))]
                 small = rerouting.never_started
+                private = not small and not is_any_stored(rerouting.results, box, x)
+                returned = box.pop()
                 logits = logits_of(returned, select, x[0].shape[0])
                 graph = read_graph(logits, x, hooks) if small and rerouting.only_pytorch_ran else None
+                readable = graph is not None
                 if graph is not None:
                     part = penalty([gradient_of(graph)])
                 else:
-                    part = _penalty(logits, x, penalty, private_graph=not small)
+                    part = general_penalty(logits, x, penalty, private_graph=private)
             if not small:
                 for tensor in x:
                     mark_unused(tensor)
             call = call if small and rerouting.only_pytorch_ran else None
         total = part if total is None else total + part
     if call is not None and not repeated:
-        leave_to_pytorch(call, x[0].shape[0])
+        leave_to_pytorch(call, x[0].shape[0], readable=readable)
     assert total is not None
     return total
 
@@ -197,115 +218,10 @@ def _traced_or_approximate(
     """Compute the penalty at one point while torch.compile traces, or by finite differences."""
     require_grad_mode()
     if is_entered():
-        _refuse_approximate(penalty)
+        penalty.check_compilable()
         return penalty(compiled.gradients_at(discriminator, point, select, args, kwargs))
     with gathering(discriminator):
         return finite_difference(discriminator, point, penalty, select, args, kwargs or {}, keep=False)[1]
-
-
-@traceable
-def penalty_from_logits(
-    logits: Any,
-    inputs: Inputs,
-    *,
-    kind: Kind = "r1",
-    weight: Number | None = None,
-    select: Select | None = None,
-    target: Number | None = None,
-    dims: Dims | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Compute a gradient penalty from logits that are already computed.
-
-    Call the discriminator inside ``twice_differentiable``, so that its second derivative costs less.
-
-    Args:
-        logits: the output of the discriminator for ``inputs``.
-        inputs: (N, *S), floating-point; or a tuple, list or dict of tensors. The floating-point tensors must require a
-            gradient before the discriminator is called.
-        kind, weight, select, target, dims, reduction: as for ``gradient_penalty``. The gradient is always taken at
-            ``inputs``; the kind only selects the function of its norms.
-
-    Returns:
-        The penalty, as returned by ``gradient_penalty``. It can be differentiated once, also with respect to
-        ``inputs``.
-
-    Raises:
-        ValueError: an input does not require a gradient; also as in ``gradient_penalty``.
-        TypeError, RuntimeError: as in ``gradient_penalty``.
-
-    ```python
-    import torch
-    import fastgan
-
-    discriminator = torch.nn.Sequential(
-        torch.nn.Flatten(),
-        torch.nn.Linear(192, 64),
-        torch.nn.ReLU(),
-        torch.nn.Linear(64, 1),
-    )
-    images = torch.randn(4, 3, 8, 8).requires_grad_()
-    with fastgan.twice_differentiable():
-        logits = discriminator(images)
-    loss = torch.nn.functional.softplus(-logits).mean()
-    (loss + fastgan.penalty_from_logits(logits, images, kind="r1", weight=10)).backward()
-    ```
-    """
-    penalty = penalty_of(kind, weight, target, dims, reduction)
-    if penalty.is_approximate:
-        raise ValueError(f"kind {kind!r} calls the discriminator: use logits_and_penalty")
-    check_inputs("inputs", inputs)
-    check_select(select)
-    require_grad_mode()
-    for name, tensor in named("inputs", inputs):
-        if tensor.is_floating_point() and not tensor.requires_grad:
-            raise ValueError(
-                f"{name} must require a gradient before the discriminator is called: {name}.requires_grad_()"
-            )
-    x = floating(inputs)
-    if is_entered():
-        return penalty(compiled.gradients_of(logits, x, select))
-    return _penalty(logits_of(logits, select, x[0].shape[0]), x, penalty)
-
-
-def _penalty(
-    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, private_graph: bool = False
-) -> Tensor:
-    """Compute the penalty from the gradients of the sum of the logits.
-
-    Args:
-        private_graph: the caller of the public function has no access to these logits, so the activations of their
-            forward may be freed early.
-    """
-    grads, path = gradients(logits, inputs, private_graph=private_graph)
-    value = penalty([grad for grad in grads if grad is not None])
-    return fill_zeros(value, path, inputs) if path else value
-
-
-def gradients_of_logits(
-    discriminator: Callable[..., Any],
-    inputs: Inputs,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    create_graph: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the logits (one tensor) and the gradients of their sum with respect to the inputs.
-
-    Inputs that require a gradient stay connected to their own graph.
-    """
-    check_inputs("inputs", inputs)
-    if is_entered():
-        return compiled.logits_and_gradients(discriminator, inputs, args, kwargs, create_graph)
-    given = replaced(inputs, lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_())
-    x = floating(given)
-    with gathering(discriminator):
-        with twice_differentiable():
-            returned = discriminator(given, *args, **kwargs)
-        if not isinstance(returned, Tensor):
-            raise TypeError(f"the discriminator must return one tensor of logits, got {type(returned).__name__}")
-        grads, _ = gradients(logits_of(returned, None, x[0].shape[0]), x, create_graph=create_graph)
-    return returned, [grad for grad in grads if grad is not None]
 
 
 @traceable
@@ -330,8 +246,8 @@ def logits_and_penalty(
     and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
     gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, the
     penalty is computed as in ``penalty_from_logits``. The results are the same up to rounding. One pass frees the
-    activations of the forward early if there is one logit per sample and the model is not small (see
-    ``gradient_penalty``).
+    activations of the forward early if there is one logit per sample, nothing else is returned or stored, and the
+    model is not small (see ``gradient_penalty``).
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
@@ -367,7 +283,7 @@ def logits_and_penalty(
     """
     penalty = penalty_of(kind, weight, target, dims, reduction)
     if is_entered():
-        _refuse_approximate(penalty)
+        penalty.check_compilable()
         check_call(inputs, select)
         returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
         return returned, penalty(grads)
@@ -387,65 +303,8 @@ def logits_and_penalty(
         if tracer is not None and obstacle is None:
             return one_pass(returned, logits, x, tracer, penalty)
         with naming_layers(discriminator, inputs, select, args, kwargs):
-            value = _penalty(logits, x, penalty)
+            value = general_penalty(logits, x, penalty)
     if tracer is not None:
         for tensor in x:
             mark_unused(tensor)
     return returned, value
-
-
-@untraced
-def explain_penalty(
-    discriminator: Callable[..., Any],
-    inputs: Inputs,
-    *,
-    select: Select | None = None,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """Report whether ``logits_and_penalty`` takes one pass, or which operation of the discriminator prevents it.
-
-    The discriminator is called once. In training mode, BatchNorm updates its running statistics, as in any forward.
-
-    Args:
-        discriminator, inputs, select, args, kwargs: as for ``logits_and_penalty``.
-
-    Returns:
-        "one pass" if the loss and the penalty cost as much as four forwards, followed by a condition if this depends on
-        the loss. "general path" with the operation that prevents one pass, and the file and line of its call. Or
-        "no penalty" with all layers that have no second derivative.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as in ``logits_and_penalty``.
-
-    ```python
-    import torch
-    import fastgan
-
-    discriminator = torch.nn.Sequential(
-        torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
-    )
-    print(fastgan.explain_penalty(discriminator, torch.randn(4, 8)))
-    ```
-    """
-    layers = Layers(discriminator)
-    with gathering(discriminator):
-        with layers.watched():
-            forward = run_forward(discriminator, inputs, select, args, kwargs)
-        missing = layers.missing(forward.logits, forward.inputs)
-    if missing:
-        return f"no penalty: {len(missing)} without a second derivative: {'; '.join(missing)}"
-    if forward.graph is not None:
-        return "one pass"
-    if forward.tracer is None or forward.obstacle is not None:
-        return f"general path: {forward.obstacle}"
-    conditions = forward.tracer.conditions()
-    return "one pass" if conditions is None else f"one pass, {conditions}"
-
-
-def _refuse_approximate(penalty: Penalty) -> None:
-    if penalty.is_approximate:
-        raise ValueError(
-            f"kind {penalty.kind!r} cannot be compiled: use kind 'r1' inside torch.compile, or call the penalty in a "
-            "function decorated with torch.compiler.disable"
-        )

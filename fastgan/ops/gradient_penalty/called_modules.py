@@ -88,7 +88,7 @@ def call_of(
 
 
 def _described(value: Any) -> Hashable:
-    """Return what the checks of an argument, and the functions that a call runs, may depend on."""
+    """Return the properties of a value that can change the checks of a call or the functions that it runs."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.dtype, value.device
     if value is None or isinstance(value, int | float | str | type):

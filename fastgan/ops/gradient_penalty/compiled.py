@@ -51,7 +51,7 @@ def gradients_at(
     """Return the gradients of the sum of the logits with respect to the inputs."""
     x, returned = _call(discriminator, point, args, kwargs, follow=False)
     logits = logits_of(returned, select, len(x[0]))
-    return list(_leave(x, logits, groups_of(returned, select), (), follow=False, private_graph=True))
+    return list(_leave(x, logits, groups_of(returned, select), (), follow=False))
 
 
 def outputs_and_gradients(
@@ -65,7 +65,7 @@ def outputs_and_gradients(
     x, returned = _call(discriminator, inputs, args, kwargs, follow=True)
     logits = logits_of(returned, select, len(x[0]))
     leaves, structure = tree_flatten(returned)
-    results = _leave(x, logits, groups_of(returned, select), leaves, follow=True, private_graph=False)
+    results = _leave(x, logits, groups_of(returned, select), leaves, follow=True)
     for i, leaf in enumerate(leaves):
         for logit, result in zip(logits, results, strict=False):
             if leaf is logit:
@@ -76,7 +76,7 @@ def outputs_and_gradients(
 def gradients_of(logits: Any, x: tuple[Tensor, ...], select: Select | None) -> list[Tensor]:
     """Return the gradients of logits that were computed in this graph."""
     chosen = logits_of(logits, select, len(x[0]))
-    return list(_leave(x, chosen, groups_of(logits, select), (), follow=False, private_graph=False, entered=False))
+    return list(_leave(x, chosen, groups_of(logits, select), (), follow=False, entered=False))
 
 
 def logits_and_gradients(
@@ -129,15 +129,12 @@ def _leave(
     leaves: Sequence[Any],
     *,
     follow: bool,
-    private_graph: bool,
     entered: bool = True,
 ) -> tuple[Tensor, ...]:
     if not any(output.requires_grad for output in logits):
         raise ValueError(INDEPENDENT)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    others = all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in leaves)
-    way = entered, follow, private_graph, not others
-    return tuple(leave(way, groups, len(x), len(logits), *x, *logits, *tensors))
+    return tuple(leave(entered, follow, groups, len(x), len(logits), *x, *logits, *tensors))
 
 
 # ---- nodes of the graph ----
@@ -159,41 +156,37 @@ def enter(follow: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 @regions.in_graph
 def leave(
-    way: tuple[bool, bool, bool, bool], groups: tuple[int, ...], n_inputs: int, n_logits: int, *tensors: Tensor
+    entered: bool, follow: bool, groups: tuple[int, ...], n_inputs: int, n_logits: int, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """Return the gradients with respect to the inputs. If the calls were traced, return the logits before them.
 
     Args:
-        way: four flags. ``enter`` ran before; it traced the calls; the caller has no access to the logits; the
-            discriminator also returned objects that are not tensors and may hold some.
+        entered: whether ``enter`` ran before.
+        follow: whether it traced the calls.
         groups: the number of logits in each selected output.
         tensors: the inputs, the logits, and all tensors that the discriminator returned.
     """
-    entered, follow, private_graph, opaque = way
     inputs, logits = tensors[:n_inputs], list(tensors[n_inputs : n_inputs + n_logits])
     if regions.is_rehearsal():
         return _rehearsed(inputs, logits, follow)
     modes = regions.end() if entered else []
-    with regions.lowering() as lowered, torch.enable_grad():
+    with regions.lowering(), torch.enable_grad():
         refuse_dependent(logits, groups)
         if follow:
-            returned: list[Any] = [*tensors[n_inputs + n_logits :], *([object()] if opaque else [])]
             tracer: Any = modes[1]
-            if tracer.find_obstacle(logits, returned) is None:
+            tracer.attached = True  # frees nothing, because the rest of the graph may differentiate any result
+            if tracer.find_obstacle(logits, tensors[n_inputs + n_logits :]) is None:
                 results, of_inputs = one_pass(logits, logits, inputs, tracer, _unchanged)
                 return *results, *of_inputs
-        # A record frees nothing. Tensors that the discriminator stored on itself must keep their derivatives.
-        grads = _gradients(logits, inputs, private_graph and not lowered, leaves_of(modes))
+        grads = _gradients(logits, inputs, leaves_of(modes))
     if entered:
         for x in inputs:
             mark_unused(x)
     return (*logits, *grads) if follow else grads
 
 
-def _gradients(
-    logits: list[Tensor], inputs: tuple[Tensor, ...], private_graph: bool, leaves: Mapping[Node, Tensor]
-) -> tuple[Tensor, ...]:
-    found, path = gradients(logits, inputs, private_graph=private_graph)
+def _gradients(logits: list[Tensor], inputs: tuple[Tensor, ...], leaves: Mapping[Node, Tensor]) -> tuple[Tensor, ...]:
+    found, path = gradients(logits, inputs)
     refuse_opaque(path)
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]

@@ -30,6 +30,7 @@ from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
+from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
 from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES, into_base
 from fastgan.ops.needed import node_of
@@ -43,7 +44,7 @@ _ALIASES = {"axis": "dim", "keepdims": "keepdim", "axes": "dims"}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class _Made(NamedTuple):
+class _Traced(NamedTuple):
     """A tensor that depends on the input."""
 
     tensor: ref[Tensor]  # a weak reference: tracing does not prolong the life of activations
@@ -64,12 +65,12 @@ class Tracer(TorchFunctionMode):
         self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
         self.path: set[Node] = set()  # set by find_obstacle: the nodes from the logits to the inputs
         self.single = True  # set by find_obstacle: there is one logit per sample
-        self.attached = False  # set by find_obstacle: the caller may differentiate other outputs
+        self.attached = False  # the caller may differentiate other outputs, or results that the forward has stored
         self.sends_zeros = False  # set by find_obstacle: a layer's double backward returns zeros for its input
         self._inputs = inputs
-        self._made = {id(x): _Made(ref(x), x._version, Layout(0), None) for x in inputs}
+        self._traced = {id(x): _Traced(ref(x), x._version, Layout(0), None) for x in inputs}
         self._views: dict[int, Tensor] = {}
-        self._counts: dict[int, _Made] = {}  # results of torch.arange
+        self._counts: dict[int, _Traced] = {}  # results of torch.arange
         self._data: list[tuple[Tensor, int]] = []
         self._writes_slices = False
 
@@ -79,7 +80,7 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LOOKS:
             return func(*args, **kwargs)
-        made = self._made
+        made = self._traced
         touched = [
             known for t in tensors((args, kwargs)) if (known := made.get(id(t))) is not None and known.tensor() is t
         ]
@@ -105,7 +106,7 @@ class Tracer(TorchFunctionMode):
                 if why is not None:
                     self._mark(args[0] if func is Tensor.__setitem__ else result, None, why)
                 else:
-                    self._judge_unknown(func, result, args, kwargs)
+                    self._mark_unknown(func, result, args, kwargs)
             return result
         call.result = result = call.func(*call.args, **call.kwargs)
         with torch_private.DisableTorchFunction():
@@ -113,13 +114,13 @@ class Tracer(TorchFunctionMode):
             self._mark(call.result, layout, why)  # a rule sets the result of __setitem__, which returns None
         return result
 
-    def _known(self, tensor: Any) -> _Made | None:
-        made = self._made.get(id(tensor))
+    def _known(self, tensor: Any) -> _Traced | None:
+        made = self._traced.get(id(tensor))
         return made if made is not None and made.tensor() is tensor else None
 
     def layout(self, tensor: Any) -> Layout | None:
         """Return the layout of the samples in a tensor, or None for a constant."""
-        made = self._made.get(id(tensor))
+        made = self._traced.get(id(tensor))
         known = made.tensor() if made is not None else None
         return made.layout if made is not None and known is tensor and known.requires_grad else None
 
@@ -134,7 +135,7 @@ class Tracer(TorchFunctionMode):
             return False
         return torch.equal(index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device))
 
-    def _unseen(self, touched: Sequence[_Made]) -> str | None:
+    def _unseen(self, touched: Sequence[_Traced]) -> str | None:
         for known in touched:
             tensor = known.tensor()
             if tensor is not None and tensor.requires_grad and tensor._version != known.version:
@@ -190,10 +191,10 @@ class Tracer(TorchFunctionMode):
         Autograd connects all of them to the write, and their samples lie as before.
         """
         base = call.result._base
-        for key, made in self._made.items():
+        for key, made in self._traced.items():
             tensor = made.tensor()
             if tensor is not None and made.version == call.version and (tensor is base or tensor._base is base):
-                self._made[key] = made._replace(version=tensor._version)
+                self._traced[key] = made._replace(version=tensor._version)
 
     def view(self, value: Any) -> Any:
         """Replace a tensor that requires a gradient and does not depend on the input by a view of it.
@@ -224,12 +225,12 @@ class Tracer(TorchFunctionMode):
             if result.requires_grad:
                 if why is None and result.is_complex():
                     why = "complex tensors do not allow one pass"
-                self._made[id(result)] = _Made(ref(result), result._version, layout, why)
+                self._traced[id(result)] = _Traced(ref(result), result._version, layout, why)
         elif isinstance(result, list | tuple):
             for i, part in enumerate(result):
                 self._mark(part, layout[i] if type(layout) is list else layout, why)
 
-    def _judge_unknown(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+    def _mark_unknown(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         """Mark the results of a function without a rule. Results that require no gradient are constants."""
         made = [*tensors(result)]
         if func == _DATA:
@@ -245,10 +246,14 @@ class Tracer(TorchFunctionMode):
     def _remember_count(self, args: tuple[Any, ...], result: Any) -> None:
         with torch_private.DisableTorchFunction():
             if all(type(x) is int for x in args) and args in ((result.numel(),), (0, result.numel())):
-                self._counts[id(result)] = _Made(ref(result), result._version, None, None)
+                self._counts[id(result)] = _Traced(ref(result), result._version, None, None)
 
     def _reason(self, func: Any, why: str) -> str:
         return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
+
+    def note_stored(self, box: list[Any]) -> None:
+        """Find out whether the forward has stored results elsewhere than in its output; see ``is_any_stored``."""
+        self.attached = is_any_stored((made.tensor for made in self._traced.values()), box, self._inputs)
 
     def find_obstacle(self, outputs: Sequence[Tensor], returned: Any, *, late: bool = False) -> str | None:
         """Return the obstacle to one pass, or None.
@@ -274,15 +279,15 @@ class Tracer(TorchFunctionMode):
         if not all(any(part is output for part in parts) for output in outputs):
             return "the logits are not among the tensors that the discriminator returned"
         self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
-        self.attached = any(self._is_attached(part, outputs) for part in parts)
-        return self._judge_graph(outputs, late)
+        self.attached |= any(self._is_attached(part, outputs) for part in parts)
+        return self._check_graph(outputs, late)
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
         if isinstance(part, Tensor):
             return part.requires_grad and not any(part is output for output in outputs)
         return not isinstance(part, bool | int | float | str | type(None))
 
-    def _judge_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
+    def _check_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
         targets = {node_of(x) for x in self._inputs}
         views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
         self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
@@ -321,7 +326,9 @@ class Tracer(TorchFunctionMode):
         if self.sends_zeros:
             conditions.append("after the first layers, which are so small that PyTorch's own functions run them")
         if self.attached:
-            conditions.append("other outputs have a backward of their own: 2 more forwards if a loss uses them")
+            conditions.append(
+                "other outputs, and stored ones, have a backward of their own: 2 more forwards if a loss uses them"
+            )
         return "; ".join(conditions) or None
 
 

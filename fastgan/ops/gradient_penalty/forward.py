@@ -78,7 +78,9 @@ def run_forward(
     if size is not Size.LARGE:
         return _run_maybe_small(discriminator, call, known, size, select, x)
     with Rerouting(), Tracer(*x) as tracer:
-        returned = call()
+        box = [call()]
+    tracer.note_stored(box)
+    returned = box.pop()
     logits = logits_of(returned, select, x[0].shape[0])
     return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned))
 
@@ -96,15 +98,20 @@ def _run_maybe_small(
     tracer = None if seen else Tracer(*x)
     hooks = count_hooks()
     with size.rerouting(x) as rerouting, tracer or nullcontext():
-        returned = call()
+        box = [call()]
+    if tracer is not None:
+        tracer.note_stored(box)
+    returned = box.pop()
     logits = logits_of(returned, select, x[0].shape[0])
     small = rerouting.never_started
-    if small and known is not None and rerouting.only_pytorch_ran:
-        leave_to_pytorch(known, x[0].shape[0])
-    elif size is Size.UNKNOWN and small != seen:
+    ran_pytorch = small and rerouting.only_pytorch_ran
+    if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
-    if small and rerouting.only_pytorch_ran:
-        return _after_pytorch(returned, logits, x, hooks, plain=False)
+    if ran_pytorch:
+        forward = _after_pytorch(returned, logits, x, hooks, plain=False)
+        if known is not None:
+            leave_to_pytorch(known, x[0].shape[0], readable=forward.graph is not None)
+        return forward
     if small:
         return Forward(returned, logits, x, None, reason(x))
     if tracer is None:

@@ -1,4 +1,4 @@
-"""The gradients of the logits with respect to the inputs, for any discriminator."""
+"""The general path: a penalty, and the gradients that it needs, from the logits of any discriminator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,27 @@ from torch.autograd.graph import Node
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.freeing import may_free
 from fastgan.ops.gradient_penalty.graph_pass import gradient_of, read_graph
+from fastgan.ops.gradient_penalty.kinds import Penalty
 from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
+from fastgan.ops.gradient_penalty.zeros import fill_zeros
 from fastgan.ops.needed import node_of
 
 INDEPENDENT = "the discriminator's output does not depend on its input, or was detached from it"
+
+
+def general_penalty(
+    logits: Sequence[Tensor], inputs: tuple[Tensor, ...], penalty: Penalty, *, private_graph: bool = False
+) -> Tensor:
+    """Compute a penalty from the gradients of the sum of the logits.
+
+    Args:
+        private_graph: the user has no access to these logits, so the activations of their forward may be freed.
+    """
+    grads, path = gradients(logits, inputs, private_graph=private_graph)
+    value = penalty([grad for grad in grads if grad is not None])
+    return fill_zeros(value, path, inputs) if path else value
 
 
 def gradients(

@@ -24,7 +24,7 @@ _WRAPPED = 2**63  # nodes return negative dimensions as unsigned numbers
 
 
 class Kind(NamedTuple):
-    """What is known about a node. Positions count its ``next_functions``."""
+    """How to differentiate the function of a node. Positions are indices of its ``next_functions``."""
 
     push: Push  # (node, t) -> L t
     data: tuple[int, ...] = (0,)  # positions of arguments that may depend on the input

@@ -89,6 +89,14 @@ class Penalty:
                 f"{self._name} returns the largest penalty in the batch: leave reduction out, got {self.reduction!r}"
             )
 
+    def check_compilable(self) -> None:
+        """Raise if torch.compile cannot trace this penalty."""
+        if self.is_approximate:
+            raise ValueError(
+                f"{self._name} cannot be compiled: use kind 'r1' inside torch.compile, or call the penalty in a "
+                "function decorated with torch.compiler.disable"
+            )
+
     @property
     def _name(self) -> str:
         return f"kind {self.kind!r}" if isinstance(self.kind, str) else "a kind that is a function"

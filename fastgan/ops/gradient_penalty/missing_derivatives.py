@@ -41,10 +41,11 @@ class NoSecondDerivative(RuntimeError):
         return NoSecondDerivative(missing) if missing else self
 
     def __init__(self, missing: Iterable[str]) -> None:
-        lines = "".join(f"\n  {layer}" for layer in missing)
-        super().__init__(
-            f"a gradient penalty needs second derivatives, and these layers have none:{lines}\n{_ALTERNATIVE}"
-        )
+        lines = [*missing]
+        if not all(_REENTRANT in line for line in lines):
+            lines.append(_ALTERNATIVE)
+        head, *rest = "a gradient penalty needs second derivatives, and these layers have none:", *lines
+        super().__init__("\n  ".join([head, *rest]))
 
 
 class Watch:
@@ -151,7 +152,7 @@ class Layers:
             stop = ends.pop()
             while waiting:
                 node = waiting.pop()
-                if node is not None and node not in stop and node not in self._owners:
+                if node is not None and node not in stop and self._is_closer(module, node):
                     self._owners[node] = module
                     waiting.extend(following for following, _ in node.next_functions)
 
@@ -161,6 +162,11 @@ class Layers:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _is_closer(self, module: nn.Module, node: Node) -> bool:
+        """Return whether to name a node by this module: the innermost, but a module without a path is no name."""
+        owner = self._owners.get(node)
+        return owner is None or (owner not in self._names and module in self._names)
 
     def missing(self, logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[str]:
         """List the layers without a second derivative and the reasons, sorted by name."""

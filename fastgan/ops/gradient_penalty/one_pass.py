@@ -131,7 +131,7 @@ class _Graph:
         self.samples = tracer.samples
         self.layouts = [layout for output in outputs if (layout := tracer.layout(output)) is not None]
         self.values = [output.detach() for output in outputs]
-        self.path = tracer.path
+        self.path, self.attached = tracer.path, tracer.attached
         # The logits with the graph of their forward, if a loss may need it.
         self.outputs: Sequence[Tensor] | None = None
 
@@ -197,7 +197,8 @@ class _OnePass(torch.autograd.Function):
             else:
                 pairs.append((graph.affine, shared.to(graph.affine.dtype)))
         pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
-        keep = torch_private.keeps_graph()  # the retain_graph of the running backward
+        # The retain_graph of the running backward, which may still have to pass the graph of other outputs.
+        keep = torch_private.keeps_graph() or graph.attached
         found: Any = ()
         if pairs:
             tensors, by = zip(*pairs, strict=True)

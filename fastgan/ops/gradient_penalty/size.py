@@ -16,6 +16,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _POOLED = 16  # the usual number of positions before global pooling
+_MOST_MODULES = 4096  # in a model without cycles
 _BY_CHANNELS = nn.modules.batchnorm._NormBase
 _NORMS = (_BY_CHANNELS, nn.GroupNorm, nn.LayerNorm)
 
@@ -36,14 +37,14 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def count_modules(module: nn.Module) -> int:
-    """Return the number of modules inside this one, including it, at the lowest cost."""
-    found, waiting = {module}, [module]
-    for each in waiting:
-        for child in each._modules.values():
-            if child is not None and child not in found:
-                found.add(child)
-                waiting.append(child)
-    return len(waiting)
+    """Return a number that changes if modules are added inside this one or removed, at the lowest cost."""
+    found: list[nn.Module | None] = [module]
+    for each in found:
+        if each is not None and each._modules:
+            found += each._modules.values()
+        if len(found) > _MOST_MODULES:
+            return len(all_modules([module]))  # it may contain itself
+    return len(found) - found.count(None)
 
 
 class Cost(NamedTuple):

@@ -1,12 +1,11 @@
 """Small discriminators, for which the Python overhead of fastgan exceeds the work that it saves.
 
 A forward with fewer multiplications than a threshold (overhead.py) runs PyTorch's own functions. Its graph often allows
-one pass (graph_pass.py). If the parameters of
-the modules show that it has fewer or more, nothing is counted. Otherwise, the multiplications of each call are counted
-before the call runs: PyTorch's own functions run until the threshold is passed, and fastgan's from that layer on. The
-decision depends only on the current forward and the device, so a resumed run makes the same choices. A call of one
-known module is remembered together with everything that can change its size: the number of modules, the mode and the
-shapes.
+one pass (graph_pass.py). If the parameters of the modules show that it has fewer or more, nothing is counted.
+Otherwise, the multiplications of each call are counted before the call runs: PyTorch's own functions run until the
+threshold is passed, and fastgan's from that layer on. The decision depends only on the current forward and the device,
+so a resumed run makes the same choices. A call of one known module is remembered together with everything that can
+change its size: the number of modules, the mode and the shapes.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications
 
 
 # Calls that are small and that PyTorch can differentiate twice. The next such call is neither checked nor intercepted.
-# The value, which depends on the parameters only, tells whether one pass through its graph may be faster.
+# The value tells whether to read its graph: the first graph allowed one pass, which may be faster with these weights.
 _left_to_pytorch: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
@@ -112,12 +111,17 @@ def may_take_one_pass(call: Call) -> bool:
     return _left_to_pytorch[call.module][call.details]
 
 
-def leave_to_pytorch(call: Call, samples: int) -> None:
+def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
+    """Remember that equal calls are small and run PyTorch's own functions.
+
+    Args:
+        readable: its graph allowed one pass.
+    """
     known = _left_to_pytorch.setdefault(call.module, {})
     if len(known) == MOST_SHAPES:
         known.clear()
     weights = [parameter for parameter in call.module.parameters() if parameter.ndim > 1]
-    known[call.details] = pays_in_one_pass(weights, samples)
+    known[call.details] = readable and pays_in_one_pass(weights, samples)
 
 
 def forget(call: Call | None) -> None:

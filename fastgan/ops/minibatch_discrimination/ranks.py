@@ -42,10 +42,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _OwnShare.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+        return _ReduceScatter.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
 
 
-class _OwnShare(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     """Sum over ranks and keep this rank's rows. This is the transpose of gathering."""
 
     @staticmethod

@@ -21,7 +21,7 @@ _ENOUGH_PROGRAMS = 2048  # several programs for each multiprocessor of a large G
 # runs; few rows a program, since a row is long. GENERAL: all other cases. The last two read single elements.
 GENERAL, RUNS, ALONG, ACROSS, VECTORS = range(5)
 _RUN = 8  # elements of a run that fill a sector of memory
-# What a program of the last forward launch writes.
+# The parts of the result that a program of the last forward launch can write.
 WEIGHT_PART, U_PART, V_PART = 0, 1, 2
 
 # The columns of the table of weights, which has one row per weight.
@@ -147,14 +147,14 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# CUDA graphs read the tensors of these plans at each replay. By plan: for each set of parameters that was captured with
-# it, the storages of these, which a replay needs too. Weights that are no parameters may be a graph's own, so that
-# nothing tells when it is gone; their plans are kept.
+# CUDA graphs read the tensors of these plans at each replay. Each plan is kept with the storages of the parameters that
+# were captured with it, because a replay reads these too. Weights that are not parameters may be in the memory of the
+# graph itself. Nothing reports when such a graph is freed, so their plans stay.
 _captured: dict[Plan, dict[tuple[int, ...], tuple[StorageWeakRef, ...]]] = {}
 
 
 def _keep(plan: Plan, weights: Sequence[Tensor]) -> None:
-    """Keep a plan for a graph, as long as the parameters live that the graph reads."""
+    """Keep a plan for a graph as long as the parameters exist that the graph reads."""
     release()
     storages: tuple[StorageWeakRef, ...] = ()
     if all(isinstance(w, torch.nn.Parameter) for w in weights):
@@ -196,7 +196,7 @@ def _table(
 
 
 def _written(plan: Plan, addresses: tuple[Addresses, ...]) -> Tensor:
-    """Return a table that kernels write: the graph has the addresses as their arguments, and needs no host memory."""
+    """Return a table that kernels fill. The graph stores the addresses as kernel arguments and needs no host memory."""
     table = plan.table.clone()
     numbers = [address for row in addresses for address in row]
     places = [place for row in table[:, : len(_NO_ADDRESSES)] for place in row.unbind()]

@@ -65,7 +65,7 @@ def image_size(x: Tensor) -> Pair:
     if not torch_private.is_jit_tracing():
         return h, w
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that an int is one
+        warnings.simplefilter("ignore")  # converting a size to a number
         return int(h), int(w)
 
 

@@ -26,7 +26,7 @@ class Container(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lost: list[str] = []  # what the system does not let us look at, such as a link to nowhere, with the reason
+        self.lost: list[str] = []  # entries that cannot be read, such as a broken link, each with the reason
         entries = [entry for entry in self.find() if counts(entry.name)]
         self.entries = sorted(entries, key=lambda entry: PurePosixPath(entry.name).parts)
 
@@ -101,10 +101,14 @@ class Zip(Container):
                 raise DataError(f"{self.path} must be a folder or a zip file of pictures, and is neither") from error
             raise DataError(f"{self.path} cannot be read as a zip file: {reason(error)}") from error
         members = [member for member in self.file.infolist() if not member.is_dir()]
-        return [Entry(member.filename, member.file_size, member.CRC) for member in members]
+        self.members = {member.filename.replace("\\", "/"): member for member in members}  # as some Windows tools write
+        return [Entry(name, member.file_size, member.CRC) for name, member in self.members.items()]
 
     def read(self, name: str) -> bytes:
-        return self.file.read(name)
+        member = self.members[name]
+        if member.flag_bits & 1:
+            raise ValueError("it is encrypted, unpack the zip file first")
+        return self.file.read(member)
 
 
 def open_container(path: Path) -> Container:

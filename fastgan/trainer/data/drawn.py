@@ -20,7 +20,7 @@ class Source(Protocol):
     scale: float  # approximate largest absolute value in a sample
     classes: int | None  # number of classes, or None without labels
     class_names: list[str] | None  # None if the classes have only numbers
-    notes: Sequence[str]  # lines about what was found, for the user
+    notes: Sequence[str]  # lines about the data, for the user
 
     @property
     def size(self) -> int | None:

@@ -39,7 +39,7 @@ def require_batch(source: Source, batch_size: int) -> None:
         )
 
 
-def some_reals(source: Source, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def sample_reals(source: Source, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Return `count` samples chosen by `seed`, and their labels. If the source has fewer, they repeat."""
     drawn, labels = source.fork(seed).next_labeled(count if source.size is None else min(count, source.size))
     index = torch.arange(count, device=drawn.device) % len(drawn)

@@ -42,7 +42,7 @@ class Pictures:
     names: list[str]  # of the files
     hashes: list[str]  # of their pixels
     class_names: list[str] | None = None
-    notes: list[str] = field(default_factory=list)  # lines about what was found, for the user
+    notes: list[str] = field(default_factory=list)  # lines about the data, for the user
     skipped: list[str] = field(default_factory=list)  # files that are not used, each with the reason
 
 

@@ -30,7 +30,7 @@ UNREADABLE = (  # errors that Pillow and zipfile raise
 
 @dataclass(frozen=True)
 class Layout:
-    """The pixels that every picture is made into."""
+    """The size and channels to which every picture is converted."""
 
     height: int
     width: int

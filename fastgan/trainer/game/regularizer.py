@@ -30,7 +30,7 @@ from fastgan.trainer.game.names import PenaltyName as PenaltyName
 Discriminator = Callable[..., Tensor]
 
 
-class Judged(NamedTuple):
+class LogitsAndPenalty(NamedTuple):
     real: Tensor  # logits (N, ...)
     fake: Tensor  # logits (N, ...)
     penalty: Tensor | None  # (), or None in batches without a penalty
@@ -67,7 +67,7 @@ class Regularizer:
         noise: Tensor | None = None,
         *,
         part: int = 0,
-    ) -> Judged:
+    ) -> LogitsAndPenalty:
         """
         Args:
             real, fake: (N, *S).
@@ -78,13 +78,13 @@ class Regularizer:
         """
         self.batches += part == 0
         due = self.penalty != "none" and (self.batches - 1) % self.every == 0
-        return self._judge(discriminator, real, fake, labels, alpha, noise, due)
+        return self._logits_and_penalty(discriminator, real, fake, labels, alpha, noise, due)
 
     def compile(self) -> None:
         """Compile the calls that follow, in one form with a penalty and one without."""
-        self._judge = compiled(self._judge)  # type: ignore[method-assign]
+        self._logits_and_penalty = compiled(self._logits_and_penalty)  # type: ignore[method-assign]
 
-    def _judge(
+    def _logits_and_penalty(
         self,
         discriminator: Discriminator,
         real: Tensor,
@@ -93,19 +93,19 @@ class Regularizer:
         alpha: Tensor | None,
         noise: Tensor | None,
         due: bool,
-    ) -> Judged:
+    ) -> LogitsAndPenalty:
         args = () if labels is None else (labels,)
         if not due:
-            return Judged(*self._logits(discriminator, real, fake, *args), None)
+            return LogitsAndPenalty(*self._logits(discriminator, real, fake, *args), None)
         if self.between:
             x_hat = self._point(real, fake, alpha, noise)
-            judged = Judged(
+            result = LogitsAndPenalty(
                 *self._logits(discriminator, real, fake, *args), self._penalty_at(discriminator, x_hat, *args)
             )
         else:
-            judged = self._at_samples(discriminator, real, fake, *args)
-        assert judged.penalty is not None
-        return judged._replace(penalty=self.every * judged.penalty)
+            result = self._at_samples(discriminator, real, fake, *args)
+        assert result.penalty is not None
+        return result._replace(penalty=self.every * result.penalty)
 
     def _logits(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
         if not self.together:
@@ -115,26 +115,26 @@ class Regularizer:
         real_logits, fake_logits = logits.chunk(2)
         return real_logits, fake_logits
 
-    def _at_samples(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> Judged:
+    def _at_samples(self, discriminator: Discriminator, real: Tensor, fake: Tensor, *args: Tensor) -> LogitsAndPenalty:
         take = fastgan.logits_and_penalty if self.kernels == "fastgan" else double_backward
         weight = self.weight
         if self.penalty in APPROXIMATE:
             take = fastgan.logits_and_penalty  # first derivatives alone, which are PyTorch's
         if self.penalty in ("r1", *APPROXIMATE):
             real_logits, penalty = take(discriminator, real, kind=self.penalty, weight=weight, args=args)
-            return Judged(real_logits, discriminator(fake, *args), penalty)
+            return LogitsAndPenalty(real_logits, discriminator(fake, *args), penalty)
         if self.penalty == "r2":
             fake_logits, penalty = take(discriminator, fake, kind="r2", weight=weight, args=args)
-            return Judged(discriminator(real, *args), fake_logits, penalty)
+            return LogitsAndPenalty(discriminator(real, *args), fake_logits, penalty)
         if self.together:
             # The mean over both halves is half the sum of their means.
             twice = [torch.cat([labels, labels]) for labels in args]
             both, penalty = take(discriminator, torch.cat([real, fake]), kind="r1", weight=2 * weight, args=twice)
             real_logits, fake_logits = both.chunk(2)
-            return Judged(real_logits, fake_logits, penalty)
+            return LogitsAndPenalty(real_logits, fake_logits, penalty)
         real_logits, on_real = take(discriminator, real, kind="r1", weight=weight, args=args)
         fake_logits, on_fake = take(discriminator, fake, kind="r2", weight=weight, args=args)
-        return Judged(real_logits, fake_logits, on_real + on_fake)
+        return LogitsAndPenalty(real_logits, fake_logits, on_real + on_fake)
 
     def _point(self, real: Tensor, fake: Tensor, alpha: Tensor | None, noise: Tensor | None) -> Tensor:
         assert alpha is not None

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan.trainer.data.drawn import Source
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.gan import GAN
 
 KERNEL_WIDTH = 0.25  # as a fraction of the reals' median distance; samples much closer than that count as one
@@ -71,7 +71,7 @@ class Diagnostics:
                 weights = norm(self.before[key], self.gan.device).clamp_min(TINY)
                 record[f"{key}_update_ratio"] = norm(moved, self.gan.device) / weights
         self.before = {}
-        record |= self._judgments(self.seed + 3 * step)
+        record |= self._logit_statistics(self.seed + 3 * step)
         record["nonfinite"] = self._nonfinite()
         if self.gan.optim.augment == "ada":
             record["augment_p"] = self.gan.augment.p
@@ -80,18 +80,18 @@ class Diagnostics:
         values["nonfinite"] = int(values["nonfinite"])
         return values | {"sigma": sigmas(self.gan.discriminator)}
 
-    def _judgments(self, seed: int) -> dict[str, Tensor]:
+    def _logit_statistics(self, seed: int) -> dict[str, Tensor]:
         gan, batch_size = self.gan, self.gan.optim.batch_size
         z = torch.randn(batch_size, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu")
         count = batch_size * max(1, JUDGED // batch_size)
-        real, labels = some_reals(gan.source, count, seed + 1)
-        with undisturbed(gan.generator):
+        real, labels = sample_reals(gan.source, count, seed + 1)
+        with preserved_buffers(gan.generator):
             fake = gan.fakes(z.to(gan.device), None if labels is None else labels[:batch_size])
         held_out: Tensor | None = None
         with evaluating(gan.discriminator):
             train, on_fake = self._logits(real, labels), self._logits(fake, labels)
             if self.held_out is not None:
-                held_out = self._logits(*some_reals(self.held_out, count, seed + 2))
+                held_out = self._logits(*sample_reals(self.held_out, count, seed + 2))
         boundary = boundary_of(gan, train, on_fake)
         found = {
             "d_real_accuracy": (train > boundary).float().mean(),
@@ -178,7 +178,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Run `model` in its current mode, and restore its buffers (batch norm's statistics) afterwards."""
     before = [buffer.clone() for buffer in model.buffers()]
     try:

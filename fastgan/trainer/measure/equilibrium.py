@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgan.trainer.data.drawn import Source
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.measure.diagnostics import evaluating, undisturbed
+from fastgan.trainer.measure.diagnostics import evaluating, preserved_buffers
 
 STEPS = 20  # training steps of each best response
 BATCHES = 4  # batches that the value is averaged over
@@ -36,7 +36,7 @@ def duality_gap(gan: GAN, held_out: Source, seed: int, steps: int = STEPS) -> di
             stronger_d.discriminator_step(stronger_d.batch())
             stronger_g.generator_step(stronger_g.generator_batch())
         batch = BATCHES * gan.optim.batch_size
-        real, labels = some_reals(held_out, batch, seed)
+        real, labels = sample_reals(held_out, batch, seed)
         z = torch.randn(batch, gan.latent_dim, generator=torch.Generator().manual_seed(seed), device="cpu").to(
             gan.device
         )
@@ -50,7 +50,7 @@ def value(gan: GAN, real: Tensor, labels: Tensor | None, z: Tensor) -> float:
     labels = labels if gan.classes else None
     total = 0.0
     size = gan.optim.batch_size
-    with undisturbed(gan.generator), evaluating(gan.discriminator):
+    with preserved_buffers(gan.generator), evaluating(gan.discriminator):
         for part in (slice(start, start + size) for start in range(0, len(real), size)):
             y = None if labels is None else labels[part]
             real_logits, fake_logits = gan.logits(real[part], y), gan.logits(gan.fakes(z[part], y), y)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data.drawn import Source
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.data.sources import Mixture
 from fastgan.trainer.data.toys import Stacked
 from fastgan.trainer.gan import GAN
@@ -52,8 +52,8 @@ def score(
         return {"unscored": reason}
     assert held_out is not None
     n = min(images, gan.source.size or images, held_out.size or images)
-    real, labels = some_reals(held_out, n, seed)
-    other, _ = some_reals(gan.source, n, seed)
+    real, labels = sample_reals(held_out, n, seed)
+    other, _ = sample_reals(gan.source, n, seed)
     parts = [slice(start, start + gan.optim.batch_size) for start in range(0, n, gan.optim.batch_size)]
     z = latents(gan, n, seed)
     # Samples have the reals' classes, so that a rare class is as rare among them.

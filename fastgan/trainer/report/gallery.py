@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.gan import GAN
 
 ROWS = 6
@@ -37,7 +37,7 @@ def nearest_reals(gan: GAN, samples: Tensor, seed: int, count: int = NEAREST) ->
 
     The distance is Euclidean in pixels, which reveals copies of training images.
     """
-    pool = some_reals(gan.source, min(SEARCHED, gan.source.size or SEARCHED), seed)[0].cpu()
+    pool = sample_reals(gan.source, min(SEARCHED, gan.source.size or SEARCHED), seed)[0].cpu()
     distance = torch.cdist(samples.flatten(1), pool.flatten(1))  # (N, P)
     index = distance.topk(min(count, len(pool)), largest=False).indices  # (N, count)
     return torch.cat([samples[:, None], pool[index]], 1).flatten(0, 1)

@@ -53,7 +53,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
         (
             "game",
             f"{config.optim.loss} loss, Adam {config.optim.betas}, learning rates D {config.optim.d_lr:g} "
-            f"and G {config.optim.g_lr:g}, {config.optim.d_steps} D step(s) per G step, "
+            f"and G {config.optim.g_lr:g}{schedule(config)}, {config.optim.d_steps} D step(s) per G step, "
             f"EMA {averaging(config)}",
         ),
         ("steps", f"{last['step']:,} in {last['seconds'] / 60:.1f} minutes, seed {config.seed}"),
@@ -113,6 +113,13 @@ def summary(quality: dict[str, Any]) -> str:
 def best_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the first record with the lowest cost, or None without scores during training."""
     return min((record for record in records if "cost" in record), key=lambda record: record["cost"], default=None)
+
+
+def schedule(config: TrainConfig) -> str:
+    """Say how the learning rates change over the run."""
+    warmup, decay = config.optim.lr_warmup, config.optim.lr_decay
+    rise = "" if warmup is None else f", rising over {warmup:,} steps"
+    return rise + ("" if decay is None else f", falling to zero from step {decay[0]:,} to {decay[1]:,}")
 
 
 def averaging(config: TrainConfig) -> str:

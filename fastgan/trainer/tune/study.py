@@ -19,7 +19,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastgan import strict_json
@@ -34,6 +33,7 @@ from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost
 from fastgan.trainer.run import make_folder
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
+from fastgan.trainer.tune.journal import open_journal
 
 RUNGS = 4  # evaluations of each training run, the last at its end; tpe can stop poor trials at the earlier ones
 CHECK_EVERY = 50  # steps between checks for a loss that is not finite
@@ -141,7 +141,7 @@ def interrupts_ignored() -> Iterator[None]:
 
 def open_study(config: TuneConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
+    storage = optuna.storages.JournalStorage(open_journal(config.out / "journal.log"))
     study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
     about = {"preset": config.preset, "steps": config.start.steps, "seeds": config.seeds}
     known = study.user_attrs.get("about", about)
@@ -274,7 +274,7 @@ def cost_of(config: TuneConfig, trial: Trial) -> float:
     chosen = settings(start, suggest(trial, start))
     games = [Game(chosen, seed, config.extractor) for seed in range(config.seeds)]
     for rung in range(1, RUNGS + 1):
-        costs = [game.play_to(rung * chosen.steps // RUNGS) for game in games]
+        costs = [game.train_to(rung * chosen.steps // RUNGS) for game in games]
         cost = sum(costs) / len(costs)
         trial.report(cost, rung)
         if trial.should_prune():
@@ -295,7 +295,7 @@ class Game:
         self.step, self.diverged = 0, False
         self.scores: dict[str, Any] = {}
 
-    def play_to(self, step: int) -> float:
+    def train_to(self, step: int) -> float:
         """Train up to `step` and return the cost. A diverged run is not trained further."""
         while self.step < step and not self.diverged:
             losses = self.gan.step()

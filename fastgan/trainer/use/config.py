@@ -33,7 +33,7 @@ class GenerateConfig:
     grid: str | None = None  # also write grid.png of ROWSxCOLUMNS samples, such as 4x8; the interpolation's size too
     interpolate: int | None = None  # also write a looped animation of this many frames
     animation: Literal["webp", "gif"] = "webp"  # its format
-    npz: bool = False  # also write samples.npz: samples (N, H, W, C) in bytes, latents and labels
+    format: Literal["png", "npz", "safetensors"] = "png"  # npz: also bytes (N, H, W, C); safetensors: also floats
     best: bool = False  # the best generator of --score-every instead of the newest
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None  # folder to write to; default: generated in the run's folder

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.data.containers import open_container
-from fastgan.trainer.data.held_out import some_reals
+from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.data.image_folder import read_pictures
 from fastgan.trainer.data.options import PictureConfig
 from fastgan.trainer.data.pixels import Layout, endings, open_image
@@ -107,7 +107,7 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
 
 def some(source: Any, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Return `count` different samples and their labels, or all of them if there are fewer."""
-    samples, labels = some_reals(source, min(count, source.size or count), seed)
+    samples, labels = sample_reals(source, min(count, source.size or count), seed)
     return samples.cpu(), labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,16 @@ def generate(config: GenerateConfig) -> list[Path]:
         TrainerError: there is no trained generator.
         ValueError: there is no such class, or the data are not pictures where the flags need some.
     """
+    if config.format == "safetensors":
+        import_module("safetensors")  # before anything is made: it may be missing
     trained = load_trained(config.run, choose_device(config.device), config.best)
     if config.class_name is not None:
         trained.class_number(config.class_name)
     is_picture = len(trained.data["shape"]) == 3
-    if not is_picture and not config.npz:
-        raise ValueError(f"samples of shape {tuple(trained.data['shape'])} are not pictures: --npz writes an array")
+    if not is_picture and config.format == "png":
+        raise ValueError(
+            f"samples of shape {tuple(trained.data['shape'])} are no pictures: --format npz writes an array"
+        )
     if not is_picture and (config.grid or config.interpolate):
         raise ValueError("grid and interpolate need pictures")
     out = config.out or home_of(config.run) / "generated"
@@ -47,9 +52,9 @@ def generate(config: GenerateConfig) -> list[Path]:
         for number, sample in enumerate(samples):
             written.append(out / f"sample-{number:0{digits}}.png")
             as_picture(sample).save(written[-1])
-    if config.npz:
-        written.append(out / "samples.npz")
-        write_npz(written[-1], samples, z, labels, is_picture)
+    if config.format != "png":
+        written.append(out / f"samples.{config.format}")
+        write_arrays(written[-1], samples, z, labels, is_picture)
     if size := config.rows_and_columns():
         written.append(out / "grid.png")
         cells = size[0] * size[1]
@@ -62,12 +67,20 @@ def generate(config: GenerateConfig) -> list[Path]:
     return written
 
 
-def write_npz(path: Path, samples: Tensor, z: Tensor, labels: Tensor | None, is_picture: bool) -> None:
-    values = samples.numpy()
+def write_arrays(path: Path, samples: Tensor, z: Tensor, labels: Tensor | None, is_picture: bool) -> None:
+    """Write samples, latents and labels to one file. An npz file has pictures as bytes (N, H, W, C).
+
+    A safetensors file has what the generator returned, to the last bit: floats (N, C, H, W), -1 is black, 1 is white.
+    """
+    named = {"samples": samples, "latents": z} | ({} if labels is None else {"labels": labels})
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        path.write_bytes(save({name: values.contiguous() for name, values in named.items()}))
+        return
     if is_picture:
-        values = samples.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    named = {"samples": values, "latents": z.numpy()} | ({} if labels is None else {"labels": labels.numpy()})
-    np.savez_compressed(path, **named)  # type: ignore[arg-type]
+        named["samples"] = samples.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+    np.savez_compressed(path, **{name: values.numpy() for name, values in named.items()})  # type: ignore[arg-type]
 
 
 def interpolation(

@@ -1,4 +1,4 @@
-// CUDA graphs. A capture runs its launches, since what comes next may look at shapes, and undoes them at its end: no
+// CUDA graphs. A capture runs its launches, because later code may read shapes, and undoes them at its end: no
 // value of a capture is there before the first replay.
 #include "graphs.h"
 

@@ -1,4 +1,4 @@
-// CUDA graphs: what was launched in a capture, to be launched again.
+// CUDA graphs: the launches of a capture, which a replay repeats.
 #pragma once
 #include <cstdint>
 #include <memory>

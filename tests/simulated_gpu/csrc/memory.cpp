@@ -42,7 +42,7 @@ BlockPtr make_block(int64_t bytes, c10::intrusive_ptr<c10::StorageImpl> keeps, v
   return block;
 }
 
-// What a storage does with its memory when it is destroyed; the holder of the GIL may be here.
+// Called when a storage is destroyed, possibly while this thread holds the GIL.
 void release(void* context) {
   const std::unique_ptr<BlockPtr> holder(static_cast<BlockPtr*>(context));
   BlockPtr& block = *holder;

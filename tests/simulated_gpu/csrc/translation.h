@@ -19,7 +19,7 @@ class Translation {
   c10::IValue inwards(const c10::IValue& value);
   // Results, CPU to CUDA.
   c10::IValue outwards(const c10::IValue& value);
-  // What the operator resized, or gave another storage.
+  // Tensors that the operator resized, or gave another storage.
   void settle();
 
   c10::Device device{c10::kCUDA, -1};  // of the first CUDA tensor or argument "device"

@@ -1,4 +1,4 @@
-"""Python imports this at its start, where this folder is in PYTHONPATH: SIMULATED_GPU=1 then gives it its devices."""
+"""Python imports this file when it starts, if this folder is in PYTHONPATH. SIMULATED_GPU=1 adds the devices."""
 
 import os
 

@@ -28,7 +28,7 @@ COLORS = ["red", "lime", "blue", "white"]
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Four pictures of other sizes and formats, a color each."""
+    """Four pictures of different sizes and formats, one color each."""
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
     for color, size, name in zip(
@@ -267,7 +267,7 @@ def test_voxels_are_balls_and_boxes_inside_the_cube():
     assert x[:, :, 0].max() < 0
     assert x.amax((1, 2, 3, 4)).min() > 0.9
     filled = (x > 0).float().mean((1, 2, 3, 4))
-    assert filled[kind == 1].mean() > 1.3 * filled[kind == 0].mean()  # 6 / pi, but for what the edges round
+    assert filled[kind == 1].mean() > 1.3 * filled[kind == 0].mean()  # 6 / pi, apart from soft edges
 
 
 @pytest.mark.parametrize("dataset", ["waveforms", "voxels"])

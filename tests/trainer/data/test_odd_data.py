@@ -192,3 +192,23 @@ def test_a_picture_or_another_archive_is_no_data(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"cut.zip cannot be read as a zip file"):
         read_pictures(tmp_path / "cut.zip", SQUARE)
+
+
+def test_folders_in_a_zip_file_of_windows_are_folders(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for name in ("photos\\cat\\1.png", "photos\\dog\\2.png"):
+            archive.write(picture(tmp_path / "1.png"), name)
+    found = read_pictures(tmp_path / "d.zip", SQUARE)
+    assert found.names == ["photos/cat/1.png", "photos/dog/2.png"]
+    assert found.class_names == ["cat", "dog"]
+
+
+def test_an_encrypted_zip_file_is_one_line(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.write(picture(tmp_path / "1.png"), "1.png")
+    content = bytearray((tmp_path / "d.zip").read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # the flag of encryption in the list of members
+    (tmp_path / "d.zip").write_bytes(content)
+    with pytest.raises(DataError, match="contains 0 readable images"):
+        read_pictures(tmp_path / "d.zip", SQUARE)
+    assert capsys.readouterr().err == "fastgan: skipped 1.png: it is encrypted, unpack the zip file first\n"

@@ -56,7 +56,7 @@ def test_extra_adam_steps_from_the_start_with_the_direction_found_ahead():
 
 
 def distance_after(name: str, steps: int) -> float:
-    """How far from the equilibrium, the origin, the players of min_x max_y x y + (x^2 - y^2) / 50 end."""
+    """Return the final distance from the equilibrium, the origin, in min_x max_y x y + (x^2 - y^2) / 50."""
     x, y = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (1.0, 0.5))
     players = [make_optimizer(name, [p], 0.02, (0.0, 0.9)) for p in (x, y)]  # type: ignore[arg-type]
 

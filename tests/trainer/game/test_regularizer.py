@@ -159,10 +159,8 @@ def test_a_difference_of_forwards_has_nearly_the_gradient_of_r1():
 
 
 def test_verify_refuses_an_approximation(capsys):
-    with pytest.raises(SystemExit):
-        cli.main([*VERIFY, "--penalty", "r1-finite-difference"])
-    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "penalty r1-finite-difference is an approximation" in words
+    assert cli.main([*VERIFY, "--penalty", "r1-finite-difference"]) == 2
+    assert "penalty r1-finite-difference is an approximation" in capsys.readouterr().err
 
 
 def test_a_penalty_whose_gradient_is_lost_makes_verify_fail(monkeypatch, capsys):

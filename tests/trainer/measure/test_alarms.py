@@ -28,7 +28,7 @@ def alarms_of(
     model: dict[str, object] | None = None,
     **optim: object,
 ) -> set[str]:
-    """The alarms that a toy run sets off within `steps`, observed `every` so many."""
+    """Return the alarms of a toy run of `steps` steps, with diagnostics in each `every`-th step."""
     source = source or load_source("ring8", 2, CPU)
     optim_config = dataclasses.replace(RING8.optim, **optim)
     held_out = held_out or hold_out(source, optim_config.batch_size, 7)
@@ -64,7 +64,7 @@ def test_a_generator_that_outruns_the_discriminator_collapses_and_a_slower_one_d
 
 
 def teacher(count: int) -> Images:
-    """Vectors that a network like the generator makes: learnable, so only the training set can set reals apart."""
+    """Vectors made by a network like the generator. The generator can learn them, so D can only memorize."""
     torch.manual_seed(0)
     network = mlp(32, 64, 32)
     with torch.no_grad():

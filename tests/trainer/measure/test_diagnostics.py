@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgan.trainer.config import PRESETS
-from fastgan.trainer.data.held_out import hold_out, some_reals
+from fastgan.trainer.data.held_out import hold_out, sample_reals
 from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.diagnostics import Diagnostics, boundary_of, diversity, effective_number, sigmas
@@ -107,7 +107,7 @@ def test_overfit_is_one_for_a_discriminator_that_knows_its_images_and_nothing_el
     source = load_source("fashion-mnist", 2, CPU, config.data)
     held_out = hold_out(source, 16, 5)
     gan = GAN(config.model, config.optim, source, 0, CPU)
-    gan.discriminator = Remembers(some_reals(source, source.size, 0)[0])
+    gan.discriminator = Remembers(sample_reals(source, source.size, 0)[0])
     found = Diagnostics(gan, held_out, 0).observe(1)
     assert found["overfit"] == pytest.approx(1.0)
     assert found["d_train"] == 1.0
@@ -173,8 +173,8 @@ class TestHeldOut:
 
     def test_fewer_than_asked_for_are_repeated(self):
         source = Images(torch.arange(3, dtype=torch.uint8)[:, None], 0, CPU)
-        assert len(some_reals(source, 8, 0)[0]) == 8
-        assert len(some_reals(source, 8, 0)[0].unique()) == 3
+        assert len(sample_reals(source, 8, 0)[0]) == 8
+        assert len(sample_reals(source, 8, 0)[0].unique()) == 3
 
 
 class TestDualityGap:
@@ -187,7 +187,7 @@ class TestDualityGap:
         gan = ring8_gan()
         held_out = gan.source.fork(1)
         start = duality_gap(gan, held_out, 0)["duality_gap"]
-        # At an equilibrium G draws the data and D cannot tell: here by construction.
+        # At an equilibrium, G draws the data and D cannot distinguish it. This one is constructed.
         solved = ring8_gan()
         solved.generator = Draws(solved.source.fork(3))
         solved.discriminator = nn.Sequential(nn.Linear(2, 1))

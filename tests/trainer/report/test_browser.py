@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None and not REQUIRED, reason="no Chr
 
 
 def browse(page: Path, width: int, *flags: str) -> tuple[str, list[str]]:
-    """Return what the browser prints, and the messages of the page's console."""
+    """Return the output of the browser, and the messages of the page's console."""
     assert BROWSER, "no Chromium was found"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'user'}"]

@@ -13,12 +13,12 @@ from fastgan.trainer.loop import Trainer
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     monkeypatch.setattr("fastgan.trainer.report.pictures.save_losses", lambda metrics, path: None)
-    # Whatever another test has imported of it.
+    # Remove modules that another test has imported.
     monkeypatch.delitem(sys.modules, "fastgan.trainer.report.tensorboard", raising=False)
 
 
 class Recorder:
-    """What a SummaryWriter is told."""
+    """Records the calls of a SummaryWriter."""
 
     said: list[tuple[object, ...]]
 

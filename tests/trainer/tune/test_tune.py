@@ -25,6 +25,7 @@ from fastgan.trainer.data.options import PictureConfig  # noqa: E402
 from fastgan.trainer.errors import TrainerError  # noqa: E402
 from fastgan.trainer.gan import GAN  # noqa: E402
 from fastgan.trainer.tune import study as tuning  # noqa: E402
+from fastgan.trainer.tune.journal import open_journal  # noqa: E402
 from fastgan.trainer.tune.study import DIVERGED, Game, TuneConfig, cost, open_study, settings, tune, values_of  # noqa: E402
 
 
@@ -48,7 +49,7 @@ def no_plot(monkeypatch):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that start at once, and see the objects that a test has replaced."""
+    """Start workers by forking, so that they are quick and have the objects that a test has replaced."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     if torch.cuda.is_initialized():
@@ -62,7 +63,7 @@ def states(config: TuneConfig) -> list[str]:
 
 
 def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, forked, no_plot, monkeypatch, capfd):
-    play_to, start = Game.play_to, multiprocessing.process.BaseProcess.start
+    train_to, start = Game.train_to, multiprocessing.process.BaseProcess.start
     started, replaced = [], multiprocessing.get_context("fork").Event()
 
     def counted(process: multiprocessing.process.BaseProcess) -> None:
@@ -75,12 +76,12 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, 
         try:
             os.close(os.open(toy.out / "killed", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            assert replaced.wait(60)  # or the other worker may do all there is to do
-            return play_to(game, step)
+            assert replaced.wait(60)  # otherwise the other worker may run all trials
+            return train_to(game, step)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    monkeypatch.setattr(Game, "play_to", killed_once)
+    monkeypatch.setattr(Game, "train_to", killed_once)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", counted)
     config = dataclasses.replace(toy, workers=2)
     best = tune(config)
@@ -98,14 +99,14 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_takes_its_place(toy, 
 
 
 def test_settings_that_kill_their_worker_twice_are_given_up(toy, forked, no_plot, monkeypatch, capfd):
-    play_to = Game.play_to
+    train_to = Game.train_to
 
     def killed_by_the_preset(game: Game, step: int) -> float:
         if values_of(game.config) == values_of(toy.start):
             os.kill(os.getpid(), signal.SIGKILL)
-        return play_to(game, step)
+        return train_to(game, step)
 
-    monkeypatch.setattr(Game, "play_to", killed_by_the_preset)
+    monkeypatch.setattr(Game, "train_to", killed_by_the_preset)
     config = dataclasses.replace(toy, workers=2, trials=2)
     tune(config)
     assert states(config).count("FAIL") == 2
@@ -140,7 +141,7 @@ def test_a_trial_that_ctrl_c_ends_is_taken_up_by_the_next_call(toy, no_plot, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Game, "play_to", interrupted)
+        patch.setattr(Game, "train_to", interrupted)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 tune(toy)
@@ -153,7 +154,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     def interrupted(game: Game, step: int) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Game, "play_to", interrupted)
+    monkeypatch.setattr(Game, "train_to", interrupted)
     arguments = ["tune", "ring8", "--steps", "4", "--device", "cpu", "--out", str(toy.out)]
     assert cli.main(arguments) == 130
     output = capfd.readouterr()
@@ -171,7 +172,7 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Game, "play_to", interrupting)
+            patch.setattr(Game, "train_to", interrupting)
             arguments = ["--trials", "1", "--workers", "2", "--steps", "4", "--seeds", "1", "--device", "cpu"]
             assert cli.main(["tune", "ring8", *arguments, "--out", str(toy.out)]) == 130
     finally:
@@ -182,6 +183,23 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     assert output.err == ""
     tune(dataclasses.replace(toy, trials=1))
     assert open_study(toy).best_params == values_of(toy.start)
+
+
+def test_the_lock_of_a_worker_that_was_killed_holds_nobody_up(tmp_path, forked):
+    path = tmp_path / "journal.log"
+
+    def die_with_the_lock() -> None:
+        open_journal(path)._lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker = multiprocessing.get_context("fork").Process(target=die_with_the_lock)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+    start = time.monotonic()
+    open_journal(path).append_logs([{"a": 1}])
+    assert time.monotonic() - start < 10
+    assert list(open_journal(path).read_logs(0)) == [{"a": 1}]
 
 
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
@@ -245,10 +263,10 @@ def test_the_samplers_close_in_on_the_best_learning_rate(toy, no_plot, monkeypat
 def test_divergence_has_a_large_finite_cost(toy, monkeypatch):
     monkeypatch.setattr(GAN, "step", lambda gan: torch.tensor([math.nan, 1.0]))
     game = Game(toy.start, 0, "random-conv")
-    assert game.play_to(4) == DIVERGED
+    assert game.train_to(4) == DIVERGED
     assert math.isfinite(DIVERGED)
     assert cost({"covered": 0, "total": 8, "high_quality": 0.0}) < DIVERGED
-    assert game.play_to(8) == DIVERGED
+    assert game.train_to(8) == DIVERGED
     assert game.step == 4
 
 
@@ -289,7 +307,7 @@ class TestBeforeTheFirstTrial:
         def started(*_: object) -> None:
             raise AssertionError("a trial has started")
 
-        monkeypatch.setattr(Game, "play_to", started)
+        monkeypatch.setattr(Game, "train_to", started)
         yield
         assert not (tmp_path / "tune").exists()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,13 @@ def write_pictures(folder: Path, count: int, seed: int = 0, shift: int = 0) -> P
     return folder
 
 
-@pytest.fixture
-def config(tmp_path) -> TrainConfig:
+def config_in(folder: Path) -> TrainConfig:
     """A run on 120 pictures of two classes, 16x32."""
     preset = PRESETS["folder"][1]
     return dataclasses.replace(
         preset,
-        runs=tmp_path / "runs",
-        data=write_pictures(tmp_path / "data", 120),
+        runs=folder / "runs",
+        data=folder / "data",
         image_size="16x32",
         device="cpu",
         steps=3,
@@ -42,9 +42,30 @@ def config(tmp_path) -> TrainConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> tuple[Path, Trainer]:
+    """The data and the run of all tests here."""
+    folder = tmp_path_factory.mktemp("use")
+    write_pictures(folder / "data", 120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(Trainer, "_summarize", lambda trainer: None)
+        trainer = Trainer(config_in(folder))
+        trainer.train()
+    return folder, trainer
+
+
 @pytest.fixture
-def run(config, monkeypatch) -> Trainer:
-    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
-    trainer = Trainer(config)
-    trainer.train()
+def config(tmp_path, trained_once) -> TrainConfig:
+    shutil.copytree(trained_once[0] / "data", tmp_path / "data")
+    return config_in(tmp_path)
+
+
+@pytest.fixture
+def run(config, trained_once) -> Trainer:
+    """A copy of the run in the test's own folder."""
+    folder, trainer = trained_once
+    shutil.copytree(folder / "runs", config.runs)
+    saved = config.folder / "config.json"
+    saved.write_text(saved.read_text().replace(str(folder), str(config.runs.parent)))
     return trainer

@@ -48,7 +48,7 @@ def load() -> None:
 
 
 def call(name: str, *arguments: object) -> int:
-    """What the library's function ``sim_<name>`` returns; a RuntimeError if that is a message."""
+    """Call the library's function ``sim_<name>``. Raise RuntimeError if it returns a message."""
     result = getattr(_library, f"sim_{name}")(*arguments)
     if isinstance(result, bytes):
         raise RuntimeError(result.decode())

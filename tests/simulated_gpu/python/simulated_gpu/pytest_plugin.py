@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None]:
-    """A limit of time; what the simulation refuses is skipped, with its reason."""
+    """Limit the time of a test, and skip it if the simulation refuses a call."""
 
     def late(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"the test took more than {item.config.option.test_seconds} s of the CPU")

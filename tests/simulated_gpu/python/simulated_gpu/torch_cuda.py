@@ -1,4 +1,4 @@
-"""What ``torch._C`` has in a CUDA build and not in a CPU build, for ``torch.cuda``."""
+"""The members of ``torch._C`` that ``torch.cuda`` needs and that a CPU build lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from simulated_gpu import refusals
 from simulated_gpu.device import begin_graph, call
 
-MEMORY = 16 << 30  # bytes; the host's are what there is
+MEMORY = 16 << 30  # bytes of memory; the real limit is the memory of the host
 _POOL = (0, 1)
 
 
@@ -31,7 +31,7 @@ def fill(core: Any) -> None:
 
 
 class DeviceProperties:
-    """Of an imaginary GPU; its sizes are those of common ones, so that launch code takes common ways."""
+    """The properties of an imaginary GPU, with common sizes, so that launch code takes its usual paths."""
 
     name, major, minor, multi_processor_count = "Simulated GPU (this is a CPU)", 9, 0, 8
     total_memory, L2_cache_size, warp_size = MEMORY, 1 << 20, 32

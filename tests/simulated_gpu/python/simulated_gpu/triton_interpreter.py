@@ -26,7 +26,7 @@ def patch(interpreter: ModuleType) -> None:
         torch = sys.modules["torch"]
         with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
             borrow = torch.ops.simulated_gpu.borrow
-            # Kernels own nothing: what is freed while they wait is gone.
+            # Kernels do not hold their tensors, so memory that is freed while they wait is lost.
             args = tuple(borrow(a) if hasattr(a, "data_ptr") else a for a in args)
             kwargs = {name: borrow(a) if hasattr(a, "data_ptr") else a for name, a in kwargs.items()}
 

@@ -1,4 +1,4 @@
-"""Slow code under the signatures of that family, which keeps a name that nobody replaces."""
+"""Slow code under the signatures of the StyleGAN family, with one function that is not replaced."""
 
 import torch
 from torch.nn import functional as F
