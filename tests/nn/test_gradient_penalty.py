@@ -14,7 +14,7 @@ def critic():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(144, 1))
 
 
-REAL = torch.randn(4, 3, 8, 8)
+REAL = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_it_is_the_function_with_its_settings():

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastgan.nn.utils import convert_spectral_norm_state_dict as convert
 
-X = torch.randn(2, 5)
+X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
 
 
 def model(form, pruned=True):

@@ -215,7 +215,7 @@ def test_help_takes_little_time_because_pytorch_is_not_imported(in_tmp_path, arg
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     seconds, imported = json.loads(done.stderr.replace("False", "false").replace("True", "true"))
     assert not imported
-    assert seconds < 0.7
+    assert seconds < 1.5  # 0.3 to 0.5 on a free machine; other tests run beside this one
     assert done.stdout.startswith(("usage: ", "fastgan "))
 
 

@@ -65,6 +65,7 @@ class Tracer(TorchFunctionMode):
         self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
         self.path: set[Node] = set()  # set by find_obstacle: the nodes from the logits to the inputs
         self.single = True  # set by find_obstacle: there is one logit per sample
+        self.has_other_outputs = False
         self.attached = False  # the caller may differentiate other outputs, or results that the forward has stored
         self.sends_zeros = False  # set by find_obstacle: a layer's double backward returns zeros for its input
         self._inputs = inputs
@@ -279,7 +280,8 @@ class Tracer(TorchFunctionMode):
         if not all(any(part is output for part in parts) for output in outputs):
             return "the logits are not among the tensors that the discriminator returned"
         self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
-        self.attached |= any(self._is_attached(part, outputs) for part in parts)
+        self.has_other_outputs = any(self._is_attached(part, outputs) for part in parts)
+        self.attached |= self.has_other_outputs
         return self._check_graph(outputs, late)
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
@@ -325,10 +327,8 @@ class Tracer(TorchFunctionMode):
             )
         if self.sends_zeros:
             conditions.append("after the first layers, which are so small that PyTorch's own functions run them")
-        if self.attached:
-            conditions.append(
-                "other outputs, and stored ones, have a backward of their own: 2 more forwards if a loss uses them"
-            )
+        if self.has_other_outputs:
+            conditions.append("other outputs have a backward of their own: 2 more forwards if a loss uses them")
         return "; ".join(conditions) or None
 
 
