@@ -75,7 +75,7 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 SHORT = (
     Part("trainer", TRAINER, ("--without-triton", *_without(*FILES_OF_A_RUN))),
     _host_logic("host logic", "tests/nn", "tests/convert", "tests/integrations/test_func.py", PENALTIES, later=TRACES),
-    _on_cuda("penalties", "tests/ops/test_logits_and_penalty.py", "tests/ops/test_gradient_penalty.py"),
+    _on_cuda("penalties", "tests/ops/test_logits_and_penalty.py"),
     Part("programs, graphs", (*(f"{OWN}/test_{file}.py" for file in PROGRAMS), *GRAPHS), ("--without-triton",)),
     _own("ops, rules", "ops", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
@@ -86,6 +86,7 @@ SHORT = (
 LONG = (
     Part("whole trainer", ("tests/trainer",), ("--without-triton", "--test-seconds=900"), seconds=7200),
     _host_logic("traces", *TRACES),
+    _on_cuda("separate penalties", "tests/ops/test_gradient_penalty.py"),
     Part("graphs", GRAPHS, ("--test-seconds=900",), seconds=7200),
     Part("gpu tests", ("tests/ops", "tests/bench", "-m", "gpu"), ("--test-seconds=900",), seconds=14400),
 )
