@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,18 @@ PYTORCH, FASTGAN, REFUSED = "PyTorch's", "fastgan's", "refused"
 ROW, SEQUENCE, IMAGE, VOLUME = (4, 6), (4, 6, 8), (4, 6, 8, 8), (2, 6, 4, 4, 4)
 Call = Callable[[Tensor], Any]
 
-# No layers, or none of floats that a discriminator could be differentiated through.
+# No layers.
 LEFT_OUT = {
     *("Module", "Container", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Buffer"),
     *("Parameter", "UninitializedParameter", "UninitializedBuffer", "DataParallel", "RNNBase", "RNNCellBase"),
-    *(
-        "AdaptiveLogSoftmaxWithLoss",
-        "LinearCrossEntropyLoss",
-        "LinearCrossEntropyOptions",
-        "Embedding",
-        "CrossMapLRN2d",
-    ),
+    "LinearCrossEntropyOptions",
+    "Embedding",  # takes integers; F.embedding has a case
+}
+# Functions of integers or float8, one that has no first derivative, and what serves the others.
+LEFT_OUT_FUNCTIONS = {
+    *("one_hot", "scaled_mm", "scaled_grouped_mm", "native_channel_shuffle"),
+    *("assert_int_or_pair", "boolean_dispatch", "handle_torch_function", "has_torch_function"),
+    *("has_torch_function_unary", "has_torch_function_variadic"),
 }
 
 
@@ -122,6 +125,9 @@ def _others() -> dict[str, tuple[Call, tuple[int, ...]]]:
         "RMSNorm": (_with(lambda: nn.RMSNorm(6)), ROW),
         "GroupNorm": (_with(lambda: nn.GroupNorm(2, 6)), IMAGE),
         "SyncBatchNorm": (_with(lambda: nn.SyncBatchNorm(6)), IMAGE),
+        "CrossMapLRN2d": (_with(lambda: nn.CrossMapLRN2d(2)), IMAGE),
+        "AdaptiveLogSoftmaxWithLoss": (_with(lambda: nn.AdaptiveLogSoftmaxWithLoss(6, 9, [2, 5], 2.0),
+                                             lambda m, x: m(x, torch.tensor([0, 2, 5, 8])).output), ROW),
         "LocalResponseNorm": (_with(lambda: nn.LocalResponseNorm(2)), IMAGE),
         "MultiheadAttention": (_with(lambda: nn.MultiheadAttention(6, 2, batch_first=True),
                                      lambda m, x: m(x, x, x)[0]), swapped),
@@ -155,6 +161,14 @@ def _others() -> dict[str, tuple[Call, tuple[int, ...]]]:
         "FeatureAlphaDropout": (nn.FeatureAlphaDropout(), IMAGE),
         "GLU": (nn.GLU(), ROW),
     }  # fmt: skip
+    if hasattr(nn, "LinearCrossEntropyLoss"):  # since PyTorch 2.13
+        cases["LinearCrossEntropyLoss"] = (
+            _with(
+                lambda: nn.LinearCrossEntropyLoss(6, 5, options=nn.LinearCrossEntropyOptions()),
+                lambda m, x: m(x, torch.tensor([0, 1, 2, 3])),
+            ),
+            ROW,
+        )
     softs = ("Softmax", "Softmin", "LogSoftmax")
     cases |= {name: (getattr(nn, name)(1), ROW) for name in softs}
     for name in ("ReLU", "RReLU", "Hardtanh", "ReLU6", "Sigmoid", "Hardsigmoid", "Tanh", "SiLU", "Mish", "Hardswish"):
@@ -166,11 +180,41 @@ def _others() -> dict[str, tuple[Call, tuple[int, ...]]]:
     return cases
 
 
+def public_functions() -> set[str]:
+    """Return the names of all functions of torch.nn.functional of the installed torch."""
+    return {name for name in dir(F) if name[0].islower() and callable(getattr(F, name))}
+
+
+def called_functions() -> set[str]:
+    """Return those functions of torch.nn.functional that the cases call, by name or through a module."""
+    called = {name[2:].split(" ")[0] for name in cases() if name.startswith("F.")}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **options: Any) -> Any:
+            called.add(name)
+            return function(*args, **options)
+
+        return record
+
+    with ExitStack() as patches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in public_functions():
+            patches.enter_context(patch.object(F, name, recorded(name, getattr(F, name))))
+        for call, shape in cases().values():
+            call(torch.randn(shape).double())
+    return called
+
+
 def _functions() -> dict[str, tuple[Call, tuple[int, ...]]]:
-    """Functions that no module above calls, or that PyTorch differentiates only once."""
+    """Functions that no module above calls, or not in this way, or that PyTorch differentiates only once."""
     grid, grid3 = (torch.rand(shape).double() * 2 - 1 for shape in ((4, 5, 5, 2), (2, 3, 5, 5, 3)))
-    return {
+    classes, soft = torch.tensor([0, 1, 2, 3]), torch.randn(ROW).double().softmax(1)
+    weight, weights = torch.randn(5, 6).double(), torch.randn(3, 6, 5).double()
+    stack, rows = torch.randn(2, 8, 8), torch.tensor([8, 24], dtype=torch.int32)
+    heads = (4, 6, 8, 4)
+    functions: dict[str, tuple[Call, tuple[int, ...]]] = {
         "F.grid_sample (2-D)": (lambda x: F.grid_sample(x, grid, align_corners=False), IMAGE),
+        "F.grid_sample (bicubic)": (lambda x: F.grid_sample(x, grid, "bicubic", align_corners=False), IMAGE),
         "F.grid_sample (3-D)": (lambda x: F.grid_sample(x, grid3, align_corners=False), VOLUME),
         "F.grid_sample (of the grid)": (
             lambda x: F.grid_sample(x[:, :2], x[..., :2].mean(1)[:, :, None].tanh().expand(-1, -1, 3, -1),
@@ -179,7 +223,21 @@ def _functions() -> dict[str, tuple[Call, tuple[int, ...]]]:
         "F.pdist": (lambda x: F.pdist(x), ROW),
         "F.normalize": (lambda x: F.normalize(x), ROW),
         "F.gumbel_softmax": (lambda x: F.gumbel_softmax(x), ROW),
-        "F.scaled_dot_product_attention": (lambda x: F.scaled_dot_product_attention(x, x.flip(1), x.sin()), (4, 8, 6)),
+        "F.scaled_dot_product_attention": (lambda x: F.scaled_dot_product_attention(x, x.flip(2), x.sin()), heads),
+        "F.scaled_dot_product_attention (without heads)": (
+            lambda x: F.scaled_dot_product_attention(x, x.flip(1), x.sin()), (4, 8, 6)),
+        "F.conv_tbc": (lambda x: F.conv_tbc(x.permute(2, 0, 1).contiguous(), weights, weight[:, 0]), SEQUENCE),
+        "F.cross_entropy (of probabilities)": (lambda x: F.cross_entropy(x, soft, label_smoothing=0.1), ROW),
+        "F.embedding (of the table)": (lambda x: F.embedding(classes, x), ROW),
+        "F.grouped_mm": (lambda x: F.grouped_mm(x.float().flatten(0, 1), stack, offs=rows), SEQUENCE),
+        "F.linear_cross_entropy": (lambda x: F.linear_cross_entropy(x, weight, classes), ROW),
+        "F.max_pool1d_with_indices": (lambda x: F.max_pool1d_with_indices(x, 2)[0], SEQUENCE),
+        "F.max_pool2d_with_indices": (lambda x: F.max_pool2d_with_indices(x, 2)[0], IMAGE),
+        "F.max_pool3d_with_indices": (lambda x: F.max_pool3d_with_indices(x, 2)[0], VOLUME),
+        "F.threshold_": (lambda x: F.threshold_(x.sin(), 0.1, 0.3), ROW),
+        "F.upsample": (lambda x: F.upsample(x, scale_factor=2), IMAGE),
+        "F.upsample_bilinear": (lambda x: F.upsample_bilinear(x, scale_factor=2), IMAGE),
+        "F.upsample_nearest": (lambda x: F.upsample_nearest(x, scale_factor=2), IMAGE),
         "torch.cdist, p = 1": (lambda x: torch.cdist(x, x.flip(1).sin(), 1), SEQUENCE),
         "torch.cdist, p = 2": (lambda x: torch.cdist(x, x.flip(1).sin()), SEQUENCE),
         "torch.cdist, p = 3": (lambda x: torch.cdist(x, x.flip(1).sin(), 3), SEQUENCE),
@@ -188,6 +246,23 @@ def _functions() -> dict[str, tuple[Call, tuple[int, ...]]]:
         "torch.fft.rfft2": (lambda x: torch.fft.rfft2(x).abs(), IMAGE),
         "complex parts": (lambda x: torch.view_as_real(torch.complex(x, x.sin()) ** 2), ROW),
     }  # fmt: skip
+    for name in ("relu6", "sigmoid", "tanh"):
+        functions[f"F.{name}"] = getattr(F, name), ROW
+    for name in ("celu_", "elu_", "hardtanh_", "leaky_relu_", "relu_", "rrelu_", "selu_"):
+        functions[f"F.{name}"] = (lambda x, name=name: getattr(F, name)(x.sin())), ROW
+    for mode, shape in (
+        *((mode, IMAGE) for mode in ("area", "bilinear", "nearest-exact")),
+        ("linear", SEQUENCE),
+        ("trilinear", VOLUME),
+    ):
+        functions[f"F.interpolate ({mode})"] = (lambda x, mode=mode: F.interpolate(x, size=5, mode=mode)), shape
+    for mode in ("bilinear", "bicubic"):
+        functions[f"F.interpolate ({mode}, antialiased)"] = (
+            (lambda x, mode=mode: F.interpolate(x, size=5, mode=mode, antialias=True)),
+            IMAGE,
+        )
+    there = public_functions()
+    return {name: case for name, case in functions.items() if name[:2] != "F." or name[2:].split(" ")[0] in there}
 
 
 def cases() -> dict[str, tuple[Call, tuple[int, ...]]]:

@@ -249,6 +249,21 @@ def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypa
     assert theirs in lacking.ROUTES
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch has no linear_cross_entropy")
+@pytest.mark.parametrize("retain", [False, True])
+def test_linear_cross_entropy_in_chunks(retain):
+    """PyTorch's chunks raise in a second backward, or forget that the first derivative depends on the logits."""
+    x, weight = torch.randn(7, 6, **DOUBLE, requires_grad=True), torch.randn(5, 6, **DOUBLE, requires_grad=True)
+    target = torch.randint(5, (7,))
+    options = nn.LinearCrossEntropyOptions(allow_retain_graph=retain)
+    assert_alike(
+        lambda x, weight: F.linear_cross_entropy(x, weight, target, options=options),
+        lambda x, weight: F.cross_entropy(x @ weight.mT, target),
+        x,
+        weight,
+    )
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_recurrent_layers_in_a_penalty(cls):
     layer = cls(4, 3).double()

@@ -36,6 +36,19 @@ class Once(torch.autograd.Function):
         return g * ctx.saved_tensors[0].cos()
 
 
+class Refusing(torch.autograd.Function):
+    """sin, whose backward PyTorch refuses to record."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.mul(g, ctx.saved_tensors[0].cos(), out=torch.empty_like(g))
+
+
 class Seen(torch.autograd.Function):
     """sin, whose backward is in operations of PyTorch."""
 
@@ -86,6 +99,7 @@ def model(*functions):
 LACKING = {
     "detached": (Detached.apply, "Detached is a custom autograd.Function"),
     "once": (Once.apply, "Once, whose backward has no derivative"),
+    "refusing": (Refusing.apply, "Refusing, whose backward cannot be differentiated: mul(): functions with out="),
     "ctc": (lambda h: h + ctc(h)[:, None], "CtcLoss"),
     "reentrant": (lambda h: checkpoint(torch.sin, h, use_reentrant=True), "is a reentrant checkpoint"),
 }
@@ -113,6 +127,31 @@ def test_the_error_names_the_layer_by_its_path(name, call, small, x):
         assert "0.1 (Layer)" not in str(error.value)
         # A reentrant checkpoint refuses torch.autograd.grad, which the approximate penalty calls too.
         assert ("r1-finite-difference" in str(error.value)) == (name != "reentrant")
+
+
+def test_an_error_of_the_first_derivative_stays_as_it_is(x):
+    def wrong(h):
+        a = h.exp()
+        b = a * 2
+        a.add_(1)
+        return b + a
+
+    for call in CALLS.values():
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            call(model(wrong), x)
+
+
+def test_an_error_of_the_forward_stays_as_it_is(x):
+    calls = []
+
+    def wrong(h):
+        calls.append(h)
+        return h @ h
+
+    for call in CALLS.values():
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            call(model(wrong), x)
+    assert len(calls) == len(CALLS)
 
 
 def test_a_module_made_in_the_forward_is_named_by_the_one_around_it(x):

@@ -183,7 +183,7 @@ def gradient_penalty(
             read = call is not None and may_take_one_pass(call)
             part = penalty(small_gradients(logits, x, hooks) if read else plain_gradients(logits, x))
         else:
-            with gathering(discriminator), naming_layers(discriminator, given, select, args, kwargs):
+            with gathering(discriminator):
                 with size_of(discriminator, x).rerouting(x) as rerouting:
                     box = [discriminator(given, *args, **(kwargs or {}))]
                 small = rerouting.never_started
@@ -195,7 +195,8 @@ def gradient_penalty(
                 if graph is not None:
                     part = penalty([gradient_of(graph)])
                 else:
-                    part = general_penalty(logits, x, penalty, private_graph=private)
+                    with naming_layers(discriminator, given, select, args, kwargs):
+                        part = general_penalty(logits, x, penalty, private_graph=private)
             if not small:
                 for tensor in x:
                     mark_unused(tensor)

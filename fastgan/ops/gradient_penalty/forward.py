@@ -141,9 +141,26 @@ def naming_layers(
     """Add the names of the layers to an error about second derivatives. This needs a second forward."""
     try:
         yield
-    except NoSecondDerivative as error:
-        layers = Layers(discriminator)
-        with layers.watched():
-            forward = run_forward(discriminator, inputs, select, args, kwargs)
-        forget(call_of(discriminator, (inputs,), args, kwargs))
-        raise error.named(layers.missing(forward.logits, forward.inputs)) from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        missing = _missing(discriminator, inputs, select, args, kwargs)
+        if isinstance(error, NoSecondDerivative):
+            raise error.named(missing) from None
+        if missing:
+            raise NoSecondDerivative(missing) from error
+        raise
+
+
+def _missing(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> list[str]:
+    layers = Layers(discriminator)
+    with layers.watched():
+        forward = run_forward(discriminator, inputs, select, args, kwargs)
+    forget(call_of(discriminator, (inputs,), args, kwargs))
+    return layers.missing(forward.logits, forward.inputs)

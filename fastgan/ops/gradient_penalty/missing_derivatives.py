@@ -62,6 +62,9 @@ class Watch:
         self._needs_factors = every_node or bool(customs)
         watched = self.path if every_node else customs
         self._handles = [node.register_hook(partial(self._look, node)) for node in watched] if self._is_new else []
+        self._running: Node | None = None
+        if every_node:
+            self._handles += [node.register_prehook(partial(self._enter, node)) for node in watched]
 
     def refuse(self, grads: Iterable[Tensor | None] = ()) -> None:
         """Raise if a node has no second derivative. ``grads`` are the results of the first backward."""
@@ -79,15 +82,26 @@ class Watch:
             mark_unused(factor.requires_grad_())
         return factor
 
+    def note_raised(self, error: RuntimeError) -> None:
+        """Note the node whose backward raised ``error``."""
+        if self._running is None:
+            return
+        reason = str(error).partition("\n")[0]
+        self.missing[self._running] = f"{_name_of(self._running)}, whose backward cannot be differentiated: {reason}"
+
     def leave(self) -> None:
         for handle in self._handles:
             handle.remove()
 
+    def _enter(self, node: Node, by_outputs: Sequence[Tensor | None]) -> None:
+        self._running = node
+
     def _look(self, node: Node, by_inputs: Sequence[Tensor | None], by_outputs: Sequence[Tensor | None]) -> None:
+        self._running = None
         if not any(g is not None and g.requires_grad for g in by_outputs):
             return
         found = [g for g in by_inputs if g is not None]
-        name = type(node).__name__.removesuffix("Backward")
+        name = _name_of(node)
         if _is_custom(node) and any(not g.requires_grad and _may_count(g) for g in found):
             self.missing[node] = f"{name} {_OPAQUE}"
         ends = {g.grad_fn for g in by_outputs if g is not None} | self.path
@@ -104,6 +118,10 @@ def watched(path: set[Node], inputs: Sequence[Tensor]) -> Iterator[Watch]:
         yield watch
     finally:
         watch.leave()
+
+
+def _name_of(node: Node) -> str:
+    return type(node).__name__.removesuffix("Backward")
 
 
 def _may_count(grad: Tensor) -> bool:
@@ -129,6 +147,14 @@ def _raising(starts: Iterable[Node | None], ends: Collection[Node | None]) -> se
             found.add(type(node).__name__)
         waiting.extend(following for following, _ in node.next_functions)
     return found
+
+
+def _has_first_derivative(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    try:
+        torch.autograd.grad(outputs, inputs, [*map(torch.ones_like, outputs)], retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Layers:
@@ -178,6 +204,10 @@ class Layers:
             if not watch.missing:
                 ones = [watch.factor(output) for output in outputs]
                 torch.autograd.grad(outputs, inputs, ones, retain_graph=True, create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            watch.note_raised(error)
+            if not _has_first_derivative(outputs, inputs):
+                raise
         finally:
             watch.leave()
         return sorted({f"{self._name(node)}: {why}" for node, why in watch.missing.items()})
