@@ -229,6 +229,34 @@ def test_segment_reduce_with_segments_of_each_sample(reduce, by):
     assert torch.autograd.gradgradcheck(rerouted(lambda a: ours(a.sin()) ** 2), (x,))
 
 
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    {
+        "cdist of no points": (lambda x: torch.cdist(x, x[:0].sin()), (4, 3)),
+        "cdist of no features": (lambda x: torch.cdist(x, x.sin(), 3), (2, 4, 0)),
+        "cdist of no samples": (lambda x: torch.cdist(x, x.sin(), 1), (0, 4, 3)),
+        "pdist of one point": (F.pdist, (1, 3)),
+        "pdist of no features": (lambda x: F.pdist(x, 1), (4, 0)),
+        "pairwise_distance": (lambda x: F.pairwise_distance(x, x.sin()), (0, 3)),
+        "hardsigmoid": (F.hardsigmoid, (0, 3)),
+        "embedding_bag": (
+            lambda x: F.embedding_bag(torch.ones(x.shape).long(), x.new_ones(3, 2), mode="sum", per_sample_weights=x),
+            (0, 3),
+        ),
+        "segment_reduce": (lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([0, 0])), (0, 3)),
+        "attention": (lambda x: F.scaled_dot_product_attention(x, x[:, :, :0], x[:, :, :0].sin()), (2, 2, 4, 3)),
+    }.values(),
+)
+def test_empty_inputs_have_derivatives_of_zero(function, shape):
+    x = torch.randn(shape, **DOUBLE, requires_grad=True)
+    torch.testing.assert_close(rerouted(function)(x), function(x.detach()))
+    scale = torch.ones((), **DOUBLE, requires_grad=True)
+    (slope,) = torch.autograd.grad(rerouted(function)(x * scale).sum(), x, create_graph=True)
+    assert slope.shape == x.shape
+    assert not slope.any()
+    assert not torch.autograd.grad(slope.square().sum(), scale, materialize_grads=True)[0].any()
+
+
 @pytest.mark.parametrize("theirs", list(recurrent.ROUTES))
 def test_recurrent_layers_run_without_cudnn_for_that_call_alone(theirs, monkeypatch):
     """On a CPU, with a tensor whose ``is_cuda`` is true."""

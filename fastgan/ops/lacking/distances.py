@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.higher_orders import Operands, double_backward
+from fastgan.ops.lacking.empty import constant_in
 
 _TILE = 2**21  # differences per tile
 _DEFAULT_MODE = "use_mm_for_euclid_dist_if_necessary"
@@ -24,8 +25,10 @@ aten: Any = torch.ops.aten
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _DEFAULT_MODE) -> Tensor:
     """``torch.cdist``."""
-    if not (x1.requires_grad or x2.requires_grad) or 0 in (*x1.shape, *x2.shape):
+    if not (x1.requires_grad or x2.requires_grad):
         return torch.cdist(x1, x2, p, compute_mode)
+    if 0 in (*x1.shape, *x2.shape):
+        return constant_in(torch.cdist(x1.detach(), x2.detach(), p, compute_mode), x1, x2)
     if torch.is_autocast_enabled(x1.device.type):  # autocast computes distances in float32
         x1, x2 = (x.float() if x.dtype.itemsize < 4 else x for x in (x1, x2))
         with torch.autocast(x1.device.type, enabled=False):
@@ -40,8 +43,10 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _DEFAULT_M
 
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     """``torch.pdist``."""
-    if not input.requires_grad or input.ndim != 2 or 0 in input.shape or len(input) == 1:
+    if not input.requires_grad or input.ndim != 2:
         return torch.pdist(input, p)
+    if 0 in input.shape or len(input) == 1:
+        return constant_in(torch.pdist(input.detach(), p), input)
     row, column = torch.triu_indices(len(input), len(input), 1, device=input.device)
     return cdist(input, input, p, "donot_use_mm_for_euclid_dist")[row, column]
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan.ops.lacking.empty import constant_in
+
 
 def embedding_bag(
     input: Tensor,
@@ -37,7 +39,7 @@ def embedding_bag(
         factors = factors.masked_fill(input.reshape(-1) == padding_idx % len(weight), 0)
     rows = rows * factors.unsqueeze(-1)
     if input.ndim == 2:
-        return rows.view(*input.shape, -1).sum(1)
+        return rows.view(*input.shape, weight.shape[1]).sum(1)
     assert offsets is not None
     starts = offsets[:-1] if include_last_offset else offsets
     bags = torch.searchsorted(starts.contiguous(), torch.arange(len(input), device=input.device), right=True) - 1
@@ -58,8 +60,11 @@ def segment_reduce(
     """``torch.segment_reduce``. Batch dimensions before the axis have segments of their own."""
     options = {"lengths": lengths, "indices": indices, "offsets": offsets, "axis": axis, "unsafe": unsafe}
     bounds = lengths if lengths is not None else offsets
-    if not data.requires_grad or bounds is None or bounds.ndim != axis + 1 or data.numel() == 0:
+    if not data.requires_grad or bounds is None or bounds.ndim != axis + 1:
         return torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
+    if data.numel() == 0:
+        value = torch.segment_reduce(data.detach(), reduce, initial=initial, **options)  # type: ignore[arg-type]
+        return constant_in(value, data)
     with torch.no_grad():  # raises PyTorch's own errors
         value = torch.segment_reduce(data, reduce, initial=initial, **options)  # type: ignore[arg-type]
     sizes = lengths if lengths is not None else bounds.diff()

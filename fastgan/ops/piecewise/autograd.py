@@ -37,7 +37,7 @@ class Step(NamedTuple):
     indices: Tensor | None = None  # a second result, which is not differentiable
 
 
-def is_eligible(input: Any, inplace: bool = False) -> bool:
+def is_eligible(input: Any, inplace: bool = False, empty: bool = False) -> bool:
     """Return whether fastgan handles this input. PyTorch's functions handle all others and raise their own errors."""
     return (
         isinstance(input, Tensor)
@@ -47,7 +47,7 @@ def is_eligible(input: Any, inplace: bool = False) -> bool:
         and backends.is_known(input.device)
         and not input.is_meta
         and input.layout == torch.strided
-        and input.numel() > 0
+        and (empty or input.numel() > 0)
         and backends.is_plain()
     )
 

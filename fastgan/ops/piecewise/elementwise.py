@@ -54,7 +54,8 @@ def elementwise(
 
     def route(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         over = inplace or _is_inplace(reference, args, kwargs)
-        if not is_eligible(input, over) or not _fit(input, args) or not _fit(input, kwargs.values()):
+        empty = slopes is _hardsigmoid  # PyTorch differentiates it only once
+        if not is_eligible(input, over, empty) or not _fit(input, args) or not _fit(input, kwargs.values()):
             return reference(input, *args, **kwargs)
         if not clamp_passes_at_bound and any(isinstance(bound, Tensor) for bound in (*args, *kwargs.values())):
             return reference(input, *args, **kwargs)
