@@ -43,8 +43,12 @@ def _activate(u, SHIFT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, C
         bits |= 2 << SHIFT
     else:
         limit = tl.full(u.shape, CLAMP, u.dtype)
-        bits |= tl.where(tl.abs(z) <= limit, 2 << SHIFT, 0)
-        z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        kept = tl.abs(z) <= limit
+        bits |= tl.where(kept, 2 << SHIFT, 0)
+        if u.dtype == tl.float64:  # in which Triton's clamp has no instruction
+            z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
+        else:
+            z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     return z, bits
 
 
