@@ -163,6 +163,29 @@ def test_triton_adds_up_separable_taps_in_either_way(loads, monkeypatch):
     assert_close(actual, defined(x, FILTERS["long"], **options), order=0)
 
 
+@pytest.mark.parametrize(
+    ("call", "count", "rows", "across"),
+    [
+        (dict(up=1, padding=2), 4, 8, 4),
+        (dict(down=2, padding=1), 4, 4, 2),
+        (dict(up=2, padding=(3, 1, 2, 1)), 4, 4, 4),
+        (dict(up=(4, 1), down=(1, 3), padding=2), 3, 4, 4),
+        (dict(up=3, padding=2), 4, 4, 3),
+    ],
+    ids=str,
+)
+def test_a_thread_of_triton_makes_rows_of_neighbors_that_share_their_inputs(call, count, rows, across, monkeypatch):
+    """The results end inside a thread's rows and inside its neighbors."""
+    if HAS_GPU:
+        pytest.skip("the interpreter runs a few programs")
+    triton_kernels = pytest.importorskip("fastgan.ops.upfirdn2d.triton_kernels", reason="Triton is not installed")
+    plans, of_sizes = [], triton_kernels.tiles_of
+    monkeypatch.setattr(triton_kernels, "tiles_of", lambda *given: plans.append(of_sizes(*given)) or plans[-1])
+    x, f = torch.randn(1, 2, 9, 5, dtype=torch.float64), torch.rand(count, dtype=torch.float64)
+    assert_close(ops.upfirdn2d(x, f, **call, backend="triton"), defined(x, f, **call), order=0)
+    assert [(options["ROWS"], options["ACROSS"]) for options, _ in plans] == [(rows, across)]
+
+
 def test_a_view_is_read_in_order():
     x = torch.randn(9, 2, 7, 3, dtype=torch.float64).permute(1, 3, 2, 0)[:, :, ::2]
     assert_close(ops.upfirdn2d(x, FILTERS["1-D"], padding=2), defined(x, FILTERS["1-D"], padding=2), order=0)

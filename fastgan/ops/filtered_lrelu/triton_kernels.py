@@ -4,15 +4,14 @@
     with READ       z = S (U x), with the slopes S from these bits
 
 upfirdn2d does the second filter. One kernel for both would have to compute an upsampled element for each of the taps
-that reads it: 36 times for 12 taps and a factor of 2. A thread makes 4 UP_Y rows of a column, as in upfirdn2d, whose
-bits are UP_Y bytes. Bytes: one read of x, one write of z, two bits per element of z.
+that reads it: 36 times for 12 taps and a factor of 2. A thread makes ROWS UP_Y rows of some neighbors, as in upfirdn2d.
+The bits of a column are ROWS UP_Y / 4 bytes. Bytes: one read of x, one write of z, two bits per element of z.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -22,31 +21,34 @@ from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.triton_language import DTYPES, addresses, device_of, rounded, typed
 from fastgan.ops.upfirdn2d.triton_rows import (
     BLOCK,
-    ROWS,
+    TOGETHER,
     first_input,
+    joined_row,
     lines_of_tile,
     load_taps,
     row_of_lines,
     rows_of_phase,
     taps_on_device,
-    unrolls,
-    warps_of,
+    tiles_of,
 )
 
 
 @triton.jit
-def _activate(u, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
-    """Return the activation, and its two bits."""
+def _activate(u, SHIFT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """Return the activation, and its two bits, shifted."""
     above = u > 0.0
     z = u * tl.where(above, tl.full(u.shape, GAIN, u.dtype), tl.full(u.shape, SLOPE * GAIN, u.dtype))
-    bits = above.to(tl.int32)
+    bits = tl.where(above, 1 << SHIFT, 0)
     if CLAMP is None:
-        bits += 2
+        bits |= 2 << SHIFT
     else:
         limit = tl.full(u.shape, CLAMP, u.dtype)
         kept = tl.abs(z) <= limit
-        bits += 2 * kept.to(tl.int32)
-        z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
+        bits |= tl.where(kept, 2 << SHIFT, 0)
+        if u.dtype == tl.float64:  # in which Triton's clamp has no instruction
+            z = tl.where(kept | (z != z), z, tl.where(z > 0.0, limit, -limit))
+        else:
+            z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     return z, bits
 
 
@@ -58,7 +60,7 @@ def _times_slope(u, bits, SLOPE: tl.constexpr, GAIN: tl.constexpr):
 
 @triton.jit
 def _byte(bits_plane, line, column, out_height, out_width, INDEX: tl.constexpr):
-    """Load the bits of four rows of a column."""
+    """Load the bits of four rows."""
     inside = (line * 4 < out_height) & (column < out_width)
     return tl.load(bits_plane + (line.to(INDEX) * out_width + column), mask=inside, other=0).to(tl.int32)
 
@@ -85,6 +87,9 @@ def _activated(
     TAPS_X: tl.constexpr,
     SEPARABLE: tl.constexpr,
     UNROLLED: tl.constexpr,
+    JOINED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
     SLOPE: tl.constexpr,
     GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -94,7 +99,7 @@ def _activated(
     INDEX: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    columns = tl.cdiv(out_width, UP_X)
+    columns = tl.cdiv(out_width, ACROSS)
     along = tl.cdiv(columns, TILE_X)
     down = tl.cdiv(tl.cdiv(out_height, UP_Y), ROWS * TILE_Y)
     tile = tl.program_id(0) % (along * down)
@@ -103,6 +108,7 @@ def _activated(
     z_plane = typed(z_ptr, DTYPE) + plane * out_height * out_width
     column = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
     group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
+    BYTES: tl.constexpr = ROWS * UP_Y // 4  # of bits in a column
     lines = ()
     taps = ()
     if UNROLLED:
@@ -111,7 +117,7 @@ def _activated(
             x_plane,
             load_taps(taps_ptr, TAPS_Y, TAPS_X),
             group * (ROWS * DOWN_Y) - (start_y - PHASE_Y) // UP_Y,
-            column * DOWN_X - (start_x - PHASE_X) // UP_X,
+            column * (ACROSS // UP_X * DOWN_X) - (start_x - PHASE_X) // UP_X,
             column < columns,
             0,
             1,
@@ -125,30 +131,36 @@ def _activated(
             PHASE_X,
             TAPS_Y,
             TAPS_X,
+            ROWS,
+            ACROSS,
             INDEX,
         )
-    for p in tl.static_range(UP_X):
-        ox = column * UP_X + p
-        none = tl.zeros([TILE_Y, TILE_X], tl.int32)
+    for p in tl.static_range(1 if JOINED else UP_X):
+        joined = tile % along * (TILE_X * ACROSS) + tl.arange(0, TILE_X * ACROSS)[None, :]
+        ox = joined if JOINED else column * UP_X + p
+        none = tl.zeros([TILE_Y, ox.shape[1]], tl.int32)
         first = none  # the bytes of this column
         second = none
         third = none
         fourth = none
         if READ:
             bits_plane = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width
-            first = _byte(bits_plane, group * UP_Y, ox, out_height, out_width, INDEX)
-            if UP_Y > 1:
-                second = _byte(bits_plane, group * UP_Y + 1, ox, out_height, out_width, INDEX)
-            if UP_Y > 2:
-                third = _byte(bits_plane, group * UP_Y + 2, ox, out_height, out_width, INDEX)
-            if UP_Y > 3:
-                fourth = _byte(bits_plane, group * UP_Y + 3, ox, out_height, out_width, INDEX)
+            first = _byte(bits_plane, group * BYTES, ox, out_height, out_width, INDEX)
+            if BYTES > 1:
+                second = _byte(bits_plane, group * BYTES + 1, ox, out_height, out_width, INDEX)
+            if BYTES > 2:
+                third = _byte(bits_plane, group * BYTES + 2, ox, out_height, out_width, INDEX)
+            if BYTES > 3:
+                fourth = _byte(bits_plane, group * BYTES + 3, ox, out_height, out_width, INDEX)
         kept = (first, second, third, fourth)
         for q in tl.static_range(UP_Y):
             rows = ()
-            if UNROLLED:
+            if JOINED:
                 for row in tl.static_range(ROWS):
-                    rows += (row_of_lines(lines, taps, row, q, p, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y),)
+                    rows += (joined_row(lines, taps, row, q, ACROSS, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS),)
+            elif UNROLLED:
+                for row in tl.static_range(ROWS):
+                    rows += (row_of_lines(lines, taps, row, q, p, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS),)
             else:
                 rows = rows_of_phase(
                     x_plane,
@@ -178,21 +190,20 @@ def _activated(
                         rows[row], kept[(row * UP_Y + q) // 4] >> (2 * ((row * UP_Y + q) % 4)), SLOPE, GAIN
                     )
                 else:
-                    z, bits = _activate(rows[row], SLOPE, GAIN, CLAMP)
-                    bits = bits << (2 * ((row * UP_Y + q) % 4))
+                    z, bits = _activate(rows[row], 2 * ((row * UP_Y + q) % 4), SLOPE, GAIN, CLAMP)
                     if (row * UP_Y + q) // 4 == 0:
-                        first += bits
+                        first |= bits
                     elif (row * UP_Y + q) // 4 == 1:
-                        second += bits
+                        second |= bits
                     elif (row * UP_Y + q) // 4 == 2:
-                        third += bits
+                        third |= bits
                     else:
-                        fourth += bits
+                        fourth |= bits
                 tl.store(z_plane + (oy.to(INDEX) * out_width + ox), rounded(z, DTYPE), mask=inside)
         if not READ and bits_ptr is not None:
             packed = (first, second, third, fourth)
-            for b in tl.static_range(UP_Y):
-                line = group * UP_Y + b
+            for b in tl.static_range(BYTES):
+                line = group * BYTES + b
                 to = bits_ptr + plane * tl.cdiv(out_height, 4) * out_width + (line.to(INDEX) * out_width + ox)
                 tl.store(to, packed[b].to(tl.uint8), mask=(line * 4 < out_height) & (ox < out_width))
 
@@ -215,36 +226,19 @@ def activated(
     clamp: float,
 ) -> None:
     """x and z are contiguous. The sizes are those of upfirdn2d's kernel, with inner 1."""
-    planes, _, height, width, out_height, out_width, *pairs = sizes
-    up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
-    columns, rows = triton.cdiv(out_width, up_x), triton.cdiv(triton.cdiv(out_height, up_y), ROWS.value)
-    tile_x = min(BLOCK, triton.next_power_of_2(columns))
-    tile_y = min(BLOCK // tile_x, triton.next_power_of_2(rows))
-    options: dict[str, Any] = {
-        "UP_Y": up_y,
-        "UP_X": up_x,
-        "DOWN_Y": down_y,
-        "DOWN_X": down_x,
-        "PHASE_Y": start_y % up_y,
-        "PHASE_X": start_x % up_x,
-        "TAPS_Y": taps_y,
-        "TAPS_X": taps_x,
-        "SEPARABLE": separable,
-        "UNROLLED": separable and unrolls((up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x)),
+    _, _, height, width, out_height, out_width, *_, start_y, start_x, _, _ = sizes
+    options, programs = tiles_of(sizes, separable)
+    options |= {
         "SLOPE": slope,
         "GAIN": gain,
         "CLAMP": None if clamp == inf else clamp,
         "READ": read,
-        "TILE_Y": tile_y,
-        "TILE_X": tile_x,
-        "INDEX": tl.int32 if max(height * width, out_height * out_width) < 2**30 else tl.int64,
         "DTYPE": DTYPES[x.dtype],
     }
     of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = height, width, out_height, out_width, start_y, start_x
     with device_of(x):
-        grid = (planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y),)
-        _activated[grid](x, z, of_device, bits, *shape, num_warps=warps_of(options), **options)
+        _activated[(programs,)](x, z, of_device, bits, *shape, **options)
 
 
 _POINTERS = {
@@ -268,12 +262,15 @@ AOT = [
                 "TAPS_X": 4,
                 "SEPARABLE": True,
                 "UNROLLED": True,
+                "JOINED": True,
+                "ROWS": 8,
+                "ACROSS": TOGETHER,
                 "SLOPE": 0.2,
                 "GAIN": 2**0.5,
                 "CLAMP": 256.0,
                 "READ": read,
                 "TILE_Y": 4,
-                "TILE_X": BLOCK // 4,
+                "TILE_X": BLOCK // TOGETHER // 4,
                 "INDEX": tl.int32,
             }
             for read in (False, True)

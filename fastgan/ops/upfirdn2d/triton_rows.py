@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512  # columns of a phase that a program's threads have together
-ROWS = tl.constexpr(4)
+TOGETHER = 4  # results in a row that a thread stores in one access
+ROWS_OF_PHASE = tl.constexpr(4)
 MOST_LOADS = 240  # of a thread with separable taps, for all phases
 MOST_UNROLLED = tl.constexpr(96)  # loads of a thread. With 12 taps, the compiler would need 22 s for all of them.
 
@@ -105,7 +107,7 @@ def rows_of_phase(
     """Return four rows of a phase, whose first taps are KY and KX. Their first inputs are at y0 and x0."""
     zero = tl.zeros([y0.shape[0], x0.shape[1]], taps_ptr.dtype.element_ty)
     rows = zero, zero, zero, zero
-    LINES: tl.constexpr = (ROWS - 1) * DOWN_Y + (TAPS_Y - KY + UP_Y - 1) // UP_Y
+    LINES: tl.constexpr = (ROWS_OF_PHASE - 1) * DOWN_Y + (TAPS_Y - KY + UP_Y - 1) // UP_Y
     if LINES * TAPS_X * UP_Y <= MOST_UNROLLED:
         for v in tl.static_range(LINES):
             rows = _plus_line(
@@ -124,18 +126,46 @@ def rows_of_phase(
 def unrolls(up: tuple[int, int], down: tuple[int, int], taps: tuple[int, int], start: tuple[int, int]) -> bool:
     """Return whether a thread's loads with separable taps are few enough to be written out by the compiler."""
     (up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x) = up, down, taps, start
-    lines = _span(up_y, down_y, taps_y, start_y % up_y) + (ROWS.value - 1) * down_y
+    lines = _span(up_y, down_y, taps_y, start_y % up_y) + (ROWS_OF_PHASE.value - 1) * down_y
     loads: int = lines * _span(up_x, down_x, taps_x, start_x % up_x)
     return loads <= MOST_LOADS
 
 
-def warps_of(options: dict[str, Any], inner: int = 1) -> int:
-    """Return how many warps share a tile. Half-precision lines of many inputs would fill the registers of four.
-
-    Those of channels_last (``inner`` channels) take fewer, since a thread reads its columns in one access.
-    """
-    many = options["UNROLLED"] and (options["TAPS_Y"] * options["TAPS_X"] > 64 or options["DOWN_X"] > 1) and inner == 1
-    return 8 if many and options["DTYPE"].primitive_bitwidth == 16 else 4
+def tiles_of(sizes: Sequence[int], separable: bool) -> tuple[dict[str, Any], int]:
+    """Return the constants that the sizes of a launch decide, and its number of programs."""
+    planes, inner, height, width, out_height, out_width, *pairs = sizes
+    up_y, up_x, down_y, down_x, start_y, start_x, taps_y, taps_x = pairs
+    unrolled = separable and unrolls((up_y, up_x), (down_y, down_x), (taps_y, taps_x), (start_y, start_x))
+    # Neighbors share a window of the input. It must not be so far from the next thread's that few accesses coincide.
+    near = [n for n in (TOGETHER, 2) if n % up_x == 0 and n * down_x <= TOGETHER * up_x]
+    joined = bool(unrolled and inner == 1 and near)
+    across = near[0] if joined else up_x
+    # Neighboring rows of many taps have most of their lines in common.
+    twice = joined and up_y <= 2 and down_y == 1 and taps_y >= 4 * up_y
+    of_thread = ROWS_OF_PHASE.value * (2 if twice else 1)
+    columns, rows = triton.cdiv(out_width, across) * inner, triton.cdiv(triton.cdiv(out_height, up_y), of_thread)
+    block = BLOCK // TOGETHER if joined else BLOCK
+    tile_x = min(block, triton.next_power_of_2(columns))
+    tile_y = min(block // tile_x, triton.next_power_of_2(rows))
+    options = {
+        "UP_Y": up_y,
+        "UP_X": up_x,
+        "DOWN_Y": down_y,
+        "DOWN_X": down_x,
+        "PHASE_Y": start_y % up_y,
+        "PHASE_X": start_x % up_x,
+        "TAPS_Y": taps_y,
+        "TAPS_X": taps_x,
+        "SEPARABLE": separable,
+        "UNROLLED": unrolled,
+        "JOINED": joined,
+        "ROWS": of_thread,
+        "ACROSS": across,
+        "TILE_Y": tile_y,
+        "TILE_X": tile_x,
+        "INDEX": tl.int32 if max(height * width, out_height * out_width) * inner < 2**30 else tl.int64,
+    }
+    return options, planes * triton.cdiv(columns, tile_x) * triton.cdiv(rows, tile_y)
 
 
 def _span(up: int, down: int, taps: int, phase: int) -> int:
@@ -171,14 +201,16 @@ def lines_of_tile(
     PHASE_X: tl.constexpr,
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Return the input's lines for four rows of all phases, each as a tuple: its sums with the taps of phase p.
+    """Return the input's lines for a thread's rows, each as a tuple: its sums with the taps of result p of ``ACROSS``.
 
-    y0 and x0 are the first inputs of phase 0. An input j further on meets tap UP j + PHASE - DOWN p of phase p.
+    y0 and x0 are the first inputs of result 0. An input j further on meets tap UP j + PHASE - DOWN p of result p.
     """
     LINES: tl.constexpr = (TAPS_Y - 1 - PHASE_Y + DOWN_Y * (UP_Y - 1)) // UP_Y + 1 + (ROWS - 1) * DOWN_Y
-    WIDTH: tl.constexpr = (TAPS_X - 1 - PHASE_X + DOWN_X * (UP_X - 1)) // UP_X + 1
+    WIDTH: tl.constexpr = (TAPS_X - 1 - PHASE_X + DOWN_X * (ACROSS - 1)) // UP_X + 1
     columns = ()
     for j in tl.static_range(WIDTH):
         columns += (exists & (x0 + j >= 0) & (x0 + j < width),)
@@ -191,7 +223,7 @@ def lines_of_tile(
         for j in tl.static_range(WIDTH):
             values += (tl.load(first + j * inner, mask=inside & columns[j], other=0.0).to(taps[0].dtype),)
         sums = ()
-        for p in tl.static_range(UP_X):
+        for p in tl.static_range(ACROSS):
             total = tl.zeros_like(values[0])
             for j in tl.static_range(WIDTH):
                 if (UP_X * j + PHASE_X - DOWN_X * p >= 0) & (UP_X * j + PHASE_X - DOWN_X * p < TAPS_X):
@@ -212,8 +244,9 @@ def row_of_lines(
     DOWN_Y: tl.constexpr,
     PHASE_Y: tl.constexpr,
     TAPS_Y: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Return one of four rows of phases Q and P."""
+    """Return one of a thread's rows of phase Q, for result P of those in a row."""
     LINES: tl.constexpr = (TAPS_Y - 1 - PHASE_Y + DOWN_Y * (UP_Y - 1)) // UP_Y + 1 + (ROWS - 1) * DOWN_Y
     total = tl.zeros_like(lines[0][P])
     for v in tl.static_range(LINES):
@@ -222,6 +255,33 @@ def row_of_lines(
         ):
             total += lines[v][P] * taps[UP_Y * (v - ROW * DOWN_Y) + PHASE_Y - DOWN_Y * Q]
     return total
+
+
+@triton.jit
+def joined_row(
+    lines,
+    taps,
+    ROW: tl.constexpr,
+    Q: tl.constexpr,
+    ACROSS: tl.constexpr,
+    UP_Y: tl.constexpr,
+    DOWN_Y: tl.constexpr,
+    PHASE_Y: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Return one of a thread's rows of phase Q. Its two or four results are neighbors."""
+    TILE_Y: tl.constexpr = lines[0][0].shape[0]
+    TILE_X: tl.constexpr = lines[0][0].shape[1]
+    a = row_of_lines(lines, taps, ROW, Q, 0, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS)
+    b = row_of_lines(lines, taps, ROW, Q, 1, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS)
+    if ACROSS == 4:
+        c = row_of_lines(lines, taps, ROW, Q, 2, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS)
+        d = row_of_lines(lines, taps, ROW, Q, 3, UP_Y, DOWN_Y, PHASE_Y, TAPS_Y, ROWS)
+        both = tl.join(tl.join(a, c), tl.join(b, d))
+    else:
+        both = tl.join(a, b)
+    return tl.reshape(both, (TILE_Y, TILE_X * ACROSS))
 
 
 @dataclass
