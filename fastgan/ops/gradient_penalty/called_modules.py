@@ -20,6 +20,7 @@ _MOST = 64  # elements of a list that are searched
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype)
 
 _FUNCTIONS = frozenset((FunctionType, MethodType, partial))
+_OF_TORCH = frozenset(value for value in vars(nn).values() if isinstance(value, type))
 
 # The global names in a function's code. Their values may change, so they are looked up at each call.
 _names: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
@@ -103,7 +104,7 @@ def _add_structure(details: list[Any], module: nn.Module) -> None:
     classes = [*map(type, modules)]
     details += classes
     for each, cls in zip(modules, classes, strict=True):
-        if "forward" in each.__dict__ or not cls.__module__.startswith("torch.nn.modules"):
+        if cls not in _OF_TORCH or "forward" in each.__dict__:
             details += [(name, id(value)) for name, value in each.__dict__.items() if type(value) in _FUNCTIONS]
     if count_hooks():
         for each in modules:

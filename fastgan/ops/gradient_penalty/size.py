@@ -38,13 +38,13 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return the module and its descendants in a fixed order, at the lowest cost. Shared modules occur repeatedly."""
-    found = [module]
+    found: list[Any] = [module]
     for each in found:
-        if each._modules:
-            found += [child for child in each._modules.values() if child is not None]
+        if each is not None and each._modules:
+            found += each._modules.values()
         if len(found) > _MOST_MODULES:
             return all_modules([module])  # it may contain itself
-    return found
+    return [each for each in found if each is not None] if None in found else found
 
 
 class Cost(NamedTuple):
