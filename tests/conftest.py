@@ -83,6 +83,7 @@ THINNED = {
     "test_attention_shapes.py": 4,
     "test_bias_act.py": 3,
     "test_cases.py": 4,
+    "test_changes_between_calls.py": 3,
     "test_compilable.py": 3,
     "test_compiled_idioms.py": 4,
     "test_compiled_penalties.py": 6,

@@ -82,6 +82,7 @@ _LACKING: dict[Callable[..., Any], Callable[..., Any]] = {
     # The same function. A reroute notices it: a pass through a graph does not fill the gradients of activations.
     torch.Tensor.retain_grad: torch.Tensor.retain_grad,
 }
+NAMES_OF_LACKING = frozenset(function.__name__ for function in _LACKING)
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_LACKING,
     **piecewise.ROUTES,

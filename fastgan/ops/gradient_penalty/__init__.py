@@ -3,7 +3,8 @@
 The path of a call through the files of this folder:
 
     points, inputs          the points at which the gradient is taken, and the checks of the inputs
-    small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules)
+    small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules,
+                            mentioned)
     forward                 calls the discriminator, rerouted and traced
     outputs                 selects the logits in its output
     eligibility             whether the trace allows one pass, by rules (products, shapes, writes, fused, table, layout)
@@ -39,7 +40,7 @@ from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.points import check_points, points
 from fastgan.ops.gradient_penalty.sharding import gathering
-from fastgan.ops.gradient_penalty.small import is_left_to_pytorch, leave_to_pytorch, may_take_one_pass, size_of
+from fastgan.ops.gradient_penalty.small import leave_to_pytorch, left_to_pytorch, size_of
 from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import is_entered, traceable
@@ -168,19 +169,18 @@ def gradient_penalty(
     if not torch.is_grad_enabled():
         require_grad_mode()
     call = call_of(discriminator, (kind if isinstance(kind, str) else None, real, fake), args, kwargs)
-    repeated = is_left_to_pytorch(call)
-    if not repeated:
+    read = left_to_pytorch(call)
+    if read is None:
         check_points(kind, real, fake)
     total: Tensor | None = None
     readable = False
     for point in points(kind, real, fake, generator):
         given, x = differentiable(point)
         hooks = count_hooks()
-        if repeated:
+        if read is not None:
             with uncompiled:
                 returned = discriminator(given, *args, **(kwargs or {}))
             logits = logits_of(returned, select, x[0].shape[0])
-            read = call is not None and may_take_one_pass(call)
             part = penalty(small_gradients(logits, x, hooks) if read else plain_gradients(logits, x))
         else:
             with gathering(discriminator):
@@ -202,7 +202,7 @@ def gradient_penalty(
                     mark_unused(tensor)
             call = call if small and rerouting.only_pytorch_ran else None
         total = part if total is None else total + part
-    if call is not None and not repeated:
+    if call is not None and read is None:
         leave_to_pytorch(call, x[0].shape[0], readable=readable)
     assert total is not None
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -11,11 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.gradient_penalty.size import count_modules
+from fastgan.ops.gradient_penalty.mentioned import names_in_code, names_in_modules
+from fastgan.ops.gradient_penalty.size import all_modules, modules_in
+from fastgan.torch_private import count_hooks
 
 _DEPTH = 4  # of functions within functions
 _MOST = 64  # elements of a list that are searched
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype)
+
+_FUNCTIONS = frozenset((FunctionType, MethodType, partial))
+_OF_TORCH = frozenset(value for value in vars(nn).values() if isinstance(value, type))
 
 # The global names in a function's code. Their values may change, so they are looked up at each call.
 _names: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
@@ -52,7 +57,12 @@ class Call(NamedTuple):
     """
 
     module: nn.Module
-    details: Hashable
+    details: tuple[Any, ...]
+
+    def names(self) -> set[str]:
+        """Return the names in the code that a call may run."""
+        code = self.details[0]
+        return names_in_modules(all_modules([self.module])).union(names_in_code(code) if code else ())
 
 
 def call_of(
@@ -73,7 +83,8 @@ def call_of(
         values = (*inputs, *more)
     if args or kwargs:
         values = (*values, args, kwargs)
-    details: list[Hashable] = [code, module.training, count_modules(module)]
+    details: list[Any] = [code, module.training]
+    _add_structure(details, module)
     for value in values:  # the common cases are inline
         if type(value) is Tensor:
             details += value.shape, value.dtype, value.device
@@ -85,6 +96,20 @@ def call_of(
             except Unknown:
                 return None
     return Call(module, tuple(details))
+
+
+def _add_structure(details: list[Any], module: nn.Module) -> None:
+    """Add what changes if modules inside this one, their functions or their hooks are replaced."""
+    modules = modules_in(module)
+    classes = [*map(type, modules)]
+    details += classes
+    for each, cls in zip(modules, classes, strict=True):
+        if cls not in _OF_TORCH or "forward" in each.__dict__:
+            details += [(name, id(value)) for name, value in each.__dict__.items() if type(value) in _FUNCTIONS]
+    if count_hooks():
+        for each in modules:
+            for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+                details += hooks  # the ids of the hooks
 
 
 def _described(value: Any) -> Hashable:
@@ -123,7 +148,7 @@ def _around(function: Any) -> tuple[nn.Module, CodeType, list[Any]] | None:
 def _global_names(function: FunctionType) -> list[str]:
     names = _names.get(function.__code__)
     if names is None:
-        names = _names[function.__code__] = tuple(_names_in(function.__code__))
+        names = _names[function.__code__] = tuple(names_in_code(function.__code__))
     return [name for name in names if name in function.__globals__]
 
 
@@ -167,10 +192,3 @@ def _look_into(function: FunctionType, found: dict[int, nn.Module], depth: int) 
         value = function.__globals__[name]
         if value is not function:
             _look(value, found, depth - 1)
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names_in(constant)

@@ -18,9 +18,8 @@ from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
 from fastgan.ops.gradient_penalty.small import (
     Size,
     forget,
-    is_left_to_pytorch,
     leave_to_pytorch,
-    may_take_one_pass,
+    left_to_pytorch,
     reason,
     remember,
     size_of,
@@ -59,13 +58,14 @@ def run_forward(
     if not torch.is_grad_enabled():
         require_grad_mode()
     known = call_of(discriminator, (inputs,), args, kwargs)
-    if is_left_to_pytorch(known):
+    read = left_to_pytorch(known)
+    if read is not None:
         given, x = differentiable(inputs)
         hooks = count_hooks()
         with uncompiled:
             returned = discriminator(given, *args, **(kwargs or {}))
         logits = logits_of(returned, select, x[0].shape[0])
-        if known is not None and may_take_one_pass(known):
+        if read:
             return _after_pytorch(returned, logits, x, hooks, plain=True)
         return Forward(returned, logits, x, None, reason(x), plain=True)
     check_call(inputs, select)

@@ -36,15 +36,15 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(found)
 
 
-def count_modules(module: nn.Module) -> int:
-    """Return a number that changes if modules are added inside this one or removed, at the lowest cost."""
-    found: list[nn.Module | None] = [module]
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """Return the module and its descendants in a fixed order, at the lowest cost. Shared modules occur repeatedly."""
+    found: list[Any] = [module]
     for each in found:
         if each is not None and each._modules:
             found += each._modules.values()
         if len(found) > _MOST_MODULES:
-            return len(all_modules([module]))  # it may contain itself
-    return len(found) - found.count(None)
+            return all_modules([module])  # it may contain itself
+    return [each for each in found if each is not None] if None in found else found
 
 
 class Cost(NamedTuple):

@@ -26,10 +26,11 @@ from fastgan.ops.gradient_penalty.graph_pass import pays_in_one_pass
 from fastgan.ops.gradient_penalty.overhead import threshold
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.size import bound, estimate
-from fastgan.ops.twice_differentiable import Rerouting
+from fastgan.ops.twice_differentiable import NAMES_OF_LACKING, Rerouting
 from fastgan.torch_private import in_transform
 
 MOST_SHAPES = 256  # the number of calls that are remembered per module
+_NOTHING: dict[Hashable, bool] = {}
 
 _is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
 REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is faster"
@@ -99,16 +100,16 @@ def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications
 _left_to_pytorch: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
-def is_left_to_pytorch(call: Call | None) -> bool:
-    """Return whether an equal earlier call was small and ran only PyTorch's own functions."""
-    if call is None or call.details not in _left_to_pytorch.get(call.module, ()):
-        return False
-    return not (_any_size.get() or backends.is_forced() or in_transform() or may_be_sharded())
-
-
-def may_take_one_pass(call: Call) -> bool:
-    """Return whether the graph of a call that ``is_left_to_pytorch`` is worth reading."""
-    return _left_to_pytorch[call.module][call.details]
+def left_to_pytorch(call: Call | None) -> bool | None:
+    """Return whether to read the graph of a call that equals an earlier one that was small and only ran PyTorch's
+    functions. Return None if there was none.
+    """
+    if call is None:
+        return None
+    read = _left_to_pytorch.get(call.module, _NOTHING).get(call.details)
+    if read is not None and (_any_size.get() or backends.is_forced() or in_transform() or may_be_sharded()):
+        return None
+    return read
 
 
 def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
@@ -117,6 +118,8 @@ def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
     Args:
         readable: its graph allowed one pass.
     """
+    if not NAMES_OF_LACKING.isdisjoint(call.names()):
+        return  # a later call may run them
     known = _left_to_pytorch.setdefault(call.module, {})
     if len(known) == MOST_SHAPES:
         known.clear()
