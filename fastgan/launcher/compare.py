@@ -64,7 +64,7 @@ class Recorder:
             self._optimizers.append(optimizer)
         if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
             self._patch.pause(not any(unit.is_next_fused() for unit in session.units))
-        if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
+        if sum(unit.penalties for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -79,7 +79,7 @@ class Recorder:
         found = {
             "losses": self._losses,
             "parameters": [parameter.detach().cpu() for group in groups for parameter in group["params"]],
-            "steps": sum(unit.steps for unit in session.units),
+            "steps": sum(unit.penalties for unit in session.units),
             "times": {} if unit is None else {way: unit.time(way) for way in (False, True)},
             "refused": session.refused,
             "memory": _peak_memory(),

@@ -56,7 +56,7 @@ def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str
     seen = [unit for unit in units if unit.steps]
     if not seen and not refused and not notes:
         return []
-    lines = ["fastgan: penalties of this run (work in forwards, time per step with a penalty)"]
+    lines = ["fastgan: penalties of this run (work in forwards, time per step)"]
     if seen:
         rows = [HEAD, *map(_row, seen)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
@@ -98,8 +98,8 @@ def _milliseconds(seconds: float | None) -> str:
 def _kept(unit: Unit, plain: float | None, fused: float | None) -> str:
     if unit.way is not Way.FASTER:
         return "fastgan (--always)"
-    if unit.choice is None:
+    if unit.kept is None:
         return "too few steps to decide"
-    if unit.choice:
+    if unit.kept:
         return f"fastgan, {plain / fused:.2f} times as fast" if plain and fused else "fastgan"
     return "PyTorch, as fast or faster"

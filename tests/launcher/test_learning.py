@@ -232,27 +232,6 @@ def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
     assert not learned
 
 
-def test_a_slower_way_is_not_kept():
-    from fastgan.launcher.timing import LEAST_GAIN, PAIRS, Unit, Way, typical
-
-    def decided(lean):
-        unit = Unit(nn.Linear(1, 1), (), "here", Way.FASTER)
-        ways = []
-        for _ in range(2 + 2 * PAIRS + 1):
-            step = unit.begin()
-            ways.append(step.is_fused)
-            step.first, step.last = 0.0, lean if step.is_fused else 1.0
-            step.end()
-        assert ways[:2] == [False, True]
-        assert sum(ways[2:-1]) == PAIRS
-        return ways[-1]
-
-    assert typical([1.0, 9.0, 1.2, 30.0]) == pytest.approx(1.1)  # two steps were interrupted
-    assert decided(0.7)
-    assert not decided(1.5)
-    assert not decided(1 / LEAST_GAIN + 0.001)
-
-
 def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):
     monkeypatch.setattr(session, "PATIENCE", 3)
     with fastgan.enabled(always=True):
