@@ -45,13 +45,16 @@ class Root:
     def _open(self, module: nn.Module, given: Any) -> _Opened | None:
         if not torch.is_grad_enabled() or not self.units:
             return None
-        inputs = [value for value in torch.utils._pytree.tree_leaves(given) if isinstance(value, Tensor)]
+        leaves = torch.utils._pytree.tree_leaves(given)
+        inputs = [value for value in leaves if isinstance(value, Tensor)]
         if not any(x.requires_grad for x in inputs):
             return None
         unit = self.units.get(key := site())
         if unit is None or torch_private.in_transform():
             return None
-        step = self._session.here.step_of(unit, inputs[0].shape[1:])
+        # A growing model gets the number of its blocks. Layers that it does not use yet have no gradients.
+        size = inputs[0].shape[1:], *(value for value in leaves if isinstance(value, int | str))
+        step = self._session.here.step_of(unit, size)
         may_reroute = not is_rerouting() and not any(x.is_meta for x in inputs)
         return _Opened(step, Call(unit.module, key, unit.place, True), may_reroute)
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import util
 
 from fastgan.launcher.timing import Unit, Way
@@ -48,7 +49,8 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
 def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> None:
     lines = table(units, refused, notes)
     if lines and sys.stderr is not None:
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # the script closed it, or its reader ended
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> list[str]:

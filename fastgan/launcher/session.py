@@ -53,6 +53,7 @@ class _Here(local):
             if step is not None:
                 step.end()
             step = self.step = unit.begin(size)
+            step.size = size
             step.start()
         step.units.add(id(unit))
         unit.within = step.unit.place
@@ -124,6 +125,9 @@ class Session:
     def _learn(self, call: Call, reason: str | None) -> None:
         module = call.module()
         if module is None:
+            return
+        if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+            self.refused.setdefault(f"{type(module).__name__} at {call.place}", learning.SCRIPTED)
             return
         if reason is None and learning.is_compiled(module):
             reason = learning.COMPILED

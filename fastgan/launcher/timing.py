@@ -28,6 +28,7 @@ LEAST_GAIN = 1.02  # a smaller gain may be noise
 LONGEST_TRIAL = 1000  # steps, for a script that rarely computes the penalty
 AGAIN = 50  # lengths of a trial from its end to the next one
 AGAIN_AT_ANOTHER_SIZE = 20
+MOST_PATTERNS = 64  # of zeros and None, for a script with ever new sizes
 PATIENCE = 64  # steps in which to wait for the first penalty
 
 
@@ -108,7 +109,7 @@ class Unit:
         self.within = ""  # the place where the steps that contain its calls begin
         self.work: dict[bool, int] = {}  # key: whether fastgan computed the step
         self.forward_work = 0
-        self.pattern: dict[Kind, Pattern] = {}
+        self.pattern: dict[tuple[Kind, object], Pattern] = {}  # key: kind of step, and size
         self.choice: bool | None = None  # None during a trial
         self.kept: bool | None = None  # the last choice
         self._trial = Trial()
@@ -119,7 +120,8 @@ class Unit:
         """Begin a step.
 
         Args:
-            size: the shape of a sample. If it changes, as in progressive growing, there is another trial soon.
+            size: the shape of a sample, and other arguments. If it changes, as in progressive growing, there is
+                another trial soon.
         """
         self.steps += 1
         if self.way is Way.PYTORCH:
@@ -177,6 +179,7 @@ class Step:
     is_fused: bool
     timed: bool = False
     count: Count | None = None
+    size: object = None
     units: set[int] = field(default_factory=set)  # ids of the units whose calls it contains
     optimizers: set[int] = field(default_factory=set)  # ids of those that took its gradients
     penalized: bool = False  # whether it had a gradient with create_graph=True
@@ -202,7 +205,10 @@ class Step:
         return self.penalized, len(self.units)
 
     def pattern(self) -> Pattern:
-        return self.unit.pattern.setdefault(self.kind(), Pattern())
+        found = self.unit.pattern
+        if len(found) >= MOST_PATTERNS:
+            found.clear()
+        return found.setdefault((self.kind(), self.size), Pattern())
 
     def _now(self) -> float:
         if self.timed and torch.cuda.is_available() and torch.cuda.is_initialized():
