@@ -64,7 +64,7 @@ class Recorder:
             self._optimizers.append(optimizer)
         if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
             self._patch.pause(not any(unit.is_next_fused() for unit in session.units))
-        if sum(unit.steps for unit in session.units) >= self._steps and session.here.step.ended:
+        if sum(unit.penalties for unit in session.units) >= self._steps and session.here.step.ended:
             self.end(session)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -79,7 +79,7 @@ class Recorder:
         found = {
             "losses": self._losses,
             "parameters": [parameter.detach().cpu() for group in groups for parameter in group["params"]],
-            "steps": sum(unit.steps for unit in session.units),
+            "steps": sum(unit.penalties for unit in session.units),
             "times": {} if unit is None else {way: unit.time(way) for way in (False, True)},
             "refused": session.refused,
             "memory": _peak_memory(),
@@ -108,7 +108,7 @@ def compare(command: Command) -> int:
         for role in ROLES:
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
-            start = [sys.executable, "-m", "fastgan", "run", *(["-m"] if command.module else [])]
+            start = [*_interpreter(), "-m", "fastgan", "run", *(["-m"] if command.module else [])]
             errors = Path(folder) / "errors"
             status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
             if status or not file.exists():  # a script that fails writes the file, too
@@ -118,6 +118,11 @@ def compare(command: Command) -> int:
             found[role] = torch.load(file)
     print("\n".join(report(found, now, other)))
     return 0
+
+
+def _interpreter() -> list[str]:
+    """Return the interpreter and its options, such as -u or -O."""
+    return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
 
 
 def _run(arguments: list[str], given: str, errors: Path) -> int:

@@ -18,6 +18,7 @@ IN_PARAMETERS = "it is differentiated with respect to its parameters with create
 BATCHED = "its gradients are batched (is_grads_batched=True)"
 HOOKED = "it has forward hooks of its own"
 COMPILED = "it is compiled by torch.compile"
+SCRIPTED = "it is compiled by torch.jit"
 
 
 class Found(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan import torch_private
 from fastgan.launcher import learning
-from fastgan.launcher.roots import OUTPUT, Call, add_hooks, mark, requires_gradient
+from fastgan.launcher.roots import OUTPUT, Call, add_hooks, mark
 from fastgan.launcher.sites import Site, site
 from fastgan.launcher.timing import Step, Unit
 from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
@@ -43,13 +43,20 @@ class Root:
             mark(output, OUTPUT, opened.call)
 
     def _open(self, module: nn.Module, given: Any) -> _Opened | None:
-        if not torch.is_grad_enabled() or not self.units or not requires_gradient(given):
+        if not torch.is_grad_enabled() or not self.units:
+            return None
+        leaves = torch.utils._pytree.tree_leaves(given)
+        inputs = [value for value in leaves if isinstance(value, Tensor)]
+        if not any(x.requires_grad for x in inputs):
             return None
         unit = self.units.get(key := site())
         if unit is None or torch_private.in_transform():
             return None
-        step = self._session.here.step_of(unit)
-        return _Opened(step, Call(unit.module, key, unit.place, True), _may_reroute(given))
+        # A growing model gets the number of its blocks. Layers that it does not use yet have no gradients.
+        size = inputs[0].shape[1:], *(value for value in leaves if isinstance(value, int | str))
+        step = self._session.here.step_of(unit, size)
+        may_reroute = not is_rerouting() and not any(x.is_meta for x in inputs)
+        return _Opened(step, Call(unit.module, key, unit.place, True), may_reroute)
 
 
 class _Opened:
@@ -69,11 +76,3 @@ class _Opened:
         self._inside.close()
         if self._step.count is not None:
             self._step.forward_work += self._step.count.total - self._before
-
-
-def _may_reroute(given: Any) -> bool:
-    return not is_rerouting() and not any(x.is_meta for x in torch.utils._pytree.tree_leaves(given) if _is(x))
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)

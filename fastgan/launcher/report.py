@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import util
 
 from fastgan.launcher.timing import Unit, Way
@@ -48,7 +49,8 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
 def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> None:
     lines = table(units, refused, notes)
     if lines and sys.stderr is not None:
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # the script closed it, or its reader ended
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> list[str]:
@@ -56,7 +58,7 @@ def table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str
     seen = [unit for unit in units if unit.steps]
     if not seen and not refused and not notes:
         return []
-    lines = ["fastgan: penalties of this run (work in forwards, time per step with a penalty)"]
+    lines = ["fastgan: penalties of this run (work in forwards, time per step)"]
     if seen:
         rows = [HEAD, *map(_row, seen)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
@@ -98,8 +100,8 @@ def _milliseconds(seconds: float | None) -> str:
 def _kept(unit: Unit, plain: float | None, fused: float | None) -> str:
     if unit.way is not Way.FASTER:
         return "fastgan (--always)"
-    if unit.choice is None:
+    if unit.kept is None:
         return "too few steps to decide"
-    if unit.choice:
+    if unit.kept:
         return f"fastgan, {plain / fused:.2f} times as fast" if plain and fused else "fastgan"
     return "PyTorch, as fast or faster"

@@ -47,12 +47,13 @@ class _Here(local):
         self.calls: list[tuple[Root, Any]] = []
         self.step: Step | None = None
 
-    def step_of(self, unit: Unit) -> Step:
+    def step_of(self, unit: Unit, size: object) -> Step:
         step = self.step
         if step is None or step.ended or id(unit) in step.units:
             if step is not None:
                 step.end()
-            step = self.step = unit.begin()
+            step = self.step = unit.begin(size)
+            step.size = size
             step.start()
         step.units.add(id(unit))
         unit.within = step.unit.place
@@ -125,6 +126,9 @@ class Session:
         module = call.module()
         if module is None:
             return
+        if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+            self.refused.setdefault(f"{type(module).__name__} at {call.place}", learning.SCRIPTED)
+            return
         if reason is None and learning.is_compiled(module):
             reason = learning.COMPILED
         root = self._roots.get(module)
@@ -144,6 +148,8 @@ class Session:
     def after(self, outputs: Any, inputs: Any, result: Any, key: Site) -> Any:
         """Called after a call with create_graph=True. Return its result, with the zeros that PyTorch's would have."""
         step = self.here.step
+        if step is not None and not step.ended:
+            step.penalized = True
         points = [x for x in tensors(inputs) if x.requires_grad]
         if step is not None and step.rerouted and not step.ended and isinstance(result, tuple) and points:
             made = [x for x in result if isinstance(x, Tensor) and x.grad_fn is not None]
@@ -167,9 +173,9 @@ class Session:
         if id(optimizer) not in step.optimizers:
             step.optimizers.add(id(optimizer))
             if step.rerouted:
-                step.unit.pattern.restore(optimizer)
+                step.pattern().restore(optimizer)
             elif not step.is_fused:
-                step.unit.pattern.note(optimizer)
+                step.pattern().note(optimizer)
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.recorder is not None:
@@ -190,10 +196,17 @@ def grad(
     **named: Any,
 ) -> Any:
     given = (outputs, inputs, grad_outputs, retain_graph, create_graph, *rest)
-    if torch.compiler.is_compiling() or not create_graph:
-        return _grad(*given, **named)
     session = _session
-    if session is None or is_called_by_fastgan():
+    if session is None or torch.compiler.is_compiling():
+        return _grad(*given, **named)
+    if not create_graph:  # perhaps the gradient of a loss, which some scripts compute without backward()
+        step = session.here.step
+        with _counting(session):
+            result = _grad(*given, **named)
+        if step is not None:
+            step.lap()
+        return result
+    if is_called_by_fastgan():
         return _grad(*given, **named)
     key = site()
     session.before(outputs, inputs, key, place(), bool(named.get("is_grads_batched", rest[2:3] == (True,))))
@@ -222,6 +235,8 @@ def backward(
     step = session.here.step
     with _counting(session):
         _backward(*given)
+    if create_graph and step is not None and not step.ended:
+        step.penalized = True
     if create_graph and inputs is not None:  # otherwise all leaves have gradients already
         points = [x for x in learning.tensors_in(inputs) if x.grad is not None]
         for x, made in zip(points, session.after(tensors, points, tuple(x.grad for x in points), site()), strict=True):

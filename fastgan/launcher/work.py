@@ -16,7 +16,16 @@ class Count(TorchDispatchMode):
         from torch.utils.flop_counter import flop_registry  # imports Triton
 
         self.total = 0
+        self.is_on = False
         self._formulas: Any = flop_registry
+
+    def __enter__(self) -> Any:
+        self.is_on = True
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self.is_on = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

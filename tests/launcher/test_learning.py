@@ -13,6 +13,7 @@ from torch import nn
 
 import fastgan
 from fastgan.launcher import session
+from fastgan.launcher.learning import SCRIPTED
 from fastgan.torch_private import function_modes
 from tests.launcher.training import MAKERS, STEPS, Discriminator, data, models, penalty
 
@@ -150,6 +151,34 @@ def test_a_compiled_model_stays_compiled(learned):
     assert "compiled" in " ".join(learned[0].refused.values())
 
 
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda d: torch.jit.trace(d, torch.randn(4, 3, 8, 8))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_of_torch_jit_runs_as_it_is(compiled, learned):
+    def train():
+        torch.manual_seed(1)
+        return [
+            loss.item() for loss, _ in MAKERS["a_penalty_alone"](compiled(nn.Sequential(nn.Conv2d(3, 1, 8))), None, 4)
+        ]
+
+    expected = train()
+    with fastgan.enabled(always=True):
+        assert train() == expected
+    assert not learned[0].units
+    assert set(learned[0].refused.values()) == {SCRIPTED}
+
+
+def test_a_loss_whose_gradient_is_taken_without_backward_is_timed(learned):
+    torch.manual_seed(1)
+    d, _ = models()
+    with fastgan.enabled():
+        for _ in range(20):
+            loss = penalty(d, data()[0].requires_grad_())
+            torch.autograd.grad(loss, [d.first.weight, d.second.weight])
+    (unit,) = learned[0].units
+    assert unit.kept is not None
+    assert unit.work[True] < unit.work[False]
+
+
 def test_a_process_of_fastgan_run_has_the_operations_for_stylegans_code(monkeypatch):
     from fastgan.launcher import children
 
@@ -230,27 +259,6 @@ def test_FASTGAN_off_does_nothing(learned, monkeypatch):  # noqa: N802
         assert torch.autograd.grad is session._grad
         run("wgan_gp", 3)
     assert not learned
-
-
-def test_a_slower_way_is_not_kept():
-    from fastgan.launcher.timing import LEAST_GAIN, PAIRS, Unit, Way, typical
-
-    def decided(lean):
-        unit = Unit(nn.Linear(1, 1), (), "here", Way.FASTER)
-        ways = []
-        for _ in range(2 + 2 * PAIRS + 1):
-            step = unit.begin()
-            ways.append(step.is_fused)
-            step.first, step.last = 0.0, lean if step.is_fused else 1.0
-            step.end()
-        assert ways[:2] == [False, True]
-        assert sum(ways[2:-1]) == PAIRS
-        return ways[-1]
-
-    assert typical([1.0, 9.0, 1.2, 30.0]) == pytest.approx(1.1)  # two steps were interrupted
-    assert decided(0.7)
-    assert not decided(1.5)
-    assert not decided(1 / LEAST_GAIN + 0.001)
 
 
 def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):

@@ -13,7 +13,9 @@ from fastgan.launcher.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
-import os, subprocess, sys
+import importlib.util, os, subprocess, sys
+assert importlib.util.find_spec("torch") is not None  # as transformers does
+import fastgan
 import torch
 from torch import nn
 

@@ -293,6 +293,38 @@ def a_wrapper_that_makes_its_input_require_a_gradient(d, g, steps):
         g_optimizer.step()
 
 
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_image = nn.ModuleList([nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)])
+        self.convs = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)])
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x, depth, alpha):
+        y = F.leaky_relu(self.of_image[depth](x), 0.2)
+        if depth:
+            new = F.avg_pool2d(F.leaky_relu(self.convs[1](y), 0.2), 2)
+            y = alpha * new + (1 - alpha) * F.leaky_relu(self.of_image[0](F.avg_pool2d(x, 2)), 0.2)
+        return self.last(F.leaky_relu(self.convs[0](y), 0.2).mean((2, 3)))
+
+
+@script
+def progressive_growing(d, g, steps):
+    """New layers begin with a weight of zero, and so with gradients of zeros. Weight decay moves them."""
+    d = Growing()
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.5)
+    for number in range(steps):
+        depth, x = number // 5 % 2, data()[0]
+        x = x if depth else F.avg_pool2d(x, 2)
+        alpha = number % 5 / 4
+        (grad,) = torch.autograd.grad(d(x.requires_grad_(), depth, alpha).sum(), x, create_graph=True)
+        loss = 10 * (grad.flatten(1).norm(dim=1) - 1).square().mean() + d(x.detach(), depth, alpha).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
 @script
 def ctgans_loop(d, g, steps):
     """The fake is not detached, the penalty goes first, and gradients are set to zeros."""

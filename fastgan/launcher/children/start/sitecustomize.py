@@ -1,5 +1,6 @@
 """Runs at the start of every Python process below ``fastgan run``. It starts the launcher after PyTorch's import."""
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -20,29 +21,39 @@ def _run_hidden_sitecustomize() -> None:
         spec.loader.exec_module(module)
 
 
-class _AfterTorchImport(importlib.abc.MetaPathFinder):
-    """Find PyTorch with the other finders, and start the launcher after its import."""
+class _AfterImports(importlib.abc.MetaPathFinder):
+    """Find PyTorch and fastgan with the other finders, and start the launcher when both are imported.
+
+    fastgan imports PyTorch. If a script imports fastgan first, the launcher waits for the rest of fastgan.
+    """
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "torch":
+        if name not in ("torch", "fastgan"):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 run(module)
-                try:
-                    from fastgan.launcher.children import begin
-                except ImportError:
-                    return  # an interpreter without fastgan
-                begin()
+                (self._after_torch if name == "torch" else self._after_fastgan)()
 
             vars(spec.loader)["exec_module"] = exec_module
         return spec
 
+    def _after_torch(self) -> None:
+        if "fastgan" not in sys.modules:
+            with contextlib.suppress(ImportError):  # an interpreter without fastgan
+                importlib.import_module("fastgan")
+
+    def _after_fastgan(self) -> None:
+        from fastgan.launcher.children import begin
+
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        begin()
+
 
 if os.environ.get("FASTGAN_RUN") and os.environ.get("FASTGAN", "").lower() != "off":
-    sys.meta_path.insert(0, _AfterTorchImport())
+    sys.meta_path.insert(0, _AfterImports())
 _run_hidden_sitecustomize()
