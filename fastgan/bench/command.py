@@ -66,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let glibc return freed memory to the system; timings then depend on earlier work (default: keep it)",
     )
-    add("--compile", action="store_true", help="also time compiled forms of PyTorch and of fastgan; it takes minutes")
+    add(
+        "--compile",
+        action="store_true",
+        help="also time compiled forms of PyTorch and of fastgan. Compiling takes a CPU about a minute per case, so "
+        "there --suite steps is a few whole steps, unless --case selects others",
+    )
     add("--minutes", type=_minutes, metavar="M", help="start no case after this time; --resume runs the others")
     add("--keep-going", action="store_true", help="skip failures; the exit status is then 1, or 75 to resume")
     add(

@@ -10,6 +10,7 @@ import torch
 
 from fastgan import cli
 from fastgan.bench import measure, provenance, run, timing
+from fastgan.bench.cases import CASES, COMPILED_ON_A_CPU, SUITES
 
 CASE = "spectral_norm/small/forward"
 
@@ -231,6 +232,20 @@ def test_minutes_are_no_less_than_none(minutes, capsys):
     with pytest.raises(SystemExit):
         run.main(["--minutes", minutes])
     assert f"must not be negative, got {minutes}" in capsys.readouterr().err
+
+
+def test_compiled_steps_on_a_cpu_are_a_few_unless_a_pattern_selects_others():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    few = run.choose_cases("steps", None, cpu, compiled=True)
+    assert sorted(case.name for case in few) == sorted(COMPILED_ON_A_CPU)
+    for suite, pattern, device, compiled in (
+        ("steps", "*", cpu, True),
+        ("steps", None, cpu, False),
+        ("steps", None, cuda, True),
+        ("forms", None, cpu, True),
+    ):
+        names = [case.name for case in run.choose_cases(suite, pattern, device, compiled=compiled)]
+        assert names == [name for name in SUITES[suite] if device.type in CASES[name].device_types]
 
 
 def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypatch):

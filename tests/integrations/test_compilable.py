@@ -307,6 +307,24 @@ def test_forces_in_an_evaluation_without_gradients(backend):
     assert not forces.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("gradients_outside", [True, False])
+def test_an_energy_whose_graph_is_freed_by_its_forces(gradients_outside, backend):
+    potential = Potential()
+
+    def evaluate(positions):
+        with torch.enable_grad():
+            positions = positions.detach().requires_grad_()
+            energy = potential.energy(positions)
+            (grad,) = torch.autograd.grad(energy, positions)  # retain_graph=False
+        return energy, -grad
+
+    with torch.set_grad_enabled(gradients_outside):
+        energy, forces = run(fastgan.compilable(evaluate), positions(), backend=backend)
+    torch.testing.assert_close((energy, forces), evaluate(positions()))
+    assert not forces.requires_grad
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

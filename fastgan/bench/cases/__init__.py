@@ -59,3 +59,12 @@ SUITES: dict[str, tuple[str, ...]] = {
     "sizes": _of("sizes"),
     "host": _of("host"),
 }
+
+# The steps that --compile measures on a CPU, which needs a minute to compile all forms of one.
+COMPILED_ON_A_CPU = (
+    "d-step/wgan-gp/critic64-batch4",
+    "d-step/wgan-gp/critic64-batch16",
+    "d-step/wgan-gp/dcgan64-batch16",
+    "d-step/wgan-gp/layernorm64-batch16",
+    "d-step/r1/stylegan2-32-batch8",
+)

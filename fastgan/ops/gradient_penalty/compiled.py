@@ -227,6 +227,8 @@ def derivative(
         with regions.lowering() as recorded:
             if create_graph and recorded:
                 refuse_opaque(paths((y for y in outputs if y.requires_grad), *inputs))
+            # The record of the backward passes the graph again if the function also returns the outputs.
+            retain_graph = True if recorded else retain_graph
             return torch.autograd.grad(
                 outputs,
                 inputs,
