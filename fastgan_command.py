@@ -8,9 +8,8 @@ from types import ModuleType
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["run"] and not needs_no_kernels(
-        sys.argv[1:3]
-    ):  # a script's own errors, and Ctrl-C in it, are the interpreter's to report
+    if sys.argv[1:2] == ["run"] and not needs_no_kernels(sys.argv[1:3]):
+        # The interpreter reports the script's own errors and Ctrl-C.
         from fastgan.launcher.command import main as run_script
 
         return run_script(sys.argv[2:])

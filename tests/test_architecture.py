@@ -48,7 +48,7 @@ TRAINER = [
     {"errors", "device", "ranks", "lock", "probe", "checks"},
     {"data"},
     {"game"},
-    {"config", "settings", "flags", "checkpoint"},
+    {"config", "settings", "flags", "arguments", "checkpoint"},
     {"models"},
     {"gan"},
     {"measure", "run", "progress"},

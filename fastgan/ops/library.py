@@ -116,6 +116,11 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def data_pointers(*tensors: Tensor | None) -> list[int]:
+    """Return the addresses of tensors for the native modules; 0 stands for None."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
 def stored(tensor: Tensor) -> Tensor:
     """Return the tensor with its values in memory, where kernels can read them.
 

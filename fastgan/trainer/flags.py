@@ -1,6 +1,6 @@
 """Flags of the commands: the fields of a dataclass, read from the command line. tyro only writes the help texts.
 
-Every error is a ValueError of one line, in the words of `settings`. This module does not import PyTorch.
+Every error is a ValueError of one line, in the words of `settings.py`. This module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,27 @@ class Flag(NamedTuple):
     group: str | None  # field of the dataclass whose own field this is
     positional: bool
     value: bool = True  # of a flag without a value: False for --no-...
+
+
+def settings(
+    kind: type[Settings],
+    command: str,
+    about: str,
+    example: str,
+    arguments: Sequence[str],
+    default: Settings | None = None,
+) -> Settings:
+    """Return a command's settings from its arguments. If they ask for the help text, print it and exit."""
+    if not any(argument in HELP or argument.startswith("--tyro-") for argument in arguments):
+        return parse(command, kind, arguments, default)
+    return tyro.cli(
+        kind,
+        prog=f"fastgan {command}",
+        description=f"{about}\n\nexample: {example}",
+        default=tyro.MISSING if default is None else default,
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def parse(command: str, kind: type[Settings], arguments: Sequence[str], default: Settings | None = None) -> Settings:

@@ -18,7 +18,7 @@ from fastgan.ops.upfirdn2d import native_kernels
 from tests.drop_in.stand_in import imported, is_ours
 from tests.harness import assert_close
 from tests.ops.one_pass_problem import work
-from tests.ops.test_upfirdn2d import defined
+from tests.ops.upfirdn2d_problem import defined
 
 
 @pytest.mark.parametrize("first", ["import", "patch"])

@@ -14,7 +14,7 @@ from fastgan import backends, ops
 from fastgan.ops.filtered_lrelu import native_kernels as filtered_kernels
 from tests.harness import DTYPES, assert_close
 from tests.ops.one_pass_problem import work
-from tests.ops.test_upfirdn2d import defined
+from tests.ops.upfirdn2d_problem import defined
 
 FU, FD = (torch.tensor(taps, dtype=torch.float64) for taps in ([1.0, 5.0, 9.0, 9.0, 5.0, 1.0], [1.0, 2.0, 4.0, 2.0]))
 FU, FD = FU / FU.sum(), FD / FD.sum()

@@ -32,6 +32,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def write_idx() -> WriteIdx:
     def write(path: Path, array: np.ndarray) -> Path:
         header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)

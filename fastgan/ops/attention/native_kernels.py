@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import dtype_name
+from fastgan.ops.library import data_pointers, dtype_name
 
 
 def derive(scores: Tensor, apart: Tensor, tangent: Tensor | None, values: Tensor | None, moved: Tensor | None) -> None:
     """``blocks.derive`` in one pass. ``moved`` may be ``values``."""
-    addresses = [0 if t is None else t.data_ptr() for t in (scores, apart, tangent, values, moved)]
+    tensors = data_pointers(scores, apart, tangent, values, moved)
     columns = scores.shape[-1]
     sizes = scores.numel() // columns, columns
-    backends.native().attention_block(dtype_name(scores), addresses, sizes, torch.get_num_threads())
+    backends.native().attention_block(dtype_name(scores), tensors, sizes, torch.get_num_threads())

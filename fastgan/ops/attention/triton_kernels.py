@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels for attention, which are in triton_tiles.py and triton_second.py."""
+"""Launchers of the Triton kernels for attention, which triton_tiles.py describes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from fastgan.ops.attention.layout import Options
+from fastgan.ops.attention.triton_first import attend, grad_keys, grad_rows
 from fastgan.ops.attention.triton_mask import grad_mask
 from fastgan.ops.attention.triton_second import grad_grad_keys, grad_grad_rows
-from fastgan.ops.attention.triton_tiles import attend, grad_keys, grad_rows
 from fastgan.ops.library import accumulation_dtype, copy_back
 from fastgan.ops.triton_language import DTYPES, addresses, device_of
 

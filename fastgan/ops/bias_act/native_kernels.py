@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.bias_act.layout import Layout, Options
-from fastgan.ops.library import dtype_name
+from fastgan.ops.library import data_pointers, dtype_name
 
 
 def piecewise_forward(
@@ -19,7 +19,7 @@ def piecewise_forward(
     layout: Layout,
     options: Options,
 ) -> None:
-    tensors = _addresses(x, bias, y, signs, inside)
+    tensors = data_pointers(x, bias, y, signs, inside)
     backends.native().piecewise_forward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
@@ -35,12 +35,12 @@ def piecewise_apply(
 ) -> None:
     # If g and out are both None, the dtype does not matter.
     typed = next(t for t in (g, out, sums) if t is not None)
-    tensors = _addresses(g, bias, signs, inside, out, sums)
+    tensors = data_pointers(g, bias, signs, inside, out, sums)
     backends.native().piecewise_apply(dtype_name(typed), tensors, layout, options, torch.get_num_threads())
 
 
 def smooth_forward(x: Tensor, bias: Tensor | None, y: Tensor, layout: Layout, options: Options) -> None:
-    tensors = _addresses(x, bias, y)
+    tensors = data_pointers(x, bias, y)
     backends.native().smooth_forward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
@@ -53,7 +53,7 @@ def smooth_backward(
     layout: Layout,
     options: Options,
 ) -> None:
-    tensors = _addresses(dy, x, bias, dx, dbias)
+    tensors = data_pointers(dy, x, bias, dx, dbias)
     backends.native().smooth_backward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
 
 
@@ -69,9 +69,5 @@ def smooth_double_backward(
     layout: Layout,
     options: Options,
 ) -> None:
-    tensors = _addresses(h, h_bias, dy, x, bias, by_dy, by_x, by_bias)
+    tensors = data_pointers(h, h_bias, dy, x, bias, by_dy, by_x, by_bias)
     backends.native().smooth_double_backward(dtype_name(x), tensors, layout, options, torch.get_num_threads())
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]

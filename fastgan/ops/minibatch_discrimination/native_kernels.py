@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import dtype_name
+from fastgan.ops.library import data_pointers, dtype_name
 
 
 class Native:
@@ -57,9 +57,8 @@ class Native:
             kernels, dims, samples = m.shape
             sizes = (samples, kernels, dims, *rows)
         module = backends.native() if self.on_cpu else backends.native_cuda()
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        name = dtype_name(m)
-        getattr(module, f"minibatch_discrimination_{order}")(name, addresses, sizes, *options, self._where(m))
+        kernel = getattr(module, f"minibatch_discrimination_{order}")
+        kernel(dtype_name(m), data_pointers(*tensors), sizes, *options, self._where(m))
 
     def _where(self, m: Tensor) -> int:
         """Return the number of threads on a CPU, or the CUDA stream."""

@@ -6,27 +6,23 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import dtype_name
+from fastgan.ops.library import data_pointers, dtype_name
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
 
 
 def forward(t: Forward, layout: Layout, eps: float) -> None:
-    tensors = [*_addresses(t[:-1]), *_rows(t.statistics, 3)]
+    tensors = [*data_pointers(*t[:-1]), *_rows(t.statistics, 3)]
     backends.native().norm_forward(dtype_name(t.x), tensors, layout, eps, torch.get_num_threads())
 
 
 def backward(t: Backward, layout: Layout) -> None:
-    tensors = [*_addresses(t[:2]), *_rows(t.statistics, 2), *_addresses(t[3:])]
+    tensors = [*data_pointers(*t[:2]), *_rows(t.statistics, 2), *data_pointers(*t[3:])]
     backends.native().norm_backward(dtype_name(t.x), tensors, layout, torch.get_num_threads())
 
 
 def double_backward(t: DoubleBackward, layout: Layout) -> None:
-    tensors = [*_addresses(t[:5]), *_rows(t.statistics, 2), *_addresses(t[6:])]
+    tensors = [*data_pointers(*t[:5]), *_rows(t.statistics, 2), *data_pointers(*t[6:])]
     backends.native().norm_double_backward(dtype_name(t.x), tensors, layout, torch.get_num_threads())
-
-
-def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _rows(statistics: Tensor, count: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""Normalization in Triton: kernel launches and grids. The kernels are in triton_rows.py and triton_channels.py."""
+"""Normalization in Triton: kernel launches and grids. The kernels are in triton_rows.py, triton_channels.py
+and triton_channel_sums.py."""
 
 from __future__ import annotations
 
@@ -10,14 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout
+from fastgan.ops.norm.triton_channel_sums import row_means, row_statistics
 from fastgan.ops.norm.triton_channels import (
     channel_moments,
     channel_products,
     grad_channels,
     grad_grad_channels,
     normalize_channels,
-    row_means,
-    row_statistics,
 )
 from fastgan.ops.norm.triton_rows import affine_sums, grad_grad_rows, grad_rows, normalize_rows
 from fastgan.ops.triton_language import DTYPES, addresses, device_of

@@ -15,7 +15,6 @@ table of addresses, made in triton_plan.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.backends import TRITON_INTERPRETS
 from fastgan.ops.spectral_norm import triton_plan as plans
 from fastgan.ops.spectral_norm.layout import Layout
 from fastgan.ops.spectral_norm.triton_products import (
@@ -58,20 +56,11 @@ from fastgan.ops.spectral_norm.triton_products import (
     pointer_of,
     tile_of_product,
 )
+from fastgan.ops.triton_language import DTYPES, device_of, rounded
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 _MAX_PARTS = tl.constexpr(plans.MAX_PARTS)
 _WEIGHT_PART = tl.constexpr(plans.WEIGHT_PART)
 _U_PART = tl.constexpr(plans.U_PART)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # Triton's interpreter truncates to bfloat16 where hardware rounds to the nearest.
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -135,7 +124,7 @@ def _divide_chunk(layer, index, scale, VEC: tl.constexpr, DTYPE: tl.constexpr):
     for e0 in range(begin, tl.minimum(begin + chunk, size), BLOCK):
         e = e0 + tl.arange(0, BLOCK)
         w = tl.load(weight + e, mask=e < size).to(scale.dtype)
-        tl.store(output + e, _rounded(w * scale, DTYPE), mask=e < size)
+        tl.store(output + e, rounded(w * scale, DTYPE), mask=e < size)
 
 
 @triton.jit
@@ -144,7 +133,7 @@ def _keep(stored, saved, found, n, index, scale, ITERATED: tl.constexpr):
     i = index * SMALL_BLOCK + tl.arange(0, SMALL_BLOCK)
     if ITERATED:
         x = tl.load(found + i, mask=i < n) * scale
-        tl.store(stored + i, _rounded(x, stored.dtype.element_ty), mask=i < n)
+        tl.store(stored + i, rounded(x, stored.dtype.element_ty), mask=i < n)
     else:
         x = tl.load(stored + i, mask=i < n).to(saved.dtype.element_ty)
     tl.store(saved + i, x, mask=i < n)
@@ -252,7 +241,7 @@ def _grad_chunk(layer, index, scale, rank_one, VEC: tl.constexpr, DTYPE: tl.cons
         u_r = tl.load(u + row, mask=group < groups)[:, None]
         v_c = tl.load(v + column, mask=inside)
         g = tl.load(grad + at, mask=inside).to(ACC)
-        tl.store(output + at, _rounded(g * scale + rank_one * u_r * v_c, DTYPE), mask=inside)
+        tl.store(output + at, rounded(g * scale + rank_one * u_r * v_c, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -299,13 +288,6 @@ AOT: list[tuple[Any, dict[str, str], list[dict[str, Any]]]] = [
     (_grad_weights, {"chunks_ptr": "*i64", "layers_ptr": "*i64", "scratch": "*A"}, [{}]),
 ]
 
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
 
 def forward(
     weights: Sequence[Tensor],
@@ -321,7 +303,7 @@ def forward(
     plan = _plan_of(layout, weights, outputs)
     addresses = _addresses(layout, saved, weights, outputs, us, vs, None)
     scratch = saved.new_empty(plan.scratch)
-    dtype = _TYPES[weights[0].dtype]
+    dtype = DTYPES[weights[0].dtype]
 
     def product(*, of_t: bool, stored: bool, weighted: bool = False) -> None:
         tiles = plan.t_tiles if of_t else plan.s_tiles
@@ -330,7 +312,7 @@ def forward(
         options = {"maxnreg": 128} if of_t and torch.version.hip is None else {}
         _product[(len(tiles),)](tiles, layers, scratch, **constants, **options)
 
-    with _on(saved.device):
+    with device_of(saved):
         layers = plans.table_of(plan, addresses, saved.device, weights)
         if n_power_iterations == 0:
             product(of_t=False, stored=True, weighted=True)
@@ -351,8 +333,8 @@ def backward(
     plan = _plan_of(layout, weights, outputs, grads)
     addresses = _addresses(layout, saved, weights, outputs, None, None, grads)
     scratch = saved.new_empty(plan.chunk_sums)
-    dtype = _TYPES[weights[0].dtype]
-    with _on(saved.device):
+    dtype = DTYPES[weights[0].dtype]
+    with device_of(saved):
         layers = plans.table_of(plan, addresses, saved.device, weights)
         _inner_products[(len(plan.chunks),)](plan.chunks, layers, scratch, DTYPE=dtype)
         _grad_weights[(len(plan.chunks),)](plan.chunks_back, layers, scratch, DTYPE=dtype)
@@ -377,7 +359,3 @@ def _addresses(
     w, o, u, v, g = ([0] * len(weights) if ts is None else [t.data_ptr() for t in ts] for ts in lists)
     base, size = saved.data_ptr(), saved.element_size()
     return tuple(zip(w, o, u, v, [base + at * size for at in layout.offsets], g, strict=True))
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

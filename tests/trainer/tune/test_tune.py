@@ -21,6 +21,7 @@ from optuna.trial import TrialState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from fastgan import cli  # noqa: E402
+from fastgan.trainer.arguments import parse_train  # noqa: E402
 from fastgan.trainer.config import PRESETS, TrainConfig  # noqa: E402
 from fastgan.trainer.data.options import PictureConfig  # noqa: E402
 from fastgan.trainer.errors import TrainerError  # noqa: E402
@@ -223,8 +224,8 @@ def test_the_best_is_no_worse_than_the_preset_and_trains(toy, capsys, monkeypatc
     table = (toy.out / "trials.md").read_text().splitlines()
     assert len(table) >= 2 + 4
     assert (toy.out / "trials.png").stat().st_size > 1000
-    assert cli.parse_train(["--config", str(toy.out / "best.json")]).steps == PRESETS["ring8"][1].steps
-    config = cli.parse_train(["--config", str(toy.out / "best.json"), "--steps", "2"])
+    assert parse_train(["--config", str(toy.out / "best.json")]).steps == PRESETS["ring8"][1].steps
+    config = parse_train(["--config", str(toy.out / "best.json"), "--steps", "2"])
     assert values_of(config) == values_of(best)
     assert config.steps == 2
 
@@ -379,8 +380,8 @@ class TestConfigFlag:
         preset = dataclasses.replace(PRESETS["grid25"][1], seed=5, steps=77)
         path = tmp_path / "best.json"
         path.write_text(json.dumps(preset.to_json()))
-        assert cli.parse_train([f"--config={path}"]) == preset
-        assert cli.parse_train(["grid25", "--seed", "6", "--config", str(path)]).seed == 6
+        assert parse_train([f"--config={path}"]) == preset
+        assert parse_train(["grid25", "--seed", "6", "--config", str(path)]).seed == 6
 
     @pytest.mark.parametrize("arguments", [["--config", "nowhere.json"], ["--config"]])
     def test_a_missing_file_is_named(self, arguments, capsys):
