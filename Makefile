@@ -32,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 
 VERSIONS ?= 2.6.0 2.11.0+triton3.6.0 2.13.0+triton3.9.0 2.14.1
 
-.PHONY: help demo pictures test test-gpu-simulated examples versions lint bench gpu data build dist docs clean
+.PHONY: help demo pictures test test-gpu-simulated simulated-gpu examples versions lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -72,8 +72,12 @@ test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
 
 # The CPU simulates the CUDA devices: see tests/simulated_gpu/README.md.
-test-gpu-simulated: build
+test-gpu-simulated: build simulated-gpu
 	. tools/toolchain.sh && $(PY) tests/simulated_gpu/run.py $(or $(SIMULATED),short)
+
+# An error here is reported by run.py, which goes on without a simulation if there cannot be one.
+simulated-gpu: $(VENV)/.deps-$(MODE)
+	-@. tools/toolchain.sh && PYTHONPATH=tests/simulated_gpu/python $(PY) -W ignore -m simulated_gpu.build
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
