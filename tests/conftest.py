@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -76,7 +77,7 @@ def usable_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.exit(f"the GPU is lost: {error}".partition("\n")[0])
 
 
-# Files with large tables. A run takes one row in this many, always the same ones. FASTGAN_TESTS=all runs all
+# Files with large tables. A run takes about one row in this many, always the same ones. FASTGAN_TESTS=all runs all
 # rows. Runs with -k or of single tests take all rows, too, except with FASTGAN_TESTS=thin.
 THINNED = {
     "test_attention_in_models.py": 4,
@@ -112,25 +113,46 @@ THINNED = {
     "test_zeros.py": 3,
 }
 
-LONG = ("aot", "cuda", "native", "install", "distributed")  # folders whose tests take minutes
+FEW = 4  # an argument with at most so many values, such as backends and dtypes, keeps all of them
+
+# Folders and files whose tests take the longest
+LONG = ("aot", "cuda", "native", "install", "distributed", "launcher", "test_robustness.py", "test_site.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="I/N", help="run the I-th of N consecutive parts of the selected tests")
 
 
+def chosen_rows(rows: list[pytest.Item], one_in: int) -> set[pytest.Item]:
+    """Choose rows of a table by a hash of their names, at least one, and one of each value of arguments with few."""
+    chosen = {row for row in rows if zlib.crc32(row.nodeid.encode()) % one_in == 0} or {rows[0]}
+    if rows[0].path.parent.name == "integrations":  # each row compiles, which takes seconds
+        return chosen
+    values = {row: {(name, repr(value)) for name, value in row.callspec.params.items()} for row in rows}
+    taken = Counter(name for name, _ in set().union(*values.values()))
+    seen = set().union(*(values[row] for row in chosen))
+    for row in rows:
+        if any(taken[name] <= FEW and (name, value) not in seen for name, value in values[row]):
+            chosen.add(row)
+            seen |= values[row]
+    return chosen
+
+
 def thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect rows of the large tables by a hash of their names, so that all values of each argument remain."""
-    left_out = [
-        item
-        for item in items
-        if hasattr(item, "callspec") and zlib.crc32(item.nodeid.encode()) % THINNED.get(item.path.name, 1)
-    ]
+    """Deselect rows of the large tables."""
+    tables = defaultdict(list)
+    for item in items:
+        if item.path.name in THINNED and hasattr(item, "callspec"):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    left_out = []
+    for rows in tables.values():
+        chosen = chosen_rows(rows, THINNED[rows[0].path.name])
+        left_out += [row for row in rows if row not in chosen]
     selected = config.option.keyword or config.option.share or "::" in " ".join(config.args)
     if left_out and (not selected or os.environ.get("FASTGAN_TESTS") == "thin"):
         config.hook.pytest_deselected(items=left_out)
-        chosen = set(left_out)
-        items[:] = [item for item in items if item not in chosen]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
@@ -141,7 +163,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.share:
         part, parts = map(int, config.option.share.split("/"))
         items[:] = items[len(items) * (part - 1) // parts : len(items) * part // parts]
-    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.parts[-2:]), len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

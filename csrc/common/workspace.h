@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #endif
 #if defined(__SSE2__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #endif
 
 namespace fastgan {

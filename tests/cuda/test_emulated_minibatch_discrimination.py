@@ -24,8 +24,10 @@ CASES = {
     "some rows": ((41, 2, 3), 17, 9, 2, True),
     "more dims than a block has": ((9, 1, 37), 0, 9, 1, True),
 }
-TABLE = [("float32", case) for case in CASES]
-TABLE += [(d, c) for d in ("float64", "float16", "bfloat16") for c in ("within a tile", "more dims than a block has")]
+SOME = ("within a tile", "more dims than a block has")
+# The fibers run in ascending order (False) or in descending order.
+TABLE = [("float32", case, descending) for descending in (False, True) for case in CASES]
+TABLE += [(dtype, case, False) for dtype in ("float64", "float16", "bfloat16") for case in SOME]
 TOLERANCES = {"float32": (1e-5, 1e-4, 1e-3, 1e-3), "float64": (1e-12,) * 4}
 
 
@@ -50,8 +52,9 @@ if MODULE in os.environ:
         monkeypatch.setattr(backends, "native_cuda", lambda: module)
         monkeypatch.setattr(native_kernels.Native, "_where", lambda self, m: 0)
 
-    @pytest.mark.parametrize(("dtype_name", "case"), TABLE, ids=str)
-    def test_values_and_both_orders_match_float64(dtype_name, case):
+    @pytest.mark.parametrize(("dtype_name", "case", "descending"), TABLE, ids=str)
+    def test_values_and_both_orders_match_float64(dtype_name, case, descending, monkeypatch):
+        monkeypatch.setenv("FASTGAN_EMULATION_REVERSED", str(int(descending)))
         dtype, (shape, first, rows, segments, exclude_self) = getattr(torch, dtype_name), CASES[case]
         n, b, c = shape
         m, w = ((torch.randn(shape, dtype=torch.float64) / c).to(dtype) for _ in range(2))

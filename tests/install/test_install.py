@@ -37,11 +37,13 @@ def succeed(*command: object, cwd: Path | None = None, **variables: str) -> str:
     return result.stdout
 
 
+# These tests check which files are built and installed, so they compile without optimization and vector sets.
+SETTINGS = {"FASTGAN_CUDA": "off", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTGAN_ISAS="}
+
+
 def build_wheel(source: Path, destination: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    # These tests check which files are built and installed, so they compile without optimization and vector sets.
-    settings = {"FASTGAN_CUDA": "off", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0 -DFASTGAN_ISAS="} | variables
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--verbose"]
-    return run(*pip, "--wheel-dir", destination, source, **settings)
+    return run(*pip, "--wheel-dir", destination, source, **(SETTINGS | variables))
 
 
 def only_wheel(result: subprocess.CompletedProcess[str], destination: Path) -> Path:
@@ -211,13 +213,16 @@ def test_auto_survives_sources_that_do_not_compile(unpacked: Path, tmp_path: Pat
     assert "deliberately broken" in str(build_info(wheel)["native"]["reason"])
 
 
+NO_COMPILER = (
+    {"FASTGAN_BUILD": "require", "CXX": "/nonexistent/c++"},
+    "FASTGAN_BUILD=require, but fastgan._native cannot be built: no C++ compiler",
+)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (
-            {"FASTGAN_BUILD": "require", "CXX": "/nonexistent/c++"},
-            "FASTGAN_BUILD=require, but fastgan._native cannot be built: no C++ compiler",
-        ),
+        NO_COMPILER,
         (
             {"FASTGAN_CUDA": "require", "CUDACXX": "/nonexistent/nvcc", "CXX": "/nonexistent/c++"},
             "FASTGAN_CUDA=require, but fastgan._native_cuda cannot be built: no nvcc",
@@ -233,8 +238,15 @@ def test_auto_survives_sources_that_do_not_compile(unpacked: Path, tmp_path: Pat
     ids=["no compiler", "no nvcc", "FASTGAN_BUILD", "FASTGAN_CUDA", "contradiction", "MAX_JOBS"],
 )
 def test_a_build_that_cannot_be_as_asked_fails_and_says_why(
-    unpacked: Path, tmp_path: Path, variables: dict[str, str], message: str
+    unpacked: Path, variables: dict[str, str], message: str
 ) -> None:
+    result = run(sys.executable, "setup.py", "build_native", cwd=unpacked, **(SETTINGS | variables))
+    assert result.returncode != 0
+    assert message in result.stdout
+
+
+def test_pip_makes_no_wheel_of_a_build_that_failed(unpacked: Path, tmp_path: Path) -> None:
+    variables, message = NO_COMPILER
     result = build_wheel(unpacked, tmp_path, **variables)
     assert result.returncode != 0
     assert message in result.stdout

@@ -73,10 +73,10 @@ def _own(name: str, *files: str, **environment: str) -> Part:
 # About three minutes of the CPU, on two cores; the longest first. Tests of one environment share a process, because its
 # start takes as long as hundreds of them.
 SHORT = (
+    Part("programs, graphs", (*(f"{OWN}/test_{file}.py" for file in PROGRAMS), *GRAPHS), ("--without-triton",)),
     Part("trainer", TRAINER, ("--without-triton", *_without(*FILES_OF_A_RUN))),
     _host_logic("host logic", "tests/nn", "tests/convert", "tests/integrations/test_func.py", PENALTIES, later=TRACES),
     _on_cuda("penalties", "tests/ops/test_logits_and_penalty.py"),
-    Part("programs, graphs", (*(f"{OWN}/test_{file}.py" for file in PROGRAMS), *GRAPHS), ("--without-triton",)),
     _own("ops, rules", "ops", "rules", "refusals", "graphs"),
     _own("deferred", "deferred", SIMULATED_GPU_DEFERRED="1"),
     _own("two devices", "two_devices", SIMULATED_GPU_DEVICES="2"),

@@ -24,7 +24,7 @@ from fastgan.trainer.loop import Trainer
 from fastgan.trainer.run import replace_text
 from tests.trainer.use.conftest import write_pictures
 
-KILLS, SEEDS = (20, (0, 1)) if os.environ.get("FASTGAN_TESTS") == "all" else (4, (0,))  # kills of each run
+KILLS, SEEDS = (20, (0, 1)) if os.environ.get("FASTGAN_TESTS") == "all" else (3, (0,))  # kills of each run
 
 
 @pytest.fixture(autouse=True)
