@@ -13,6 +13,7 @@ import fastgan
 from fastgan import backends, ops
 from fastgan.ops.filtered_lrelu import native_kernels as filtered_kernels
 from tests.harness import DTYPES, assert_close
+from tests.hypothesis_if_there import given, settings, st
 from tests.ops.one_pass_problem import work
 from tests.ops.test_upfirdn2d import defined
 
@@ -178,6 +179,40 @@ def test_filtered_lrelu_keeps_the_memory_format(backend, dtype):
     for actual, expected in zip(results(x.to(memory_format=torch.channels_last)), results(x), strict=True):
         assert actual.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(actual, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    factors=st.tuples(*[st.integers(1, 3)] * 4),
+    padding=st.tuples(*[st.integers(-2, 6)] * 4),
+    filters=st.tuples(*[st.sampled_from([None, (1,), (4,), (3,), (2, 3), (1, 4)])] * 2),
+    options=st.fixed_dictionaries(
+        dict(clamp=st.sampled_from([None, 0.3]), flip_filter=st.booleans(), slope=st.sampled_from([0.2, 0.0, -0.5]))
+    ),
+    last=st.booleans(),
+)
+def test_any_filtered_lrelu_equals_its_steps_to_second_order(sizes, factors, padding, filters, options, last):
+    x = torch.randn(sizes, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    fu, fd = (None if taps is None else torch.randn(taps, dtype=torch.float64) for taps in filters)
+    up, down, flip, clamp = factors[:2], factors[2:], options["flip_filter"], options["clamp"] or 1e9
+
+    def steps(x):
+        u = defined(x, fu, up=up, padding=padding, gain=up[0] * up[1], flip_filter=flip)
+        y = (F.leaky_relu(u, options["slope"]) * 2**0.5).clamp(-clamp, clamp)
+        return defined(y, fd, down=down, flip_filter=flip)
+
+    ours = lambda x, b="cpu": ops.filtered_lrelu(x, fu, fd, None, up, down, padding, **options, backend=b)  # noqa: E731
+    size = [sizes[2] * up[1] + sum(padding[2:]), sizes[3] * up[0] + sum(padding[:2])]
+    for f in (fu, fd):
+        size = [side - ((1, 1) if f is None else (len(f), f.shape[-1]))[i] + 1 for i, side in enumerate(size)]
+        if min(size) < 1:
+            with pytest.raises(ValueError, match="does not fit"):
+                ours(x)
+            return
+    for backend in ("cpu", "reference"):
+        same_orders(lambda x, b=backend: ours(x, b), steps, x)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
