@@ -289,6 +289,11 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"{name} is not available: {built.get('reason') or error}"
 
 
+def is_off() -> bool:
+    """Return whether the environment variable FASTGAN turns off what changes the code of others."""
+    return os.environ.get("FASTGAN", "").lower() == "off"
+
+
 def native() -> Any:
     """Return the CPU kernels (``fastgan._native``). Call this only if ``select`` returned "cpu"."""
     return _import("fastgan._native")[0]

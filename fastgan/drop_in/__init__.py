@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgan import backends
 from fastgan.drop_in.patch import Patch
 from fastgan.drop_in.tables import TABLES
 
@@ -24,6 +25,10 @@ def patch_torch_utils() -> Patch:
     pickles do not refer to fastgan. A function with parameters that fastgan does not know is not replaced, and the
     logger "fastgan" gets a warning.
 
+    Functions that are stored elsewhere before this call, such as in a ``functools.partial``, a dictionary or a default
+    argument, remain the originals. Import the modules after this call if they store functions. With ``FASTGAN=off`` in
+    the environment, nothing is replaced.
+
     Call it once, before training. A further call also replaces functions in modules that were loaded without an import
     since then.
 
@@ -39,4 +44,4 @@ def patch_torch_utils() -> Patch:
         An object with two members. ``replaced`` lists the names of the functions that were replaced so far.
         ``restore()`` restores the original functions.
     """
-    return Patch.begin(TABLES)
+    return Patch({}) if backends.is_off() else Patch.begin(TABLES)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
+from fastgan.drop_in.late import CompiledLate, late_compilation
 from fastgan.drop_in.signatures import in_place_of, why_not
 from fastgan.drop_in.tables import Functions
 
@@ -101,7 +101,10 @@ class Patch(MetaPathFinder):
             return
 
         def load_and_replace(module: ModuleType) -> None:
-            with _late_compilation():
+            if self is not Patch._active:  # restored, and the loader is used again
+                load(module)
+                return
+            with late_compilation():
                 load(module)
             self._replace_in(vars(module).get("__name__", ""), module)  # the loader of an archive has many modules
 
@@ -118,16 +121,32 @@ class Patch(MetaPathFinder):
                 continue
             if self._is_paused and any(original is entry.original for entry in self._replaced):
                 continue
-            reason = why_not(original, function)
-            if reason is not None:
-                self._refused.append(original)
-                _log.warning("%s.%s is not replaced: %s", module_name, name, reason)
-                continue
-            replacement = in_place_of(original, function)
+            if function is CompiledLate:
+                replacement = self._late(original)
+            else:
+                reason = why_not(original, function)
+                if reason is not None:
+                    self._refused.append(original)
+                    _log.warning("%s.%s is not replaced: %s", module_name, name, reason)
+                    continue
+                replacement = in_place_of(original, function)
             for holder, held in [*_holders(original)]:
                 if not self._is_paused:
                     setattr(holder, held, replacement)
                 self._replaced.append(_Replaced(holder, held, original, replacement))
+
+    def _late(self, get_plugin: Any) -> Any:
+        """Wrap a function that compiles an extension: those of modules that need none now are compiled late."""
+
+        @wraps(get_plugin)
+        def late(*args: Any, **named: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__")
+            homes = {entry.original.__module__ for entry in self._replaced}
+            if caller not in homes - {function.__module__ for function in self._refused}:
+                return get_plugin(*args, **named)
+            return CompiledLate(partial(get_plugin, *args, **named))
+
+        return late
 
     def _add_imports_by_name(self) -> None:
         """Add the modules that imported a function by name since its replacement."""
@@ -149,40 +168,3 @@ def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
             for name, value in [*vars(module).items()]:
                 if value is function:
                     yield module, name
-
-
-class _CompiledLate:
-    """An extension that is compiled at its first use. Functions that are replaced never use it."""
-
-    def __init__(self, compile_now: Any) -> None:
-        self._compile_now = compile_now
-        self._extension: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # a look at the object, not a use of the extension
-            raise AttributeError(name)
-        if self._extension is None:
-            self._extension = self._compile_now()
-        return getattr(self._extension, name)
-
-
-@contextmanager
-def _late_compilation() -> Iterator[None]:
-    """Inside this context, torch.utils.cpp_extension compiles nothing. The modules would compile at their import."""
-    try:
-        from torch.utils import cpp_extension
-    except ImportError:  # it needs setuptools
-        yield
-        return
-    originals = {name: getattr(cpp_extension, name) for name in ("load", "load_inline")}
-
-    def later(original: Any) -> Any:
-        return lambda *args, **named: _CompiledLate(partial(original, *args, **named))
-
-    for name, original in originals.items():
-        setattr(cpp_extension, name, later(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(cpp_extension, name, original)

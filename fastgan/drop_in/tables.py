@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastgan.drop_in import rosinality, torch_utils
+from fastgan.drop_in.late import CompiledLate
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -27,11 +28,14 @@ _STYLEGAN: dict[str, Functions] = {
     "grid_sample_gradfix": {"grid_sample": torch_utils.grid_sample},
     "fma": {"fma": torch_utils.fma},
 }
+_COMPILER: Functions = {"get_plugin": CompiledLate}
 # NVIDIA's package, and those of StudioGAN and MMGeneration
 _PACKAGES = ("torch_utils.ops", "style_ops", "stylegan3.ops")
 # Keys are the ends of module names.
 TABLES: dict[str, Functions] = {
     **{f"{package}.{module}": functions for package in _PACKAGES for module, functions in _STYLEGAN.items()},
+    "torch_utils.custom_ops": _COMPILER,
+    "style_ops.custom_ops": _COMPILER,
     "op.upfirdn2d": _ROSINALITY_UPFIRDN,
     "op.fused_act": _ROSINALITY_ACT,
     "op.conv2d_gradfix": _GRADFIX,

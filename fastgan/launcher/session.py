@@ -7,7 +7,6 @@ input that requires a gradient, are rerouted. ``enabled`` and ``fastgan run`` be
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fastgan import torch_private
+from fastgan import backends, torch_private
 from fastgan.launcher import learning
 from fastgan.launcher.command import Settings
 from fastgan.launcher.conversion import Conversion
@@ -262,10 +261,6 @@ def _exchange(functions: dict[Any, Any]) -> None:
                     setattr(module, name, by_id[id(value)])
 
 
-def is_off() -> bool:
-    return os.environ.get("FASTGAN", "").lower() == "off"
-
-
 @contextmanager
 def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
     """Context manager: compute the hand-written gradient penalties of the code inside with fastgan, where it is faster.
@@ -302,7 +297,7 @@ def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
             A model is converted after its first training call, and only if ``verify`` finds no difference on these
             inputs. The end of the context reverts it.
     """
-    if _session is not None or is_off():
+    if _session is not None or backends.is_off():
         yield
         return
     session = begin(Settings(always=always, convert=convert))
@@ -341,7 +336,7 @@ def end() -> None:
 
 def begin_process(settings: Settings) -> None:
     """Begin a session for this process and its children, until they end."""
-    if is_off() or _session is not None:
+    if backends.is_off() or _session is not None:
         return
     from fastgan.launcher import children
     from fastgan.launcher.compare import recorder_of_this_process

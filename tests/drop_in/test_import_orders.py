@@ -192,3 +192,122 @@ def test_a_module_that_is_made_from_the_source_in_a_pickle_gets_them(first):
         assert_close(module.forward(X), F.leaky_relu(X, 0.2) * 2**0.5, order=0)
     finally:
         del sys.modules[name]
+
+
+@pytest.mark.parametrize("first", ["import", "patch"])
+def test_a_plugin_that_only_replaced_functions_use_is_not_compiled(first, caplog):
+    """Some networks call _init() at their import, where StyleGAN's functions compile their extensions."""
+    compiled = []
+    plugins = "def get_plugin(module_name, sources, **named):\n    compiled.append(module_name)\n    return Plugin()"
+    init = """
+import sys
+def init():
+    return sys.modules["project.torch_utils.custom_ops"].get_plugin("{0}", sources=[])
+def {0}(a, b, c{1}): return None
+"""
+
+    def load():
+        custom = made("project.torch_utils.custom_ops", plugins)
+        custom.compiled, custom.Plugin = compiled, types.SimpleNamespace
+        made("project.torch_utils.ops.fma", init.format("fma", ""))
+        made("project.style_ops.fma", init.format("fma", "=None"))
+
+    if first == "import":
+        load()
+    patch = fastgan.patch_torch_utils()
+    if first == "patch":
+        load()
+        fastgan.patch_torch_utils()
+    plugin = imported("project.torch_utils.ops.fma").init()
+    assert not compiled
+    with pytest.raises(AttributeError):
+        plugin.kernel  # noqa: B018
+    assert compiled == ["fma"]
+    imported("project.style_ops.fma").init()  # its fma is not replaced and may need the plugin
+    assert compiled == ["fma", "fma"]
+    patch.restore()
+    imported("project.torch_utils.ops.fma").init()
+    assert compiled == ["fma", "fma", "fma"]
+
+
+def test_a_library_that_registers_operators_is_compiled_at_the_import(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(cpp_extension, "load", lambda name, *args, **named: compiled.append(name))
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "__init__.py").write_text("")
+    (tmp_path / "project" / "op").mkdir()
+    (tmp_path / "project" / "op" / "__init__.py").write_text("")
+    (tmp_path / "project" / "op" / "fused_act.py").write_text(
+        "from torch.utils.cpp_extension import load\n"
+        "load('operators', [], is_python_module=False)\n"
+        "extension = load('module', [])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fastgan.patch_torch_utils()
+    imported("project.op.fused_act")
+    assert compiled == ["operators"]
+
+
+def test_a_loader_that_is_used_again_after_a_restore_loads_the_originals(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        for name in ("fma", "bias_act"):
+            archive.writestr(f"project/style_ops/{name}.py", "def fma(a, b, c): return None")
+    for name in ("project", "project.style_ops"):
+        package = made(name, "")
+        package.__path__ = [str(tmp_path / "archive.zip" / name.replace(".", "/"))]
+    patch = fastgan.patch_torch_utils()
+    assert is_ours(imported("project.style_ops.fma").fma)
+    patch.restore()
+    assert not is_ours(importlib.reload(imported("project.style_ops.fma")).fma)
+
+
+def test_with_fastgan_off_nothing_is_replaced(monkeypatch):
+    monkeypatch.setenv("FASTGAN", "off")
+    networks = imported("networks")
+    patch = fastgan.patch_torch_utils()
+    assert patch.replaced == []
+    assert not is_ours(networks.bias_act.bias_act)
+    patch.restore()
+    assert not is_ours(imported("project.torch_utils.ops.bias_act").bias_act)
+
+
+COPIES = """
+from .torch_utils import ops
+from .torch_utils.ops import bias_act as act
+import {0}.torch_utils.ops.fma as fused
+
+class Layer:
+    from .torch_utils.ops.fma import fma as multiply
+
+def run(x):
+    return fused.fma(x, x, x) + ops.bias_act.bias_act(x) + Layer.multiply(x, x, x)
+"""
+ACTS = ("relu", "lrelu")
+
+
+@pytest.mark.parametrize("first", ["import", "patch"])
+def test_copies_of_the_package_keep_apart(first, monkeypatch, tmp_path):
+    copies = [f"project{i}" for i in range(2)]
+    for i, copy in enumerate(copies):
+        folder = tmp_path / copy / "torch_utils" / "ops"
+        folder.mkdir(parents=True)
+        for parent in (folder, folder.parent, folder.parent.parent):
+            (parent / "__init__.py").write_text("")
+        (folder / "fma.py").write_text(f"def fma(a, b, c): return {i} + a * b + c")
+        (folder / "bias_act.py").write_text(f"def bias_act(x, b=None, dim=1, act='{ACTS[i]}'): return {i}")
+        (tmp_path / copy / "net.py").write_text(COPIES.format(copy))
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        nets = [imported(f"{copy}.net") for copy in copies] if first == "import" else []
+        patch = fastgan.patch_torch_utils()
+        nets = nets or [imported(f"{copy}.net") for copy in copies]
+        for i, net in enumerate(nets):
+            assert is_ours(net.fused.fma)
+            by_layer = X * X + X + (i if first == "import" else 0)  # it was stored in a class before
+            want = X * X + X + F.leaky_relu(X, 0.2 * i) * 2**0.5 + by_layer
+            torch.testing.assert_close(net.run(X), want)
+        patch.restore()
+        assert [net.fused.fma(1, 2, 3) for net in nets] == [5, 6]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] in copies]:
+            del sys.modules[name]

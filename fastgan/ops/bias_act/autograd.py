@@ -118,7 +118,7 @@ def activate(
     """Run bias_act without argument checks. ``dim`` must not be negative."""
     if options.activation in UNFUSED:
         backends.select("bias_act_unfused", x.device, x.dtype, backend)
-        return _unfused(x, bias, dim, options, inplace)
+        return reference.bias_act(x, bias, dim, options, inplace)
     chosen = backends.select("bias_act", x.device, x.dtype, backend)
     small = options.activation not in PIECEWISE and backend in (None, "auto") and is_small(x, LEAST_SMOOTH)
     if chosen == "reference" or x.numel() == 0 or small:
@@ -135,12 +135,6 @@ def activate(
     else:
         y = apply(_Smooth, x, bias, call, dense, inplace)
     return y
-
-
-def _unfused(x: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool) -> Tensor:
-    acc = accumulation_dtype(x.dtype)
-    y = reference.bias_act(x.to(acc), None if bias is None else bias.to(acc), dim, options).to(x.dtype)
-    return x.copy_(y) if inplace else y
 
 
 def _forward(x: Tensor, bias: Tensor | None, call: _Call, dense: bool, inplace: bool, *bits: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan.ops.bias_act.layout import Options
+from fastgan.ops.library import accumulation_dtype
 
 _FUNCTIONS: dict[str, Callable[[Tensor, Options], Tensor]] = {
     "linear": lambda u, options: u.clone(),
@@ -26,9 +27,12 @@ _FUNCTIONS: dict[str, Callable[[Tensor, Options], Tensor]] = {
 
 
 def bias_act(input: Tensor, bias: Tensor | None, dim: int, options: Options, inplace: bool = False) -> Tensor:
+    """Compute in float32 or better, and round once: otherwise a mask could differ from that of a kernel."""
+    acc = accumulation_dtype(input.dtype)
     u = input.clone() if inplace else input
+    u = u.to(acc)
     if bias is not None:
-        u = u + bias.view(-1, *[1] * (input.ndim - 1 - dim))
+        u = u + bias.to(acc).view(-1, *[1] * (input.ndim - 1 - dim))
     y = _FUNCTIONS[options.activation](u, options)
     if options.gain != 1:
         y = y * options.gain

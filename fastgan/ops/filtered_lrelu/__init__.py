@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgan import backends, torch_private
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
-from fastgan.ops.library import visible
+from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import Factor, check_image, geometry_of, is_constant, number_of, plan_of, upfirdn2d
 from fastgan.ops.upfirdn2d.plan import image_size
 
@@ -38,9 +38,13 @@ def filtered_lrelu(
     """Add a bias, upsample, apply a leaky ReLU with gain and clamp, and downsample.
 
     The function combines `upfirdn2d` and `bias_act`. The upsampling has the gain up_x * up_y, which compensates for the
-    zeros between the elements. On a CPU, one kernel computes all steps of a contiguous input, plane by plane, and never
-    stores the upsampled image. For the derivatives it saves one bit per upsampled element (two with ``clamp``). On a
+    zeros between the elements. On a CPU, one kernel computes all steps, plane by plane, and never stores the upsampled
+    image. For the derivatives it saves one bit per upsampled element (two with ``clamp``). On a
     GPU, the kernel of the first filter also applies the activation and saves two bits, and the second filter follows.
+
+    The sum of the input and the bias is rounded to the dtype of the input. The rest is computed in float32 (float64 for
+    float64 input), up to the result on a CPU and up to the activation on a GPU. The result has the memory format of the
+    input.
 
     Order of derivative: any. If the filters are constant, the function is piecewise affine and allows one pass.
 
@@ -97,9 +101,11 @@ def filtered_lrelu(
             plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
         return in_one(input, Steps(*plans, slope, float(gain), inf if clamp is None else float(clamp)))
-    y = upfirdn2d(input, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
+    # Elements near 0 or the clamp would get other slopes if the upsampled image were rounded to half precision.
+    y = input.to(accumulation_dtype(input.dtype))
+    y = upfirdn2d(y, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
     y = bias_act(y, activation="leaky_relu", negative_slope=slope, gain=gain, clamp=clamp, backend=backend)
-    return upfirdn2d(y, down_filter, 1, down, 0, flip_filter, backend=backend)
+    return upfirdn2d(y, down_filter, 1, down, 0, flip_filter, backend=backend).to(input.dtype)
 
 
 @visible
@@ -119,7 +125,6 @@ def _fused_by(
     """Return the backend whose kernel supports this call. Other calls run the steps one by one, with their errors."""
     if not (
         input.numel() > 0
-        and input.is_contiguous()
         and all(isinstance(number, int | float) and isfinite(number) for number in numbers)
         and numbers[2] > 0
         and not (clamped and torch_private.count_function_modes())  # one pass needs the constants of a clamp

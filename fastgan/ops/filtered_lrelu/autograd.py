@@ -16,7 +16,7 @@ from fastgan import backends
 from fastgan.ops.filtered_lrelu import native_kernels
 from fastgan.ops.library import is_eager, operator, stored
 from fastgan.ops.upfirdn2d.autograd import DTYPES, run
-from fastgan.ops.upfirdn2d.plan import Plan, Taps
+from fastgan.ops.upfirdn2d.plan import Plan, Taps, memory_format
 
 backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
 
@@ -60,9 +60,12 @@ def apply(x: Tensor, steps: Steps) -> Tensor:
 
 
 def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
-    x = stored(x).contiguous()
-    if steps.up.backend == "triton":
-        return _run_triton(x, signs, read, steps)
+    x = stored(x)
+    run = _run_triton if steps.up.backend == "triton" else _run_native
+    return run(x.contiguous(), signs, inside, read, steps).contiguous(memory_format=memory_format(x))
+
+
+def _run_native(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
     y = torch.empty((*x.shape[:2], *steps.down.out_size), dtype=x.dtype, device=x.device)
     planes = x.shape[0] * x.shape[1]
     parts: list[Any] = []
@@ -76,7 +79,7 @@ def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, ste
     return y
 
 
-def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Tensor:
+def _run_triton(x: Tensor, bits: Tensor | None, _: None, read: bool, steps: Steps) -> Tensor:
     plan = steps.up
     taps = plan.taps
     assert isinstance(taps, Taps)
