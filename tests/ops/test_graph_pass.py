@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgan
 from fastgan.ops.gradient_penalty import graph_pass
 from fastgan.ops.gradient_penalty.graph_steps import KINDS
+from fastgan.ops.gradient_penalty.small import Size, size_of
 from tests.ops.one_pass_problem import work
 
 pytestmark = pytest.mark.small
@@ -383,3 +384,29 @@ def test_a_known_call_whose_graph_allows_no_pass_is_not_read_again(call, monkeyp
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_the_first_forward_takes_the_pass_if_only_its_count_shows_that_it_is_small():
+    net = nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64 * 16 * 16, 1)).double()
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    assert size_of(net, [x]) is Size.UNKNOWN
+    copies = [copy.deepcopy(net) for _ in range(3)]
+    for _ in range(2):
+        assert fastgan.explain_penalty(copies[0], x) == "one pass"
+    for ours in copies[1:]:
+        for call in range(2):
+            ours.zero_grad()
+            if ours is copies[1]:
+                logits, penalty = fastgan.logits_and_penalty(lambda x, ours=ours: ours(x), x, kind="r1")
+            else:
+                logits, penalty = fastgan.logits_and_penalty(ours, x, kind="r1")
+            (logits.mean() + penalty).backward()
+            if call == 0:
+                first = [p.grad.clone() for p in ours.parameters()]
+        assert all(torch.equal(a, p.grad) for a, p in zip(first, ours.parameters(), strict=True))
+    leaf = x.clone().requires_grad_()
+    logits = net(leaf)
+    (g,) = torch.autograd.grad(logits.sum(), leaf, create_graph=True)
+    (logits.mean() + g.square().sum((1, 2, 3)).mean() * 5).backward()
+    for p, ours in zip(net.parameters(), copies[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, p.grad)

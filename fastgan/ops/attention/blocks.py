@@ -192,11 +192,15 @@ class Operands:
 
     def of(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor]:
         rows = block.rows
-        left = torch.cat([self.q[:, rows] * self._scale, -self._lse[:, rows]], -1)
-        scores = block.masked(block.product("P", left, self._k1))
-        if self._is_far:
-            rest = scores.logsumexp(-1, keepdim=True)  # of the rounding of the log-sum-exp
-            scores -= rest.masked_fill_(rest == -inf, 0)
+        left = self.q[:, rows] * self._scale
+        if self._is_far:  # the log-sum-exp is too large to be a term of a sum in the product
+            scores = block.masked(block.product("P", left, self.k))
+            for norm in (torch.amax, torch.logsumexp):  # the maximum first, because its size hides the logarithm
+                of_rows = norm(scores, -1, keepdim=True)
+                scores -= of_rows.masked_fill_(of_rows == -inf, 0)
+        else:
+            left = torch.cat([left, -self._lse[:, rows]], -1)
+            scores = block.masked(block.product("P", left, self._k1))
         factors = block.dropout(scores)
         g = self.g[:, rows]
         delta = torch.linalg.vecdot(g, self._o[:, rows]).unsqueeze(-1)

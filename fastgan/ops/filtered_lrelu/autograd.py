@@ -61,8 +61,11 @@ def apply(x: Tensor, steps: Steps) -> Tensor:
 
 def _run(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
     x = stored(x)
-    run = _run_triton if steps.up.backend == "triton" else _run_native
-    return run(x.contiguous(), signs, inside, read, steps).contiguous(memory_format=memory_format(x))
+    if steps.up.backend == "triton":
+        y = _run_triton(x.contiguous(), signs, read, steps)
+    else:
+        y = _run_native(x.contiguous(), signs, inside, read, steps)
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def _run_native(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bool, steps: Steps) -> Tensor:
@@ -79,7 +82,7 @@ def _run_native(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bo
     return y
 
 
-def _run_triton(x: Tensor, bits: Tensor | None, _: None, read: bool, steps: Steps) -> Tensor:
+def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Tensor:
     plan = steps.up
     taps = plan.taps
     assert isinstance(taps, Taps)

@@ -221,6 +221,10 @@ class Tracer(TorchFunctionMode):
             self.parameters.append((value, view))  # the reference keeps the id unique
         return view
 
+    def nodes_of_views(self) -> dict[Node, Tensor]:
+        """Return the parameters by the nodes of the views that the calls used."""
+        return {node: parameter for parameter, view in self.parameters if (node := view.grad_fn) is not None}
+
     def _mark(self, result: Any, layout: Any, why: str | None) -> None:
         if isinstance(result, Tensor):
             if result.requires_grad:
@@ -291,8 +295,7 @@ class Tracer(TorchFunctionMode):
 
     def _check_graph(self, outputs: Sequence[Tensor], late: bool) -> str | None:
         targets = {node_of(x) for x in self._inputs}
-        views = {node for _, view in self.parameters if (node := view.grad_fn) is not None}
-        self.path, leaves = follow((output.grad_fn for output in outputs), targets, views)
+        self.path, leaves = follow((output.grad_fn for output in outputs), targets, self.nodes_of_views())
         if len(follow((parameter.grad_fn for parameter, _ in self.parameters), targets)[0]) > len(targets):
             return f"a weight depends on the input{self._custom(parameter for parameter, _ in self.parameters)}"
         if leaves:

@@ -39,9 +39,14 @@ class Forward(NamedTuple):
     graph: Graph | None = None  # PyTorch's own functions ran, and their graph allows one pass
 
 
-def _after_pytorch(returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, plain: bool) -> Forward:
+def _after_pytorch(
+    returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, plain: bool, tracer: Tracer | None = None
+) -> Forward:
     """Return the forward that ran PyTorch's own functions only."""
-    graph = read_graph(logits, x, hooks) if returned is logits[0] else None
+    views = None
+    if tracer is not None:
+        views = {node: leaf for node, leaf in tracer.nodes_of_views().items() if leaf.is_leaf}
+    graph = read_graph(logits, x, hooks, views) if returned is logits[0] else None
     if graph is not None and not graph.single:
         graph = None
     return Forward(returned, logits, x, None, reason(x), plain, graph)
@@ -108,7 +113,7 @@ def _run_maybe_small(
     if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
     if ran_pytorch:
-        forward = _after_pytorch(returned, logits, x, hooks, plain=False)
+        forward = _after_pytorch(returned, logits, x, hooks, plain=False, tracer=tracer)
         if known is not None:
             leave_to_pytorch(known, x[0].shape[0], readable=forward.graph is not None)
         return forward

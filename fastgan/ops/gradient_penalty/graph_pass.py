@@ -13,7 +13,7 @@ The forward runs as usual. The steps are read from its graph afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,8 +52,9 @@ class Step(NamedTuple):
 class Graph:
     """The steps from the input to the logits, in the order in which they ran."""
 
-    def __init__(self, logits: Tensor, x: Tensor) -> None:
+    def __init__(self, logits: Tensor, x: Tensor, views: Mapping[Node, Tensor]) -> None:
         self.logits, self.x = logits, x
+        self._views = views
         self.steps: list[Step] = []
         self.parameters: list[Tensor] = []
         self._numbers: dict[int, int] = {}  # of the parameters
@@ -105,18 +106,22 @@ class Graph:
         weight = bias = None
         following = edges[kind.weight][0]
         if following is not None:
-            parameter = getattr(following, "variable", None)
+            parameter = self._parameter(following)
             if parameter is None:
                 parameter = getattr(node, kind.weights)
                 self._computed.append(following)
             weight = self._number(parameter)
             self.weights[weight] = None
         if kind.bias is not None and (following := edges[kind.bias][0]) is not None:
-            parameter = getattr(following, "variable", None)
+            parameter = self._parameter(following)
             if parameter is None or [*parameter.shape] != torch_private.shape_of_result(node)[1:2]:
                 return None
             bias = self._number(parameter)
         return Step(node, kind, inputs, output, weight, bias)
+
+    def _parameter(self, node: Any) -> Tensor | None:
+        parameter: Tensor | None = getattr(node, "variable", None)
+        return self._views.get(node) if parameter is None else parameter
 
     def _number(self, parameter: Tensor) -> int:
         number = self._numbers.setdefault(id(parameter), len(self.parameters))
@@ -252,13 +257,16 @@ class _Penalized(torch.autograd.Function):
         return None, None, None, *(grads[i] for i in ctx.indices)
 
 
-def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -> Graph | None:
+def read_graph(
+    logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int, views: Mapping[Node, Tensor] | None = None
+) -> Graph | None:
     """Return the steps of a forward that ran PyTorch's functions, or None if they do not allow this pass.
 
     Args:
         logits: the logits.
         inputs: the inputs, private leaves.
         hooks: ``torch_private.count_hooks()`` before the forward. A graph does not show the hooks on its tensors.
+        views: leaves that the forward used through a view, by the node of the view.
     """
     if len(logits) != 1 or len(inputs) != 1 or hooks != torch_private.count_hooks():
         return None
@@ -267,7 +275,7 @@ def read_graph(logits: Sequence[Tensor], inputs: Sequence[Tensor], hooks: int) -
         return None
     if output.dtype != x.dtype:  # a constant or a sum of another dtype, which tangents do not take on
         return None
-    graph = Graph(output, x)
+    graph = Graph(output, x, views or {})
     return graph if graph.read() else None
 
 
