@@ -65,6 +65,7 @@ def register(op: str, implementations: dict[str, frozenset[torch.dtype]], *, cud
     """Declare an op, the backends that implement it and the dtypes that each supports. Each op calls this once."""
     _ops[op] = _Op(implementations, cuda_first)
     _choose.cache_clear()
+    has_kernel.cache_clear()
 
 
 @contextmanager
@@ -206,14 +207,6 @@ def is_forced(backend: str | None = None) -> bool:
     return (backend or _forced.get()) != "auto"
 
 
-# torch.compile cannot read a ContextVar, so these functions' results while tracing are constants of its graph. This is
-# what torch.compiler.assume_constant_result does, but that would import the compiler.
-_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain, is_lowered)
-_answers += (enter_penalty, leave_penalty)
-for _answer in _answers:
-    _answer._dynamo_marked_constant = True
-
-
 def _check_name(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
@@ -226,15 +219,34 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, wanted: str) -> str:
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run on {device_type} {dtype}: {reason}")
         return wanted
+    chosen, reasons = _best(op, device_type, dtype)
+    if chosen == "reference" and len(reasons) > 1 and len(_ops[op].implementations) > 1:
+        passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
+    return chosen
+
+
+def _best(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, str | None]]:
+    """Return the fastest backend that can run ``op`` here, and for each candidate the reason why it cannot."""
     order = _ORDER.get(device_type, _ORDER_ELSEWHERE)
     if device_type == "cuda" and _ops[op].cuda_first:
         order = ("cuda", "triton", "reference")
     reasons = {name: why_not(op, name, device_type, dtype) for name in order}
-    chosen = next(name for name in order if reasons[name] is None)
-    if chosen == "reference" and len(order) > 1 and len(_ops[op].implementations) > 1:
-        passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        _log.warning("%s falls back to pure PyTorch on %s %s (%s)", op, device_type, dtype, passed_over)
-    return chosen
+    return next(name for name in order if reasons[name] is None), reasons
+
+
+@cache
+def has_kernel(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a backend other than the reference can run ``op`` on such tensors here."""
+    return _best(op, device_type, dtype)[0] != "reference"
+
+
+# torch.compile cannot read a ContextVar, so these functions' results while tracing are constants of its graph. This is
+# what torch.compiler.assume_constant_result does, but that would import the compiler.
+_answers: tuple[Any, ...] = (select, forced, is_forced, in_transform, is_recorded, is_plain, is_lowered)
+_answers += (has_kernel, enter_penalty, leave_penalty)
+for _answer in _answers:
+    _answer._dynamo_marked_constant = True
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -324,15 +336,17 @@ def info() -> str:
     lines.append(f"CPU      {torch.get_num_threads()} threads, {_native_summary()}")
     lines.append(f"GPU      {_gpu_summary()}")
     lines += [f"built    {name}: {_built(part)}" for name, part in (("_native", "native"), ("_native_cuda", "cuda"))]
+    ops = sorted(op for op, declared in _ops.items() if len(declared.implementations) > 1)
+    width = max(map(len, ops))
     device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device_type in device_types:
         lines += ["", f"on {device_type} tensors (float32)"]
-        for op in sorted(_ops):
-            chosen = _choose(op, device_type, torch.float32, "auto")
+        for op in ops:
+            chosen, _ = _best(op, device_type, torch.float32)
             for backend in BACKENDS:
                 reason = why_not(op, backend, device_type, torch.float32)
                 state = "chosen" if backend == chosen else "can run" if reason is None else f"no: {reason}"
-                lines.append(f"  {op:<24} {backend:<10} {state}")
+                lines.append(f"  {op:<{width}} {backend:<10} {state}")
     return "\n".join(lines)
 
 

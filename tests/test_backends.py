@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import fastgan
 from fastgan import backends, ops
@@ -82,9 +83,11 @@ def without_native(monkeypatch):
     original = backends._import
     missing = lambda name: (None, reason) if name == "fastgan._native" else original(name)  # noqa: E731
     monkeypatch.setattr(backends, "_import", missing)
-    backends._choose.cache_clear()
+    for cached in (backends._choose, backends.has_kernel):
+        cached.cache_clear()
     yield
-    backends._choose.cache_clear()
+    for cached in (backends._choose, backends.has_kernel):
+        cached.cache_clear()
 
 
 def test_without_kernels_the_reference_runs_and_says_so_once(without_native, caplog):
@@ -96,11 +99,24 @@ def test_without_kernels_the_reference_runs_and_says_so_once(without_native, cap
     assert "no C++ compiler" in caplog.text
 
 
-def test_info_says_what_runs_and_why_the_rest_does_not(without_native):
-    text = fastgan.info()
+def test_without_kernels_relu_and_leaky_relu_allow_one_pass(without_native):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)
+    )
+    x = torch.randn(32, 3, 64, 64)  # more elements than the path for small inputs takes
+    net(x)
+    assert fastgan.explain_penalty(net, x) == "one pass"
+
+
+def test_info_says_what_runs_and_why_the_rest_does_not(without_native, caplog):
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        text = fastgan.info()
+    assert not caplog.records  # the table says it
     assert f"torch {torch.__version__}" in text
     rows = {tuple(line.split()[:2]): line for line in text.splitlines() if line.startswith("  ")}
     for op, declared in backends._ops.items():
+        if len(declared.implementations) == 1:
+            continue  # part of another op
         assert "chosen" in rows[op, "reference"]
         missing = "no C++ compiler" if "cpu" in declared.implementations else f"{op} has no cpu implementation"
         assert missing in rows[op, "cpu"]

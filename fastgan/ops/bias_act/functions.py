@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.bias_act.autograd import activate
 from fastgan.ops.bias_act.layout import DTYPES, Options
-from fastgan.ops.bias_act.small import is_small, rectify
+from fastgan.ops.bias_act.small import is_for_pytorch, rectify
 from fastgan.ops.library import symbolic
 
 
@@ -43,7 +43,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """
     if input.dtype not in DTYPES:
         return F.leaky_relu(input, negative_slope, inplace)
-    if is_small(input) and (negative_slope >= 0 or not inplace):
+    if is_for_pytorch(input) and (negative_slope >= 0 or not inplace):
         return rectify(input, negative_slope, inplace)
     return activate(input, None, 0, Options("leaky_relu", float(negative_slope)), inplace)
 
@@ -75,7 +75,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if input.dtype not in DTYPES:
         return F.relu(input, inplace)
-    if is_small(input):
+    if is_for_pytorch(input):
         return rectify(input, None, inplace)
     return activate(input, None, 0, Options("relu"), inplace)
 

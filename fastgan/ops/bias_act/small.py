@@ -1,4 +1,4 @@
-"""ReLU and leaky ReLU for small inputs, where a kernel call costs more than the work itself.
+"""ReLU and leaky ReLU for small inputs, where a kernel call costs more than the work itself, and without kernels.
 
 Each order is one PyTorch operator. As with the kernels, and unlike with PyTorch's formulas, no gradient flows to the
 input through the slopes.
@@ -24,11 +24,18 @@ _relu_backward: Any = torch.ops.aten.threshold_backward.default
 
 
 def is_small(x: Tensor, least: int = _LEAST) -> bool:
-    """Return whether this path is the faster one and no backend was requested."""
+    """Return whether PyTorch's operators are faster than kernels and no backend was requested."""
     if backends.is_lowered():
-        return True  # PyTorch's operators, which compilers fuse
+        return True  # compilers fuse them
     few = x.is_meta or (x.numel() < least and x.is_cpu)  # meta tensors have no data for kernels to read
     return few and backends.is_plain() and not backends.is_forced()
+
+
+def is_for_pytorch(x: Tensor) -> bool:
+    """Return whether ReLU runs PyTorch's operators: because it is small, or because there is no kernel."""
+    if is_small(x):
+        return True
+    return not (backends.has_kernel("bias_act", x.device.type, x.dtype) or backends.is_forced()) and backends.is_plain()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
