@@ -209,14 +209,20 @@ def test_rosinalitys_activation_leaves_zeros_without_cuda():
 @pytest.mark.parametrize("role", ["PyTorch", "fastgan", "turns"])
 def test_a_comparison_is_with_the_scripts_own_operations(role, tmp_path):
     networks = imported("networks")
-    recorder = Recorder(role, 2, str(tmp_path / "found.pt"), 1)
+    recorder = Recorder(role, 100, str(tmp_path / "found.pt"), 1)
     assert is_ours(networks.bias_act.bias_act) == (role != "PyTorch")
     if role == "turns":
         unit = Unit(torch.nn.Identity(), (), "script.py:1", recorder.way)
         session = Mock(units=[unit])
-        unit.begin()  # PyTorch's
-        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
-        assert is_ours(networks.bias_act.bias_act)
-        unit.begin()
-        recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
-        assert not is_ours(networks.bias_act.bias_act)
+        ways = []
+        for _ in range(8):
+            step = unit.begin()
+            step.start()
+            step.lap()
+            step.penalized = True
+            ways.append(step.is_fused)
+            step.end()
+            recorder.stepped(session, torch.optim.SGD([torch.ones(1)]))
+            assert is_ours(networks.bias_act.bias_act) == unit.is_next_fused()
+        assert ways[0] is False  # PyTorch's
+        assert True in ways

@@ -15,6 +15,7 @@ from fastgan.ops.gradient_penalty.graph_pass import Graph, read_graph
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
+from fastgan.ops.gradient_penalty.sharding import ShardingNotSupported
 from fastgan.ops.gradient_penalty.small import (
     Size,
     forget,
@@ -146,7 +147,7 @@ def naming_layers(
     """Add the names of the layers to an error about second derivatives. This needs a second forward."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ShardingNotSupported):
         raise
     except RuntimeError as error:
         missing = _missing(discriminator, inputs, select, args, kwargs)

@@ -45,6 +45,10 @@ _CHECKPOINTED = (
 _HOOKS = "torch.distributed.fsdp._fully_shard"  # the module that defines FSDP2's hooks
 
 
+class ShardingNotSupported(RuntimeError):
+    """The discriminator is sharded in a way that penalties do not support."""
+
+
 def may_be_sharded() -> bool:
     """Return whether this process can hold sharded modules."""
     return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
@@ -62,9 +66,9 @@ def refuse_sharded_graph(path: Iterable[Node]) -> None:
     """
     names = {type(node).__name__ for node in path}
     if "RegisterPostBackwardFunctionBackward" in names:
-        raise RuntimeError(_CALLED_OUTSIDE)
+        raise ShardingNotSupported(_CALLED_OUTSIDE)
     if not names.isdisjoint({"_ToTorchTensorBackward", "_FromTorchTensorBackward"}):
-        raise RuntimeError(_TENSOR_PARALLEL)
+        raise ShardingNotSupported(_TENSOR_PARALLEL)
 
 
 def gathering(discriminator: Any) -> AbstractContextManager[None]:
@@ -85,7 +89,7 @@ def _refuse(discriminator: nn.Module) -> None:
 
     managed = {id(p) for module in discriminator.modules() for group in _groups(module) for p in _registered(group)}
     if any(isinstance(p, DTensor) and id(p) not in managed for p in discriminator.parameters()):
-        raise RuntimeError(_TENSOR_PARALLEL)
+        raise ShardingNotSupported(_TENSOR_PARALLEL)
 
 
 def _registered(group: Any) -> Iterator[Tensor | None]:
@@ -142,7 +146,7 @@ def _call_refused(module: Any, *args: Any, **kwargs: Any) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if _weights.get() is not None:
-        raise RuntimeError(_FSDP1)
+        raise ShardingNotSupported(_FSDP1)
     return super(FullyShardedDataParallel, module).__call__(*args, **kwargs)
 
 
@@ -171,7 +175,7 @@ class _NoCheckpoint(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if checkpointed_region() is not None:
-            raise RuntimeError(_CHECKPOINTED)
+            raise ShardingNotSupported(_CHECKPOINTED)
         return func(*args, **(kwargs or {}))
 
 
@@ -259,9 +263,9 @@ def _owners(fsdp_param: Any) -> list[tuple[nn.Module, str]]:
 
 def _check(group: Any) -> None:
     if any(fsdp_param.is_dtensor for fsdp_param in group.fsdp_params):
-        raise RuntimeError(_TENSOR_PARALLEL)
+        raise ShardingNotSupported(_TENSOR_PARALLEL)
     if getattr(group, "_all_reduce_hook", None) is not None:
-        raise RuntimeError(
+        raise ShardingNotSupported(
             "a gradient penalty does not run the hook of set_all_reduce_hook: instead, pass fully_shard a "
             "two-dimensional mesh whose first dimension is replicated"
         )
@@ -277,7 +281,9 @@ def _sharded(group: Any, fsdp_param: Any) -> Sharded:
     parameter = fsdp_param.sharded_param if started or not isinstance(current, DTensor) else current
     if type(parameter.to_local()) is not Tensor:
         kind = type(parameter.to_local()).__name__
-        raise RuntimeError(f"a gradient penalty can only gather plain tensors, but the shard of {name!r} is a {kind}")
+        raise ShardingNotSupported(
+            f"a gradient penalty can only gather plain tensors, but the shard of {name!r} is a {kind}"
+        )
     policy, floating = group.mp_policy, parameter.is_floating_point()
     comm = group.comm_ctx
     streams = [getattr(comm, each, None) for each in ("reduce_scatter_stream", "all_reduce_stream")]
