@@ -56,9 +56,10 @@ help:
 	@echo "FASTGAN_KEEP_TORCH=1    use that interpreter's torch and triton instead of the pinned versions"
 	@echo "TORCH_INDEX=URL         a package index with the torch wheels to install (CPU-only wheels are 3 GB smaller)"
 
-demo: build data
+demo:
+	@$(MAKE) --no-print-directory --jobs 2 build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
-	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 4 --overwrite \
+	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 3 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
 	$(VENV)/bin/fastgan generate runs/demo --samples 0 --grid 4x8 --interpolate 100
 
