@@ -65,7 +65,7 @@ def register(op: str, implementations: dict[str, frozenset[torch.dtype]], *, cud
     """Declare an op, the backends that implement it and the dtypes that each supports. Each op calls this once."""
     _ops[op] = _Op(implementations, cuda_first)
     _choose.cache_clear()
-    has_kernel.cache_clear()
+    _has_kernel.cache_clear()
 
 
 @contextmanager
@@ -235,9 +235,13 @@ def _best(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str,
     return next(name for name in order if reasons[name] is None), reasons
 
 
-@cache
-def has_kernel(op: str, device_type: str, dtype: torch.dtype) -> bool:
+def has_kernel(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend other than the reference can run ``op`` on such tensors here."""
+    return _has_kernel(op, device.type, dtype)
+
+
+@cache
+def _has_kernel(op: str, device_type: str, dtype: torch.dtype) -> bool:
     return _best(op, device_type, dtype)[0] != "reference"
 
 

@@ -83,10 +83,10 @@ def without_native(monkeypatch):
     original = backends._import
     missing = lambda name: (None, reason) if name == "fastgan._native" else original(name)  # noqa: E731
     monkeypatch.setattr(backends, "_import", missing)
-    for cached in (backends._choose, backends.has_kernel):
+    for cached in (backends._choose, backends._has_kernel):
         cached.cache_clear()
     yield
-    for cached in (backends._choose, backends.has_kernel):
+    for cached in (backends._choose, backends._has_kernel):
         cached.cache_clear()
 
 

@@ -35,7 +35,7 @@ def is_for_pytorch(x: Tensor) -> bool:
     """Return whether ReLU runs PyTorch's operators: because it is small, or because there is no kernel."""
     if is_small(x):
         return True
-    return not (backends.has_kernel("bias_act", x.device.type, x.dtype) or backends.is_forced()) and backends.is_plain()
+    return not (backends.has_kernel("bias_act", x.device, x.dtype) or backends.is_forced()) and backends.is_plain()
 
 
 def rectify(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
