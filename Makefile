@@ -59,7 +59,7 @@ help:
 demo:
 	@$(MAKE) --no-print-directory --jobs 2 build data
 	$(VENV)/bin/fastgan verify --dataset fashion-mnist --penalty r1 --steps 32 --out runs/demo
-	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 3 --overwrite \
+	$(VENV)/bin/fastgan train fashion-mnist --penalty r1 --penalty-weight 1 --name demo --minutes 2.5 --overwrite \
 		--extractor efficientnet-lite0 --scored 250
 	$(VENV)/bin/fastgan generate runs/demo --samples 0 --grid 4x8 --interpolate 100
 
