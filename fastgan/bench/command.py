@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="also time compiled forms of PyTorch and of fastgan. Compiling takes a CPU about a minute per case, so "
+        help="also time compiled forms of PyTorch and of fastgan. Compiling takes long on a CPU, so "
         "there --suite steps is a few whole steps, unless --case selects others",
     )
     add("--minutes", type=_minutes, metavar="M", help="start no case after this time; --resume runs the others")
