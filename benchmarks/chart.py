@@ -51,7 +51,7 @@ def rows() -> list[tuple[str, float]]:
 
 def machine() -> str:
     origin = json.loads((RESULTS / MACHINE / "steps.json").read_text())["provenance"]
-    return f"{origin['cpu']}, {origin['threads']} threads, torch {origin['torch']}"
+    return f"{origin['device']}, {origin['threads']} threads, torch {origin['torch']}"
 
 
 def chart(bars: list[tuple[str, float]], measured_on: str, colors: Colors) -> str:

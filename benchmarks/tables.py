@@ -39,7 +39,7 @@ def _table(record: str, prefix: str | None) -> str:
         [
             *_TABLES.get(measured["suite"], _speed)(cases),
             "",
-            f"{origin['cpu'] if origin['device_type'] == 'cpu' else origin['device']}, {_threads(origin)},"
+            f"{origin['device']}, {_threads(origin)},"
             f" torch {origin['torch']}, commit {origin['commit']}: `{origin['command']}`",
             "",
         ]

@@ -61,7 +61,9 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"  # a virtual machine's name tells too little
 
 
 def cpu_name() -> str:

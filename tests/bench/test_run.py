@@ -251,7 +251,8 @@ def test_compiled_steps_on_a_cpu_are_a_few_unless_a_pattern_selects_others():
 def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(provenance, "cpu_name", lambda: "Some(R) CPU @ 2.0GHz")
-    name = f"some-r-cpu-2-0ghz-{torch.get_num_threads()}-threads"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    name = f"some-r-cpu-2-0ghz-avx2-{torch.get_num_threads()}-threads"
     monkeypatch.setattr(run, "commit_of", lambda folder: ("0123456789ab", False))
     assert run.output_path(None, cpu, "ops") == run.ROOT / "benchmarks" / "results" / name / "ops-0123456789ab.json"
     assert run.output_path(Path("here"), cpu, "ops") == Path("here") / name / "ops-0123456789ab.json"
