@@ -294,6 +294,11 @@ def test_autocast_casts_as_pytorchs(dtype):
             assert grad.dtype == torch.float32
             assert torch.autograd.grad(grad.square().sum(), k)[0].isfinite().all()
         assert ops.scaled_dot_product_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        for operands in ((q, k, v.double()), (q.double(), k, v), (q, k, v, mask.double())):  # autocast leaves float64
+            with pytest.raises(RuntimeError, match="dtype"):
+                F.scaled_dot_product_attention(*operands)
+            with pytest.raises(TypeError, match="dtype"):
+                ops.scaled_dot_product_attention(*operands)
 
 
 def test_writing_into_the_result_is_refused_as_by_pytorchs_kernel():

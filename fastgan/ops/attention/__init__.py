@@ -90,6 +90,7 @@ def scaled_dot_product_attention(
             "attn_mask must be None with is_causal=True, got a tensor: include the causal part in the mask"
         )
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    _check_dtypes(query, key, value, attn_mask)
     query, key, value, batch = _by_heads(query, key, value, enable_gqa)
     if attn_mask is not None:
         attn_mask = _mask_by_heads(attn_mask, (*batch, query.shape[2], key.shape[2]))
@@ -137,10 +138,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
             raise ValueError(f"{name} must be (*, tokens, width), got shape {tuple(tensor.shape)}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device, {query.device}, got {tensor.device}")
-    if not query.dtype == key.dtype == value.dtype and not is_autocast(query.device.type):
-        raise TypeError(
-            f"query, key and value must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the query's width, {query.shape[-1]}, got shape {tuple(key.shape)}")
     if value.shape[-2] != key.shape[-2]:
@@ -149,10 +146,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {type(mask).__name__}")
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not is_autocast(query.device.type):
-        raise TypeError(f"attn_mask must be bool, float32 or of the query's dtype, {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}, got {mask.device}")
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Check the dtypes after autocast, which leaves float64 as it is."""
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask must be bool, float32 or of the query's dtype, {query.dtype}, got {mask.dtype}")
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
