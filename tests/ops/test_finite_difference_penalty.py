@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -154,6 +155,42 @@ def test_the_model_is_left_as_after_one_forward():
     fastgan.gradient_penalty(model, x, kind=KIND).backward()
     assert torch.equal(torch.rand(3), after)
     assert all(a is b for a, b in zip(buffers, model.buffers(), strict=True))
+    for mine, their in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, their)
+
+
+class Around:
+    """An object that is no module, but calls one."""
+
+    def __init__(self, model):
+        self.parts = {"model": model}
+
+    def __call__(self, x):
+        return self.parts["model"](x)
+
+    def logits(self, x):
+        return self(x)
+
+
+CALLABLES = {
+    "lambda": lambda model: lambda x: model(x),
+    "partial": lambda model: partial(model),
+    "method": lambda model: model.forward,
+    "object": Around,
+    "method of an object": lambda model: Around(model).logits,
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_buffers_of_a_model_within_any_callable_are_restored(name):
+    model = convolutional(nn.BatchNorm2d(6), nn.Dropout(0.3), norm=parametrizations.spectral_norm).double()
+    other, x = copy.deepcopy(model), torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = gradients(model, fastgan.gradient_penalty(CALLABLES[name](model), x, kind=KIND))
+    wanted = gradients(other, exact(other, x))
+    for mine, their in zip(found, wanted, strict=True):
+        if their is not None:
+            torch.testing.assert_close(mine, their, rtol=1e-6, atol=1e-8)
     for mine, their in zip(model.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(mine, their)
 

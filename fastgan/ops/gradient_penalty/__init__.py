@@ -99,8 +99,7 @@ def gradient_penalty(
     (sum D(x + e u) - sum D(x - e u)) / (2 e), where u = dP/dg is held constant. The step e moves x by eps^(1/3)
     relative to its norm, which is 0.005 in float32. The error is O(e^2) if D is smooth. If D is piecewise affine, the
     error comes from units that switch sides between the two points. The cost is that of eight forwards, compared with
-    four to six for the exact penalty. All three forwards use the same random numbers and, if D is a module, the same
-    buffers.
+    four to six for the exact penalty. All three forwards use the same random numbers and buffers.
 
     Args:
         discriminator: called as ``discriminator(x, *args, **kwargs)``. It returns the logits as one tensor (N, ...). It

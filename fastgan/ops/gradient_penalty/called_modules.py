@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -40,6 +41,55 @@ def called_modules(discriminator: Any) -> list[nn.Module] | None:
     except Unknown:
         return None
     return list(found.values()) or None
+
+
+def reachable_modules(discriminator: Any) -> list[nn.Module]:
+    """Return all modules that can be found from the discriminator, including some that a call may not run."""
+    found: list[nn.Module] = []
+    seen: dict[int, Any] = {}
+    waiting = [(discriminator, _DEPTH)]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # keeps it alive, so that no other object gets its id
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif depth:
+            waiting += [(part, depth - 1) for part in _parts(value)]
+    return all_modules(found)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the objects that a function, a container or another object refers to."""
+    if isinstance(value, (Tensor, *_PLAIN)):
+        return []
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        if _is_torchs(value):
+            return []
+        defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+        names = [value.__globals__[name] for name in _global_names(value)]
+        return [*_contents(value), *defaults, *names, *vars(value).values()]
+    if isinstance(value, tuple | list | set | frozenset | Mapping):
+        return [] if len(value) > _MOST else [*(value.values() if isinstance(value, Mapping) else value)]
+    return [*getattr(value, "__dict__", {}).values()]
+
+
+def _contents(function: FunctionType) -> list[Any]:
+    """Return the values of the variables of enclosing functions that are assigned."""
+    contents = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            contents.append(cell.cell_contents)
+    return contents
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return function.__module__ is not None and function.__module__.partition(".")[0] == "torch"
 
 
 def code_of(discriminator: Any) -> CodeType | None:
@@ -175,7 +225,7 @@ def _look(value: Any, found: dict[int, nn.Module], depth: int) -> None:
 
 
 def _look_into(function: FunctionType, found: dict[int, nn.Module], depth: int) -> None:
-    if function.__module__ is not None and function.__module__.partition(".")[0] == "torch":
+    if _is_torchs(function):
         return  # torch's functions have no parameters
     if depth == 0:
         raise Unknown

@@ -15,8 +15,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgan.ops.gradient_penalty.called_modules import reachable_modules
 from fastgan.ops.gradient_penalty.inputs import Inputs, differentiable, floating, replaced
 from fastgan.ops.gradient_penalty.kinds import Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, logits_of
@@ -87,10 +88,9 @@ class _Repetition:
     """
 
     def __init__(self, discriminator: Any, inputs: Sequence[Tensor]) -> None:
-        modules = discriminator.modules() if isinstance(discriminator, nn.Module) else ()
         self._buffers = [
             (module, name, buffer.detach().clone())
-            for module in modules
+            for module in reachable_modules(discriminator)
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
