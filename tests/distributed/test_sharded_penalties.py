@@ -132,7 +132,12 @@ def inside_a_function(model, real, fake):
     return fastgan.gradient_penalty(lambda x: model(x), real, kind="r1")
 
 
+def approximate(model, real, fake):
+    return fastgan.gradient_penalty(model, real, kind="r1-finite-difference")
+
+
 LOSSES = {f.__name__: f for f in (r1, penalty_alone, whole_step, lazy, inside_a_function)}
+HALF = {f.__name__: f for f in (r1, penalty_alone, approximate)}
 PARTS = "affine", "smooth", "fused spectral norm"
 EVERY = os.environ.get("FASTGAN_TESTS") == "all"  # otherwise each model and loss with the ways in turn
 CASES = [
@@ -233,14 +238,14 @@ def half_precision(mesh, loss):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     ranks = dist.get_world_size()
-    exact = mean_of_ranks(built("affine"), LOSSES[loss], ranks)
+    exact = mean_of_ranks(built("affine"), HALF[loss], ranks)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     model = of_layers(built("affine").float(), mesh, mp_policy=policy)
     real, fake = data(ranks)[:, dist.get_rank()].float()
-    LOSSES[loss](model, real, fake).backward()
+    HALF[loss](model, real, fake).backward()
 
     def rounded(m, a, b):
-        return LOSSES[loss](m, a.bfloat16(), b.bfloat16())
+        return HALF[loss](m, a.bfloat16(), b.bfloat16())
 
     alone = mean_of_ranks(built("affine").bfloat16(), rounded, ranks)
     errors = [
@@ -404,7 +409,7 @@ def work(rank):
         }
     found = {each: case(mesh, *each) for each in CASES}
     found |= {f.__name__: f(mesh) for f in (accumulated, several_steps, divided_otherwise)}
-    found |= {("half", loss): half_precision(mesh, loss) for loss in ("r1", "penalty_alone")}
+    found |= {("half", loss): half_precision(mesh, loss) for loss in HALF}
     found |= {f.__name__: f(mesh) for f in (largest_in_memory, untouched)}
     found["explain"] = fastgan.explain_penalty(of_layers(built("affine"), mesh), data(ranks)[0, rank])
     found["refusals"] = refusals(mesh)
@@ -439,7 +444,7 @@ def test_training_as_fsdp_averages(of_ranks, name):
 
 
 @needs_gloo
-@pytest.mark.parametrize("loss", ["r1", "penalty_alone"])
+@pytest.mark.parametrize("loss", HALF)
 def test_half_precision_by_a_policy_is_as_exact_as_a_model_in_half_precision(of_ranks, loss):
     for found in of_ranks:
         (sharded, alone), dtypes = found["half", loss]

@@ -78,7 +78,7 @@ def test_the_error_is_of_the_second_order(monkeypatch):
     wanted = torch.cat([g.flatten() for g in gradients(model, exact(model, x))[:1]])
     errors = []
     for step in (0.2, 0.1):
-        monkeypatch.setattr(module, "_step", lambda inputs, along, step=step: torch.tensor(step, dtype=torch.float64))
+        monkeypatch.setattr(module, "_step", lambda *_, step=step: torch.tensor(step, dtype=torch.float64))
         found = gradients(model, fastgan.gradient_penalty(model, x, kind=KIND))[0].flatten()
         errors.append((found - wanted).norm())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
@@ -123,6 +123,31 @@ def test_layers_without_a_second_derivative(once, as_module):
     wanted = gradients(theirs, F.softplus(-expected).mean() + exact)
     for mine, their in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-6, atol=1e-9)
+
+
+class Casting(nn.Module):
+    """A float32 model that computes in bfloat16."""
+
+    def __init__(self, model, weights):
+        super().__init__()
+        self.model = model.to(weights)
+
+    def forward(self, x):
+        if next(self.model.parameters()).dtype == torch.bfloat16:
+            return self.model(x.bfloat16()).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_step_fits_the_precision_in_which_the_model_computes(weights):
+    model, x = convolutional(), torch.randn(5, 3, 8, 8)
+    wanted = gradients(model, fastgan.gradient_penalty(model, x, kind="r1"))
+    ours = Casting(copy.deepcopy(model), weights)
+    found = gradients(ours, fastgan.gradient_penalty(ours, x, kind=KIND))
+    for mine, their in zip(found, wanted, strict=True):
+        if their is not None:
+            assert (mine - their).norm() <= 0.1 * their.norm()
 
 
 def test_several_inputs_and_dims():

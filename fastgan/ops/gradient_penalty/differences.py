@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty.called_modules import reachable_modules
+from fastgan.ops.gradient_penalty.called_modules import called_modules, reachable_modules
 from fastgan.ops.gradient_penalty.inputs import Inputs, differentiable, floating, replaced
 from fastgan.ops.gradient_penalty.kinds import Penalty
 from fastgan.ops.gradient_penalty.outputs import Select, logits_of
+from fastgan.ops.gradient_penalty.sharding import dtypes_by_policy
+from fastgan.ops.gradient_penalty.size import all_modules
+from fastgan.ops.library import is_autocast
 
 
 def finite_difference(
@@ -51,7 +54,7 @@ def finite_difference(
     leaves = [grad.clone().requires_grad_() for grad in grads]
     along = iter(torch.autograd.grad(penalty(leaves), leaves))  # u for each input that has a gradient
     directions = [torch.zeros_like(t) if grad is None else next(along) for t, grad in zip(x, found, strict=True)]
-    step = _step(x, directions)
+    step = _step(x, directions, _dtypes(discriminator, [*x, *logits]))
 
     def total(sign: float) -> Tensor:
         moved = iter([t.detach() + sign * step.to(t.dtype) * u for t, u in zip(x, directions, strict=True)])
@@ -64,14 +67,19 @@ def finite_difference(
     return returned, value + (slope - slope.detach())
 
 
-def _step(inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+def _dtypes(discriminator: Any, tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    """Return the dtypes in which the forward may compute, given its inputs and logits."""
+    device = tensors[0].device.type
+    modules = all_modules(called_modules(discriminator) or ())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    dtypes = {t.dtype for t in (*tensors, *parameters) if t.is_floating_point()} | dtypes_by_policy(modules)
+    return dtypes | {torch.get_autocast_dtype(device)} if is_autocast(device) else dtypes
+
+
+def _step(inputs: Sequence[Tensor], directions: Sequence[Tensor], dtypes: set[torch.dtype]) -> Tensor:
     """Return e. A relative step of eps^(1/3) balances the errors of rounding and of curvature."""
-    device = inputs[0].device.type
-    dtypes = {t.dtype for t in inputs}
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
     relative = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
     size, length = (
         torch.stack([torch.linalg.vector_norm(t.detach(), dtype=dtype) for t in each]).norm()
         for each in (inputs, directions)

@@ -254,6 +254,12 @@ def _groups(module: nn.Module) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.6 to 2.10
 
 
+def dtypes_by_policy(modules: Iterable[nn.Module]) -> set[torch.dtype]:
+    """Return the dtypes in which FSDP2's policies let these modules compute."""
+    dtypes = {group.mp_policy.param_dtype for module in modules for group in _groups(module)}
+    return dtypes - {None}
+
+
 def _owners(fsdp_param: Any) -> list[tuple[nn.Module, str]]:
     """Return the modules that hold this parameter, with its name in each."""
     info = fsdp_param._module_info
