@@ -53,6 +53,8 @@ class Root:
         if unit is None or torch_private.in_transform():
             return None
         # A growing model gets the number of its blocks. Layers that it does not use yet have no gradients.
+        if self._session.recorder is not None:
+            self._session.recorder.begins(self._session)
         size = inputs[0].shape[1:], *(value for value in leaves if isinstance(value, int | str))
         step = self._session.here.step_of(unit, size)
         may_reroute = not is_rerouting() and not any(x.is_meta for x in inputs)

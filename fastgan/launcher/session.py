@@ -200,6 +200,8 @@ def grad(
         return _grad(*given, **named)
     if not create_graph:  # perhaps the gradient of a loss, which some scripts compute without backward()
         step = session.here.step
+        if session.recorder is not None and not is_called_by_fastgan():
+            session.recorder.loss(outputs)
         with _counting(session):
             result = _grad(*given, **named)
         if step is not None:
