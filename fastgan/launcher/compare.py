@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from contextlib import suppress
@@ -90,12 +91,15 @@ class Recorder:
         if self._ended:
             return
         self._ended = True
-        unit = max(session.units, key=lambda unit: unit.steps, default=None)
         found = {
             "losses": self._losses,
             "parameters": [parameter.detach().cpu() for parameter in self._parameters(session)],
             "steps": _compared(session),
-            "times": {} if unit is None else {way: unit.time(way) for way in (False, True)},
+            "times": [
+                (f"{unit.name} at {unit.place}", unit.time(False), unit.time(True))
+                for unit in session.units
+                if unit.steps
+            ],
             "seen": bool(session.units),
             "waited": self._waited,
             "refused": session.refused,
@@ -132,8 +136,11 @@ def compare(command: Command) -> int:
     now = torch.get_num_threads()
     other = 2 if now == 1 else max(1, now // 2)
     found: dict[str, Any] = {}
+    start_of_input = _position()
     with TemporaryDirectory() as folder:
         for role in ROLES:
+            if start_of_input is not None:
+                os.lseek(0, start_of_input, os.SEEK_SET)
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [*_interpreter(), "-m", "fastgan", "run", *(["-m"] if command.module else [])]
@@ -149,6 +156,13 @@ def compare(command: Command) -> int:
                 break
     print("\n".join(report(found, command.settings.compare, now, other)))
     return 0
+
+
+def _position() -> int | None:
+    """Return the position in the standard input if it is a file, which each process reads again."""
+    with suppress(OSError):
+        return os.lseek(0, 0, os.SEEK_CUR) if stat.S_ISREG(os.fstat(0).st_mode) else None
+    return None
 
 
 def _interpreter() -> list[str]:
@@ -182,10 +196,11 @@ def report(found: dict[str, Any], wanted: int, now: int, other: int) -> list[str
     steps = "1 step" if plain["steps"] == 1 else f"{plain['steps']} steps"
     early = f" (the script ended before {wanted})" if plain["steps"] < wanted else ""
     lines = [f"fastgan: {steps} with a penalty{early}, in PyTorch and with fastgan, from the same seeds"]
-    before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
-    if before and after:
+    times = [one for one in found["turns"]["times"] if all(one)]
+    for name, before, after in times:
+        which = f" that begins with {name}" if len(times) > 1 else ""
         speed = f"{before / after:.2f} times as fast"
-        lines.append(f"  time per step, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
+        lines.append(f"  time per step{which}, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
     lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(found['fastgan']['memory'])}")
     for name in ("losses", "parameters"):
         lines += _differences(name, plain[name], found["fastgan"][name], found["threads"][name], now, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
@@ -10,7 +11,7 @@ import torch
 
 from fastgan import drop_in
 from fastgan.launcher import compare, session
-from fastgan.launcher.command import Settings
+from fastgan.launcher.command import Settings, parse
 from fastgan.launcher.learning import HOOKED
 from tests.launcher.training import data, models, penalty
 
@@ -106,7 +107,7 @@ def test_both_ways_take_the_same_steps(train, record):
 def test_one_step_of_a_comparison_is_fastgans(record):
     record("fastgan", every_fourth_step, steps=1)
     assert record("fastgan", lambda: every_fourth_step(5))["steps"] == 0  # PyTorch computes the first two
-    assert record("turns", every_fourth_step, steps=1)["times"][True] is not None
+    assert record("turns", every_fourth_step, steps=1)["times"][0][2] is not None
 
 
 def hooked():
@@ -140,7 +141,7 @@ def test_a_process_that_waits_in_vain_stops(record, monkeypatch):
 
 
 FOUND = dict(
-    losses=[1.0, 2.0], parameters=[torch.ones(2)], steps=2, times={}, seen=True, waited=2, refused={}, memory=1
+    losses=[1.0, 2.0], parameters=[torch.ones(2)], steps=2, times=[], seen=True, waited=2, refused={}, memory=1
 )
 
 
@@ -150,6 +151,12 @@ def report(**roles):
 
 def test_the_report_names_what_is_missing():
     found = dict.fromkeys(compare.ROLES, FOUND)
+    times = [("D at loss.py:3", 0.02, 0.01), ("G at loss.py:9", None, 0.01), ("G at loss.py:7", 0.01, 0.02)]
+    lines = report(**{**found, "turns": {**FOUND, "times": times}})
+    assert [line.split(",")[0] for line in lines[1:3]] == [
+        "  time per step that begins with D at loss.py:3",
+        "  time per step that begins with G at loss.py:7",
+    ]
     first, _, losses, parameters = report(**found)
     assert first.startswith("fastgan: 2 steps with a penalty (the script ended before 4)")
     assert "losses: fastgan 0;" in losses
@@ -164,3 +171,26 @@ def test_the_report_names_what_is_missing():
     assert refused == "  not rerouted: D at train.py:3: reason"
     without = {role: {**FOUND, "losses": []} for role in compare.ROLES}
     assert not any("losses" in line for line in report(**without))
+
+
+def test_each_process_reads_a_redirected_input_from_where_it_began(tmp_path, monkeypatch, capsys):
+    read = []
+
+    def run(arguments, given, errors):
+        read.append(os.read(0, 100))
+        torch.save(FOUND, json.loads(given)["file"])
+        return 0
+
+    monkeypatch.setattr(compare, "_run", run)
+    (tmp_path / "input").write_text("first\nsecond\n")
+    own = os.dup(0)
+    with (tmp_path / "input").open("rb", buffering=0) as file:
+        os.dup2(file.fileno(), 0)
+        try:
+            os.read(0, 6)
+            assert compare.compare(parse(["--compare", "2", "train.py"])) == 0
+        finally:
+            os.dup2(own, 0)
+            os.close(own)
+    assert read == [b"second\n"] * 4
+    assert "2 steps with a penalty, in PyTorch" in capsys.readouterr().out
