@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan import torch_private
 from fastgan.launcher import learning
-from fastgan.launcher.roots import OUTPUT, Call, add_hooks, mark
+from fastgan.launcher.roots import Call, add_hooks, mark_output
 from fastgan.launcher.sites import Site, site
 from fastgan.launcher.timing import Step, Unit
 from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
@@ -40,7 +40,7 @@ class Root:
         opened: _Opened | None = calls.pop()[1]
         if opened is not None:
             opened.close()
-            mark(output, OUTPUT, opened.call)
+            mark_output(output, opened.call)
 
     def _open(self, module: nn.Module, given: Any) -> _Opened | None:
         if not torch.is_grad_enabled() or not self.units:

@@ -92,6 +92,14 @@ def test_a_wrappers_inner_module_is_rerouted_where_its_input_gets_to_require_a_g
     assert unit.work[True] < unit.work[False]
 
 
+def test_a_module_whose_images_have_a_name_is_rerouted_as_a_whole(learned):
+    with fastgan.enabled(always=True):
+        run("r1_at_named_images")
+    (unit,) = learned[0].units
+    assert unit.name == "Conditional"
+    assert unit.work[True] < unit.work[False]
+
+
 def test_the_layers_between_a_style_and_its_image_are_rerouted(learned):
     with fastgan.enabled(always=True):
         run("path_length")

@@ -373,3 +373,29 @@ def path_length(d, g, steps):
         loss.backward()
         yield loss, g
         optimizer.step()
+
+
+class Conditional(nn.Module):
+    """Takes images and labels by name."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d, self.labels = d, nn.Embedding(3, 8)
+
+    def forward(self, images, labels):
+        h = self.d.features(images).mean((2, 3))
+        return self.d.last(h) + (self.labels(labels) * h).sum(1, keepdim=True)
+
+
+@script
+def r1_at_named_images(d, g, steps):
+    d = Conditional(d)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x, labels = data()[0].requires_grad_(), torch.randint(0, 3, (4,))
+        (grad,) = torch.autograd.grad(d(images=x, labels=labels).sum(), x, create_graph=True)
+        loss = grad.square().sum() + d(images=x.detach(), labels=labels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
