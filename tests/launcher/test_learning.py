@@ -283,13 +283,17 @@ def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):
 def test_zeros_and_none_are_restored_for_an_optimizer():
     from fastgan.launcher.gradients import Pattern
 
-    zeros, none, values = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer = torch.optim.SGD([zeros, none, values], 0.1)
-    zeros.grad, values.grad = torch.zeros(2), torch.ones(2)
+    zeros, none, values, skipped = parameters = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    used = {id(parameter) for parameter in parameters}
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    zeros.grad, values.grad, skipped.grad = torch.zeros(2), torch.ones(2), torch.zeros(2)
     pattern = Pattern()
-    pattern.note(optimizer)
-    zeros.grad, none.grad, values.grad = None, torch.zeros(2), None
-    assert pattern.restore(optimizer) == 2
+    assert pattern.is_empty
+    pattern.note(optimizer, used)
+    assert pattern.knows(optimizer)
+    zeros.grad, none.grad, values.grad, skipped.grad = None, torch.zeros(2), None, None
+    assert pattern.restore(optimizer, used - {id(skipped)}) == 2
     assert not zeros.grad.any()
     assert none.grad is None
     assert values.grad is None  # this step does not use the layer
+    assert skipped.grad is None

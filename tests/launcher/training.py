@@ -399,3 +399,41 @@ def r1_at_named_images(d, g, steps):
         loss.backward()
         yield loss, d
         optimizer.step()
+
+
+class Skipping(nn.Module):
+    """Skips a branch in some steps. The branch ends with a weight of zero at first."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.skips = list(skips)
+        self.first, self.branch, self.zero = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Linear(8, 1)
+        nn.init.zeros_(self.zero.weight)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.first(x), 0.2)
+        if not self.skips.pop(0):
+            h = h + self.zero(F.leaky_relu(self.branch(h), 0.2))
+        return self.last(F.leaky_relu(h, 0.2).mean((2, 3)))
+
+
+def skipping(skips, steps):
+    d = Skipping([skips[number % len(skips)] for number in range(steps)])
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.5)
+    for _ in range(steps):
+        loss = penalty(d, data()[0].requires_grad_())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss + sum(parameter.norm() for parameter in d.parameters()), d  # with the gradients of the step
+
+
+@script
+def a_branch_that_the_first_steps_take(d, g, steps):
+    return skipping([0, 0, 1, 0, 1], steps)
+
+
+@script
+def a_branch_that_the_first_steps_skip(d, g, steps):
+    return skipping([1, 1, 0, 1, 0], steps)
