@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import count
 from threading import local
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -45,12 +46,23 @@ class Call:
         return other.began < self.began and self.ended < other.ended
 
 
+def leaves(given: Any) -> list[Any]:
+    """Return the values in containers, and the tensors in dataclasses and namespaces among them."""
+    found = tree_leaves(given)
+    for value in tuple(found):
+        if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+            names = [entry.name for entry in fields(value)] if is_dataclass(value) else vars(value)
+            inside = tree_leaves([getattr(value, name, None) for name in names])
+            found += [tensor for tensor in inside if isinstance(tensor, Tensor)]
+    return found
+
+
 def requires_gradient(given: Any) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(given))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in leaves(given))
 
 
 def _metadata(output: Any) -> Iterator[Any]:
-    for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+    for tensor in (output,) if isinstance(output, Tensor) else leaves(output):
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
             yield tensor.grad_fn.metadata
 

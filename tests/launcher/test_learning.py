@@ -92,11 +92,14 @@ def test_a_wrappers_inner_module_is_rerouted_where_its_input_gets_to_require_a_g
     assert unit.work[True] < unit.work[False]
 
 
-def test_a_module_whose_images_have_a_name_is_rerouted_as_a_whole(learned):
+@pytest.mark.parametrize(
+    ("name", "module"), [("r1_at_named_images", "Conditional"), ("r1_at_images_in_an_object", "OfObjects")]
+)
+def test_a_module_is_rerouted_as_a_whole_however_it_gets_its_images(name, module, learned):
     with fastgan.enabled(always=True):
-        run("r1_at_named_images")
+        run(name)
     (unit,) = learned[0].units
-    assert unit.name == "Conditional"
+    assert unit.name == module
     assert unit.work[True] < unit.work[False]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -437,3 +440,36 @@ def a_branch_that_the_first_steps_take(d, g, steps):
 @script
 def a_branch_that_the_first_steps_skip(d, g, steps):
     return skipping([1, 1, 0, 1, 0], steps)
+
+
+@dataclass
+class Judged:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class OfObjects(nn.Module):
+    """Takes a namespace and returns a dataclass."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, given):
+        features = self.d.features(given.images)
+        return Judged(self.d.last(features.mean((2, 3))), features)
+
+
+@script
+def r1_at_images_in_an_object(d, g, steps):
+    d = OfObjects(d)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        given = SimpleNamespace(images=data()[0].requires_grad_())
+        judged = d(given)
+        (grad,) = torch.autograd.grad(judged.logits.sum(), given.images, create_graph=True)
+        loss = grad.square().sum() + judged.logits.mean() + judged.features.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
