@@ -14,16 +14,28 @@ def norm(tensor: Tensor) -> float:
     return float(values[values.isfinite()].norm())
 
 
-@torch.no_grad()
 def distance(actual: Tensor | None, wanted: Tensor) -> float:
     """Return the norm of the difference. It is infinite if the shapes or the non-finite elements differ."""
+    apart = _difference(actual, wanted)
+    return math.inf if apart is None else float(apart.norm())
+
+
+def largest_difference(actual: Tensor | None, wanted: Tensor) -> float:
+    """Return the largest difference of two elements, infinite in the same cases."""
+    apart = _difference(actual, wanted)
+    return math.inf if apart is None else float(apart.abs().max()) if apart.numel() else 0.0
+
+
+@torch.no_grad()
+def _difference(actual: Tensor | None, wanted: Tensor) -> Tensor | None:
+    """Return the differences of the finite elements, or None if the shapes or the other elements differ."""
     if actual is None or actual.shape != wanted.shape:
-        return math.inf
+        return None
     a, w = _exact(actual), _exact(wanted)
     finite = w.isfinite()
     if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].nan_to_num(), w[~finite].nan_to_num()):
-        return math.inf
-    return float((a[finite] - w[finite]).norm())
+        return None
+    return a[finite] - w[finite]
 
 
 def _exact(tensor: Tensor) -> Tensor:

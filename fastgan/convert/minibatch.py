@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from fastgan import ops
 from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, preserved_rng, randn
-from fastgan.convert.replace import Replacement, become, can_become
+from fastgan.convert.replace import Replacement, become, can_become, changed_attributes
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
 Outcome = tuple[str | None, str]
@@ -163,12 +163,14 @@ def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
                 errors.append(difference(results(fused), expected))
             elif samples == 2 * size and positions == (4, 4):
                 raise RuntimeError(failure)
-    # The treatment of a remainder shows only for some batch sizes, so try them all.
-    for samples in range(1, 4 * size + 1):
-        x = randn(samples, channels, 4, 4)
+    # The treatment of a remainder shows only for some batch sizes, so try them all, with usual and large values.
+    for samples in range(1, max(4 * size, 64) + 1):
+        x = randn(samples, channels, 4, 4) * (1.0 if samples % 3 else 1e3)
         expected, failure = outcome(partial(reference.forward, x))
         if failure is None:
             errors.append(difference([fused.forward(x)], [expected]))
+    if changed := changed_attributes(reference, module):
+        raise ValueError(f"its forward changes {', '.join(changed)}")
     return max(errors)
 
 
@@ -179,17 +181,21 @@ def _convert_discrimination(module: nn.Module, T: Tensor) -> Outcome:
     x, values = randn(7, features), randn(*T.shape, seed=1) / (features**0.5 * dim)
 
     def results(layer: Any) -> list[Tensor]:
-        layer.T.data = values.clone()
-        operands = x.clone().requires_grad_(), layer.T.requires_grad_()
         found: list[Tensor] = []
-        for training in (True, False):
+        for scale, training in product((1.0, 8.0), (True, False)):  # samples that are close, and distant ones
+            layer.T.data = scale * values
+            operands = x.clone().requires_grad_(), layer.T.requires_grad_()
             found.append(layer.train(training).forward(x)[:, :features].detach())
             found += derivatives(lambda x, _: layer.forward(x)[:, features:], *operands)
         return found
 
-    expected, failure = outcome(lambda: results(double(module)))
+    reference, failure = outcome(lambda: double(module))
+    if failure is None:
+        expected, failure = outcome(lambda: results(reference))
     if failure:
         return None, f"could not be tried: {failure}"
+    if changed := changed_attributes(reference, module):
+        return None, f"its forward changes {', '.join(changed)}"
     least = math.inf
     for exclude_self, mean in product((True, False), (False, True)):
         fused = double(module)

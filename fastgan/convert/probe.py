@@ -26,7 +26,18 @@ def double(module: nn.Module) -> nn.Module:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Draw random numbers without the generator of the process."""
-    return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
+    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.no_grad()
+def randomize(module: nn.Module) -> None:
+    """Give all tensors random values, the same ones in each copy. A gain of one or a mask of ones would not show."""
+    # `derivatives` draws numbers with the first seeds.
+    for seed, tensor in enumerate((*module.parameters(), *module.buffers()), 100):
+        if tensor.is_floating_point():
+            tensor.copy_(randn(*tensor.shape, seed=seed))
+        elif tensor.dtype == torch.bool:
+            tensor.copy_(randn(*tensor.shape, seed=seed) > 0)
 
 
 def derivatives(function: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:

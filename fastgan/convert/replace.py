@@ -63,6 +63,12 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def changed_attributes(tried: nn.Module, original: nn.Module) -> list[str]:
+    """Return the names of the simple attributes that calls of a copy have changed, such as counters."""
+    now, before = _plain_attributes(tried), _plain_attributes(original)
+    return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+
+
 def is_converted(module: nn.Module) -> bool:
     return isinstance(module, Replacement)
 

@@ -7,9 +7,10 @@
                as torchgan's, and iterates at each forward. It overwrites u and v, so a backward after two forwards
                reads the wrong ones.
 
-Names only find candidates. A module is replaced if its weight, its buffers and the derivatives up to the second equal
-fastgan's on random values, in training and in evaluation. If only the gradients after two forwards differ, a
-replacement changes the training run, so it is made only on request (``mend``).
+Names only find candidates. A module is replaced if its weight, its state and the derivatives up to the second equal
+fastgan's on random values, in training and in evaluation. Tiny and large weights show an eps or a bound of sigma. If
+only the gradients after two forwards differ, a replacement changes the training run, so it is made only on request
+(``mend``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, cast
@@ -27,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import ops
-from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randn
-from fastgan.convert.replace import Replacement, become, can_become
+from fastgan.convert.probe import TOLERANCE, derivatives, difference, double, outcome, randomize
+from fastgan.convert.replace import Replacement, become, can_become, changed_attributes
 
 Outcome = tuple[str | None, str]
 
@@ -37,6 +39,7 @@ _METHODS = re.compile(r"W_|W_bar|sn_weights?|\w*normali[sz]ed?_?weights?|weights
 _ITERATIONS = ("num_itrs", "num_iters", "n_power_iterations", "power_iterations", "n_iter", "Ip")
 _EPS = ("eps", "epsilon")
 _COMMON_EPS = (1e-12, 1e-6, 1e-8)
+_SCALES = (1e-6, 1e3, 1.0)  # of the weights that are tried
 _MENDED = "corrects its gradients, which were wrong after two forwards before one backward"
 _WRONG = (
     "not replaced, but its gradients are wrong after two forwards before one backward, such as D(real) and D(fake): "
@@ -66,10 +69,11 @@ class _Method(Replacement):
         )
         if self.training:
             with torch.no_grad():
-                # W v = sigma u. One row gives sigma; take the row with the largest element of u.
+                # W v = sigma u / |u|^2, and |u| < 1 if eps bounds a norm. One row gives sigma; take the row with the
+                # largest element of u.
                 row = u.abs().argmax().view(1)
                 product = weight.flatten(1).index_select(0, row) @ v
-                getattr(self, settings["sigma"]).copy_(product / u.index_select(0, row))
+                getattr(self, settings["sigma"]).copy_(product / u.index_select(0, row) * u.dot(u))
         return normalized
 
 
@@ -152,21 +156,12 @@ def _convert_method(module: Any, u: str, sigma: str, mend: bool) -> Outcome:
     if attribute is None:
         return None, f"has {u} and {sigma}, but no known method that returns the weight"
 
-    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
-        def normalized(weight: Tensor) -> Tensor:
-            found = getattr(copied, attribute)
-            return cast(Tensor, found() if callable(found) else found)
+    def normalized(copied: Any) -> Tensor:
+        found = getattr(copied, attribute)
+        return cast(Tensor, found() if callable(found) else found)
 
-        copied.weight.requires_grad_()
-        getattr(copied, u).copy_(randn(1, weight.shape[0]))
-        found: list[Tensor] = []
-        for training in (True, True, False):
-            copied.train(training)
-            found += derivatives(normalized, copied.weight)
-            found += [getattr(copied, name).clone() for name in (u, sigma)]
-        return found, _after_two_forwards(normalized, copied, copied.weight)
-
-    return _replace_if_equal(module, _Method, attribute, results, mend, u=u, sigma=sigma)
+    form = _Form(normalized, lambda copied: copied.weight)
+    return _replace_if_equal(module, _Method, attribute, form, mend, u=u, sigma=sigma)
 
 
 def _weight_method(cls: type) -> str | None:
@@ -201,27 +196,13 @@ def _convert_wrapper(module: Any, mend: bool) -> Outcome:
     if isinstance(current, Tensor):  # left by a forward; each forward sets it again before use
         setattr(module.module, module.name, current.detach())
 
-    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
-        child = copied.module
-        weight, u, v = (getattr(child, copied.name + suffix) for suffix in ("_bar", "_u", "_v"))
+    def normalized(copied: Any) -> Tensor:
+        getattr(copied, attribute)()
+        return cast(Tensor, getattr(copied.module, copied.name))
 
-        def normalized(weight: Tensor) -> Tensor:
-            getattr(copied, attribute)()
-            return cast(Tensor, getattr(child, copied.name))
-
-        weight.requires_grad_()
-        with torch.no_grad():
-            for i, vector in enumerate((u, v)):
-                vector.copy_(nn.functional.normalize(randn(*vector.shape, seed=i), dim=0))
-        found: list[Tensor] = []
-        for training in (True, True, False):
-            copied.train(training)
-            found += derivatives(normalized, weight)
-            found += [u.detach().clone(), v.detach().clone()]
-        return found, _after_two_forwards(normalized, copied, weight)
-
+    form = _Form(normalized, lambda copied: getattr(copied.module, copied.name + "_bar"))
     # A weight with one row or column has one pair of singular vectors, so the comparison cannot show the overwriting.
-    return _replace_if_equal(module, _Wrapper, attribute, results, mend, hidden=1 in weight.flatten(1).shape)
+    return _replace_if_equal(module, _Wrapper, attribute, form, mend, hidden=1 in weight.flatten(1).shape)
 
 
 class _Shown(nn.Module):
@@ -243,34 +224,58 @@ def _convert_whole_forward(module: Any, mend: bool) -> Outcome | None:
     current = getattr(module.module, name, None)
     if isinstance(current, Tensor) and not isinstance(current, nn.Parameter):  # left by a forward
         setattr(module.module, name, current.detach())
-    hooks: list[bool] = []  # for each forward, whether the inner module's hooks ran
+    ran: list[object] = []  # the calls of the inner module's hooks
 
-    def results(copied: Any) -> tuple[list[Tensor], list[Tensor]]:
-        shown = copied.module = _Shown(name)
-        called: list[object] = []
-        shown.register_forward_pre_hook(lambda *_: called.append(None))
+    def prepare(copied: Any) -> None:
+        copied.module = _Shown(name)
+        copied.module.register_forward_pre_hook(lambda *_: ran.append(None))
 
-        def normalized(w: Tensor) -> Tensor:
-            weight = copied.forward(1, 2)
-            if shown.arguments[-1] != (1, 2):
-                raise ValueError("its forward does not pass its arguments on")
-            return cast(Tensor, weight)
+    def normalized(copied: Any) -> Tensor:
+        weight = copied.forward(1, 2)
+        if copied.module.arguments[-1] != (1, 2):
+            raise ValueError("its forward does not pass its arguments on")
+        return cast(Tensor, weight)
 
-        copied.w_bar.requires_grad_()
-        with torch.no_grad():
-            for i, vector in enumerate((copied.u, copied.v)):
-                vector.copy_(nn.functional.normalize(randn(*vector.shape, seed=i), dim=0))
+    form = _Form(normalized, lambda copied: copied.w_bar, prepare)
+    _, failure = outcome(lambda: form.results(double(module)))
+    settings = {"hooks": failure is not None or bool(ran), "hidden": 1 in module.w_bar.flatten(1).shape}
+    return _replace_if_equal(module, _WholeForward, "forward", form, mend, **settings)
+
+
+@dataclass
+class _Form:
+    """How to try a module of one form.
+
+    Args:
+        normalized: returns the normalized weight of a copy.
+        weight: returns the weight that it normalizes.
+        prepare: is called with each copy before it is tried.
+    """
+
+    normalized: Callable[[Any], Tensor]
+    weight: Callable[[Any], Tensor]
+    prepare: Callable[[Any], None] = lambda copied: None
+
+    def results(self, copied: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what a copy computes in one forward at a time, and in two forwards before a backward."""
+        self.prepare(copied)
+        randomize(copied)
+        weight = self.weight(copied).requires_grad_()
+        values = weight.detach().clone()
+        state = [tensor for tensor in (*copied.parameters(), *copied.buffers()) if tensor is not weight]
         found: list[Tensor] = []
-        for training in (True, True, False):
-            copied.train(training)
-            found += derivatives(normalized, copied.w_bar)
-            found += [copied.u.detach().clone(), copied.v.detach().clone()]
-        hooks.append(bool(called))
-        return found, _after_two_forwards(normalized, copied, copied.w_bar)
-
-    outcome(lambda: results(double(module)))
-    settings = {"hooks": hooks[0] if hooks else True, "hidden": 1 in module.w_bar.flatten(1).shape}
-    return _replace_if_equal(module, _WholeForward, "forward", results, mend, **settings)
+        for scale in _SCALES:
+            with torch.no_grad():
+                weight.copy_(scale * values)
+            for training in (True, True, False):
+                copied.train(training)
+                if scale == 1:
+                    found += derivatives(lambda _: self.normalized(copied), weight)
+                else:
+                    with torch.no_grad():
+                        found.append(self.normalized(copied).clone())
+                found += [tensor.detach().clone() for tensor in state]
+        return found, _after_two_forwards(lambda _: self.normalized(copied), copied, weight)
 
 
 def _after_two_forwards(normalized: Callable[[Tensor], Tensor], copied: nn.Module, weight: Tensor) -> list[Tensor]:
@@ -284,7 +289,7 @@ def _replace_if_equal(
     module: nn.Module,
     mixin: type[Replacement],
     attribute: str,
-    results: Any,
+    form: _Form,
     mend: bool,
     hidden: bool = False,
     **settings: Any,
@@ -295,16 +300,20 @@ def _replace_if_equal(
     declared = [getattr(module, name) for name in _EPS if hasattr(module, name)]
     if not isinstance(iterations, int) or iterations < 1:
         return None, f"has an unsupported number of power iterations, {iterations!r}"
-    found, failure = outcome(lambda: results(double(module)))
+    reference, failure = outcome(lambda: double(module))
+    if failure is None:
+        found, failure = outcome(lambda: form.results(reference))
     if failure:
         return None, f"could not be tried: {failure}"
+    if changed := changed_attributes(reference, module):
+        return None, f"its {attribute} changes {', '.join(changed)}"
     expected, expected_later = found
     error = math.inf
-    for eps, in_evaluation in product(declared or _COMMON_EPS[:1], sorted({iterations, 1}, reverse=True)):
+    for eps, in_evaluation in product(declared or _COMMON_EPS, sorted({iterations, 1}, reverse=True)):
         settings |= {"n_power_iterations": iterations, "in_evaluation": in_evaluation, "eps": float(eps)}
         candidate = double(module)
         become(candidate, mixin, attribute, **copy.copy(settings))
-        found, failure = outcome(partial(results, candidate))
+        found, failure = outcome(partial(form.results, candidate))
         if failure:
             return None, f"could not be tried: {failure}"
         actual, later = found

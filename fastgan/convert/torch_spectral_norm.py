@@ -22,6 +22,8 @@ from fastgan.nn.utils.spectral_norm import SpectralNorm
 # Marks in the __dict__ of changed objects. revert changes only marked objects, and copies keep the marks.
 _CONVERTED, _FUSED = "_fastgan_converted", "_fastgan_fused"
 
+_UNCHANGED = "normalizes a vector, is one of several parametrizations, or has methods of its own; not replaced"
+
 Outcome = tuple[str | None, str]  # the replacement or None, and the reason or a note
 
 
@@ -41,7 +43,7 @@ def convert(model: nn.Module) -> dict[nn.Module, Outcome]:
                 norm.__dict__[_CONVERTED] = True
                 outcomes[module] = "fused spectral norm", "one call per weight"
             else:
-                outcomes[module] = None, "normalizes a vector, or is one of several parametrizations; not replaced"
+                outcomes[module] = None, _UNCHANGED
     if members and not fused_before:
         fuse_spectral_norm(model)
         model.__dict__[_FUSED] = True

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from contextlib import suppress
@@ -21,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.convert.distance import largest_difference
 from fastgan.launcher.command import Command
+from fastgan.launcher.gradients import parameters_of
 from fastgan.launcher.timing import Way
 
 VARIABLE = "FASTGAN_COMPARISON"
 ROLES = {"PyTorch": Way.PYTORCH, "fastgan": Way.FASTGAN, "threads": Way.PYTORCH, "turns": Way.TURNS}
+LONGEST_WAIT = 2000  # optimizer steps in which to wait for the first penalty
+LONGEST_WAIT_AFTER_REFUSAL = 200  # if the penalties that were seen cannot be rerouted
 
 
 class Recorder:
@@ -33,10 +38,11 @@ class Recorder:
 
     def __init__(self, role: str, steps: int, file: str, threads: int) -> None:
         self.way = ROLES[role]
-        self._steps = 2 * steps + 2 if self.way is Way.TURNS else steps
+        self._steps = 2 * steps + 1 if self.way is Way.TURNS else steps
         self._file = file
         self._losses: list[float] = []
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._waited = 0  # optimizer steps
         self._ended = False
         self._patch = self._begin_patch()
         random.seed(0)
@@ -64,7 +70,18 @@ class Recorder:
             self._optimizers.append(optimizer)
         if self._patch is not None and self.way is Way.TURNS and not torch.cuda.is_available():
             self._patch.pause(not any(unit.is_next_fused() for unit in session.units))
-        if sum(unit.penalties for unit in session.units) >= self._steps and session.here.step.ended:
+        self._waited += 1
+        is_vain = self._waited >= (LONGEST_WAIT_AFTER_REFUSAL if session.refused else LONGEST_WAIT)
+        if (is_vain and not session.units) or (session.here.step is not None and session.here.step.ended):
+            self._stop_if_complete(session)
+
+    def begins(self, session: Any) -> None:
+        """Called before a penalized call. Without optimizers, a step ends here."""
+        if not self._optimizers:
+            self._stop_if_complete(session)
+
+    def _stop_if_complete(self, session: Any) -> None:
+        if not session.units or _compared(session) >= self._steps:
             self.end(session)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -74,17 +91,32 @@ class Recorder:
         if self._ended:
             return
         self._ended = True
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        unit = max(session.units, key=lambda unit: unit.steps, default=None)
         found = {
             "losses": self._losses,
-            "parameters": [parameter.detach().cpu() for group in groups for parameter in group["params"]],
-            "steps": sum(unit.penalties for unit in session.units),
-            "times": {} if unit is None else {way: unit.time(way) for way in (False, True)},
+            "parameters": [parameter.detach().cpu() for parameter in self._parameters(session)],
+            "steps": _compared(session),
+            "times": [
+                (f"{unit.name} at {unit.place}", unit.time(False), unit.time(True))
+                for unit in session.units
+                if unit.steps
+            ],
+            "seen": bool(session.units),
+            "waited": self._waited,
             "refused": session.refused,
             "memory": _peak_memory(),
         }
         torch.save(found, self._file)
+
+    def _parameters(self, session: Any) -> list[Tensor]:
+        if self._optimizers:
+            return [parameter for optimizer in self._optimizers for parameter in parameters_of(optimizer)]
+        modules = [unit.module() for unit in session.units]
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
+
+
+def _compared(session: Any) -> int:
+    """Return the number of steps that fastgan may compute. PyTorch computes the first step of each unit."""
+    return sum(max(0, unit.penalties - 1) for unit in session.units)
 
 
 def _peak_memory() -> int:
@@ -104,8 +136,11 @@ def compare(command: Command) -> int:
     now = torch.get_num_threads()
     other = 2 if now == 1 else max(1, now // 2)
     found: dict[str, Any] = {}
+    start_of_input = _position()
     with TemporaryDirectory() as folder:
         for role in ROLES:
+            if start_of_input is not None:
+                os.lseek(0, start_of_input, os.SEEK_SET)
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [*_interpreter(), "-m", "fastgan", "run", *(["-m"] if command.module else [])]
@@ -113,11 +148,21 @@ def compare(command: Command) -> int:
             status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
             if status or not file.exists():  # a script that fails writes the file, too
                 print(errors.read_text(errors="replace"), end="", file=sys.stderr)
-                print(f"fastgan: {command.name} ended with status {status}", file=sys.stderr)
+                without = "" if status else " and without exit handlers (os._exit), so its steps were not recorded"
+                print(f"fastgan: {command.name} ended with status {status}{without}", file=sys.stderr)
                 return status or 1
             found[role] = torch.load(file)
-    print("\n".join(report(found, now, other)))
+            if not found[role]["steps"]:
+                break
+    print("\n".join(report(found, command.settings.compare, now, other)))
     return 0
+
+
+def _position() -> int | None:
+    """Return the position in the standard input if it is a file, which each process reads again."""
+    with suppress(OSError):
+        return os.lseek(0, 0, os.SEEK_CUR) if stat.S_ISREG(os.fstat(0).st_mode) else None
+    return None
 
 
 def _interpreter() -> list[str]:
@@ -143,21 +188,43 @@ def _run(arguments: list[str], given: str, errors: Path) -> int:
             process.wait()
 
 
-def report(found: dict[str, Any], now: int, other: int) -> list[str]:
-    plain, fused = found["PyTorch"], found["fastgan"]
-    if not fused["steps"]:
-        reasons = "".join(f"\n  {where}: {reason}" for where, reason in fused["refused"].items())
-        return [f"fastgan: nothing to compare, no penalty was rerouted{reasons}"]
-    lines = [f"fastgan: {plain['steps']} steps with a penalty, in PyTorch and with fastgan, from the same seeds"]
-    before, after = found["turns"]["times"].get(False), found["turns"]["times"].get(True)
-    if before and after:
+def report(found: dict[str, Any], wanted: int, now: int, other: int) -> list[str]:
+    plain = found["PyTorch"]
+    reasons = [f"  not rerouted: {where}: {reason}" for where, reason in plain["refused"].items()]
+    if not all(one["steps"] for one in found.values()):
+        return [f"fastgan: nothing to compare, {_why_nothing(plain)}", *reasons]
+    steps = "1 step" if plain["steps"] == 1 else f"{plain['steps']} steps"
+    early = f" (the script ended before {wanted})" if plain["steps"] < wanted else ""
+    lines = [f"fastgan: {steps} with a penalty{early}, in PyTorch and with fastgan, from the same seeds"]
+    times = [one for one in found["turns"]["times"] if all(one)]
+    for name, before, after in times:
+        which = f" that begins with {name}" if len(times) > 1 else ""
         speed = f"{before / after:.2f} times as fast"
-        lines.append(f"  time per step, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
-    lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(fused['memory'])}")
-    noise = f"PyTorch with {other} threads instead of {now}"
+        lines.append(f"  time per step{which}, alternating: PyTorch {_ms(before)}, fastgan {_ms(after)}: {speed}")
+    lines.append(f"  peak memory: PyTorch {_mb(plain['memory'])}, fastgan {_mb(found['fastgan']['memory'])}")
     for name in ("losses", "parameters"):
-        by_fastgan, by_threads = (_difference(plain[name], found[role][name]) for role in ("fastgan", "threads"))
-        lines.append(f"  largest difference of {name}: fastgan {by_fastgan:.2g}; {noise} {by_threads:.2g}")
+        lines += _differences(name, plain[name], found["fastgan"][name], found["threads"][name], now, other)
+    return lines + reasons
+
+
+def _why_nothing(plain: dict[str, Any]) -> str:
+    if plain["refused"]:
+        return "no penalty was rerouted"
+    if plain["seen"]:
+        return "the script ended too early: PyTorch computes the first two steps with a penalty"
+    return f"there was no penalty in {plain['waited']} optimizer steps"
+
+
+def _differences(name: str, plain: Any, fused: Any, threads: Any, now: int, other: int) -> list[str]:
+    if not plain:
+        return []
+    noise = f"PyTorch with {other} threads instead of {now}"
+    fastgans, noises = _difference(plain, fused), _difference(plain, threads)
+    lines = [f"  largest difference of {name}: fastgan {fastgans:.2g}; {noise} {noises:.2g}"]
+    if len(plain) != len(fused):
+        lines.append(f"  number of {name}: PyTorch {len(plain)}, fastgan {len(fused)}")
+    if not all(torch.as_tensor(value).isfinite().all() for value in plain):
+        lines.append(f"  PyTorch's {name} have infinite values or NaN, of which only the places are compared")
     return lines
 
 
@@ -171,4 +238,4 @@ def _mb(size: int) -> str:
 
 def _difference(left: Any, right: Any) -> float:
     pairs = ((torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(left, right, strict=False))
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+    return max((largest_difference(b, a) for a, b in pairs), default=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 from weakref import WeakSet
@@ -32,7 +33,7 @@ class Conversion:
         self._converted: WeakSet[nn.Module] = WeakSet()
         self._is_busy = False
 
-    def consider(self, root: nn.Module, args: Any) -> None:
+    def consider(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Convert the module if this was its first training call. The arguments are those of the call."""
         module: nn.Module = root.module if isinstance(root, _WRAPPERS) else root
         if self._is_busy or module in self._seen or not module.training or torch_private.in_transform():
@@ -44,7 +45,7 @@ class Conversion:
         self._seen.update(module.modules())  # a part that is called separately later has been converted with the whole
         self._is_busy = True  # the copies that verify calls are not to be converted
         try:
-            reason = self._convert(module, args)
+            reason = self._convert(module, *_positional(module, args, kwargs))
         finally:
             self._is_busy = False
         name = type(module).__name__
@@ -52,7 +53,7 @@ class Conversion:
             f"converted: {name}: {reason}" if module in self._converted else f"not converted: {name}: {reason}"
         )
 
-    def _convert(self, module: nn.Module, args: Any) -> str:
+    def _convert(self, module: nn.Module, args: Any, kwargs: Any) -> str:
         if is_compiled(module):
             return COMPILED
         if not args or not any(isinstance(value, Tensor) for value in tree_leaves(args[0])):
@@ -62,7 +63,7 @@ class Conversion:
             return NOTHING
         if failure is None:
             with torch.enable_grad():
-                verification, failure = outcome(lambda: report.verify(args))
+                verification, failure = outcome(lambda: report.verify(args, kwargs))
         if failure is None and verification.equal and not {"output", "gradient"} & verification.missing.keys():
             self._converted.add(module)
             counts = Counter(row.replaced_by for row in report.replaced)
@@ -78,3 +79,11 @@ class Conversion:
     def undo(self) -> None:
         for module in self._converted:
             revert(module)
+
+
+def _positional(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Pass keyword arguments in their places if there are no others: ``verify`` needs a first one."""
+    if args:
+        return args, kwargs
+    bound, _ = outcome(lambda: inspect.signature(module.forward).bind(**kwargs))
+    return (args, kwargs) if bound is None else (bound.args, bound.kwargs)

@@ -65,7 +65,11 @@ def find(outputs: Any, inputs: Any, *, batched: bool = False) -> Found:
         return Found(calls, IN_PARAMETERS)
     if inner:
         between = paths(tensors_in(outputs), *points)
-        calls += [call for node, call in inner.items() if node in between and call not in calls]
+        # A call that takes a gradient as a keyword argument has marked calls inside.
+        outer = [call for call in (*calls, *inner.values()) if call.takes_gradient]
+        for node, call in inner.items():
+            if node in between and call not in calls and not any(call.is_inside(other) for other in outer):
+                calls.append(call)
     return Found(calls, BATCHED if batched else None)
 
 

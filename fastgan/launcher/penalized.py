@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan import torch_private
 from fastgan.launcher import learning
-from fastgan.launcher.roots import OUTPUT, Call, add_hooks, mark
+from fastgan.launcher.roots import Call, add_hooks, leaves, mark_output
 from fastgan.launcher.sites import Site, site
 from fastgan.launcher.timing import Step, Unit
 from fastgan.ops.twice_differentiable import Rerouting, is_rerouting
@@ -40,20 +40,22 @@ class Root:
         opened: _Opened | None = calls.pop()[1]
         if opened is not None:
             opened.close()
-            mark(output, OUTPUT, opened.call)
+            mark_output(output, opened.call)
 
     def _open(self, module: nn.Module, given: Any) -> _Opened | None:
         if not torch.is_grad_enabled() or not self.units:
             return None
-        leaves = torch.utils._pytree.tree_leaves(given)
-        inputs = [value for value in leaves if isinstance(value, Tensor)]
+        values = leaves(given)
+        inputs = [value for value in values if isinstance(value, Tensor)]
         if not any(x.requires_grad for x in inputs):
             return None
         unit = self.units.get(key := site())
         if unit is None or torch_private.in_transform():
             return None
         # A growing model gets the number of its blocks. Layers that it does not use yet have no gradients.
-        size = inputs[0].shape[1:], *(value for value in leaves if isinstance(value, int | str))
+        if self._session.recorder is not None:
+            self._session.recorder.begins(self._session)
+        size = inputs[0].shape[1:], *(value for value in values if isinstance(value, int | str))
         step = self._session.here.step_of(unit, size)
         may_reroute = not is_rerouting() and not any(x.is_meta for x in inputs)
         return _Opened(step, Call(unit.module, key, unit.place, True), may_reroute)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import count
 from threading import local
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -37,37 +39,68 @@ class Call:
     site: Site
     place: str
     takes_gradient: bool  # whether an input requires a gradient
+    began: int = field(default=0, compare=False)  # numbers of all calls and returns, in their order
+    ended: int = field(default=0, compare=False)
+
+    def is_inside(self, other: Call) -> bool:
+        return other.began < self.began and self.ended < other.ended
+
+
+def leaves(given: Any) -> list[Any]:
+    """Return the values in containers, and the tensors in dataclasses and namespaces among them."""
+    found = tree_leaves(given)
+    for value in tuple(found):
+        if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+            names = [entry.name for entry in fields(value)] if is_dataclass(value) else vars(value)
+            inside = tree_leaves([getattr(value, name, None) for name in names])
+            found += [tensor for tensor in inside if isinstance(tensor, Tensor)]
+    return found
 
 
 def requires_gradient(given: Any) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(given))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in leaves(given))
+
+
+def _metadata(output: Any) -> Iterator[Any]:
+    for tensor in (output,) if isinstance(output, Tensor) else leaves(output):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            yield tensor.grad_fn.metadata
 
 
 def mark(output: Any, key: str, value: object) -> None:
-    for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-            cast(Any, tensor.grad_fn.metadata)[key] = value
+    for metadata in _metadata(output):
+        metadata[key] = value
+
+
+def mark_output(output: Any, call: Call) -> None:
+    """Mark the output of a call, unless the global hooks have done it. They also know what is inside of it."""
+    for metadata in _metadata(output):
+        known = metadata.get(OUTPUT)
+        if known is None or known.module() is not call.module():
+            metadata[OUTPUT] = call
 
 
 class _Running(NamedTuple):
     """A call of a module that has not returned."""
 
     module: nn.Module
-    takes_gradient: bool
+    takes_gradient: bool  # in a positional argument: PyTorch does not pass the others to a hook before a call
     is_inside: bool  # of a call that takes a gradient
+    began: int
 
 
 class GlobalHooks:
     """Mark the outputs of all root modules, in every thread.
 
     Args:
-        returned: is called with each root module and its arguments when its call has returned.
+        returned: is called with each root module, its arguments and its keyword arguments when its call has returned.
     """
 
-    def __init__(self, returned: Callable[[nn.Module, Any], None] | None = None) -> None:
+    def __init__(self, returned: Callable[[nn.Module, Any, Any], None] | None = None) -> None:
         self._returned = returned
         self._handles: list[RemovableHandle] = []
         self._depth = local()
+        self._numbers = count(1)
 
     @property
     def are_on(self) -> bool:
@@ -78,7 +111,7 @@ class GlobalHooks:
             self._depth = local()
             self._handles = [
                 torch_module.register_module_forward_pre_hook(self._before),
-                torch_module.register_module_forward_hook(self._after, always_call=True),
+                torch_module.register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
 
     def turn_off(self) -> None:
@@ -89,9 +122,10 @@ class GlobalHooks:
         if not torch.compiler.is_compiling():
             stack = self._stack()
             is_inside = bool(stack) and (stack[-1].takes_gradient or stack[-1].is_inside)
-            stack.append(_Running(module, not is_inside and requires_gradient(args), is_inside))
+            takes_gradient = not is_inside and requires_gradient(args)
+            stack.append(_Running(module, takes_gradient, is_inside, next(self._numbers)))
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         stack = self._stack()
@@ -103,11 +137,12 @@ class GlobalHooks:
             return
         if not torch.is_grad_enabled():
             return
-        if not stack or running.takes_gradient:
-            call = Call(ref(module), site(), place(), running.takes_gradient)
+        takes_gradient = running.takes_gradient or (not running.is_inside and requires_gradient(kwargs))
+        if not stack or takes_gradient:
+            call = Call(ref(module), site(), place(), takes_gradient, running.began, next(self._numbers))
             mark(output, INNER if stack else OUTPUT, call)
         if not stack and self._returned is not None:
-            self._returned(module, args)
+            self._returned(module, args, kwargs)
 
     def _stack(self) -> list[_Running]:
         stack: list[_Running] = self._depth.__dict__.setdefault("stack", [])

@@ -147,8 +147,7 @@ class Session:
     def after(self, outputs: Any, inputs: Any, result: Any, key: Site) -> Any:
         """Called after a call with create_graph=True. Return its result, with the zeros that PyTorch's would have."""
         step = self.here.step
-        if step is not None and not step.ended:
-            step.penalized = True
+        self.penalize(outputs)
         points = [x for x in tensors(inputs) if x.requires_grad]
         if step is not None and step.rerouted and not step.ended and isinstance(result, tuple) and points:
             made = [x for x in result if isinstance(x, Tensor) and x.grad_fn is not None]
@@ -158,6 +157,12 @@ class Session:
                 result = tuple(whole if x is made[0] else x for x in result)
         mark(result, learning.GRADIENT, self._known.get(key, []))
         return result
+
+    def penalize(self, outputs: Any) -> None:
+        step = self.here.step
+        if step is not None and not step.ended:
+            step.penalized = True
+            step.ends += [x.grad_fn for x in tensors(outputs) if x.grad_fn is not None]
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._hooks.are_on:
@@ -171,10 +176,14 @@ class Session:
         # A later call of this optimizer has the gradients of another loss, which may be zeros in themselves.
         if id(optimizer) not in step.optimizers:
             step.optimizers.add(id(optimizer))
-            if step.rerouted:
-                step.pattern().restore(optimizer)
-            elif not step.is_fused:
-                step.pattern().note(optimizer)
+            pattern = step.pattern()
+            if step.rerouted and not pattern.is_empty:
+                step.find_used()
+                pattern.restore(optimizer, step.used)
+            elif not step.is_fused and not pattern.knows(optimizer):
+                step.find_used()
+                pattern.note(optimizer, step.used)
+        step.ends = []
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.recorder is not None:
@@ -200,6 +209,8 @@ def grad(
         return _grad(*given, **named)
     if not create_graph:  # perhaps the gradient of a loss, which some scripts compute without backward()
         step = session.here.step
+        if session.recorder is not None and not is_called_by_fastgan():
+            session.recorder.loss(outputs)
         with _counting(session):
             result = _grad(*given, **named)
         if step is not None:
@@ -234,8 +245,8 @@ def backward(
     step = session.here.step
     with _counting(session):
         _backward(*given)
-    if create_graph and step is not None and not step.ended:
-        step.penalized = True
+    if create_graph:
+        session.penalize(tensors)
     if create_graph and inputs is not None:  # otherwise all leaves have gradients already
         points = [x for x in learning.tensors_in(inputs) if x.grad is not None]
         for x, made in zip(points, session.after(tensors, points, tuple(x.grad for x in points), site()), strict=True):

@@ -18,10 +18,12 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 
 from fastgan.launcher.gradients import Pattern
 from fastgan.launcher.sites import Site
 from fastgan.launcher.work import Count, is_counting_possible
+from fastgan.ops.gradient_penalty.zeros import reached
 
 PAIRS = 8
 LEAST_GAIN = 1.02  # a smaller gain may be noise
@@ -182,6 +184,8 @@ class Step:
     size: object = None
     units: set[int] = field(default_factory=set)  # ids of the units whose calls it contains
     optimizers: set[int] = field(default_factory=set)  # ids of those that took its gradients
+    ends: list[Node] = field(default_factory=list)  # of the forwards that were penalized
+    used: set[int] = field(default_factory=set)  # ids of the leaves of these forwards
     penalized: bool = False  # whether it had a gradient with create_graph=True
     rerouted: bool = False
     forward_work: int = 0
@@ -200,6 +204,12 @@ class Step:
         if not self.ended:
             self.ended = True
             self.unit.end(self)
+
+    def find_used(self) -> None:
+        """Find the leaves, and release the graph."""
+        if self.ends:
+            self.used |= {id(node.variable) for node in reached(self.ends) if hasattr(node, "variable")}
+            self.ends = []
 
     def kind(self) -> Kind:
         return self.penalized, len(self.units)

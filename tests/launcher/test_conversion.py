@@ -10,7 +10,7 @@ import fastgan
 from fastgan.convert import Difference, Report, Verification
 from fastgan.launcher import session
 from tests.convert.named_stand_ins import MinibatchStdLayer
-from tests.launcher.training import MAKERS, data, models
+from tests.launcher.training import MAKERS, Conditional, Discriminator, data, models
 
 
 @pytest.fixture
@@ -51,10 +51,21 @@ def test_layers_are_converted_on_request_after_the_first_batch(learned, capsys):
 
 def test_a_model_that_verify_finds_unequal_stays_as_it_is(learned, capsys, monkeypatch):
     unequal = Verification([Difference("gradient", 0.5, "0.weight", 1e-4)])
-    monkeypatch.setattr(Report, "verify", lambda self, args: unequal)
+    monkeypatch.setattr(Report, "verify", lambda self, args, kwargs: unequal)
     d = normalized()
     kinds = [type(module) for module in d.modules()]
     with fastgan.enabled(convert=True):
         d(data()[0])
         assert [type(module) for module in d.modules()] == kinds
     assert "not converted: Sequential: gradient differs by 5.0e-01 at 0.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", [("labels",), ("images", "labels")])
+def test_a_model_with_named_inputs_is_converted(named, learned, capsys):
+    d = Conditional(Discriminator())
+    nn.utils.parametrizations.spectral_norm(d.d.second)
+    given = {"images": data()[0], "labels": torch.arange(4) % 3}
+    args = [value for name, value in given.items() if name not in named]
+    with fastgan.enabled(convert=True):
+        d(*args, **{name: given[name] for name in named}).sum().backward()
+    assert "  converted: Conditional: 1 x fused spectral norm" in capsys.readouterr().err

@@ -92,6 +92,17 @@ def test_a_wrappers_inner_module_is_rerouted_where_its_input_gets_to_require_a_g
     assert unit.work[True] < unit.work[False]
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("r1_at_named_images", "Conditional"), ("r1_at_images_in_an_object", "OfObjects")]
+)
+def test_a_module_is_rerouted_as_a_whole_however_it_gets_its_images(name, module, learned):
+    with fastgan.enabled(always=True):
+        run(name)
+    (unit,) = learned[0].units
+    assert unit.name == module
+    assert unit.work[True] < unit.work[False]
+
+
 def test_the_layers_between_a_style_and_its_image_are_rerouted(learned):
     with fastgan.enabled(always=True):
         run("path_length")
@@ -275,13 +286,17 @@ def test_a_penalty_that_begins_late_is_learned(learned, monkeypatch):
 def test_zeros_and_none_are_restored_for_an_optimizer():
     from fastgan.launcher.gradients import Pattern
 
-    zeros, none, values = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer = torch.optim.SGD([zeros, none, values], 0.1)
-    zeros.grad, values.grad = torch.zeros(2), torch.ones(2)
+    zeros, none, values, skipped = parameters = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    used = {id(parameter) for parameter in parameters}
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    zeros.grad, values.grad, skipped.grad = torch.zeros(2), torch.ones(2), torch.zeros(2)
     pattern = Pattern()
-    pattern.note(optimizer)
-    zeros.grad, none.grad, values.grad = None, torch.zeros(2), None
-    assert pattern.restore(optimizer) == 2
+    assert pattern.is_empty
+    pattern.note(optimizer, used)
+    assert pattern.knows(optimizer)
+    zeros.grad, none.grad, values.grad, skipped.grad = None, torch.zeros(2), None, None
+    assert pattern.restore(optimizer, used - {id(skipped)}) == 2
     assert not zeros.grad.any()
     assert none.grad is None
     assert values.grad is None  # this step does not use the layer
+    assert skipped.grad is None

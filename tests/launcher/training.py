@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -372,4 +375,101 @@ def path_length(d, g, steps):
         optimizer.zero_grad()
         loss.backward()
         yield loss, g
+        optimizer.step()
+
+
+class Conditional(nn.Module):
+    """Takes images and labels by name."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d, self.labels = d, nn.Embedding(3, 8)
+
+    def forward(self, images, labels):
+        h = self.d.features(images).mean((2, 3))
+        return self.d.last(h) + (self.labels(labels) * h).sum(1, keepdim=True)
+
+
+@script
+def r1_at_named_images(d, g, steps):
+    d = Conditional(d)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        x, labels = data()[0].requires_grad_(), torch.randint(0, 3, (4,))
+        (grad,) = torch.autograd.grad(d(images=x, labels=labels).sum(), x, create_graph=True)
+        loss = grad.square().sum() + d(images=x.detach(), labels=labels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
+        optimizer.step()
+
+
+class Skipping(nn.Module):
+    """Skips a branch in some steps. The branch ends with a weight of zero at first."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.skips = list(skips)
+        self.first, self.branch, self.zero = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Linear(8, 1)
+        nn.init.zeros_(self.zero.weight)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.first(x), 0.2)
+        if not self.skips.pop(0):
+            h = h + self.zero(F.leaky_relu(self.branch(h), 0.2))
+        return self.last(F.leaky_relu(h, 0.2).mean((2, 3)))
+
+
+def skipping(skips, steps):
+    d = Skipping([skips[number % len(skips)] for number in range(steps)])
+    optimizer = torch.optim.SGD(d.parameters(), 1e-2, momentum=0.9, weight_decay=0.5)
+    for _ in range(steps):
+        loss = penalty(d, data()[0].requires_grad_())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss + sum(parameter.norm() for parameter in d.parameters()), d  # with the gradients of the step
+
+
+@script
+def a_branch_that_the_first_steps_take(d, g, steps):
+    return skipping([0, 0, 1, 0, 1], steps)
+
+
+@script
+def a_branch_that_the_first_steps_skip(d, g, steps):
+    return skipping([1, 1, 0, 1, 0], steps)
+
+
+@dataclass
+class Judged:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class OfObjects(nn.Module):
+    """Takes a namespace and returns a dataclass."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+
+    def forward(self, given):
+        features = self.d.features(given.images)
+        return Judged(self.d.last(features.mean((2, 3))), features)
+
+
+@script
+def r1_at_images_in_an_object(d, g, steps):
+    d = OfObjects(d)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(steps):
+        given = SimpleNamespace(images=data()[0].requires_grad_())
+        judged = d(given)
+        (grad,) = torch.autograd.grad(judged.logits.sum(), given.images, create_graph=True)
+        loss = grad.square().sum() + judged.logits.mean() + judged.features.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        yield loss, d
         optimizer.step()

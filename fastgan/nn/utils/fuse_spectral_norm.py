@@ -35,9 +35,9 @@ def fuse_spectral_norm(model: M) -> M:
     """Compute all spectrally normalized weights of a model together, once at the start of each forward.
 
     The function finds fastgan's and PyTorch's parametrizations and PyTorch's older forward hooks
-    (``torch.nn.utils.spectral_norm``) in ``model`` and all its submodules, and changes them in place. Call it again
-    after adding layers. Apply DistributedDataParallel, FSDP or torch.compile afterwards. A spectral norm can be removed
-    in the usual way.
+    (``torch.nn.utils.spectral_norm``) in ``model`` and all its submodules, and changes them in place. Subclasses of
+    these keep their own code. Call the function again after adding layers. Apply DistributedDataParallel, FSDP or
+    torch.compile afterwards. A spectral norm can be removed in the usual way.
 
     The state_dict, and the shapes and dtypes of the results, stay the same. Each layer's u and v are updated once per
     read of its weight, as in PyTorch. A layer that a forward skips keeps its u and v. In these cases a layer computes
@@ -293,19 +293,24 @@ def _parametrizations(module: nn.Module) -> Iterator[_Parametrized]:
     for name, tensors in cast(nn.ModuleDict, module.parametrizations).items():
         tensors = cast(parametrize.ParametrizationList, tensors)
         # With several parametrizations, only the first reads the original and only the last returns the weight.
-        if len(tensors) == 1 and isinstance(tensors[0], _SpectralNorm) and tensors.original.ndim > 1:
+        if len(tensors) == 1 and _is_known(tensors[0], _SpectralNorm, SpectralNorm) and tensors.original.ndim > 1:
             adapt(module, name)
             yield _Parametrized(module, name, tensors)
 
 
 def _hooks(module: nn.Module) -> Iterator[_Hook]:
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, TorchHook):
+        if _is_known(hook, TorchHook, _Hook):
             fused = _set_class(_Hook, hook)
             fused.module = module
             if isinstance(weight := getattr(module, fused.name, None), Tensor):
                 copyable(weight)
             yield fused
+
+
+def _is_known(norm: object, *classes: type) -> bool:
+    """Return whether an object is of one of these classes, and neither a subclass nor the object overrides a method."""
+    return type(norm) in classes and not any(callable(getattr(type(norm), name, None)) for name in vars(norm))
 
 
 def _is_replica(module: nn.Module) -> bool:
