@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 # The function of each operator. They are stored in torch.ops.fastgan, because the operators survive a failed import.
-_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
+_implementations: dict[str, Callable[..., Any]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
 
 
 def is_traced() -> bool:
