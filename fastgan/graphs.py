@@ -181,20 +181,30 @@ def graphed_step(
         A callable with the arguments and results of ``step``, and the attribute ``reason``.
 
     Raises:
-        TypeError: an example is not a tensor.
+        TypeError: an argument has the wrong type. It is checked on every device.
         ValueError: there are no examples, they are on several devices, or ``warmup`` is less than 1.
     """
-    examples = list(example_inputs)
+    if not callable(step):
+        raise TypeError(f"step must be callable, got {type(step).__name__}")
+    if isinstance(example_inputs, Tensor):
+        raise TypeError("example_inputs must be a sequence of tensors, got one tensor: pass (x,)")
+    examples, modules, optimizers = list(example_inputs), list(modules), list(optimizers)
     for x in examples:
         if not isinstance(x, Tensor):
             raise TypeError(f"example_inputs must be tensors, got {type(x).__name__}")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules must be of type nn.Module, got {type(module).__name__}")
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):  # frameworks wrap optimizers in other classes
+            raise TypeError(f"optimizers must have param_groups, got {type(optimizer).__name__}")
     if not examples:
         raise ValueError("example_inputs must hold at least one tensor")
     if len({x.device for x in examples}) > 1:
         raise ValueError(f"example_inputs must be on one device, got {', '.join(str(x.device) for x in examples)}")
     if warmup < 1:
         raise ValueError(f"warmup must be at least 1, got {warmup}")
-    graphed = GraphedStep(step, examples, warmup, list(modules), list(optimizers))
+    graphed = GraphedStep(step, examples, warmup, modules, optimizers)
     if graphed.reason is not None and examples[0].is_cuda:
         warnings.warn(f"the step runs without a CUDA graph: {graphed.reason}", stacklevel=2)
     return graphed

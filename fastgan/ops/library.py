@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 # The function of each operator. They are stored in torch.ops.fastgan, because the operators survive a failed import.
-_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
+_implementations: dict[str, Callable[..., Any]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
 
 
 def is_traced() -> bool:
@@ -137,27 +137,25 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def operator(
+    schema: str, fake: Callable[..., Any] = lambda *arguments: None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as an operator with this schema.
 
-    The operator writes into its arguments and returns nothing, so its fake implementation does nothing. If an import
-    failed halfway and is repeated, the operator stays registered and runs the newest function.
+    By default, the operator writes into its arguments and returns nothing, so its fake implementation does nothing. If
+    an import failed halfway and is repeated, the operator stays registered and runs the newest function.
     """
     name = schema.partition("(")[0]
 
-    def define(function: Callable[..., None]) -> Callable[..., None]:
+    def define(function: Callable[P, R]) -> Callable[P, R]:
         _implementations[name] = function
         if not hasattr(torch.ops.fastgan, name):
             LIBRARY.define(schema)
             LIBRARY.impl(name, lambda *arguments: _implementations[name](*arguments), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastgan::{name}", _nothing, lib=LIBRARY)
+            torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
         return function
 
     return define
-
-
-def _nothing(*arguments: Any) -> None:
-    return None
 
 
 def copy_back(target: Tensor | None, output: Tensor | None) -> None:

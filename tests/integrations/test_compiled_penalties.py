@@ -12,7 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
@@ -245,6 +245,27 @@ def test_dynamic_graphs_work_for_other_batch_sizes(name, step):
         assert_same(gradients(model, compiled(model, images(n))), expected, 1e-4)
         graphs.append(counter.frame_count)  # Dynamo may start anew while it makes the first
     assert graphs[0] == graphs[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "generator"),
+    [("wgan-gp", None), ("dragan", None), ("dragan", torch.Generator())],
+    ids=["wgan-gp", "dragan", "generator"],
+)
+def test_a_dynamic_graph_draws_random_numbers_for_other_batch_sizes(kind, generator):
+    model, counter = nn.Sequential(nn.Flatten(), nn.Linear(768, 1)), CompileCounterWithBackend("aot_eager")
+
+    def step(x):
+        return fastgan.gradient_penalty(lambda x: model(x.square()), x, x.flip(0), kind=kind, generator=generator)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for n in (8, 5):
+        results = []
+        for function in (step, compiled):
+            (generator or torch.default_generator).manual_seed(n)
+            results.append(gradients(model, function(images(n))))
+        assert_same(*results, 1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("step", STEPS)

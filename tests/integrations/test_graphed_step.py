@@ -214,6 +214,10 @@ def test_on_a_cpu_the_step_runs_as_it_is():
     ("examples", "options", "error", "message"),
     [
         ((3,), {}, TypeError, "must be tensors, got int"),
+        (torch.zeros(3), {}, TypeError, r"got one tensor: pass \(x,\)"),
+        ((torch.zeros(1),), {"step": None}, TypeError, "step must be callable, got NoneType"),
+        ((torch.zeros(1),), {"modules": nn.ModuleDict({"d": nn.ReLU()})}, TypeError, "nn.Module, got str"),
+        ((torch.zeros(1),), {"optimizers": [nn.ReLU()]}, TypeError, "must have param_groups, got ReLU"),
         ((), {}, ValueError, "at least one tensor"),
         ((torch.zeros(1), torch.zeros(1, device="meta")), {}, ValueError, "on one device, got cpu, meta"),
         ((torch.zeros(1),), {"warmup": 0}, ValueError, "warmup must be at least 1, got 0"),
@@ -221,4 +225,6 @@ def test_on_a_cpu_the_step_runs_as_it_is():
 )
 def test_bad_input_is_refused(examples, options, error, message):
     with pytest.raises(error, match=message):
-        fastgan.graphed_step(lambda *inputs: None, examples, modules=[], optimizers=[], **options)
+        fastgan.graphed_step(
+            **{"step": lambda *inputs: None, "example_inputs": examples, "modules": [], "optimizers": [], **options}
+        )

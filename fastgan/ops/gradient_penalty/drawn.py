@@ -25,6 +25,8 @@ def uniform(size: Sequence[int], like: Tensor, generator: torch.Generator | None
         number = _remember(id(generator))
         drawn: Tensor = torch.ops.fastgan.uniform(number, list(size), like.dtype, like.device)
         return drawn
+    if generator is None:  # a generator, even None, refuses the symbolic size of a dynamic graph
+        return torch.rand(size, dtype=like.dtype, device=like.device)
     return torch.rand(size, dtype=like.dtype, device=like.device, generator=generator)
 
 

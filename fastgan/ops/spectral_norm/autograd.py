@@ -21,8 +21,9 @@ from fastgan.ops.library import (
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import Layout, layout_of, split_saved
 
-# Both operators write into tensors that the caller allocates, because an operator that mutates its arguments cannot
-# also return a list of tensors.
+# The forward writes into tensors that the caller allocates, because an operator that mutates its arguments cannot also
+# return a list of tensors. The backward returns new tensors: Inductor (PyTorch 2.13) read gradients that an operator
+# would write later, in a sum that it fused with earlier ones.
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
@@ -64,34 +65,35 @@ def _run_forward(
     _copy_back(targets, outputs)
 
 
+def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    return list(map(torch.empty_like, weights))
+
+
 @operator(
-    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
-    " str backend) -> ()"
+    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, int[] offsets, int[] dims, str backend)"
+    " -> Tensor[]",
+    fake=_like_weights,
 )
 def _backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     saved: Tensor,
-    outputs: Sequence[Tensor],
     offsets: Sequence[int],
     dims: Sequence[int],
     backend: str,
-) -> None:
+) -> list[Tensor]:
     layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # a subset of the forward's weights
-    _run_backward(grads, weights, saved, outputs, layout, backend)
+    return _run_backward(grads, weights, saved, layout, backend)
 
 
 def _run_backward(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    saved: Tensor,
-    outputs: Sequence[Tensor],
-    layout: Layout,
-    backend: str,
-) -> None:
+    grads: Sequence[Tensor], weights: Sequence[Tensor], saved: Tensor, layout: Layout, backend: str
+) -> list[Tensor]:
+    outputs = list(map(torch.empty_like, weights))
     inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
     _kernels(backend).backward(_contiguous(grads), inputs, targets, saved, layout)
     _copy_back(targets, outputs)
+    return outputs
 
 
 @cache
@@ -210,12 +212,12 @@ def _check_versions(ctx: Any, weights: Sequence[Tensor], wanted: Sequence[int]) 
 def _grads_of_weights(saved: Tensor, layout: Layout, backend: str, *grads_and_weights: Tensor) -> list[Tensor]:
     half = len(layout.dims)
     grads, weights = grads_and_weights[:half], grads_and_weights[half:]
-    outputs = list(map(torch.empty_like, weights))
     if is_eager(grads[0]):
-        _run_backward(grads, weights, saved, outputs, layout, backend)
-    else:
-        torch.ops.fastgan.spectral_norm_bwd(grads, weights, saved, outputs, layout.offsets, layout.dims, backend)
-    return outputs
+        return _run_backward(grads, weights, saved, layout, backend)
+    made: list[Tensor] = torch.ops.fastgan.spectral_norm_bwd(
+        grads, weights, saved, layout.offsets, layout.dims, backend
+    )
+    return made
 
 
 class _SpectralNormBackward(torch.autograd.Function):
