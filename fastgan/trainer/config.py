@@ -6,7 +6,6 @@ This module does not import PyTorch, so that `--help` is fast.
 from __future__ import annotations
 
 import dataclasses
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from fastgan.trainer.data.options import DatasetName, PictureConfig
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
-from fastgan.trainer.settings import checked, flat, merged
+from fastgan.trainer.settings import checked, flat, merged, read_table
 
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -207,9 +206,7 @@ class TrainConfig:
     def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
         """Read a configuration. With a `base`, the file may contain only some settings."""
         try:
-            values = json.loads(path.read_text())
-            if not isinstance(values, dict):
-                raise TypeError("it is not a table of settings")
+            values = read_table(path)
             return cls.from_json(values if base is None else merged(base.to_json(), renewed(values)))
         except FileNotFoundError:
             raise RunFolderError(f"{path.parent} does not contain a run") from None
