@@ -141,8 +141,12 @@ def interrupts_ignored() -> Iterator[None]:
 
 def open_study(config: TuneConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(open_journal(config.out / "journal.log"))
-    study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    journal = config.out / "journal.log"
+    try:
+        storage = optuna.storages.JournalStorage(open_journal(journal))
+        study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{journal} is not a study's journal, or is damaged: choose another --out") from error
     about = what_costs_depend_on(config)
     known = study.user_attrs.get("about", {})
     others = [f"{key} {known[key]}, not {value}" for key, value in about.items() if known.get(key, value) != value]

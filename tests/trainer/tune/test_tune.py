@@ -204,6 +204,18 @@ def test_the_lock_of_a_worker_that_was_killed_holds_nobody_up(tmp_path, forked):
     assert list(open_journal(path).read_logs(0)) == [{"a": 1}]
 
 
+def test_a_line_that_was_cut_short_is_removed_and_a_damaged_journal_is_one_line(tmp_path, capsys):
+    path = tmp_path / "journal.log"
+    open_journal(path).append_logs([{"a": 1}])
+    with open(path, "a") as file:
+        file.write('{"b":')
+    open_journal(path).append_logs([{"c": 2}])
+    assert list(open_journal(path).read_logs(0)) == [{"a": 1}, {"c": 2}]
+    path.write_text("no journal\n")
+    assert cli.main(["tune", "ring8", "--out", str(tmp_path)]) == 2
+    assert "journal.log is not a study's journal, or is damaged: choose another --out" in capsys.readouterr().err
+
+
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
     toy.out.mkdir()
     study = open_study(toy)
