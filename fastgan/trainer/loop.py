@@ -76,7 +76,7 @@ class Trainer:
         if self.data is not None and isinstance(self.held_out, Images):
             self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
-        if config.init_from and not config.resume:
+        if config.init_from and state is None:  # also in a run that was stopped before its first checkpoint
             start_from(self.gan, config, config.init_from, quiet=not self.writes)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
