@@ -124,6 +124,19 @@ class RunFolder:
         replace_text(self.metrics, "".join(strict_json.dumps(record) + "\n" for record in records))
 
 
+def require_writable(path: Path) -> None:
+    """Check that a folder can be made and written to, without making it, before a long computation.
+
+    Raises:
+        RunFolderError: it cannot.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written to: {error.strerror}") from error
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and check that it is writable, so that a run fails at its start and not at its end.
 
