@@ -76,7 +76,7 @@ def write_export(
     try:
         partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
         partial.replace(path)
-    except OSError:
+    except BaseException:  # also Ctrl-C
         partial.unlink(missing_ok=True)
         raise
 

@@ -34,7 +34,7 @@ from fastgan.trainer.progress import Progress
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
-from fastgan.trainer.run import MEASURING, RunFolder
+from fastgan.trainer.run import MEASURING, RunFolder, replace_text
 from fastgan.trainer.settings import flat
 from fastgan.trainer.start import start_from
 
@@ -307,7 +307,7 @@ class Trainer:
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
         quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
-        self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
+        replace_text(self.run.quality, strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
         print(report.summary(quality))

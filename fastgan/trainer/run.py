@@ -20,6 +20,7 @@ from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.lock import Lock
 
+PARTIAL = ".partial"  # the ending of files that are being written
 MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
 
 
@@ -64,15 +65,20 @@ class RunFolder:
 
         try:
             others = (self.verify, self.lock.path)
-            in_use = self.path.exists() and any(entry not in others for entry in self.path.iterdir())
+            entries = list(self.path.iterdir()) if self.path.exists() else []
         except PermissionError as error:
             raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
+        in_use = any(entry not in others and entry.suffix != PARTIAL for entry in entries)
         self.lock.check()
         self.saved: TrainConfig | None = None  # the settings of the run to resume
         if config.resume:
             self.saved = TrainConfig.load(self.config)
             refuse_changes(self.saved, config)
         elif in_use and not config.overwrite:
+            if self.config not in entries:
+                raise RunFolderError(
+                    f"{self.path} has files but no run: choose another --name, or --overwrite, which keeps other files"
+                )
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
 
     def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
@@ -81,6 +87,8 @@ class RunFolder:
         self.lock.take()
         if config.overwrite:
             self._clear()
+        for partial in (*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")):
+            partial.unlink(missing_ok=True)  # a process was killed while it wrote
         if data is not None:
             replace_text(self.data, data.text())
         class_names = {"class_names": data.class_names} if data is not None and data.class_names else {}
@@ -152,13 +160,13 @@ def make_folder(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write `path` atomically: after a full disk or a kill, the previous content is still there."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # also Ctrl-C
         partial.unlink(missing_ok=True)
         raise

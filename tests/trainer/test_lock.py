@@ -94,6 +94,25 @@ def test_a_file_that_was_removed_in_between_is_no_lock(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_was_writing_is_in_nobodys_way(ring8_config):
+    folder = ring8_config.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json.partial").write_text("{")
+    Trainer(ring8_config).train()
+    partials = folder / "data.json.partial", folder / "checkpoints" / "step-00000003.partial"
+    for partial in partials:
+        partial.touch()
+    Trainer(dataclasses.replace(ring8_config, resume=True, steps=6)).train()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_folder_with_other_files_is_not_called_a_run(ring8_config):
+    ring8_config.folder.mkdir(parents=True)
+    (ring8_config.folder / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match="ring8 has files but no run: choose another --name, or --overwrite"):
+        Trainer(ring8_config)
+
+
 @pytest.mark.parametrize("where", ["header", "first step"])
 def test_a_start_that_fails_leaves_nothing(ring8_config, monkeypatch, where):
     def fail(*_: object, **__: object) -> None:

@@ -30,7 +30,7 @@ from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost, measures_images, score
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, replace_text
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
 from fastgan.trainer.tune.journal import open_journal
@@ -63,7 +63,7 @@ def tune(config: TuneConfig) -> TrainConfig:
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = config.best(settings(config.start, study.best_params))
-    (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
+    replace_text(config.out / "best.json", strict_json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
 

@@ -96,7 +96,10 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
             what += f", of which the run trained on {len(known):,}, which favors a generator that copies them"
     else:
         assert config.run is not None
-        source, held_out = run_data(settings, home_of(config.run), trained.device)
+        try:
+            source, held_out = run_data(settings, home_of(config.run), trained.device)
+        except DataError as error:
+            raise DataError(f"{error} (the run's data; --against PATH takes other pictures)") from error
         if config.training:
             real, labels = some(source, config.samples, config.seed)
             what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"

@@ -14,6 +14,7 @@ from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.export import check_data, home_of, read_export, read_run
 from fastgan.trainer.models import build_models
+from fastgan.trainer.run import replace_text
 
 BATCH = 64
 
@@ -102,4 +103,4 @@ def load_trained(path: Path, device: torch.device, best: bool = False) -> Traine
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(strict_json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, strict_json.dumps(values, indent=2) + "\n")
