@@ -97,6 +97,8 @@ class Trainer:
         try:
             if self.writes:
                 self.run.open(config, self.data)
+                if config.resume:
+                    self.run.forget_after(self.step)
             if config.tensorboard and self.writes:
                 self.board = Board(self.run.tensorboard, self.step)
             self._log(report.header(config, self.device, self.step) | ({"changed": changed} if changed else {}))
@@ -272,16 +274,11 @@ class Trainer:
         """Continue from a checkpoint. Return the settings that differ from those before it, with both values."""
         if state is None:
             print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
-            self.run.forget_after(0)
             return {}
         self.gan.load_state_dict(state["gan"])
         checkpoint.restore_rng(state)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.ranks.wait()  # until every rank has read the checkpoint
-        if self.writes:
-            self.run.forget_after(self.step)
-        self.ranks.wait()
-        self.watch.replay(self.run.read_metrics())
+        self.watch.replay(record for record in self.run.read_metrics() if record.get("step", 0) <= self.step)
         assert self.run.saved is not None
         before = flat(self.run.saved.to_json()) | state.get("settings", {})  # an older run's checkpoint lacks some
         now = flat(self.config.to_json())

@@ -61,30 +61,42 @@ class RunFolder:
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
         self.lock = Lock(self.path / "lock")
         self.fresh = not config.resume
+        self.opened = False  # this run writes to the folder
         self.created: list[Path] = []  # folders that this run made, the innermost first
 
-        try:
-            others = (self.verify, self.lock.path)
-            entries = list(self.path.iterdir()) if self.path.exists() else []
-        except PermissionError as error:
-            raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
-        in_use = any(entry not in others and entry.suffix != PARTIAL for entry in entries)
         self.lock.check()
         self.saved: TrainConfig | None = None  # the settings of the run to resume
         if config.resume:
             self.saved = TrainConfig.load(self.config)
             refuse_changes(self.saved, config)
-        elif in_use and not config.overwrite:
-            if self.config not in entries:
-                raise RunFolderError(
-                    f"{self.path} has files but no run: choose another --name, or --overwrite, which keeps other files"
-                )
+        elif not config.overwrite:
+            self._require_unused()
+
+    def _require_unused(self) -> None:
+        """Raise RunFolderError if the folder cannot be read, or has files that no new run may meet."""
+        try:
+            entries = list(self.path.iterdir()) if self.path.exists() else []
+        except PermissionError as error:
+            raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
+        if self.config in entries:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
+        if any(entry not in (self.verify, self.lock.path) and entry.suffix != PARTIAL for entry in entries):
+            raise RunFolderError(
+                f"{self.path} has files but no run: choose another --name, or --overwrite, which keeps other files"
+            )
 
     def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
+        """Take the lock, and write what is known at the start.
+
+        Raises:
+            RunFolderError: another process has the lock, or has written to the folder since this run looked.
+        """
         self.created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         make_folder(self.path)
         self.lock.take()
+        if not (config.resume or config.overwrite):
+            self._require_unused()
+        self.opened = True
         if config.overwrite:
             self._clear()
         for partial in (*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")):
@@ -96,8 +108,8 @@ class RunFolder:
         self.history.mkdir(exist_ok=True)
 
     def undo(self) -> None:
-        """Remove the files of a failed start, and release the lock."""
-        if self.fresh:
+        """Remove the files of a failed start, unless they are another run's, and release the lock."""
+        if self.fresh and self.opened:
             self._clear()
         self.lock.release()
         for folder in self.created:
