@@ -12,7 +12,7 @@ from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import CheckpointError, RunFolderError
 from fastgan.trainer.models import build_models
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, removed_if_cut_short
 from fastgan.trainer.use.config import ExportConfig as ExportConfig
 
 
@@ -73,12 +73,9 @@ def write_export(
     partial = path.with_name(path.name + ".partial")
     about = {"step": step, "config": settings.to_json(), "data": data}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in about.items()}
-    try:
+    with removed_if_cut_short(partial, path):
         partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
         partial.replace(path)
-    except BaseException:  # also Ctrl-C
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_export(path: str | Path) -> tuple[TrainConfig, dict[str, Any], int, dict[str, Tensor]]:

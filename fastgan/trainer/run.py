@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,11 @@ class RunFolder:
         return *pictures, self.config, self.data, self.best, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(strict_json.dumps(record) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(strict_json.dumps(record) + "\n")
+        except OSError as error:  # without the name of the file if the disk is full
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records of complete lines. A line that a crash cut short is skipped."""
@@ -173,12 +177,22 @@ def make_folder(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write `path` atomically: after a full disk or a kill, the previous content is still there."""
     partial = path.with_name(path.name + PARTIAL)
-    try:
+    with removed_if_cut_short(partial, path):
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:  # also Ctrl-C
-        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def removed_if_cut_short(path: Path, named: Path | None = None) -> Iterator[None]:
+    """Remove a file that could not be written as a whole, and name it, or another one, in the system's error."""
+    try:
+        yield
+    except BaseException as error:  # also Ctrl-C
+        with contextlib.suppress(OSError):  # it is a folder, or was never made
+            path.unlink()
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(error.errno, error.strerror, str(named or path)) from error
         raise

@@ -222,7 +222,15 @@ def work(config: TuneConfig, index: int) -> None:
             optuna.logging.set_verbosity(optuna.logging.ERROR)  # suppress optuna's warning with a traceback
             raise
 
-    study.optimize(objective, callbacks=[enough])
+    try:
+        study.optimize(objective, callbacks=[enough])
+    except AssertionError as error:  # by optuna, if it cannot write the end of a trial, such as on a full disk
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(config.out / "journal.log")) from error
 
 
 def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:

@@ -16,10 +16,10 @@ from fastgan.trainer.export import home_of
 from fastgan.trainer.measure.extractors import Extractor, check_extractor, label, load_extractor
 from fastgan.trainer.measure.quality import measures_images
 from fastgan.trainer.report.pictures import as_picture, grid_of
-from fastgan.trainer.run import make_folder, require_writable
+from fastgan.trainer.run import make_folder, removed_if_cut_short, require_writable
 from fastgan.trainer.use.config import ProjectConfig
 from fastgan.trainer.use.evaluate import layout_of
-from fastgan.trainer.use.trained import Trained, load_trained, write_json
+from fastgan.trainer.use.trained import Trained, load_trained, save_picture, write_json
 
 NOISE = 0.1  # of the latent at the start, so that the search leaves poor minima
 
@@ -77,9 +77,10 @@ def project(config: ProjectConfig) -> dict[str, Any]:
 
     make_folder(out)
     before, after = (trained.samples(latent, label_of) for latent in (start, z))
-    grid_of(torch.cat([target.cpu(), before, after]), 3).save(out / "projection.png")
-    as_picture(after[0]).save(out / "projected.png")
-    np.savez(out / "latent.npz", latent=z.cpu().numpy())
+    save_picture(grid_of(torch.cat([target.cpu(), before, after]), 3), out / "projection.png")
+    save_picture(as_picture(after[0]), out / "projected.png")
+    with removed_if_cut_short(out / "latent.npz"):
+        np.savez(out / "latent.npz", latent=z.cpu().numpy())
     (pixels_before, features_before), (pixels_after, features_after) = (
         distance.parts(found.to(trained.device)) for found in (before, after)
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -214,6 +215,18 @@ def test_a_line_that_was_cut_short_is_removed_and_a_damaged_journal_is_one_line(
     path.write_text("no journal\n")
     assert cli.main(["tune", "ring8", "--out", str(tmp_path)]) == 2
     assert "journal.log is not a study's journal, or is damaged: choose another --out" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(toy, monkeypatch, capsys):
+    def optimize(*_: object, **__: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise AssertionError from None  # as optuna does; the context stays
+
+    monkeypatch.setattr("optuna.Study.optimize", optimize)
+    assert cli.main(["tune", "ring8", "--out", str(toy.out)]) == 2
+    assert "journal.log: No space left on device" in capsys.readouterr().err
 
 
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):
