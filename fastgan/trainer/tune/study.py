@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from importlib import import_module
 from multiprocessing import connection
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -59,7 +60,8 @@ def tune(config: TuneConfig) -> TrainConfig:
     if config.workers == 1:
         work(config, 0)
     else:
-        share(config)
+        with exit_on_sigterm():
+            share(config)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = config.best(settings(config.start, study.best_params))
@@ -137,6 +139,24 @@ def interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, whose default would end this process and leave its workers running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not keep this process from stopping its workers
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_study(config: TuneConfig) -> optuna.Study:

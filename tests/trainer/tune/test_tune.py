@@ -165,6 +165,23 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     assert output.err == ""
 
 
+def test_a_command_that_is_terminated_leaves_no_worker_behind(toy, forked, monkeypatch):
+    def terminating(game: Game, step: int) -> float:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+        raise AssertionError
+
+    monkeypatch.setattr(Game, "train_to", terminating)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a worker that is late must not end the tests
+    try:
+        with pytest.raises(SystemExit) as ended:
+            tune(dataclasses.replace(toy, trials=1, workers=2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert multiprocessing.active_children() == []
+
+
 def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, monkeypatch, capfd):
     def interrupting(game: Game, step: int) -> float:
         os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to all
