@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.flags import settings
+from fastgan.trainer.settings import read_table
 
 PLACE = {"folder": " --data PATH"}  # flags that a preset requires
 OTHER_FLAGS = {  # of StyleGAN, StudioGAN, lightweight-gan and PyTorch's examples; in lower case, with hyphens
@@ -65,6 +65,10 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     text, preset = PRESETS[name]
     if file is not None:
         preset = TrainConfig.load(file, preset)
+        if preset.dataset != name:
+            raise ValueError(
+                f"{file} is for {preset.dataset}, not for {name}: fastgan train {preset.dataset} --config {file}"
+            )
 
     example = f"fastgan train {name}{PLACE.get(name, '')} --steps 500"
 
@@ -74,11 +78,12 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     config = parse(preset)
     if not config.resume:
         return config
-    # Parse again with the run's settings as defaults, so that only given flags count as changes.
+    # Parse again with the run's settings as defaults, so that only the given file and flags count as changes.
     saved = TrainConfig.load(config.folder / "config.json")
     if config.dataset != saved.dataset:
         raise ValueError(f"{config.folder} is a run on {saved.dataset}, not on {config.dataset}")
-    return parse(dataclasses.replace(saved, runs=config.runs))  # the folder may have moved
+    start = saved if file is None else TrainConfig.load(file, saved)
+    return parse(dataclasses.replace(start, runs=config.runs))  # the folder may have moved
 
 
 def refuse_other_flags(flags: Sequence[str]) -> None:
@@ -92,10 +97,9 @@ def refuse_other_flags(flags: Sequence[str]) -> None:
 def preset_in(file: Path) -> str:
     """Return the preset that a settings file is for: its data set."""
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
+        name = read_table(file).get("dataset")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a valid configuration: {error}") from error
-    name = values.get("dataset") if isinstance(values, dict) else None
     if name is None:
         raise ValueError(f"{file} does not contain 'dataset': give the preset too, fastgan train PRESET --config FILE")
     return str(name)
@@ -115,6 +119,8 @@ def presets(about: str) -> str:
 def take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Return the arguments without `--config FILE`, and the file."""
     rest = list(arguments)
+    if sum(argument.partition("=")[0] == "--config" for argument in rest) > 1:
+        raise ValueError("--config can be given only once: put the settings into one file")
     for index, argument in enumerate(rest):
         name, given, value = argument.partition("=")
         if name == "--config":

@@ -6,7 +6,6 @@ This module does not import PyTorch, so that `--help` is fast.
 from __future__ import annotations
 
 import dataclasses
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ with suppress(ModuleNotFoundError):  # only the command line needs it; it reads 
     import tyro
 
 from fastgan.trainer.checks import require_positive, require_seed, require_threads
-from fastgan.trainer.data.options import DatasetName, PictureConfig
+from fastgan.trainer.data.options import EMOJI, DatasetName, PictureConfig, refuse_data
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.game.names import AugmentName, Kernels, LossName, OptimizerName, PenaltyName
-from fastgan.trainer.settings import checked, flat, merged
+from fastgan.trainer.settings import checked, flat, merged, read_table
 
 Architecture = Literal["auto", "mlp", "pacgan", "dcgan", "resnet", "residual", "sagan"]
 SpectralNorm = Literal["fused", "per-layer", "torch", "none"]
@@ -31,7 +30,7 @@ MinibatchStatistic = Literal["none", "stddev", "discrimination"]
 NO_RESULTS = {
     *("steps", "minutes", "device", "threads", "data", "runs"),
     *("log_every", "sample_every", "checkpoint_every", "equilibrium_every", "extractor", "scored", "tensorboard"),
-    *("score_every", "init_from", "keep_every"),
+    *("score_every", "keep_every"),
 }
 
 # Settings that change the results from the resumption on, because no saved state depends on them.
@@ -156,14 +155,15 @@ class TrainConfig:
         require_positive(self, "steps", "minutes", "log_every", "sample_every", "checkpoint_every")
         require_positive(self, "equilibrium_every", "scored", "score_every", "keep_every")
         sides(self.image_size)
-        if self.dataset not in PICTURES:
-            settings = {"image_size": self.image_size, **dataclasses.asdict(self.pictures)}
-            usual = {"image_size": 32, **dataclasses.asdict(PictureConfig())}
-            if changed := [name for name, value in settings.items() if value != usual[name]]:
-                raise ValueError(
-                    f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)} (for "
-                    f"{' and '.join(PICTURES)} only)"
-                )
+        refuse_data(self.dataset, self.data)
+        changed = [*(["image_size"] if self.image_size != 32 else []), *self.pictures.changed()]
+        if self.dataset not in PICTURES and changed:
+            raise ValueError(
+                f"{self.dataset} has samples of a fixed form: leave out {', '.join(changed)} (for "
+                f"{' and '.join(PICTURES)} only)"
+            )
+        if self.dataset == "emoji" and (others := [name for name in changed if name not in EMOJI]):
+            raise ValueError(f"emoji are all of one form: leave out {', '.join(others)} (for folder only)")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
         parts = self.model.pack * self.optim.accumulate
@@ -207,9 +207,7 @@ class TrainConfig:
     def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
         """Read a configuration. With a `base`, the file may contain only some settings."""
         try:
-            values = json.loads(path.read_text())
-            if not isinstance(values, dict):
-                raise TypeError("it is not a table of settings")
+            values = read_table(path)
             return cls.from_json(values if base is None else merged(base.to_json(), renewed(values)))
         except FileNotFoundError:
             raise RunFolderError(f"{path.parent} does not contain a run") from None

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.errors import CheckpointError
+from fastgan.trainer.errors import CheckpointError, RunFolderError
 from fastgan.trainer.models import build_models
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, removed_if_cut_short
 from fastgan.trainer.use.config import ExportConfig as ExportConfig
 
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> Path:
 def home_of(path: Path) -> Path:
     """Return the folder of a run, from that folder or one of its checkpoints; of an exported file, its folder."""
     if path.suffix == ".pt":
-        return path.parent.parent
+        return (path if path.parent.name else path.absolute()).parent.parent
     return path.parent if path.is_file() else path
 
 
@@ -46,7 +46,12 @@ def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         RunFolderError: there is no run.
         CheckpointError: it has no intact checkpoint, or this one is damaged or missing.
     """
-    settings = TrainConfig.load(home_of(path) / "config.json")
+    home = home_of(path)
+    if path.suffix in (".pt", ".safetensors") and not path.exists():
+        raise CheckpointError(f"{path} cannot be read: No such file or directory")
+    if path.suffix == ".pt" and not (home / "config.json").is_file():
+        raise RunFolderError(f"{path} is not in a run's folder: a checkpoint is RUN/checkpoints/step-N.pt")
+    settings = TrainConfig.load(home / "config.json")
     if path.suffix == ".pt":
         return settings, checkpoint.load(path)
     return settings, checkpoint.load_newest(path / "checkpoints")[0]
@@ -68,8 +73,9 @@ def write_export(
     partial = path.with_name(path.name + ".partial")
     about = {"step": step, "config": settings.to_json(), "data": data}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in about.items()}
-    partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
-    partial.replace(path)
+    with removed_if_cut_short(partial, path):
+        partial.write_bytes(save(weights, metadata))  # save_file raises its own kind of errors
+        partial.replace(path)
 
 
 def read_export(path: str | Path) -> tuple[TrainConfig, dict[str, Any], int, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ from fastgan.trainer.progress import Progress
 from fastgan.trainer.ranks import Ranks
 from fastgan.trainer.report import gallery, pictures
 from fastgan.trainer.report import page as report
-from fastgan.trainer.run import MEASURING, RunFolder
+from fastgan.trainer.run import MEASURING, RunFolder, replace_text
 from fastgan.trainer.settings import flat
 from fastgan.trainer.start import start_from
 
@@ -76,7 +76,7 @@ class Trainer:
         if self.data is not None and isinstance(self.held_out, Images):
             self.data.held_out = self.held_out.member_names()
         self.gan = GAN(config.model, config.optim, source, seed, self.device, self.ranks)
-        if config.init_from and not config.resume:
+        if config.init_from and state is None:  # also in a run that was stopped before its first checkpoint
             start_from(self.gan, config, config.init_from, quiet=not self.writes)
         self.diagnostics = Diagnostics(self.gan, self.held_out, seed + MEASURING)
         self.watch = alarms.Watch()
@@ -97,6 +97,8 @@ class Trainer:
         try:
             if self.writes:
                 self.run.open(config, self.data)
+                if config.resume:
+                    self.run.forget_after(self.step)
             if config.tensorboard and self.writes:
                 self.board = Board(self.run.tensorboard, self.step)
             self._log(report.header(config, self.device, self.step) | ({"changed": changed} if changed else {}))
@@ -272,16 +274,11 @@ class Trainer:
         """Continue from a checkpoint. Return the settings that differ from those before it, with both values."""
         if state is None:
             print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
-            self.run.forget_after(0)
             return {}
         self.gan.load_state_dict(state["gan"])
         checkpoint.restore_rng(state)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.ranks.wait()  # until every rank has read the checkpoint
-        if self.writes:
-            self.run.forget_after(self.step)
-        self.ranks.wait()
-        self.watch.replay(self.run.read_metrics())
+        self.watch.replay(record for record in self.run.read_metrics() if record.get("step", 0) <= self.step)
         assert self.run.saved is not None
         before = flat(self.run.saved.to_json()) | state.get("settings", {})  # an older run's checkpoint lacks some
         now = flat(self.config.to_json())
@@ -307,7 +304,7 @@ class Trainer:
             near = gallery.nearest_reals(self.gan, self.gan.samples(self.fixed_noise[: gallery.ROWS]), seed)
             pictures.save_samples(near, self.gan.source, self.run.nearest, 1 + gallery.NEAREST)
         quality = score(self.gan, self.held_out, seed, self.config.extractor, self.config.scored)
-        self.run.quality.write_text(strict_json.dumps(quality, indent=2) + "\n")
+        replace_text(self.run.quality, strict_json.dumps(quality, indent=2) + "\n")
         pictures.save_losses(self.run.read_metrics(), self.run.losses)
         report.write(self.config, self.run, self.gan, quality)
         print(report.summary(quality))

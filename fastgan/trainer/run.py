@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.lock import Lock
 
+PARTIAL = ".partial"  # the ending of files that are being written
 MEASURING = 1 << 32  # added to a seed for measurements, so that they never share a stream with training
 
 
@@ -60,27 +62,46 @@ class RunFolder:
         self.verify = self.path / "verify.json"  # written by `fastgan verify --out`
         self.lock = Lock(self.path / "lock")
         self.fresh = not config.resume
+        self.opened = False  # this run writes to the folder
         self.created: list[Path] = []  # folders that this run made, the innermost first
 
-        try:
-            others = (self.verify, self.lock.path)
-            in_use = self.path.exists() and any(entry not in others for entry in self.path.iterdir())
-        except PermissionError as error:
-            raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
         self.lock.check()
         self.saved: TrainConfig | None = None  # the settings of the run to resume
         if config.resume:
             self.saved = TrainConfig.load(self.config)
             refuse_changes(self.saved, config)
-        elif in_use and not config.overwrite:
+        elif not config.overwrite:
+            self._require_unused()
+
+    def _require_unused(self) -> None:
+        """Raise RunFolderError if the folder cannot be read, or has files that no new run may meet."""
+        try:
+            entries = list(self.path.iterdir()) if self.path.exists() else []
+        except PermissionError as error:
+            raise RunFolderError(f"{self.path} cannot be read: {error.strerror}") from error
+        if self.config in entries:
             raise RunFolderError(f"{self.path} already exists: --resume continues the run, --overwrite replaces it")
+        if any(entry not in (self.verify, self.lock.path) and entry.suffix != PARTIAL for entry in entries):
+            raise RunFolderError(
+                f"{self.path} has files but no run: choose another --name, or --overwrite, which keeps other files"
+            )
 
     def open(self, config: TrainConfig, data: DataRecord | None = None) -> None:
+        """Take the lock, and write what is known at the start.
+
+        Raises:
+            RunFolderError: another process has the lock, or has written to the folder since this run looked.
+        """
         self.created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         make_folder(self.path)
         self.lock.take()
+        if not (config.resume or config.overwrite):
+            self._require_unused()
+        self.opened = True
         if config.overwrite:
             self._clear()
+        for partial in (*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")):
+            partial.unlink(missing_ok=True)  # a process was killed while it wrote
         if data is not None:
             replace_text(self.data, data.text())
         class_names = {"class_names": data.class_names} if data is not None and data.class_names else {}
@@ -88,8 +109,8 @@ class RunFolder:
         self.history.mkdir(exist_ok=True)
 
     def undo(self) -> None:
-        """Remove the files of a failed start, and release the lock."""
-        if self.fresh:
+        """Remove the files of a failed start, unless they are another run's, and release the lock."""
+        if self.fresh and self.opened:
             self._clear()
         self.lock.release()
         for folder in self.created:
@@ -108,8 +129,11 @@ class RunFolder:
         return *pictures, self.config, self.data, self.best, self.metrics, self.quality, self.report, self.html
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(strict_json.dumps(record) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(strict_json.dumps(record) + "\n")
+        except OSError as error:  # without the name of the file if the disk is full
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records of complete lines. A line that a crash cut short is skipped."""
@@ -122,6 +146,19 @@ class RunFolder:
         """Remove the metrics of steps that a resumed run repeats."""
         records = [record for record in self.read_metrics() if record.get("step", 0) <= step]
         replace_text(self.metrics, "".join(strict_json.dumps(record) + "\n" for record in records))
+
+
+def require_writable(path: Path) -> None:
+    """Check that a folder can be made and written to, without making it, before a long computation.
+
+    Raises:
+        RunFolderError: it cannot.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written to: {error.strerror}") from error
 
 
 def make_folder(path: Path) -> None:
@@ -139,13 +176,23 @@ def make_folder(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write `path` atomically: after a full disk or a kill, the previous content is still there."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    partial = path.with_name(path.name + PARTIAL)
+    with removed_if_cut_short(partial, path):
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def removed_if_cut_short(path: Path, named: Path | None = None) -> Iterator[None]:
+    """Remove a file that could not be written as a whole, and name it, or another one, in the system's error."""
+    try:
+        yield
+    except BaseException as error:  # also Ctrl-C
+        with contextlib.suppress(OSError):  # it is a folder, or was never made
+            path.unlink()
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(error.errno, error.strerror, str(named or path)) from error
         raise

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text", NoneType: "null"}
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the settings in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or has a setting twice.
+        TypeError: it is not a table.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=table)
+    except UnicodeDecodeError:
+        raise ValueError("it is not a text file in UTF-8") from None
+    except RecursionError:
+        raise ValueError("its tables are nested too deeply") from None
+    if not isinstance(values, dict):
+        raise TypeError("it is not a table of settings")
+    return values
+
+
+def table(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a table of a JSON file. JSON itself would silently keep the last one of equal names."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is set twice, to {found[name]!r} and to {value!r}")
+        found[name] = value
+    return found
 
 
 def checked(kind: type[Any], values: Mapping[str, Any], known: tuple[type[Any], ...]) -> dict[str, Any]:
@@ -27,6 +57,8 @@ def checked(kind: type[Any], values: Mapping[str, Any], known: tuple[type[Any], 
     for name in values:
         if name not in own:
             names = own + [field.name for other in known for field in dataclasses.fields(other)]
+            if name in names:
+                raise ValueError(f"{name} does not belong to this table: set it outside of the tables")
             near = get_close_matches(name, names, 1, 0.5)
             raise ValueError(f"no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     return {name: converted(name, value, hints[name]) for name, value in values.items()}
@@ -71,7 +103,12 @@ def described(wanted: Any) -> str:
 
 
 def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with other values. Those of a group may stand in the group or outside of all groups."""
+    """Return `base` with other values. Those of a group may stand in the group or outside of all groups.
+
+    Raises:
+        TypeError: a group is not a table.
+        ValueError: a setting stands in its group and outside of it.
+    """
     groups = {key: dict(value) for key, value in base.items() if isinstance(value, dict)}
     found = dict(base)
     for key, value in values.items():
@@ -80,8 +117,11 @@ def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
                 raise TypeError(f"{key} must be a table of settings, got {value!r}")
             groups[key].update(value)
             continue
-        for group in groups.values():
+        for name, group in groups.items():
             if key in group and key not in base:
+                own = values.get(name)
+                if isinstance(own, dict) and key in own:
+                    raise ValueError(f"{key} is set twice, in {name} and outside of it")
                 group[key] = value
                 break
         else:

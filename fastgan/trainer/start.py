@@ -48,7 +48,8 @@ def start_from(gan: GAN, config: TrainConfig, path: Path, quiet: bool = False) -
     if len(problems) > PROBLEMS:
         print(f"  and {len(problems) - PROBLEMS} more")
     if discriminator is None:
-        print("  the file has no discriminator: its weights are new")
+        frozen = f", also those that --freeze-d {config.optim.freeze_d} keeps" if config.optim.freeze_d else ""
+        print(f"  the file has no discriminator: its weights are new{frozen}")
 
 
 def under_names_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -190,6 +190,10 @@ def test_a_file_may_contain_only_some_settings(in_tmp_path):
         ("[1]", "it is not a table of settings"),
         ("{", "Expecting property name"),
         ('{"optim": 3}', "optim"),
+        ('{"steps": 3, "steps": 4}', "steps is set twice, to 3 and to 4"),
+        ('{"width": 3, "model": {"width": 4}}', "width is set twice, in model and outside of it"),
+        ('{"optim": {"width": 4}}', "width does not belong to this table: set it outside of the tables"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line_that_names_the_right_setting(in_tmp_path, capsys, content, says):
@@ -199,6 +203,31 @@ def test_a_file_that_is_wrong_is_one_line_that_names_the_right_setting(in_tmp_pa
     assert error.startswith("fastgan: wrong.json is not a valid configuration: ")
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_file_of_a_windows_editor_is_read_and_one_in_another_encoding_is_named(in_tmp_path, capsys):
+    Path("some.json").write_text('{"steps": 7}', encoding="utf-8-sig")
+    assert parse_train(["ring8", "--config", "some.json"]).steps == 7
+    Path("some.json").write_text('{"steps": 7}', encoding="utf-16")
+    assert cli.main(["train", "ring8", "--config", "some.json"]) == 2
+    assert "it is not a text file in UTF-8" in capsys.readouterr().err
+
+
+def test_a_file_for_another_preset_is_refused_and_so_is_a_second_file(in_tmp_path):
+    Path("some.json").write_text('{"dataset": "grid25", "steps": 7}')
+    with pytest.raises(ValueError, match=r"is for grid25, not for ring8: fastgan train grid25 --config some\.json"):
+        parse_train(["ring8", "--config", "some.json"])
+    with pytest.raises(ValueError, match="--config can be given only once"):
+        parse_train(["--config", "some.json", "--config=some.json"])
+
+
+def test_a_resumed_run_takes_the_settings_of_a_file_and_flags_override_both(in_tmp_path):
+    Path("runs/ring8").mkdir(parents=True)
+    saved = parse_train(["ring8", "--g-lr", "0.1", "--betas", "0", "0.5"])
+    Path("runs/ring8/config.json").write_text(json.dumps(saved.to_json()))
+    Path("some.json").write_text('{"steps": 7, "d_lr": 0.5, "betas": [0.2, 0.5]}')
+    config = parse_train(["ring8", "--resume", "--config", "some.json", "--betas", "0.3", "0.5"])
+    assert (config.steps, config.optim.d_lr, config.optim.g_lr, config.optim.betas) == (7, 0.5, 0.1, (0.3, 0.5))
 
 
 def test_a_file_without_a_data_set_needs_a_preset(in_tmp_path, capsys):

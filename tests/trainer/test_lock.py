@@ -17,6 +17,7 @@ from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.lock import Lock
 from fastgan.trainer.loop import Trainer
+from fastgan.trainer.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -92,6 +93,67 @@ def test_a_file_that_was_removed_in_between_is_no_lock(tmp_path, monkeypatch):
     assert lock.descriptor is not None
     lock.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_was_writing_is_in_nobodys_way(ring8_config):
+    folder = ring8_config.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json.partial").write_text("{")
+    Trainer(ring8_config).train()
+    partials = folder / "data.json.partial", folder / "checkpoints" / "step-00000003.partial"
+    for partial in partials:
+        partial.touch()
+    Trainer(dataclasses.replace(ring8_config, resume=True, steps=6)).train()
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.usefixtures("other")
+def test_a_process_that_comes_second_while_both_start_leaves_the_files_of_the_first(ring8_config, monkeypatch):
+    monkeypatch.setattr(Lock, "check", lambda lock: None)  # the first one takes the lock after this
+    run = RunFolder(ring8_config)
+    first = ring8_config.folder / "config.json"
+    first.write_text("of the first")
+    with pytest.raises(RunFolderError, match="is in use by process"):
+        run.open(ring8_config)
+    run.undo()
+    assert first.read_text() == "of the first"
+
+
+def test_a_run_that_ended_while_another_one_started_is_kept(ring8_config):
+    run = RunFolder(ring8_config)
+    Trainer(ring8_config).train()
+    before = {path: path.read_bytes() for path in ring8_config.folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="ring8 already exists"):
+        run.open(ring8_config)
+    run.undo()
+    assert {path: path.read_bytes() for path in ring8_config.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_that_is_refused_leaves_the_metrics(ring8_config, monkeypatch):
+    Trainer(dataclasses.replace(ring8_config, log_every=1)).train()
+    with open(ring8_config.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99}\n')  # by the process that has the lock
+
+    def refuse(lock: Lock) -> None:
+        raise RunFolderError("in use")
+
+    monkeypatch.setattr(Lock, "take", refuse)
+    with pytest.raises(RunFolderError, match="in use"):
+        Trainer(dataclasses.replace(ring8_config, resume=True))
+    assert (ring8_config.folder / "metrics.jsonl").read_text().endswith('{"step": 99}\n')
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(ring8_config):
+    ring8_config.runs.write_text("")
+    with pytest.raises(RunFolderError, match="ring8 cannot be written to: Not a directory"):
+        Trainer(ring8_config)
+
+
+def test_a_folder_with_other_files_is_not_called_a_run(ring8_config):
+    ring8_config.folder.mkdir(parents=True)
+    (ring8_config.folder / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match="ring8 has files but no run: choose another --name, or --overwrite"):
+        Trainer(ring8_config)
 
 
 @pytest.mark.parametrize("where", ["header", "first step"])

@@ -238,6 +238,18 @@ def test_a_failed_rewrite_leaves_the_old_text(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_an_export_that_cannot_be_written_leaves_no_partial_file(toy, tmp_path):
+    pytest.importorskip("safetensors", reason="needs fastgan[export]")
+    from fastgan.trainer.export import ExportConfig, export
+
+    train(toy)
+    out = tmp_path / "taken"
+    out.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        export(ExportConfig(toy.folder, out))
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_an_unreadable_run_folder_is_named(toy, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -278,7 +290,9 @@ def test_an_exported_generator_is_built_again_by_the_line_that_export_prints(con
     from fastgan import cli
 
     model = dataclasses.replace(config.model, conditional=conditional)
-    trainer = train(config, dataset="waveforms", model=model, optim=dataclasses.replace(config.optim, batch_size=4))
+    trainer = train(
+        config, dataset="waveforms", data=None, model=model, optim=dataclasses.replace(config.optim, batch_size=4)
+    )
     assert cli.main(["export", str(config.folder)]) == 0
     imports, _, line = capsys.readouterr().out.splitlines()[-1].partition(": ")[2].rpartition("; ")
     scope: dict[str, object] = {}

@@ -43,6 +43,22 @@ def test_a_value_of_the_wrong_type_is_named_with_what_it_must_be(tmp_path, value
     assert str(caught.value).startswith(f"{file} is not a valid configuration: {says}")
 
 
+@pytest.mark.parametrize(
+    ("dataset", "values", "says"),
+    [
+        ("ring8", {"data": "cats"}, "ring8 is computed and reads no files: leave out data"),
+        ("discs", {"crop": "none", "image_size": 64}, "leave out image_size, crop"),
+        ("emoji", {"crop": "none", "channels": 4}, "leave out crop (for folder only)"),
+    ],
+)
+def test_a_setting_that_the_data_would_ignore_is_refused(tmp_path, dataset, values, says):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(RunFolderError) as caught:
+        TrainConfig.load(file, PRESETS[dataset][1])
+    assert says in str(caught.value)
+
+
 def test_whole_numbers_and_lists_are_numbers_and_tuples(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"penalty_weight": 2, "betas": [0, 0.9], "minutes": null, "data": "cats", "image_size": "16x32"}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -115,6 +116,18 @@ def test_ctrl_c_while_pytorch_is_imported_is_one_line(capsys, monkeypatch):
         patch.setitem(sys.modules, "fastgan.cli", Interrupted("fastgan.cli"))
         assert fastgan_command.main() == 130
     assert capsys.readouterr().err == "\nfastgan: interrupted\n"
+
+
+def test_ctrl_c_while_python_m_imports_pytorch_is_one_line():
+    code = AT_TORCH.replace("os._exit(sys.stdout.flush() or 0)", "raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "\nfastgan: interrupted\n"
+    assert done.returncode in (-signal.SIGINT, 130)
+
+
+def test_other_errors_of_python_m_keep_their_traceback(capsys):
+    _start.show(OSError, OSError("full"), None)
+    assert capsys.readouterr().err == "OSError: full\n"
 
 
 WITHOUT_NUMPY = """

@@ -44,6 +44,7 @@ class Pictures:
     class_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)  # lines about the data, for the user
     skipped: list[str] = field(default_factory=list)  # files that are not used, each with the reason
+    split: str | None = None  # "the split train", and which others there are
 
 
 def read_pictures(
@@ -75,6 +76,7 @@ def read_pictures(
     opened = [(name, partial(opened_from, container, name)) for name in names]
     found = kept_pictures(where, layout, opened)
     found.notes = [f"{len(found.names):,} pictures" + (f" in {about_split}" if about_split else "")]
+    found.split = about_split
     if others := sum(container.endings().values()) - len(listed) - (JSON in names_of(container)):
         are = "file is no picture" if others == 1 else "files are not pictures"
         found.notes.append(f"{others:,} {are}{other_endings(container)}{zips_in(container)}")

@@ -84,6 +84,7 @@ def check_same(digest: str | None, before: DataRecord | None, now: DataRecord | 
             f"the data is not what the run was trained on: {what}; --data-changed-ok continues with the changed data"
         )
     if before is not None and before.class_names != now.class_names:
-        raise DataError(f"the classes are not those of the run: {before.class_names} became {now.class_names}")
+        was, found = (", ".join(record.class_names or ["none"]) for record in (before, now))
+        raise DataError(f"the classes are not those of the run: {was} became {found}; start a new run for this data")
     print(f"the data has changed: {what}")
     return False

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastgan.trainer.errors import reason
+
 Extractor = Callable[[Tensor], Tensor]
 
 BATCH, CPU_BATCH = 64, 4  # small enough that activations between layers fit a CPU's caches
@@ -45,17 +47,18 @@ def imported(name: str) -> Extractor:
         found = getattr(import_module(module), attribute)
         if not callable(found):
             raise TypeError(f"{attribute} is not callable")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # the user's module can raise anything
         names = ", ".join(BY_NAME)
-        raise ValueError(
-            f"extractor must be one of {names}, FILE.pt, or module:callable, got {name!r}: {error}"
-        ) from error
+        known = isinstance(error, ImportError | AttributeError | TypeError | ValueError)
+        why = ("" if known else f"{type(error).__name__}: ") + reason(error)
+        wanted = f"extractor must be one of {names}, FILE.pt, or module:callable"
+        raise ValueError(f"{wanted}, got {name!r}: {why}") from error
     extractor: Extractor = found
     return extractor
 
 
 def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check that an extractor computes features of two images of this shape (C, H, W).
+    """Check that an extractor computes finite features of two images of this shape (C, H, W).
 
     Raises:
         ValueError: no extractor has this name, it fails, or its result is not (2, F).
@@ -63,16 +66,19 @@ def check_extractor(name: str, shape: tuple[int, ...], device: torch.device) -> 
     """
     extractor = load_extractor(name, device)
     images = torch.zeros(2, *shape, device=device)
-    wanted = f"extractor {name!r} must return features (2, F) for images {tuple(images.shape)}"
+    call = ", called with return_features=True as inception-2015-12-05.pt is" if is_file(name) else ""
+    wanted = f"extractor {name!r} must return features (2, F) for images {tuple(images.shape)}{call}"
     try:
         with torch.no_grad():
             found = extractor(images)
     except Exception as error:  # user code can raise anything
-        raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{wanted}, got {type(error).__name__}: {reason(error)}") from error
     if not isinstance(found, Tensor):
         raise ValueError(f"{wanted}, got {type(found).__name__}")
     if found.ndim != 2 or len(found) != 2 or not found.numel():
         raise ValueError(f"{wanted}, got {tuple(found.shape)}")
+    if not found.isfinite().all():
+        raise ValueError(f"{wanted}, got numbers that are not finite")
 
 
 def label(name: str) -> str:
@@ -123,8 +129,9 @@ class TorchScript:
         try:
             self.module = torch.jit.load(str(path), map_location=device).eval()
         except RuntimeError as error:
+            why = reason(error).partition(". ")[0]
             raise ValueError(
-                f"extractor {str(path)!r} is not a TorchScript file: {str(error).splitlines()[0]}"
+                f"extractor {str(path)!r} is not a TorchScript file, as torch.jit.save writes it: {why}"
             ) from error
         for parameter in self.module.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad_(False)
@@ -150,6 +157,8 @@ class TorchScript:
         try:
             found: Tensor = self.module(self.resized(images).to(images.device), no_output_bias=True)
         except RuntimeError:
+            return None
+        if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
             return None
         sums = found.sum(1)
         return found if bool((found >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else None

@@ -79,10 +79,15 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """|m_r - m_f|^2 + tr(C_r + C_f - 2 (C_r C_f)^(1/2)) of the means and covariances of features (N, F).
 
-    Biased upwards by about 1 / N, so compare values with equal N, and with the floor. Uses float64. Heusel et al. 2017.
+    Biased upwards by about 1 / N, so compare values with equal N, and with the floor. Uses float64. NaN if features are
+    not finite. Heusel et al. 2017.
     """
     _require_features(real, fake)
-    (mean_r, cov_r), (mean_f, cov_f) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (real, fake))
+    (mean_r, cov_r), (mean_f, cov_f) = (
+        (f.double().mean(0), torch.atleast_2d(torch.cov(f.double().T))) for f in (real, fake)
+    )
+    if not (cov_r.isfinite().all() and cov_f.isfinite().all()):
+        return math.nan  # the decomposition raises an error
     # The eigenvalues of C_r C_f are those of S C_f S with S = C_r^(1/2), which is symmetric.
     values, vectors = torch.linalg.eigh(cov_r)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T

@@ -10,7 +10,7 @@ from typing import Any
 from fastgan.bench import html_page
 from fastgan.trainer.progress import plain
 from fastgan.trainer.report.charts import Series, line_chart
-from fastgan.trainer.run import RunFolder
+from fastgan.trainer.run import RunFolder, replace_text
 
 STAGES = 8  # pictures of the training progress
 Record = dict[str, Any]
@@ -46,7 +46,7 @@ def write(run: RunFolder, title: str, rows: list[tuple[str, str]], quality: Reco
         "<h2>Settings and machine</h2>",
         html_page.properties(rows),
     ]
-    run.html.write_text(html_page.page(title, sections), encoding="utf-8")
+    replace_text(run.html, html_page.page(title, sections))
 
 
 def cards(last: Record, quality: Record) -> str:

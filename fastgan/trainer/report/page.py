@@ -17,7 +17,7 @@ from fastgan.trainer.measure.alarms import describe
 from fastgan.trainer.progress import plain
 from fastgan.trainer.report import html as html_report
 from fastgan.trainer.report.charts import counted
-from fastgan.trainer.run import RunFolder
+from fastgan.trainer.run import RunFolder, replace_text
 
 SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
 
@@ -90,12 +90,12 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
     rang = "".join(f"- {describe(alarm)}\n" for alarm in alarms) or ("None yet.\n" if short else "None.\n")
     warning = f"**{short}.**\n\n" if short else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    run.report.write_text(
+    replace_text(
+        run.report,
         f"# {config.name}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"Samples of the averaged generator from fixed noise; earlier samples are in `{run.history.name}/`.\n\n"
         f"The same with diagnostics on one page: [{run.html.name}]({run.html.name}). Alarms:\n\n{rang}\n"
         f"![samples]({run.samples.name})\n\n![losses]({run.losses.name})\n",
-        encoding="utf-8",
     )
 
 

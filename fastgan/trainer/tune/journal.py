@@ -36,11 +36,21 @@ class SystemLock:
             self.descriptor = None
 
 
+def remove_partial_line(path: Path) -> None:
+    """Remove the end of a line that a full disk or a kill cut short. The next line would be appended to it."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            content = file.read()
+            if content.startswith(b"{"):  # otherwise it is no journal
+                file.truncate(content.rfind(b"\n") + 1)
+
+
 def open_journal(path: Path) -> JournalFileBackend:
     """Open a journal, or create it. A file system without locks, and Windows, get optuna's lock."""
     lock = SystemLock(path.with_suffix(".lock"))
     try:
         if fcntl is not None and lock.acquire():
+            remove_partial_line(path)
             lock.release()
             return JournalFileBackend(str(path), lock)  # type: ignore[arg-type]
     except OSError:

@@ -8,6 +8,8 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
+from fastgan.trainer.run import replace_text
+
 
 def line(trial: FrozenTrial) -> str:
     """Format one trial for the terminal."""
@@ -28,7 +30,7 @@ def write(study: optuna.Study, folder: Path) -> None:
         settings = [_short(trial.params.get(name, "")) for name in names]
         rows.append([str(trial.number), trial.state.name.lower(), cost, *settings])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    (folder / "trials.md").write_text(f"{table}\n\n![trials](trials.png)\n", encoding="utf-8")
+    replace_text(folder / "trials.md", f"{table}\n\n![trials](trials.png)\n")
     plot([trial for trial in trials if trial.state == TrialState.COMPLETE], names, folder / "trials.png")
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from importlib import import_module
 from multiprocessing import connection
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -30,7 +31,7 @@ from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import TrainerError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure.quality import DIVERGED, LEAST, check_scoring, cost, measures_images, score
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, replace_text
 from fastgan.trainer.tune import report as tune_report
 from fastgan.trainer.tune.config import TuneConfig
 from fastgan.trainer.tune.journal import open_journal
@@ -59,11 +60,12 @@ def tune(config: TuneConfig) -> TrainConfig:
     if config.workers == 1:
         work(config, 0)
     else:
-        share(config)
+        with exit_on_sigterm():
+            share(config)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = config.best(settings(config.start, study.best_params))
-    (config.out / "best.json").write_text(strict_json.dumps(best.to_json(), indent=2) + "\n")
+    replace_text(config.out / "best.json", strict_json.dumps(best.to_json(), indent=2) + "\n")
     tune_report.write(study, config.out)
     return best
 
@@ -139,10 +141,32 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, whose default would end this process and leave its workers running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not keep this process from stopping its workers
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def open_study(config: TuneConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(open_journal(config.out / "journal.log"))
-    study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    journal = config.out / "journal.log"
+    try:
+        storage = optuna.storages.JournalStorage(open_journal(journal))
+        study = optuna.create_study(study_name="tune", storage=storage, direction="minimize", load_if_exists=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{journal} is not a study's journal, or is damaged: choose another --out") from error
     about = what_costs_depend_on(config)
     known = study.user_attrs.get("about", {})
     others = [f"{key} {known[key]}, not {value}" for key, value in about.items() if known.get(key, value) != value]
@@ -218,7 +242,15 @@ def work(config: TuneConfig, index: int) -> None:
             optuna.logging.set_verbosity(optuna.logging.ERROR)  # suppress optuna's warning with a traceback
             raise
 
-    study.optimize(objective, callbacks=[enough])
+    try:
+        study.optimize(objective, callbacks=[enough])
+    except AssertionError as error:  # by optuna, if it cannot write the end of a trial, such as on a full disk
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(config.out / "journal.log")) from error
 
 
 def strategy(config: TuneConfig, index: int) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:

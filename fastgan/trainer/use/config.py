@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ with suppress(ModuleNotFoundError):  # only the command line needs it; it reads 
     import tyro
 
 from fastgan.trainer.checks import require_positive, require_seed
-from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.data.options import Channels
 
 LEAST = 10  # fewest samples to compute scores from
 
@@ -70,7 +70,10 @@ class EvaluateConfig:
     extractor: str | None = None  # a TorchScript file such as inception-2015-12-05.pt, or as for fastgan train
     best: bool = False  # the best generator of --score-every instead of the newest
     image_size: int | str | None = None  # with --images: size to read at; default: that of the first sample
-    pictures: tyro.conf.OmitArgPrefixes[PictureConfig] = field(default_factory=PictureConfig)
+    crop: Literal["center", "none"] | None = None  # with --images: none changes the proportions; default: center
+    channels: Channels | None = None  # with --images: 1: gray, 4: with the alpha channel; default: 3
+    background: str | None = None  # with --images: color under transparent parts; default: white
+    split: str | None = None  # with --against: folder of the split to use, such as val; default: train if there is one
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None  # file to write; default: evaluation.json in the run's folder
 
@@ -81,6 +84,13 @@ class EvaluateConfig:
             raise ValueError("--images needs --against PATH, the real pictures")
         if self.training and self.against is not None:
             raise ValueError("training and against exclude each other")
+        of_run, of_images = ("training", "best"), ("image_size", "crop", "channels", "background")
+        if given := [name for name in of_images if self.run and getattr(self, name) is not None]:
+            raise ValueError(f"{', '.join(given)}: only for --images; pictures are read as the run reads its own")
+        if given := [name for name in of_run if self.images and getattr(self, name)]:
+            raise ValueError(f"{', '.join(given)}: only for a run, not for --images")
+        if self.split is not None and self.against is None:
+            raise ValueError("split selects a part of the pictures of --against PATH, which is missing")
         require_seed(self.seed)
         if self.samples < LEAST:
             raise ValueError(f"samples must be at least {LEAST}, got {self.samples}")

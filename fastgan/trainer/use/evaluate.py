@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from fastgan.trainer.config import TrainConfig
@@ -14,16 +15,16 @@ from fastgan.trainer.data.containers import open_container
 from fastgan.trainer.data.held_out import sample_reals
 from fastgan.trainer.data.image_folder import read_pictures
 from fastgan.trainer.data.options import PictureConfig
-from fastgan.trainer.data.pixels import Layout, endings, open_image
+from fastgan.trainer.data.pixels import UNREADABLE, Layout, endings, open_image
 from fastgan.trainer.data.record import DataRecord
 from fastgan.trainer.data.size import sides
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.errors import DataError, TrainerError
+from fastgan.trainer.errors import DataError, RunFolderError, TrainerError
 from fastgan.trainer.export import home_of
 from fastgan.trainer.measure.extractors import TorchScript, check_extractor, load_extractor
 from fastgan.trainer.measure.metrics import inception_score
 from fastgan.trainer.measure.quality import LEAST, compare, measures_images
-from fastgan.trainer.run import make_folder, run_data
+from fastgan.trainer.run import make_folder, require_writable, run_data
 from fastgan.trainer.use.config import EvaluateConfig
 from fastgan.trainer.use.trained import Trained, load_trained, write_json
 
@@ -47,6 +48,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         TrainerError: there is no run, or too few pictures.
         ValueError: the extractor does not work.
     """
+    out = config.out
+    if out is None and config.run is not None and (config.run.is_dir() or config.run.suffix == ".pt"):
+        out = home_of(config.run) / "evaluation.json"
+    if config.out is not None:
+        require_file(config.out)
     device = choose_device(config.device)
     trained = None if config.run is None else load_trained(config.run, device, config.best)
     extractor = config.extractor or (trained.config.extractor if trained else TrainConfig.extractor)
@@ -62,12 +68,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         found["note"] = f"{config.samples:,} samples were asked for, but there are only {len(sets.fake):,} pictures"
     if trained:
         found |= {"run": str(config.run), "step": trained.step}
-    is_run = config.run is not None and (config.run.is_dir() or config.run.suffix == ".pt")
-    out = config.out or (home_of(config.run) / "evaluation.json" if config.run and is_run else None)
     if out is not None:
         make_folder(out.parent)
         write_json(out, found)
     return found
+
+
+def require_file(path: Path) -> None:
+    """Raise RunFolderError if no file can be written to `path`."""
+    if path.is_dir():
+        raise RunFolderError(f"out must be a file to write, but {path} is a folder: try {path / 'evaluation.json'}")
+    require_writable(path.parent)
 
 
 def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
@@ -79,13 +90,16 @@ def sets_of_run(config: EvaluateConfig, trained: Trained) -> Sets:
     floor: Tensor | None = None
     if config.against is not None:
         layout = layout_of(shape, settings.pictures)
-        real, floor, hashes = reals_of(config.against, layout, config.samples, config.seed)
-        what = f"{len(real):,} pictures of {config.against}"
-        if known := hashes & trained_on(config.run):
+        chosen = reals_of(config.against, layout, config.samples, config.seed, config.split)
+        real, floor, what = chosen.pictures, chosen.others, chosen.what
+        if known := chosen.hashes & trained_on(config.run):
             what += f", of which the run trained on {len(known):,}, which favors a generator that copies them"
     else:
         assert config.run is not None
-        source, held_out = run_data(settings, home_of(config.run), trained.device)
+        try:
+            source, held_out = run_data(settings, home_of(config.run), trained.device)
+        except DataError as error:
+            raise DataError(f"{error} (the run's data; --against PATH takes other pictures)") from error
         if config.training:
             real, labels = some(source, config.samples, config.seed)
             what = f"{len(real):,} pictures that the run trained on, which favors a generator that copies them"
@@ -130,11 +144,11 @@ def sets_of_folders(config: EvaluateConfig) -> Sets:
         height, width = sides(config.image_size, networks=False)
     else:
         height, width = first_size(config.images)
-    layout = Layout(height, width, config.pictures.crop, config.pictures.channels, config.pictures.background)
-    fake, _, _ = reals_of(config.images, layout, config.samples, config.seed)
-    real, floor, _ = reals_of(config.against, layout, len(fake), config.seed)
-    fake = fake[: len(real)]
-    return Sets(fake, real, floor, f"{len(real):,} pictures of {config.against}, at {width} x {height} pixels")
+    layout = Layout(height, width, config.crop or "center", config.channels or 3, config.background or "white")
+    fake = reals_of(config.images, layout, config.samples, config.seed).pictures
+    real = reals_of(config.against, layout, len(fake), config.seed, config.split)
+    fake = fake[: len(real.pictures)]
+    return Sets(fake, real.pictures, real.others, f"{real.what}, at {width} x {height} pixels")
 
 
 def layout_of(shape: tuple[int, ...], pictures: PictureConfig) -> Layout:
@@ -144,12 +158,17 @@ def layout_of(shape: tuple[int, ...], pictures: PictureConfig) -> Layout:
 
 
 def first_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of the first picture that can be read."""
     container = open_container(path)
+    unreadable = 0
     for entry in container.entries:
         if Path(entry.name).suffix.lower() in endings():
-            with open_image(container.read(entry.name)) as image:
-                return image.height, image.width
-    raise DataError(f"{path} contains no pictures")
+            try:
+                with ImageOps.exif_transpose(open_image(container.read(entry.name))) as image:
+                    return image.height, image.width
+            except UNREADABLE:
+                unreadable += 1
+    raise DataError(f"{path} contains no pictures" + (f" that can be read, of {unreadable}" if unreadable else ""))
 
 
 def trained_on(run: Path | None) -> set[str]:
@@ -161,9 +180,16 @@ def trained_on(run: Path | None) -> set[str]:
     return {content.partition(" ")[0] for name, content in record.pictures.items() if name not in held_out}
 
 
-def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor, Tensor | None, set[str]]:
-    """Return at most `count` pictures chosen by `seed`, as many others if there are enough, and hashes of the first."""
-    found = read_pictures(path, layout, "none")
+class Reals(NamedTuple):
+    pictures: Tensor
+    others: Tensor | None  # as many
+    hashes: set[str]  # of the pictures
+    what: str
+
+
+def reals_of(path: Path, layout: Layout, count: int, seed: int, split: str | None = None) -> Reals:
+    """Return at most `count` pictures chosen by `seed`, and as many others if there are enough."""
+    found = read_pictures(path, layout, "none", split)
     order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed), device="cpu")
     if len(order) < LEAST:
         raise DataError(f"{path} contains {len(order)} pictures, but scores need at least {LEAST}")
@@ -173,7 +199,8 @@ def reals_of(path: Path, layout: Layout, count: int, seed: int) -> tuple[Tensor,
         return found.images[index].float().div_(127.5).sub_(1)
 
     hashes = {found.hashes[row] for row in chosen.tolist()}
-    return pixels(chosen), pixels(others) if len(others) == len(chosen) else None, hashes
+    what = f"{len(chosen):,} pictures of {path}" + (f", {found.split}" if found.split else "")
+    return Reals(pixels(chosen), pixels(others) if len(others) == len(chosen) else None, hashes, what)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.export import home_of
 from fastgan.trainer.report.pictures import as_picture, grid_of
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, removed_if_cut_short
 from fastgan.trainer.use.config import GenerateConfig as GenerateConfig
-from fastgan.trainer.use.trained import Trained, load_trained
+from fastgan.trainer.use.trained import Trained, load_trained, save_picture
 
 MILLISECONDS = 40  # of a frame
 STOPS = 4  # latents that an interpolation visits
@@ -51,19 +51,21 @@ def generate(config: GenerateConfig) -> list[Path]:
         digits = max(4, len(str(config.samples - 1)))
         for number, sample in enumerate(samples):
             written.append(out / f"sample-{number:0{digits}}.png")
-            as_picture(sample).save(written[-1])
+            save_picture(as_picture(sample), written[-1])
     if config.format != "png":
         written.append(out / f"samples.{config.format}")
-        write_arrays(written[-1], samples, z, labels, is_picture)
+        with removed_if_cut_short(written[-1]):
+            write_arrays(written[-1], samples, z, labels, is_picture)
     if size := config.rows_and_columns():
         written.append(out / "grid.png")
         cells = size[0] * size[1]
         z = config.truncation * trained.latents(cells, config.seed)
-        grid_of(trained.samples(z, trained.labels(cells, config.class_name)), size[1]).save(written[-1])
+        save_picture(grid_of(trained.samples(z, trained.labels(cells, config.class_name)), size[1]), written[-1])
     if config.interpolate:
         written.append(out / f"interpolation.{config.animation}")
         frames = interpolation(trained, config, config.interpolate, config.rows_and_columns() or (1, 1))
-        write_animation(written[-1], frames)
+        with removed_if_cut_short(written[-1]):
+            write_animation(written[-1], frames)
     return written
 
 

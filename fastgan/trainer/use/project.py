@@ -13,25 +13,31 @@ from fastgan.trainer.data.pixels import UNREADABLE, open_image, pixels_of
 from fastgan.trainer.device import choose_device
 from fastgan.trainer.errors import DataError, TrainerError, reason
 from fastgan.trainer.export import home_of
-from fastgan.trainer.measure.extractors import Extractor, label, load_extractor
+from fastgan.trainer.measure.extractors import Extractor, check_extractor, label, load_extractor
 from fastgan.trainer.measure.quality import measures_images
 from fastgan.trainer.report.pictures import as_picture, grid_of
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, removed_if_cut_short, require_writable
 from fastgan.trainer.use.config import ProjectConfig
 from fastgan.trainer.use.evaluate import layout_of
-from fastgan.trainer.use.trained import Trained, load_trained, write_json
+from fastgan.trainer.use.trained import Trained, load_trained, save_picture, write_json
 
 NOISE = 0.1  # of the latent at the start, so that the search leaves poor minima
 
 
 class Distance:
-    """Mean squared error of pixels plus that of features, each in units of the target's nearest random sample."""
+    """Mean squared error of pixels plus that of features, each in units of the target's nearest random sample.
+
+    Raises:
+        ValueError: no gradient passes through the extractor.
+    """
 
     def __init__(self, target: Tensor, extractor: Extractor) -> None:
         self.target = target
         self.extractor = getattr(extractor, "differentiable", extractor)
-        with torch.no_grad():
-            self.features = self.extractor(target)
+        found = self.extractor(target.clone().requires_grad_())
+        if not found.requires_grad:
+            raise ValueError("no gradient passes through the extractor: choose another one with --extractor")
+        self.features = found.detach()
         self.pixel_unit = self.feature_unit = 1.0
 
     def parts(self, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +58,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
         TrainerError: there is no trained generator of pictures, or the picture cannot be read.
         ValueError: there is no such class, or no gradient passes through the extractor.
     """
+    out = config.out or home_of(config.run) / "projected" / config.picture.stem
     trained = load_trained(config.run, choose_device(config.device), config.best)
     shape = tuple(trained.data["shape"])
     if not measures_images(shape):
@@ -61,17 +68,19 @@ def project(config: ProjectConfig) -> dict[str, Any]:
     except UNREADABLE as error:
         raise DataError(f"{config.picture} cannot be read: {reason(error)}") from error
     target = torch.from_numpy(pixels).float().div(127.5).sub(1)[None].to(trained.device)
+    require_writable(out)
     name = config.extractor or trained.config.extractor
+    check_extractor(name, shape, trained.device)
     distance = Distance(target, load_extractor(name, trained.device))
     start, label_of = nearest(trained, distance, config)
     z = optimize_latent(trained, distance, start, label_of, config)
 
-    out = config.out or home_of(config.run) / "projected" / config.picture.stem
     make_folder(out)
     before, after = (trained.samples(latent, label_of) for latent in (start, z))
-    grid_of(torch.cat([target.cpu(), before, after]), 3).save(out / "projection.png")
-    as_picture(after[0]).save(out / "projected.png")
-    np.savez(out / "latent.npz", latent=z.cpu().numpy())
+    save_picture(grid_of(torch.cat([target.cpu(), before, after]), 3), out / "projection.png")
+    save_picture(as_picture(after[0]), out / "projected.png")
+    with removed_if_cut_short(out / "latent.npz"):
+        np.savez(out / "latent.npz", latent=z.cpu().numpy())
     (pixels_before, features_before), (pixels_after, features_after) = (
         distance.parts(found.to(trained.device)) for found in (before, after)
     )
@@ -93,7 +102,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
 @torch.no_grad()
 def nearest(trained: Trained, distance: Distance, config: ProjectConfig) -> tuple[Tensor, Tensor | None]:
     """Return the nearest of some random latents (1, Z), and its label (1,). It sets the distance's units."""
-    z = trained.latents(config.starts, config.seed)
+    z = on_sphere(trained.latents(config.starts, config.seed))  # as the search has them, so that it only gets nearer
     labels = trained.labels(config.starts, config.class_name)
     samples = trained.samples(z, labels)
     parts = [distance.parts(part.to(trained.device)) for part in samples.split(16)]
@@ -110,7 +119,6 @@ def optimize_latent(
 
     Gaussian latents all have about the same length, so the search stays where the generator was trained.
     """
-    length = math.sqrt(start.shape[1])
     z = start.clone().to(trained.device).requires_grad_()
     noise = torch.Generator().manual_seed(config.seed)
     adam = torch.optim.Adam([z], config.lr)
@@ -121,17 +129,16 @@ def optimize_latent(
             group["lr"] = config.lr * (0.5 - 0.5 * math.cos(math.pi * min(1.0, 4 * left)))
         size = NOISE * max(0.0, 4 * left - 3) ** 2 if step else 0.0
         jitter = size * torch.randn(z.shape, generator=noise, device="cpu")
-        error = distance(trained(on_sphere(z + jitter.to(z.device), length), labels)).sum()
-        if not error.requires_grad:
-            raise ValueError("no gradient passes through the extractor: choose another one with --extractor")
+        error = distance(trained(on_sphere(z + jitter.to(z.device)), labels)).sum()
         if float(error.detach()) < best and size == 0:
-            best, best_z = float(error.detach()), on_sphere(z, length).detach().clone()
+            best, best_z = float(error.detach()), on_sphere(z).detach().clone()
         adam.zero_grad()
         error.backward()
         adam.step()
     return best_z.cpu()
 
 
-def on_sphere(z: Tensor, length: float) -> Tensor:
-    scaled: Tensor = z * (length / z.norm(dim=1, keepdim=True))
+def on_sphere(z: Tensor) -> Tensor:
+    """Scale latents (N, Z) to the length sqrt(Z), the usual length of Gaussian ones."""
+    scaled: Tensor = z * (math.sqrt(z.shape[1]) / z.norm(dim=1, keepdim=True))
     return scaled

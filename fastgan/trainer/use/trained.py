@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastgan import strict_json
@@ -14,6 +15,7 @@ from fastgan.trainer.config import TrainConfig
 from fastgan.trainer.errors import RunFolderError
 from fastgan.trainer.export import check_data, home_of, read_export, read_run
 from fastgan.trainer.models import build_models
+from fastgan.trainer.run import removed_if_cut_short, replace_text
 
 BATCH = 64
 
@@ -101,5 +103,10 @@ def load_trained(path: Path, device: torch.device, best: bool = False) -> Traine
     return Trained(config, data, step, generator.eval().requires_grad_(False).to(device), device)
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with removed_if_cut_short(path):
+        picture.save(path)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(strict_json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, strict_json.dumps(values, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastgan.trainer.checks import require_seed, require_threads
 from fastgan.trainer.config import PRESETS, Architecture, MinibatchStatistic, ModelConfig, OptimConfig
-from fastgan.trainer.data.options import DatasetName
+from fastgan.trainer.data.options import DatasetName, refuse_data
 from fastgan.trainer.game.names import APPROXIMATE, LossName, PenaltyName
 
 
@@ -35,6 +35,7 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         require_seed(self.seed)
         require_threads(self.threads)
+        refuse_data(self.dataset, self.data)
         for name in ("steps", "timed_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -15,7 +15,7 @@ from fastgan.trainer.data.sources import load_source
 from fastgan.trainer.device import choose_device, environment
 from fastgan.trainer.game.regularizer import Kernels
 from fastgan.trainer.gan import GAN
-from fastgan.trainer.run import make_folder
+from fastgan.trainer.run import make_folder, replace_text
 from fastgan.trainer.verify.config import VerifyConfig as VerifyConfig
 from fastgan.trainer.verify.lockstep import TOLERANCES, Errors, Step, lockstep
 from fastgan.trainer.verify.matrix import verify_matrix
@@ -80,7 +80,7 @@ def verify(config: VerifyConfig) -> bool:
             "environment": environment(device),
             "per_step": [step.to_json() for step in steps],
         }
-        (config.out / "verify.json").write_text(strict_json.dumps(result, indent=2) + "\n")
+        replace_text(config.out / "verify.json", strict_json.dumps(result, indent=2) + "\n")
     return not breaches
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fastgan.trainer.config import TrainConfig
+from fastgan.trainer.errors import RunFolderError, TrainerError
 from fastgan.trainer.export import ExportConfig, export
 from fastgan.trainer.loop import Trainer
 from fastgan.trainer.start import under_names_of
+from fastgan.trainer.use.trained import load_trained
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,38 @@ def test_a_run_that_is_not_there_is_an_error_and_leaves_nothing(config):
     with pytest.raises(RuntimeError, match="nowhere does not contain a run"):
         Trainer(dataclasses.replace(config, init_from=Path("nowhere")))
     assert not config.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no.pt", "no.pt cannot be read: No such file"),
+        ("no.safetensors", "no.safetensors cannot be read: No such file"),
+        ("weights.pt", r"weights.pt is not in a run's folder: a checkpoint is RUN/checkpoints"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_a_run_is_named(config, in_tmp_path, name, says):
+    Path("weights.pt").write_bytes(b"weights")
+    with pytest.raises(TrainerError, match=says):
+        Trainer(dataclasses.replace(config, init_from=Path(name)))
+
+
+def test_a_checkpoint_is_found_from_its_own_folder(config, monkeypatch):
+    trained(config)
+    monkeypatch.chdir(config.folder / "checkpoints")
+    assert load_trained(Path("step-00000006.pt"), torch.device("cpu")).step == 6
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_same_weights(config):
+    trained(config)
+    new = dataclasses.replace(config, name="new", seed=5, init_from=config.folder)
+    whole = trained(dataclasses.replace(new, name="whole"))
+    Trainer(new).run.lock.release()  # it is stopped here
+    resumed = trained(new, resume=True)
+    assert equal(resumed.gan.generator, whole.gan.generator)
+    assert equal(resumed.gan.discriminator, whole.gan.discriminator)
+    with pytest.raises(RunFolderError, match=r"cannot resume .* with different settings"):
+        Trainer(dataclasses.replace(new, resume=True, init_from=Path("other")))
 
 
 @pytest.mark.parametrize("penalty", ["none", "r1", "wgan-gp"])

@@ -83,6 +83,17 @@ def test_frechet_distance_of_fewer_samples_than_features_is_finite():
     assert math.isfinite(frechet_distance(torch.randn(10, 64), torch.randn(10, 64)))
 
 
+def test_frechet_distance_of_one_feature_is_that_of_two_normal_distributions():
+    x = torch.randn(50, 1, dtype=torch.float64)
+    assert frechet_distance(x, 3 * x + 2 * x.mean(0)) == pytest.approx(
+        float(16 * x.mean() ** 2 + 4 * x.var()), rel=1e-9
+    )
+
+
+def test_frechet_distance_of_features_that_are_not_finite_is_nan():
+    assert math.isnan(frechet_distance(torch.randn(9, 3), torch.full((9, 3), math.inf)))
+
+
 class TestNeighbors:
     def test_equal_sets_cover_each_other(self):
         x = torch.randn(200, 3)
@@ -134,7 +145,7 @@ class TestExtractors:
         (tmp_path / "mine.py").write_text("def pixels(images): return images.flatten(1)\n\nnothing = None\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)
-        trainer = Trainer(dataclasses.replace(config, dataset="discs", extractor="mine:pixels", scored=20))
+        trainer = Trainer(dataclasses.replace(config, dataset="discs", data=None, extractor="mine:pixels", scored=20))
         monkeypatch.setattr("fastgan.trainer.report.pictures.save_losses", lambda metrics, path: None)
         trainer.train()
         found = json.loads(trainer.run.quality.read_text())
@@ -148,10 +159,21 @@ class TestExtractors:
             Trainer(dataclasses.replace(config, extractor=name))
         assert not config.folder.exists()
 
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [("raise RuntimeError('no\\nlicense')", "RuntimeError: no"), ("def f(:", "SyntaxError: invalid")],
+    )
+    def test_a_module_that_cannot_be_imported_is_named(self, tmp_path, monkeypatch, text, says):
+        (tmp_path / "broken.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ValueError, match=f"got 'broken:f': {says}") as caught:
+            load_extractor("broken:f", CPU)
+        assert "\n" not in str(caught.value)
+
     @pytest.mark.parametrize("dataset", ["grid25", "waveforms"])
     def test_one_that_nothing_would_ask_is_refused_before_the_run(self, config, dataset):
         with pytest.raises(ValueError, match="extractor 'foo:bar' needs images"):
-            Trainer(dataclasses.replace(config, dataset=dataset, extractor="foo:bar"))
+            Trainer(dataclasses.replace(config, dataset=dataset, data=None, extractor="foo:bar"))
         assert not config.folder.exists()
 
     @pytest.mark.parametrize(
@@ -161,13 +183,15 @@ class TestExtractors:
             ("mine:maps", r"got \(2, 1, 32, 32\)"),
             ("mine:one", r"got \(1, 1024\)"),
             ("mine:fails", "got KeyError: 'weights'"),
+            ("mine:nan", "got numbers that are not finite"),
         ],
     )
     def test_one_that_gives_no_features_is_refused_before_the_run(self, config, tmp_path, monkeypatch, name, came):
         (tmp_path / "mine.py").write_text(
             "def maps(images): return images\n\n"
             "def one(images): return images.flatten(1)[:1]\n\n"
-            "def fails(images): return {}['weights']\n"
+            "def fails(images): return {}['weights']\n\n"
+            "def nan(images): return images.flatten(1) / 0\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)

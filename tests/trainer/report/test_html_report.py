@@ -53,7 +53,7 @@ def trained(config, **changes):
 
 
 def test_the_report_is_one_file_that_needs_no_other(config, no_plot):
-    run = trained(config, dataset="discs", equilibrium_every=3, scored=50).run
+    run = trained(config, dataset="discs", data=None, equilibrium_every=3, scored=50).run
     text = run.html.read_text()
     page = Page(text)
     assert page.open == []
@@ -92,7 +92,7 @@ def test_a_run_too_short_to_judge_says_so_instead_of_that_nothing_went_wrong(
 
 def test_adas_probability_is_recorded_and_drawn(config, no_plot):
     trainer = trained(
-        config, dataset="discs", optim=dataclasses.replace(config.optim, augment="ada"), steps=4, scored=50
+        config, dataset="discs", data=None, optim=dataclasses.replace(config.optim, augment="ada"), steps=4, scored=50
     )
     trainer.gan.augment.p.fill_(0.25)
     assert trainer.diagnostics.observe(5)["augment_p"] == 0.25

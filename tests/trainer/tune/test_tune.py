@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -164,6 +165,23 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(toy, monkeypatch, capfd):
     assert output.err == ""
 
 
+def test_a_command_that_is_terminated_leaves_no_worker_behind(toy, forked, monkeypatch):
+    def terminating(game: Game, step: int) -> float:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+        raise AssertionError
+
+    monkeypatch.setattr(Game, "train_to", terminating)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a worker that is late must not end the tests
+    try:
+        with pytest.raises(SystemExit) as ended:
+            tune(dataclasses.replace(toy, trials=1, workers=2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert multiprocessing.active_children() == []
+
+
 def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, monkeypatch, capfd):
     def interrupting(game: Game, step: int) -> float:
         os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to all
@@ -202,6 +220,30 @@ def test_the_lock_of_a_worker_that_was_killed_holds_nobody_up(tmp_path, forked):
     open_journal(path).append_logs([{"a": 1}])
     assert time.monotonic() - start < 10
     assert list(open_journal(path).read_logs(0)) == [{"a": 1}]
+
+
+def test_a_line_that_was_cut_short_is_removed_and_a_damaged_journal_is_one_line(tmp_path, capsys):
+    path = tmp_path / "journal.log"
+    open_journal(path).append_logs([{"a": 1}])
+    with open(path, "a") as file:
+        file.write('{"b":')
+    open_journal(path).append_logs([{"c": 2}])
+    assert list(open_journal(path).read_logs(0)) == [{"a": 1}, {"c": 2}]
+    path.write_text("no journal\n")
+    assert cli.main(["tune", "ring8", "--out", str(tmp_path)]) == 2
+    assert "journal.log is not a study's journal, or is damaged: choose another --out" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(toy, monkeypatch, capsys):
+    def optimize(*_: object, **__: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise AssertionError from None  # as optuna does; the context stays
+
+    monkeypatch.setattr("optuna.Study.optimize", optimize)
+    assert cli.main(["tune", "ring8", "--out", str(toy.out)]) == 2
+    assert "journal.log: No space left on device" in capsys.readouterr().err
 
 
 def test_a_trial_that_dies_before_its_settings_are_all_taken_is_queued_with_all_of_them(toy):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fastgan import cli
 from fastgan.trainer.data.size import sides
-from fastgan.trainer.measure.extractors import TorchScript, load_extractor
+from fastgan.trainer.measure.extractors import TorchScript, check_extractor, load_extractor
 from fastgan.trainer.measure.metrics import frechet_distance, inception_score, neighbors
 from fastgan.trainer.run import run_data
+from fastgan.trainer.use.evaluate import first_size
 from fastgan.trainer.use.trained import Trained
 from tests.trainer.use.conftest import write_pictures
 
@@ -92,11 +93,28 @@ def test_gradients_pass_through_its_other_resizing_with_nearly_the_same_features
     assert images.grad.abs().max() > 0
 
 
+class Scalar(nn.Module):
+    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+        return img.flatten(1) if return_features else img.mean()
+
+
+class OtherInterface(nn.Module):
+    def forward(self, img: Tensor) -> Tensor:
+        return img.flatten(1)
+
+
 def test_a_module_without_classes_has_no_probabilities(tmp_path):
-    torch.jit.script(FeaturesOnly()).save(str(tmp_path / "other.pt"))
-    extractor = TorchScript(tmp_path / "other.pt", CPU)
-    assert extractor(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
-    assert extractor.probabilities(torch.zeros(2, 3, 8, 8)) is None
+    for module in (FeaturesOnly(), Scalar()):
+        torch.jit.script(module).save(str(tmp_path / "other.pt"))
+        extractor = TorchScript(tmp_path / "other.pt", CPU)
+        assert len(extractor(torch.zeros(2, 3, 8, 8))) == 2
+        assert extractor.probabilities(torch.zeros(2, 3, 8, 8)) is None
+
+
+def test_a_module_with_another_interface_is_told_how_it_is_called(tmp_path):
+    torch.jit.script(OtherInterface()).save(str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match=r"must return features \(2, F\).*called with return_features=True"):
+        check_extractor(str(tmp_path / "other.pt"), (3, 8, 8), CPU)
 
 
 def test_probabilities_leave_out_the_bias_of_the_last_layer(inception):
@@ -203,6 +221,37 @@ def test_folders_are_compared_without_a_run(tmp_path, capsys):
     assert "none cannot be read" in capsys.readouterr().err
 
 
+def test_unreadable_samples_are_skipped_and_the_split_is_named(tmp_path, capsys):
+    samples = write_pictures(tmp_path / "samples", 12, seed=1)
+    (samples / "cat" / "000.png").write_bytes(b"\x89PNG")
+    for split in ("train", "val"):
+        write_pictures(tmp_path / "real" / split, 12, seed=2)
+    flags = ["--images", str(samples), "--against", str(tmp_path / "real"), "--device", "cpu"]
+    assert cli.main(["evaluate", *flags]) == 0
+    assert f"12 pictures of {tmp_path / 'real'}, the split train, not val (--split NAME)" in capsys.readouterr().out
+    assert cli.main(["evaluate", *flags, "--split", "val"]) == 0
+    assert "the split val, not train" in capsys.readouterr().out
+    for path in samples.rglob("*.png"):
+        path.write_bytes(b"\x89PNG")
+    assert cli.main(["evaluate", *flags]) == 2
+    assert "samples contains no pictures that can be read, of 13" in capsys.readouterr().err
+
+
+def test_the_size_of_samples_is_that_of_the_first_one_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert first_size(tmp_path) == (20, 10)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastgan.trainer.use.evaluate.sets_of_folders", None)  # an attempt to call it fails
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path, "is a folder: try"), (tmp_path / "file" / "found.json", "cannot be written to")):
+        assert cli.main(["evaluate", "--images", "a", "--against", "b", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_pictures_of_any_size_are_compared_and_networks_need_multiples():
     assert sides(17, networks=False) == (17, 17)
     assert sides("5x300", networks=False) == (5, 300)
@@ -211,6 +260,23 @@ def test_pictures_of_any_size_are_compared_and_networks_need_multiples():
             sides(wrong, networks=False)
     with pytest.raises(ValueError, match="multiple of 4"):
         sides(17)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "--image-size", "32"],
+        ["run", "--channels", "3", "--against", "a"],
+        ["run", "--crop", "center"],
+        ["run", "--split", "val"],
+        ["--images", "a", "--against", "b", "--best"],
+        ["--images", "a", "--against", "b", "--mirror"],
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(flags, capsys):
+    assert cli.main(["evaluate", *flags]) == 2
+    name = next(flag for flag in reversed(flags) if flag.startswith("--") and flag != "--against")
+    assert name[2:].replace("-", "_") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--images", "a"], ["run", "--images", "a", "--against", "b"]])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -154,6 +156,26 @@ def test_classes_without_names_have_numbers(ring8_config, monkeypatch):
     model = dataclasses.replace(PRESETS["ring8"][1].model, width=8, pack=1, conditional=True)
     Trainer(dataclasses.replace(ring8_config, model=model)).train()
     assert load_trained(ring8_config.folder, CPU).class_number("7") == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--samples", "2"], "sample-0000.png"),
+        (["--samples", "0", "--grid", "1x2"], "grid.png"),
+        (["--samples", "0", "--interpolate", "2"], "interpolation.webp"),
+    ],
+)
+def test_a_picture_that_a_full_disk_cuts_short_is_removed_and_named(run, config, monkeypatch, capsys, flags, name):
+    def save(image, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    out = config.runs.parent / "out"
+    assert cli.main(["generate", str(config.folder), *flags, "--out", str(out), "--device", "cpu"]) == 2
+    assert f"{out / name}: No space left on device" in capsys.readouterr().err
+    assert not list(out.iterdir())
 
 
 def test_each_checkpoint_that_is_kept_makes_its_own_samples_and_is_a_start(config, monkeypatch, tmp_path, capsys):

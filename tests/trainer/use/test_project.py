@@ -34,6 +34,31 @@ def test_a_sample_is_found_again(run, config, tmp_path, capsys):
     assert "rms_pixel_error" in capsys.readouterr().out
 
 
+def test_the_result_is_never_farther_than_the_start(run, config, tmp_path):
+    Image.new("RGB", (32, 16), (250, 20, 20)).save(tmp_path / "red.png")
+    flags = ["--steps", "0", "--starts", "8", "--device", "cpu"]
+    assert cli.main(["project", str(config.folder), str(tmp_path / "red.png"), *flags]) == 0
+    numbers = json.loads((config.folder / "projected" / "red" / "projection.json").read_text())
+    assert numbers["rms_pixel_error"] == pytest.approx(numbers["rms_pixel_error_at_start"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("flat", "no gradient passes"), ("array", "must return features"), ("flat", "cannot be written to")],
+)
+def test_what_would_fail_after_the_search_fails_before_it(run, config, tmp_path, capsys, monkeypatch, name, says):
+    text = "def flat(images): return images.detach().flatten(1)\n\ndef array(images): return images.numpy()\n"
+    (tmp_path / "own_features.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("fastgan.trainer.use.project.nearest", None)  # an attempt to call it fails
+    picture = next(config.data.rglob("*.png"))
+    out = ["--out", str(picture / "x")] if "written" in says else []
+    flags = ["--extractor", f"own_features:{name}", "--device", "cpu", *out]
+    assert cli.main(["project", str(config.folder), str(picture), *flags]) == 2
+    assert says in capsys.readouterr().err
+    assert not (config.folder / "projected").exists()
+
+
 def test_what_is_no_picture_is_one_line(run, config, tmp_path, capsys):
     (tmp_path / "text.png").write_text("text")
     capsys.readouterr()
