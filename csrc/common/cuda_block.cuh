@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "common/dtype_tag.h"
+
 // This is a macro, so that an emulation on the CPU can give each block its own memory.
 #ifndef FASTGAN_DYNAMIC_SHARED
 #define FASTGAN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -55,6 +57,21 @@ __device__ T block_sum(T x, T* memory) {
   T sum = 0;
   for (int w = 0; w < kThreads / 32; ++w) sum += memory[w];
   return sum;
+}
+
+// body(a value of the type that dtype names)
+template <class Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f64:
+      return body(double());
+    case Dtype::f32:
+      return body(float());
+    case Dtype::f16:
+      return body(__half());
+    case Dtype::bf16:
+      return body(__nv_bfloat16());
+  }
 }
 
 }  // namespace device

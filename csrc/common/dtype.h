@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype_tag.h"
+
 namespace fastgan {
 namespace FASTGAN_ISA {
 
@@ -66,6 +68,21 @@ inline void store(Half& x, float value) {
   half = magnitude >= 0x47800000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   x.bits = static_cast<std::uint16_t>(sign | half);
+}
+
+// body(a value of the type that dtype names)
+template <class Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f64:
+      return body(double());
+    case Dtype::f32:
+      return body(float());
+    case Dtype::f16:
+      return body(Half());
+    case Dtype::bf16:
+      return body(BFloat16());
+  }
 }
 
 }  // namespace FASTGAN_ISA

@@ -81,19 +81,8 @@ void transpose(const T* y, T* x, const PoolShape& s, double divisor, Width kw, i
 // body(a value of the type that dtype names, window width)
 template <class Body>
 void dispatch(Dtype dtype, std::int64_t kw, const Body& body) {
-  const auto of_width = [&](auto type) {
-    kw == 2 ? body(type, std::integral_constant<std::int64_t, 2>()) : body(type, kw);
-  };
-  switch (dtype) {
-    case Dtype::f64:
-      return of_width(double());
-    case Dtype::f32:
-      return of_width(float());
-    case Dtype::f16:
-      return of_width(Half());
-    case Dtype::bf16:
-      return of_width(BFloat16());
-  }
+  with_dtype(dtype,
+             [&](auto type) { kw == 2 ? body(type, std::integral_constant<std::int64_t, 2>()) : body(type, kw); });
 }
 
 }  // namespace

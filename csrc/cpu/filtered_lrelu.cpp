@@ -115,20 +115,10 @@ void run(const T* x, T* y, const LreluMasks& masks, const LreluOptions& options,
 void filtered_lrelu(Dtype dtype, const void* x, void* y, const LreluMasks& masks, const LreluOptions& options,
                     const UpfirdnShape& first, const double* first_taps, const UpfirdnShape& second,
                     const double* second_taps, int threads) {
-  const auto of = [&](auto type) {
+  with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     run(static_cast<const T*>(x), static_cast<T*>(y), masks, options, first, first_taps, second, second_taps, threads);
-  };
-  switch (dtype) {
-    case Dtype::f64:
-      return of(double());
-    case Dtype::f32:
-      return of(float());
-    case Dtype::f16:
-      return of(Half());
-    case Dtype::bf16:
-      return of(BFloat16());
-  }
+  });
 }
 
 }  // namespace FASTGAN_ISA

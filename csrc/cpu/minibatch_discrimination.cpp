@@ -21,7 +21,6 @@
 // backward.
 #include "cpu/minibatch_discrimination.h"
 
-#include <type_traits>
 #include <vector>
 
 #include "common/dtype.h"
@@ -309,21 +308,6 @@ void run(const DiscriminationShape& s, bool gradients, bool tangents, int thread
   });
 }
 
-// f(T*) with the storage type.
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return f(static_cast<double*>(nullptr));
-    case Dtype::f16:
-      return f(static_cast<Half*>(nullptr));
-    case Dtype::bf16:
-      return f(static_cast<BFloat16*>(nullptr));
-  }
-}
-
 template <class T>
 void ask_for_huge_pages(T* tensor, std::int64_t size) {
   if (tensor != nullptr)
@@ -334,8 +318,8 @@ void ask_for_huge_pages(T* tensor, std::int64_t size) {
 
 void minibatch_discrimination_forward(Dtype dtype, const DiscriminationForward& t, const DiscriminationShape& s,
                                       bool exclude_self, int threads) {
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
     using A = typename Accumulate<T>::type;
     const auto* m = static_cast<const T*>(t.m);
     auto* o = static_cast<T*>(t.o);
@@ -349,8 +333,8 @@ void minibatch_discrimination_forward(Dtype dtype, const DiscriminationForward& 
 
 void minibatch_discrimination_backward(Dtype dtype, const DiscriminationBackward& t, const DiscriminationShape& s,
                                        int threads) {
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
     using A = typename Accumulate<T>::type;
     const auto *h = static_cast<const T*>(t.h), *m = static_cast<const T*>(t.m);
     auto* dm = static_cast<T*>(t.dm);
@@ -366,8 +350,8 @@ void minibatch_discrimination_backward(Dtype dtype, const DiscriminationBackward
 
 void minibatch_discrimination_double_backward(Dtype dtype, const DiscriminationDoubleBackward& t,
                                               const DiscriminationShape& s, int threads) {
-  with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
     using A = typename Accumulate<T>::type;
     const auto *w = static_cast<const T*>(t.w), *h = static_cast<const T*>(t.h), *m = static_cast<const T*>(t.m);
     auto *by_h = static_cast<T*>(t.by_h), *by_m = static_cast<T*>(t.by_m);

@@ -299,35 +299,34 @@ void double_backward(const MinibatchStddevDoubleBackward& t, const Geometry& g, 
   if (by_dy != nullptr) append(g, threads, sums.data(), 1 / g.values(), by_dy);
 }
 
-}  // namespace
+// body(a value of the type that dtype names, the geometry, the number of threads that it deserves)
+template <class Body>
+void dispatch(Dtype dtype, const MinibatchStddevShape& shape, int threads, const Body& body) {
+  const Geometry geometry(shape);
+  with_dtype(dtype, [&](auto type) { body(type, geometry, geometry.threads(threads)); });
+}
 
-#define FASTGAN_BY_DTYPE(function)                                \
-  const Geometry geometry(shape);                                 \
-  threads = geometry.threads(threads);                            \
-  switch (dtype) {                                                \
-    case Dtype::f64:                                              \
-      return function<double>(tensors, geometry, eps, threads);   \
-    case Dtype::f32:                                              \
-      return function<float>(tensors, geometry, eps, threads);    \
-    case Dtype::f16:                                              \
-      return function<Half>(tensors, geometry, eps, threads);     \
-    case Dtype::bf16:                                             \
-      return function<BFloat16>(tensors, geometry, eps, threads); \
-  }
+}  // namespace
 
 void minibatch_stddev_forward(Dtype dtype, const MinibatchStddevForward& tensors, const MinibatchStddevShape& shape,
                               double eps, int threads) {
-  FASTGAN_BY_DTYPE(forward)
+  dispatch(dtype, shape, threads, [&](auto type, const Geometry& geometry, int used) {
+    forward<decltype(type)>(tensors, geometry, eps, used);
+  });
 }
 
 void minibatch_stddev_backward(Dtype dtype, const MinibatchStddevBackward& tensors, const MinibatchStddevShape& shape,
                                double eps, int threads) {
-  FASTGAN_BY_DTYPE(backward)
+  dispatch(dtype, shape, threads, [&](auto type, const Geometry& geometry, int used) {
+    backward<decltype(type)>(tensors, geometry, eps, used);
+  });
 }
 
 void minibatch_stddev_double_backward(Dtype dtype, const MinibatchStddevDoubleBackward& tensors,
                                       const MinibatchStddevShape& shape, double eps, int threads) {
-  FASTGAN_BY_DTYPE(double_backward)
+  dispatch(dtype, shape, threads, [&](auto type, const Geometry& geometry, int used) {
+    double_backward<decltype(type)>(tensors, geometry, eps, used);
+  });
 }
 
 }  // namespace FASTGAN_ISA

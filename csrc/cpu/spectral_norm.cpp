@@ -439,29 +439,11 @@ void backward(const SpectralNormLayer* layers, std::int64_t count, int threads) 
 
 void spectral_norm_forward(Dtype dtype, const SpectralNormLayer* layers, std::int64_t count,
                            const SpectralNormOptions& options) {
-  switch (dtype) {
-    case Dtype::f32:
-      return forward<float>(layers, count, options);
-    case Dtype::f64:
-      return forward<double>(layers, count, options);
-    case Dtype::f16:
-      return forward<Half>(layers, count, options);
-    case Dtype::bf16:
-      return forward<BFloat16>(layers, count, options);
-  }
+  with_dtype(dtype, [&](auto type) { forward<decltype(type)>(layers, count, options); });
 }
 
 void spectral_norm_backward(Dtype dtype, const SpectralNormLayer* layers, std::int64_t count, int threads) {
-  switch (dtype) {
-    case Dtype::f32:
-      return backward<float>(layers, count, threads);
-    case Dtype::f64:
-      return backward<double>(layers, count, threads);
-    case Dtype::f16:
-      return backward<Half>(layers, count, threads);
-    case Dtype::bf16:
-      return backward<BFloat16>(layers, count, threads);
-  }
+  with_dtype(dtype, [&](auto type) { backward<decltype(type)>(layers, count, threads); });
 }
 
 }  // namespace FASTGAN_ISA

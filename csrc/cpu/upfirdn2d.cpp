@@ -44,20 +44,10 @@ void run(const T* x, T* y, const UpfirdnShape& s, const double* taps, int thread
 }  // namespace
 
 void upfirdn2d(Dtype dtype, const void* x, void* y, const UpfirdnShape& shape, const double* taps, int threads) {
-  const auto of = [&](auto type) {
+  with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     run(static_cast<const T*>(x), static_cast<T*>(y), shape, taps, threads);
-  };
-  switch (dtype) {
-    case Dtype::f64:
-      return of(double());
-    case Dtype::f32:
-      return of(float());
-    case Dtype::f16:
-      return of(Half());
-    case Dtype::bf16:
-      return of(BFloat16());
-  }
+  });
 }
 
 }  // namespace FASTGAN_ISA

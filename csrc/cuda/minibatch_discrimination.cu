@@ -34,6 +34,7 @@ using device::Accumulate;
 using device::load;
 using device::store;
 using device::Vector;
+using device::with_dtype;
 
 constexpr int kThreads = 128;
 constexpr int kLanes = 8;    // threads that share the same samples i
@@ -365,16 +366,7 @@ void launch(Order order, const Discrimination& t, cudaStream_t stream) {
 
 void launch(Order order, Dtype dtype, const Discrimination& t, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case Dtype::f32:
-      return launch<float>(order, t, on);
-    case Dtype::f64:
-      return launch<double>(order, t, on);
-    case Dtype::f16:
-      return launch<__half>(order, t, on);
-    case Dtype::bf16:
-      return launch<__nv_bfloat16>(order, t, on);
-  }
+  with_dtype(dtype, [&](auto type) { launch<decltype(type)>(order, t, on); });
 }
 
 }  // namespace

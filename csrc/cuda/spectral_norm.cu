@@ -43,6 +43,7 @@ using device::load;
 using device::store;
 using device::Vector;
 using device::warp_sum;
+using device::with_dtype;
 
 // Shared memory of a block: small arrays, followed by the slots.
 template <class T>
@@ -59,6 +60,21 @@ constexpr std::int64_t kSmallBytes = (sizeof(Shared<T>) + 15) / 16 * 16;
 static_assert(kSmallBytes<double> + 2 * kBlock.tile_bytes <= 99 << 10 &&
                   kSmallBytes<__half> + 2 * kBlock.tile_bytes <= 99 << 10,
               "two slots must fit the 99 KB that a block has on sm_86, sm_89 and sm_120");
+
+template <class A>
+struct Scales {
+  A s, t, sigma;  // u = s * s, v = t * t
+};
+
+// The scales if s is the first vector, from the squared norms of both.  The second product used the unscaled first
+// vector.  This is a call, because double precision's division and root are long, and a layer takes them once.
+template <class A>
+__device__ __noinline__ Scales<A> scales_in_order(double first, double second, double eps) {
+  const double s = 1 / fmax(sqrt(first), eps);
+  const double norm = sqrt(second) * s;
+  const double t = 1 / fmax(norm, eps);
+  return {static_cast<A>(s), static_cast<A>(s * t), static_cast<A>(norm * norm * t)};
+}
 
 template <class T>
 class Worker {
@@ -110,20 +126,19 @@ class Worker {
     const int mine = first < last ? (last - first + gridDim.x - 1) / gridDim.x : 0;
     const int kept = mine <= arguments_.slots ? mine : arguments_.slots - 2;
     const auto place = [&](int i) { return slot(i < kept ? i : kept + (i - kept) % 2); };
-    const auto start = [&](int i) {
-      if (i < mine && (first_phase || i >= kept)) {
-        const Tile tile = tile_at(arguments_, first + i * gridDim.x, kWidth);
+    Tile tile = {};
+    for (int next = 0; next <= mine; ++next) {
+      const Tile current = tile;
+      if (next < mine) tile = tile_at(arguments_, first + next * gridDim.x, kWidth);
+      if (next < mine && (first_phase || next >= kept)) {
         const Layer& its = layer(tile.layer);
-        fetch(static_cast<const T*>(its.*source), its, tile, place(i));
+        fetch(static_cast<const T*>(its.*source), its, tile, place(next));
       }
       __pipeline_commit();
-    };
-    if (mine > 0) start(0);
-    for (int i = 0; i < mine; ++i) {
-      start(i + 1);
+      if (next == 0) continue;
       __pipeline_wait_prior(1);
       __syncthreads();
-      body(tile_at(arguments_, first + i * gridDim.x, kWidth), place(i));
+      body(current, place(next - 1));
       __syncthreads();
     }
     __pipeline_wait_prior(0);
@@ -185,29 +200,21 @@ class Worker {
   }
 
   // ---- scales ----
-  struct Scales {
-    A s, t, sigma;  // u = s * s, v = t * t
-  };
-
   __device__ double sum_over(const double* values, int count) {
     double sum = 0;
     for (int i = threadIdx.x; i < count; i += kThreads) sum += values[i];
     return block_sum<double, kThreads>(sum, shared_.warps);
   }
 
-  // Scales of a layer after s and t are summed.  The second product used the unscaled first vector.
-  __device__ Scales scales_of(const Layer& layer) {
+  // Scales of a layer after s and t are summed.
+  __device__ Scales<A> scales_of(const Layer& layer) {
     const double* sums = arguments_.sums + layer.first_chunk;
     const double of_s = sum_over(sums, layer.s_chunks());
     if (arguments_.power_iterations == 0) return {1, 1, static_cast<A>(of_s)};
     const double of_t = sum_over(sums + layer.s_chunks(), layer.t_chunks());
-    const double eps = arguments_.eps;
-    const double first = 1 / fmax(sqrt(arguments_.v_first ? of_t : of_s), eps);
-    const double norm = sqrt(arguments_.v_first ? of_s : of_t) * first;
-    const double second = 1 / fmax(norm, eps);
-    const A by_first = static_cast<A>(first), by_second = static_cast<A>(first * second);
-    return {arguments_.v_first ? by_second : by_first, arguments_.v_first ? by_first : by_second,
-            static_cast<A>(norm * norm * second)};
+    const Scales<A> scales =
+        scales_in_order<A>(arguments_.v_first ? of_t : of_s, arguments_.v_first ? of_s : of_t, arguments_.eps);
+    return arguments_.v_first ? Scales<A>{scales.t, scales.s, scales.sigma} : scales;
   }
 
   // ---- phases ----
@@ -227,7 +234,7 @@ class Worker {
     each_tile(&Layer::weight, first_phase, [&](const Tile& tile, const T* w) {
       const Layer& its = layer(tile.layer);
       if (input == Input::summed && tile.layer != scaled) {
-        const Scales scales = scales_of(its);
+        const Scales<A> scales = scales_of(its);
         scale = of_t ? scales.s : scales.t;
         scaled = tile.layer;
       }
@@ -291,7 +298,7 @@ class Worker {
 
   __device__ void write_vectors(bool iterate) {
     const Layer* scaled = nullptr;
-    Scales scales = {};
+    Scales<A> scales = {};
     each_chunk([&](const Layer& its, int chunk, std::int64_t first, bool of_t) {
       if (scaled != &its) scales = scales_of(its);
       scaled = &its;
@@ -441,16 +448,7 @@ void launch(Dtype dtype, const SpectralNormLayer* layers, std::int64_t count, co
             void* stream) {
   if (count == 0) return;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case Dtype::f32:
-      return launch<float>(layers, count, options, on);
-    case Dtype::f64:
-      return launch<double>(layers, count, options, on);
-    case Dtype::f16:
-      return launch<__half>(layers, count, options, on);
-    case Dtype::bf16:
-      return launch<__nv_bfloat16>(layers, count, options, on);
-  }
+  with_dtype(dtype, [&](auto type) { launch<decltype(type)>(layers, count, options, on); });
 }
 
 }  // namespace

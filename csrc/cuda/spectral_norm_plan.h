@@ -50,7 +50,7 @@ struct Layer {
   std::int64_t outer, rows, inner;
   std::int64_t scratch;  // offset of its elements: partials of s (column_tiles, rows) and t (row_tiles, columns), s, t
   int tile_rows, tile_outer, tile_inner;
-  int row_tiles, column_tiles, first_tile, first_chunk;
+  int row_tiles, column_tiles, inner_tiles, first_tile, first_chunk;  // inner_tiles: column tiles of a line
   int wave_end;  // for the first layer of a wave: one past its last layer
   bool vector;   // whether 16-byte accesses are aligned
 
@@ -103,10 +103,12 @@ inline void cut(Layer& to, int element_bytes, int tile_bytes) {
   const std::int64_t stride = ceil_div(to.tile_outer * to.tile_inner, wide) * wide;
   to.tile_rows = static_cast<int>(std::min<std::int64_t>({to.rows, kTileRows, tile_bytes / (stride * element_bytes)}));
   const std::int64_t row_tiles = ceil_div(to.rows, to.tile_rows);
-  const std::int64_t column_tiles = ceil_div(to.outer, to.tile_outer) * ceil_div(to.inner, to.tile_inner);
+  const std::int64_t inner_tiles = ceil_div(to.inner, to.tile_inner);
+  const std::int64_t column_tiles = ceil_div(to.outer, to.tile_outer) * inner_tiles;
   if (row_tiles * column_tiles > 1 << 30) throw std::invalid_argument("a weight is too large for one launch");
   to.row_tiles = static_cast<int>(row_tiles);
   to.column_tiles = static_cast<int>(column_tiles);
+  to.inner_tiles = static_cast<int>(inner_tiles);
 }
 
 // A plan for layers [0, count), with count <= kMaxLayers.

@@ -40,9 +40,8 @@ __device__ Tile tile_at(const Arguments& arguments, int number, int wide) {
   tile.index = number - layer.first_tile;
   tile.row_tile = tile.index / layer.column_tiles;
   tile.column_tile = tile.index % layer.column_tiles;
-  const int across = static_cast<int>((layer.inner + layer.tile_inner - 1) / layer.tile_inner);
-  tile.outer_index = std::int64_t{tile.column_tile / across} * layer.tile_outer;
-  tile.inner_index = std::int64_t{tile.column_tile % across} * layer.tile_inner;
+  tile.outer_index = std::int64_t{tile.column_tile / layer.inner_tiles} * layer.tile_outer;
+  tile.inner_index = std::int64_t{tile.column_tile % layer.inner_tiles} * layer.tile_inner;
   tile.row = std::int64_t{tile.row_tile} * layer.tile_rows;
   tile.column = tile.outer_index * layer.inner + tile.inner_index;
   tile.rows = smaller(layer.tile_rows, layer.rows - tile.row);
@@ -59,6 +58,7 @@ __device__ void each_group(const Layer& layer, const Tile& tile, const Visit& vi
   int k = threadIdx.x % line, row = threadIdx.x / line % tile.rows, outer = threadIdx.x / slab;
   // Steps instead of divisions in the loop; each carries at most once.
   const int step_k = kThreads % line, step_row = kThreads / line % tile.rows, step_outer = kThreads / slab;
+#pragma unroll(kWidth == 1 ? 1 : 4)
   for (int i = threadIdx.x; i < tile.outer * slab; i += kThreads) {
     const std::int64_t at = (tile.outer_index + outer) * layer.rows + tile.row + row;
     visit(at * layer.inner + tile.inner_index + k * kWidth, row, outer * tile.inner + k * kWidth);
