@@ -1,4 +1,4 @@
-"""Operators in compiled graphs: none writes into its arguments, because Inductor may read them before (decisions.md)."""
+"""Operators in compiled graphs write into nothing, because Inductor may read a tensor before (docs/decisions.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_operator_writes_into_its_arguments():
 @needs_dynamo
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_result_is_there_before_a_fused_sum_reads_it(monkeypatch):
-    """The sum has one loop and its first operand two, so Inductor aligns them and forgets which operator must run first."""
+    """The sum has one loop, its first operand two. Inductor aligns them and forgets which operator must run first."""
     monkeypatch.undo()  # poisoned memory cannot be traced
     monkeypatch.setattr("torch._inductor.config.reorder_for_locality", False)  # as in the graph of a backward
     torch.compiler.reset()
