@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ R = TypeVar("R")
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 # The function of each operator. They are stored in torch.ops.fastgan, because the operators survive a failed import.
-_implementations: dict[str, Callable[..., Any]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
+_implementations: dict[str, Callable[..., None]] = vars(torch.ops.fastgan).setdefault("_implementations", {})
+_written: dict[str, tuple[int, ...]] = {}  # the arguments that each of them writes
 
 
 def is_traced() -> bool:
@@ -137,25 +139,75 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
-def operator(
-    schema: str, fake: Callable[..., Any] = lambda *arguments: None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function as an operator with this schema.
+def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function that writes into the arguments which the schema marks, such as ``Tensor(a!) y``.
 
-    By default, the operator writes into its arguments and returns nothing, so its fake implementation does nothing. If
-    an import failed halfway and is repeated, the operator stays registered and runs the newest function.
+    The operator itself writes into nothing. It gets these arguments for their sizes, and returns new tensors in their
+    order, because Inductor may read a tensor before an operator writes into it (docs/decisions.md). Arguments marked
+    with ``!rw`` are also read. ``traced`` calls the operator. If an import failed halfway and is repeated, the operator
+    stays registered and runs the newest function.
     """
-    name = schema.partition("(")[0]
+    name, _, arguments = schema.partition("(")
+    marks = [re.search(r"\((\w!\w*)\)", argument) for argument in arguments.split(", ")]
+    written = {i: mark[1].endswith("rw") for i, mark in enumerate(marks) if mark}
 
-    def define(function: Callable[P, R]) -> Callable[P, R]:
-        _implementations[name] = function
+    def results(*arguments: Any) -> list[Any]:
+        """Return the arguments, with new tensors in place of those that are written."""
+        made = list(arguments)
+        for i, is_read in written.items():
+            made[i] = _map(torch.clone if is_read else torch.empty_like, arguments[i])
+        return made
+
+    def implementation(*arguments: Any) -> list[Tensor]:
+        made = results(*arguments)
+        _implementations[name](*made)
+        return _tensors(made[i] for i in written)
+
+    def fake(*arguments: Any) -> list[Tensor]:
+        made = results(*arguments)
+        return _tensors(made[i] for i in written)
+
+    def define(function: Callable[..., None]) -> Callable[..., None]:
+        _implementations[name], _written[name] = function, tuple(written)
         if not hasattr(torch.ops.fastgan, name):
-            LIBRARY.define(schema)
-            LIBRARY.impl(name, lambda *arguments: _implementations[name](*arguments), "CompositeExplicitAutograd")
+            LIBRARY.define(re.sub(r"\(\w!\w*\)", "", schema) + " -> Tensor[]")
+            LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
         return function
 
     return define
+
+
+def traced(name: str) -> Callable[..., None]:
+    """Return a function that calls an operator and copies its results into the arguments that it stands for.
+
+    PyTorch leaves out these copies where it compiles.
+    """
+    return partial(_run_operator, name)
+
+
+def _run_operator(name: str, *arguments: Any) -> None:
+    results = getattr(torch.ops.fastgan, name)(*arguments)
+    targets = _tensors([arguments[i] for i in _written[name]])
+    for target, result in zip(targets, results, strict=True):
+        target.copy_(result)
+
+
+def _map(function: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    """Apply a function to a tensor, a list of tensors, or None."""
+    if isinstance(argument, (list, tuple)):
+        return list(map(function, argument))
+    return None if argument is None else function(argument)
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            found += argument
+        elif argument is not None:
+            found.append(argument)
+    return found
 
 
 def copy_back(target: Tensor | None, output: Tensor | None) -> None:

@@ -12,7 +12,16 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops.attention import blocks, blocks_second, pytorch_kernel, reference
 from fastgan.ops.attention.layout import Options, is_far
-from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, last_order, operator, stored, without_autocast
+from fastgan.ops.library import (
+    accumulation_dtype,
+    copy_back,
+    is_eager,
+    last_order,
+    operator,
+    stored,
+    traced,
+    without_autocast,
+)
 from fastgan.ops.needed import needed
 
 P = ParamSpec("P")
@@ -50,7 +59,7 @@ _pytorch_forward = _exactly(pytorch_kernel.forward)
 _pytorch_backward = _exactly(pytorch_kernel.backward)
 
 
-@operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS}) -> ()")
+@operator(f"attention_fwd({_OPERANDS}, Tensor(a!) o, Tensor(b!) lse, {_OPTIONS})")
 @_exactly
 def _forward(*arguments: Any) -> None:
     q, k, v, mask, o, lse, seed, scale, is_causal, dropout_p, backend = arguments
@@ -75,7 +84,7 @@ def _results(q: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 @operator(
     f"attention_bwd(Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
-    f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS}) -> ()"
+    f" Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask, {_OPTIONS})"
 )
 @_exactly
 def _backward(*given: Any) -> None:
@@ -98,7 +107,7 @@ def _backward(*given: Any) -> None:
     "attention_bwd_bwd(Tensor? gq, Tensor? gk, Tensor? gv, Tensor? gmask,"
     f" Tensor g, {_OPERANDS}, Tensor o, Tensor lse,"
     " Tensor(a!)? by_g, Tensor(b!)? by_q, Tensor(c!)? by_k, Tensor(d!)? by_v, Tensor(e!)? by_mask,"
-    f" {_OPTIONS}) -> ()"
+    f" {_OPTIONS})"
 )
 @_exactly
 def _double_backward(*given: Any) -> None:
@@ -151,7 +160,7 @@ def _run_forward(
     if is_direct and backend != "triton" and pytorch_kernel.is_eligible(q, k, v, mask, options.dropout_p):
         return _pytorch_forward(q, k, v, mask, options)  # without the operator's copy
     o, lse = _results(q, v, backend)
-    run: Any = _forward if is_direct else torch.ops.fastgan.attention_fwd
+    run: Any = _forward if is_direct else traced("attention_fwd")
     run(q, k, v, mask, o, lse, seed, *options, backend)
     return o, lse
 
@@ -192,7 +201,7 @@ def _run_backward(
     results = [
         torch.empty_like(t) if t is not None and want else None for t, want in zip(operands, wanted, strict=True)
     ]
-    run: Any = _backward if is_direct else torch.ops.fastgan.attention_bwd
+    run: Any = _backward if is_direct else traced("attention_bwd")
     run(g, *operands, o, lse, *results, seed, *options, backend)
     return tuple(results)
 
@@ -219,7 +228,7 @@ class _AttentionBackward(torch.autograd.Function):
                 torch.empty_like(t) if t is not None and want else None
                 for t, want in zip(operands, wanted, strict=True)
             ]
-            run: Any = _double_backward if is_eager(g) else torch.ops.fastgan.attention_bwd_bwd
+            run: Any = _double_backward if is_eager(g) else traced("attention_bwd_bwd")
             run(*grads, *operands, o, lse, *results, seed, *ctx.options, ctx.backend)
         if torch.is_grad_enabled():
             message = (

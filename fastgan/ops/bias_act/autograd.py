@@ -25,7 +25,7 @@ from fastgan.ops.bias_act.layout import (
 from fastgan.ops.bias_act.small import LEAST_SMOOTH, is_small
 from fastgan.ops.filled import mark_base
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored, traced
 from fastgan.ops.needed import needed
 from fastgan.torch_private import apply
 
@@ -60,7 +60,7 @@ def _implementation(name: str, *arguments: Any) -> None:
 
 
 for _name, _tensors in _OPERATORS.items():
-    operator(f"bias_act_{_name}({_tensors}, {_OPTIONS}) -> ()")(partial(_implementation, _name))
+    operator(f"bias_act_{_name}({_tensors}, {_OPTIONS})")(partial(_implementation, _name))
 
 
 class _Call(NamedTuple):
@@ -79,7 +79,7 @@ class _Call(NamedTuple):
         if eager:
             getattr(_kernels(self.backend), name)(*tensors, self.layout, self.options)
         else:
-            getattr(torch.ops.fastgan, f"bias_act_{name}")(*tensors, self.layout, *self.options, self.backend)
+            traced(f"bias_act_{name}")(*tensors, self.layout, *self.options, self.backend)
 
     def operand(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias.to(accumulation_dtype(self.dtype)).contiguous()

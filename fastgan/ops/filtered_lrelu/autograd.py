@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.filtered_lrelu import native_kernels
-from fastgan.ops.library import is_eager, operator, stored
+from fastgan.ops.library import is_eager, operator, stored, traced
 from fastgan.ops.upfirdn2d.autograd import DTYPES, run
 from fastgan.ops.upfirdn2d.plan import Plan, Taps, memory_format
 
@@ -22,17 +22,17 @@ backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton")
 
 
 @operator(
-    "filtered_lrelu(Tensor x, Tensor(a!) y, Tensor(b!)? signs, Tensor(c!)? inside, bool read, int[] sizes,"
+    "filtered_lrelu(Tensor x, Tensor(a!) y, Tensor(b!rw)? signs, Tensor(c!rw)? inside, bool read, int[] sizes,"
     " bool separable, float[] taps, int[] second_sizes, bool second_separable, float[] second_taps, float slope,"
-    " float gain, float clamp) -> ()"
+    " float gain, float clamp)"
 )
 def _kernel(x: Tensor, y: Tensor, signs: Tensor | None, inside: Tensor | None, *rest: Any) -> None:
     native_kernels.filtered_lrelu(x, y, signs, inside, *rest)
 
 
 @operator(
-    "filtered_lrelu_activated(Tensor x, Tensor(a!) z, Tensor(b!)? bits, bool read, int[] sizes, bool separable,"
-    " float[] taps, float slope, float gain, float clamp) -> ()"
+    "filtered_lrelu_activated(Tensor x, Tensor(a!) z, Tensor(b!rw)? bits, bool read, int[] sizes, bool separable,"
+    " float[] taps, float slope, float gain, float clamp)"
 )
 def _activated(x: Tensor, z: Tensor, bits: Tensor | None, read: bool, *rest: Any) -> None:
     from fastgan.ops.filtered_lrelu import triton_kernels  # Triton is optional
@@ -77,7 +77,7 @@ def _run_native(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bo
         assert isinstance(taps, Taps)
         pairs: Sequence[int] = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
         parts += [(planes, 1, *pairs), taps.separable, taps.values]
-    kernel: Any = _kernel if is_eager(x) else torch.ops.fastgan.filtered_lrelu
+    kernel: Any = _kernel if is_eager(x) else traced("filtered_lrelu")
     kernel(x, y, signs, inside, read, *parts, steps.slope, steps.gain, steps.clamp)
     return y
 
@@ -88,7 +88,7 @@ def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Ten
     assert isinstance(taps, Taps)
     z = torch.empty((*x.shape[:2], *plan.out_size), dtype=x.dtype, device=x.device)
     pairs = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
-    kernel: Any = _activated if is_eager(x) else torch.ops.fastgan.filtered_lrelu_activated
+    kernel: Any = _activated if is_eager(x) else traced("filtered_lrelu_activated")
     sizes = (x.shape[0] * x.shape[1], 1, *pairs)
     kernel(x, z, bits, read, sizes, taps.separable, taps.values, steps.slope, steps.gain, steps.clamp)
     return run(z, steps.down)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored, traced
 from fastgan.ops.minibatch_discrimination import native_kernels, reference
 from fastgan.ops.minibatch_discrimination.ranks import Group, differentiable_gather, first_row, gather
 
@@ -29,15 +29,12 @@ backends.register("minibatch_discrimination", dict.fromkeys(backends.BACKENDS, _
 
 @operator(
     "minibatch_discrimination_fwd(Tensor m, Tensor? segments, Tensor(a!) o, int first, bool exclude_self, str backend)"
-    " -> ()"
 )
 def _forward(m: Tensor, segments: Tensor | None, o: Tensor, first: int, exclude_self: bool, backend: str) -> None:
     _kernels(backend).forward(m, segments, o, first, exclude_self)
 
 
-@operator(
-    "minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend) -> ()"
-)
+@operator("minibatch_discrimination_bwd(Tensor h, Tensor m, Tensor? segments, Tensor(a!) dm, int first, str backend)")
 def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: int, backend: str) -> None:
     target = _target(dm)
     _kernels(backend).backward(stored(h).contiguous(), m, segments, target, first)
@@ -46,7 +43,7 @@ def _backward(h: Tensor, m: Tensor, segments: Tensor | None, dm: Tensor, first: 
 
 @operator(
     "minibatch_discrimination_bwd_bwd(Tensor w, Tensor h, Tensor m, Tensor? segments, Tensor(a!)? by_h,"
-    " Tensor(b!)? by_m, int first, str backend) -> ()"
+    " Tensor(b!)? by_m, int first, str backend)"
 )
 def _double_backward(
     w: Tensor,
@@ -93,7 +90,7 @@ class _Discrimination(torch.autograd.Function):
     ) -> Tensor:
         everyone = packed(gather(m, group), backend)
         o = m.new_empty(m.shape[:2])
-        run: Any = _forward if is_eager(m) else torch.ops.fastgan.minibatch_discrimination_fwd
+        run: Any = _forward if is_eager(m) else traced("minibatch_discrimination_fwd")
         run(everyone, segments, o, first_row(len(m), group), exclude_self, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(m, everyone, segments)
@@ -120,7 +117,7 @@ def _run_backward(
     backend: str,
 ) -> Tensor:
     dm = torch.empty_like(m)
-    run: Any = _backward if is_eager(h) else torch.ops.fastgan.minibatch_discrimination_bwd
+    run: Any = _backward if is_eager(h) else traced("minibatch_discrimination_bwd")
     run(everyones_h, everyone, segments, dm, first_row(len(m), group), backend)
     return dm
 
@@ -144,7 +141,7 @@ class _DiscriminationBackward(torch.autograd.Function):
             return results[0], None, results[1], None, None, None, None
         by_h = torch.empty_like(h) if needs_h else None
         by_m = torch.empty_like(m) if needs_m else None
-        run: Any = _double_backward if is_eager(w) else torch.ops.fastgan.minibatch_discrimination_bwd_bwd
+        run: Any = _double_backward if is_eager(w) else traced("minibatch_discrimination_bwd_bwd")
         first = first_row(len(m), ctx.group)
         run(gather(w, ctx.group), everyones_h, everyone, segments, by_h, by_m, first, ctx.backend)
         return by_h, None, by_m, None, None, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import differentiate, double_backward
-from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored
+from fastgan.ops.library import accumulation_dtype, copy_back, is_eager, operator, stored, traced
 from fastgan.ops.minibatch_stddev import native_kernels, reference
 from fastgan.ops.minibatch_stddev.layout import Layout, layout_of, memory_format
 
@@ -19,7 +19,7 @@ backends.register("minibatch_stddev", dict.fromkeys(("reference", "cpu", "triton
 backends.register("minibatch_stddev_across_ranks", {"reference": _DTYPES})
 
 
-@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, SymInt[] layout, float eps, str backend) -> ()")
+@operator("minibatch_stddev_fwd(Tensor x, Tensor(a!) y, SymInt[] layout, float eps, str backend)")
 def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: str) -> None:
     layout = Layout(*layout)
     target = _dense(y, layout)
@@ -29,7 +29,7 @@ def _forward(x: Tensor, y: Tensor, layout: Sequence[int], eps: float, backend: s
 
 @operator(
     "minibatch_stddev_bwd(Tensor dy, Tensor x, Tensor(a!) dx, Tensor(b!) slope, SymInt[] layout, float eps,"
-    " str backend) -> ()"
+    " str backend)"
 )
 def _backward(
     dy: Tensor, x: Tensor, dx: Tensor, slope: Tensor, layout: Sequence[int], eps: float, backend: str
@@ -42,7 +42,7 @@ def _backward(
 
 @operator(
     "minibatch_stddev_bwd_bwd(Tensor h, Tensor x, Tensor slope, Tensor(a!)? by_dy, Tensor(b!)? by_x, SymInt[] layout,"
-    " float eps, str backend) -> ()"
+    " float eps, str backend)"
 )
 def _double_backward(
     h: Tensor,
@@ -82,7 +82,7 @@ class _Stddev(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, eps: float, backend: str) -> Tensor:
         y = _empty(x, x.shape[1] + layout.features, layout)
-        run: Any = _forward if is_eager(x) else torch.ops.fastgan.minibatch_stddev_fwd
+        run: Any = _forward if is_eager(x) else traced("minibatch_stddev_fwd")
         run(x, y, layout, eps, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
@@ -102,7 +102,7 @@ class _Stddev(torch.autograd.Function):
 def _run_backward(dy: Tensor, x: Tensor, layout: Layout, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     dx = _empty(x, x.shape[1], layout)
     slope = torch.empty(layout.groups, layout.features, dtype=accumulation_dtype(x.dtype), device=x.device)
-    run: Any = _backward if is_eager(dy) else torch.ops.fastgan.minibatch_stddev_bwd
+    run: Any = _backward if is_eager(dy) else traced("minibatch_stddev_bwd")
     run(dy, x, dx, slope, layout, eps, backend)
     return dx, slope
 
@@ -129,7 +129,7 @@ class _StddevBackward(torch.autograd.Function):
             for i, channels in enumerate((x.shape[1] + layout.features, x.shape[1])):
                 if ctx.needs_input_grad[i]:
                     results[i] = _empty(x, channels, layout)
-            run: Any = _double_backward if is_eager(h) else torch.ops.fastgan.minibatch_stddev_bwd_bwd
+            run: Any = _double_backward if is_eager(h) else traced("minibatch_stddev_bwd_bwd")
             run(h, x, slope, *results, layout, ctx.eps, ctx.backend)
         if k is not None and ctx.needs_input_grad[0]:
             statistics = (k / layout.values).repeat(layout.size, 1)  # (N, F)

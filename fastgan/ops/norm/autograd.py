@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.higher_orders import double_backward, gradients
-from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored
+from fastgan.ops.library import accumulation_dtype, is_eager, operator, stored, traced
 from fastgan.ops.needed import needed
 from fastgan.ops.norm import native_kernels, reference
 from fastgan.ops.norm.layout import Backward, DoubleBackward, Forward, Layout, channels_last
@@ -27,7 +27,7 @@ _WRITTEN = {"y", "statistics", "dx", "dweight", "dbias", "by_dy", "by_x", "by_we
 
 @operator(
     "norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) statistics,"
-    " SymInt[] layout, float eps, str backend) -> ()"
+    " SymInt[] layout, float eps, str backend)"
 )
 def _forward(*arguments: Any) -> None:
     *tensors, layout, eps, backend = arguments
@@ -36,7 +36,7 @@ def _forward(*arguments: Any) -> None:
 
 @operator(
     "norm_bwd(Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, SymInt[] layout, str backend) -> ()"
+    " Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, SymInt[] layout, str backend)"
 )
 def _backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
@@ -45,7 +45,7 @@ def _backward(*arguments: Any) -> None:
 
 @operator(
     "norm_bwd_bwd(Tensor? h, Tensor? h_weight, Tensor? h_bias, Tensor dy, Tensor x, Tensor statistics, Tensor? weight,"
-    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, SymInt[] layout, str backend) -> ()"
+    " Tensor(a!)? by_dy, Tensor(b!)? by_x, Tensor(c!)? by_weight, SymInt[] layout, str backend)"
 )
 def _double_backward(*arguments: Any) -> None:
     *tensors, layout, backend = arguments
@@ -103,7 +103,7 @@ class _Norm(torch.autograd.Function):
         # Otherwise contiguous, as in PyTorch, because a view may follow.
         kept = layout.channels_last and channels_last(x)
         y = torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
-        run: Any = _forward if is_eager(x) else torch.ops.fastgan.norm_fwd
+        run: Any = _forward if is_eager(x) else traced("norm_fwd")
         run(x, weight, bias, y, statistics, layout, eps, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, statistics, weight)
@@ -135,7 +135,7 @@ def _run_backward(
     dx = torch.empty_like(x) if needed[0] else None
     dweight = torch.empty_like(weight) if weight is not None and needed[1] else None
     dbias = torch.empty(bias[0], dtype=bias[1], device=x.device) if bias is not None and needed[2] else None
-    run: Any = _backward if is_eager(dy) else torch.ops.fastgan.norm_bwd
+    run: Any = _backward if is_eager(dy) else traced("norm_bwd")
     run(dy, x, statistics, weight, dx, dweight, dbias, layout, backend)
     return dx, dweight, dbias
 
@@ -167,7 +167,7 @@ class _NormBackward(torch.autograd.Function):
             if wanted[i] and needed[i]:
                 results[i] = torch.empty_like(like)
         if any(result is not None for result in results):
-            run: Any = _double_backward if is_eager(dy) else torch.ops.fastgan.norm_bwd_bwd
+            run: Any = _double_backward if is_eager(dy) else traced("norm_bwd_bwd")
             run(*grads, dy, x, statistics, weight, *results, ctx.layout, ctx.backend)
         by_dy, by_x, by_weight = results
         return None, by_dy, by_x, None, by_weight, *(None,) * 4

@@ -17,21 +17,18 @@ from fastgan.ops.library import (
     last_order,
     operator,
     stored,
+    traced,
 )
 from fastgan.ops.spectral_norm import native_kernels, reference
 from fastgan.ops.spectral_norm.layout import Layout, layout_of, split_saved
-
-# The forward writes into tensors that the caller allocates, because an operator that mutates its arguments cannot also
-# return a list of tensors. The backward returns new tensors: Inductor (PyTorch 2.13) read gradients that an operator
-# would write later, in a sum that it fused with earlier ones.
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 backends.register("spectral_norm", dict.fromkeys(backends.BACKENDS, _DTYPES))
 
 
 @operator(
-    "spectral_norm_fwd(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
-    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend) -> ()"
+    "spectral_norm_fwd(Tensor[] weights, Tensor(a!rw)[] us, Tensor(b!rw)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved,"
+    " int[] dims, int n_power_iterations, float eps, bool v_first, str backend)"
 )
 def _forward(
     weights: Sequence[Tensor],
@@ -65,35 +62,34 @@ def _run_forward(
     _copy_back(targets, outputs)
 
 
-def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    return list(map(torch.empty_like, weights))
-
-
 @operator(
-    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, int[] offsets, int[] dims, str backend)"
-    " -> Tensor[]",
-    fake=_like_weights,
+    "spectral_norm_bwd(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor(a!)[] outputs, int[] offsets, int[] dims,"
+    " str backend)"
 )
 def _backward(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     saved: Tensor,
+    outputs: Sequence[Tensor],
     offsets: Sequence[int],
     dims: Sequence[int],
     backend: str,
-) -> list[Tensor]:
+) -> None:
     layout = layout_of(weights, dims)._replace(offsets=tuple(offsets))  # a subset of the forward's weights
-    return _run_backward(grads, weights, saved, layout, backend)
+    _run_backward(grads, weights, saved, outputs, layout, backend)
 
 
 def _run_backward(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], saved: Tensor, layout: Layout, backend: str
-) -> list[Tensor]:
-    outputs = list(map(torch.empty_like, weights))
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Tensor,
+    outputs: Sequence[Tensor],
+    layout: Layout,
+    backend: str,
+) -> None:
     inputs, targets = _contiguous(weights), _contiguous_targets(outputs)
     _kernels(backend).backward(_contiguous(grads), inputs, targets, saved, layout)
     _copy_back(targets, outputs)
-    return outputs
 
 
 @cache
@@ -156,7 +152,7 @@ class _SpectralNorm(torch.autograd.Function):
         if is_eager(weights[0]):
             _run_forward(weights, us, vs, outputs, saved, layout, *settings)
         else:
-            torch.ops.fastgan.spectral_norm_fwd(weights, us, vs, outputs, saved, layout.dims, *settings)
+            traced("spectral_norm_fwd")(weights, us, vs, outputs, saved, layout.dims, *settings)
         ctx.set_materialize_grads(False)
         _keep(ctx, saved, weights)
         ctx.layout, ctx.backend = layout, backend
@@ -212,12 +208,12 @@ def _check_versions(ctx: Any, weights: Sequence[Tensor], wanted: Sequence[int]) 
 def _grads_of_weights(saved: Tensor, layout: Layout, backend: str, *grads_and_weights: Tensor) -> list[Tensor]:
     half = len(layout.dims)
     grads, weights = grads_and_weights[:half], grads_and_weights[half:]
+    outputs = list(map(torch.empty_like, weights))
     if is_eager(grads[0]):
-        return _run_backward(grads, weights, saved, layout, backend)
-    made: list[Tensor] = torch.ops.fastgan.spectral_norm_bwd(
-        grads, weights, saved, layout.offsets, layout.dims, backend
-    )
-    return made
+        _run_backward(grads, weights, saved, outputs, layout, backend)
+    else:
+        traced("spectral_norm_bwd")(grads, weights, saved, outputs, layout.offsets, layout.dims, backend)
+    return outputs
 
 
 class _SpectralNormBackward(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import accumulation_dtype, is_batched, is_eager, operator, stored
+from fastgan.ops.library import accumulation_dtype, is_batched, is_eager, operator, stored, traced
 from fastgan.ops.upfirdn2d import convolutions, native_kernels, reference
 from fastgan.ops.upfirdn2d.plan import Plan, Taps, is_channels_last, memory_format
 
@@ -20,7 +20,7 @@ backends.register("upfirdn2d", dict.fromkeys(("reference", "cpu", "triton"), DTY
 
 # sizes: planes, inner, height, width, height and width of the result, then up, down, start and taps as (y, x) pairs.
 # Contiguous input has N * C planes and inner 1. channels_last input has N planes and inner C.
-@operator("upfirdn2d(Tensor x, Tensor(a!) y, int[] sizes, bool separable, float[] taps, str backend) -> ()")
+@operator("upfirdn2d(Tensor x, Tensor(a!) y, int[] sizes, bool separable, float[] taps, str backend)")
 def _kernel(x: Tensor, y: Tensor, sizes: Sequence[int], separable: bool, taps: Sequence[float], backend: str) -> None:
     if backend == "triton":
         from fastgan.ops.upfirdn2d import triton_kernels  # Triton is optional
@@ -49,7 +49,7 @@ def run(x: Tensor, plan: Plan) -> Tensor:
     y = torch.empty((n, c, *plan.out_size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     planes = (n, c) if is_channels_last(x) else (n * c, 1)
     sizes = (*planes, *plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
-    kernel: Any = _kernel if is_eager(x) else torch.ops.fastgan.upfirdn2d
+    kernel: Any = _kernel if is_eager(x) else traced("upfirdn2d")
     kernel(x, y, sizes, taps.separable, taps.values, plan.backend)
     return y
 
