@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/ from the records in benchmarks/results: python benchmarks/tables.py
 
 A page requests a table with a line ``<!-- measured FOLDER/RECORD.json PREFIX -->``, for the cases whose names begin
-with PREFIX, or ``<!-- measured FOLDER/RECORD.json -->``, for an experiment with its own script. A row that begins with
-a label and ``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and RECORD-given-back.json. With ``kept``
-instead of ``case``, it is from RECORD.json only.
+with PREFIX, or ``<!-- measured FOLDER/RECORD.json -->``, for all cases or an experiment with its own script. A row that
+begins with a label and ``<!-- case FOLDER/RECORD NAME -->`` is one case, from RECORD.json and RECORD-given-back.json.
+With ``kept`` instead of ``case``, it is from RECORD.json only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def with_tables(page: str) -> str:
 
 def _table(record: str, prefix: str | None) -> str:
     measured = json.loads((RESULTS / record).read_text())
-    if prefix is None:
+    if "table" in measured:
         origin = measured["environment"]
         where = f"{origin['device']}, torch {origin['torch']}, commit {origin['commit']}: `{measured['command']}`"
         return "\n".join([*measured["table"], "", where, ""])
-    cases = [case for case in measured["cases"] if case["name"].startswith(prefix)]
+    cases = [case for case in measured["cases"] if case["name"].startswith(prefix or "")]
     if not cases:
         raise ValueError(f"{record} has no case whose name begins with {prefix}")
     origin = measured["provenance"]
