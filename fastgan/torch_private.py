@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.fx import _symbolic_trace
+from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
@@ -185,6 +186,12 @@ def has_saving_hook(node: Any, saved: str) -> bool:
 def count_hooks() -> int:
     """Return the number of hooks that this process has registered. A node of a graph does not show its hooks."""
     return RemovableHandle.next_id
+
+
+def remove_hook(handle: RemovableHandle) -> None:
+    """Remove a hook of all modules, and the mark for keyword arguments, which PyTorch keeps and torch.compile notices."""
+    handle.remove()
+    module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def count_references(result: ref[Tensor]) -> int:

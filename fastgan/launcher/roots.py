@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastgan.launcher.sites import Site, place, site
 from fastgan.nn.utils.fuse_spectral_norm import _Fused
+from fastgan.torch_private import remove_hook
 
 OUTPUT = "fastgan: the output of a root module"
 INNER = "fastgan: the output of a module inside, whose input requires a gradient"
@@ -116,7 +117,7 @@ class GlobalHooks:
 
     def turn_off(self) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            remove_hook(self._handles.pop())
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -142,52 +142,68 @@ def stored(tensor: Tensor) -> Tensor:
 def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function that writes into the arguments which the schema marks, such as ``Tensor(a!) y``.
 
-    The operator itself writes into nothing. It gets these arguments for their sizes, and returns new tensors in their
-    order, because Inductor may read a tensor before an operator writes into it (docs/decisions.md). Arguments marked
-    with ``!rw`` are also read. ``traced`` calls the operator. If an import failed halfway and is repeated, the operator
-    stays registered and runs the newest function.
+    There are two operators: one that writes, for modes that observe, and one for graphs, whose name ends in ``_new``.
+    The second writes into nothing, because Inductor may read a tensor before an operator writes into it
+    (docs/decisions.md). It gets the marked arguments for their sizes, and returns new tensors in their order. It also
+    reads those marked with ``!rw``. ``traced`` chooses one of the two. If an import failed halfway and is repeated, the
+    operators stay registered and run the newest function.
     """
     name, _, arguments = schema.partition("(")
     marks = [re.search(r"\((\w!\w*)\)", argument) for argument in arguments.split(", ")]
     written = {i: mark[1].endswith("rw") for i, mark in enumerate(marks) if mark}
 
-    def results(*arguments: Any) -> list[Any]:
+    def with_results(*arguments: Any) -> list[Any]:
         """Return the arguments, with new tensors in place of those that are written."""
         made = list(arguments)
         for i, is_read in written.items():
             made[i] = _map(torch.clone if is_read else torch.empty_like, arguments[i])
         return made
 
-    def implementation(*arguments: Any) -> list[Tensor]:
-        made = results(*arguments)
-        _implementations[name](*made)
+    def write(*arguments: Any) -> None:
+        _implementations[name](*arguments)
+
+    def make(*arguments: Any) -> list[Tensor]:
+        made = with_results(*arguments)
+        write(*made)
         return _tensors(made[i] for i in written)
 
     def fake(*arguments: Any) -> list[Tensor]:
-        made = results(*arguments)
+        made = with_results(*arguments)
         return _tensors(made[i] for i in written)
 
     def define(function: Callable[..., None]) -> Callable[..., None]:
         _implementations[name], _written[name] = function, tuple(written)
         if not hasattr(torch.ops.fastgan, name):
-            LIBRARY.define(re.sub(r"\(\w!\w*\)", "", schema) + " -> Tensor[]")
-            LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
+            LIBRARY.define(schema.replace("!rw)", "!)") + " -> ()")
+            LIBRARY.define(re.sub(r"\(\w!\w*\)", "", schema.replace(name, name + "_new", 1)) + " -> Tensor[]")
+            for called, run, run_fake in ((name, write, _nothing), (name + "_new", make, fake)):
+                LIBRARY.impl(called, run, "CompositeExplicitAutograd")
+                torch.library.register_fake(f"fastgan::{called}", run_fake, lib=LIBRARY)
         return function
 
     return define
 
 
-def traced(name: str) -> Callable[..., None]:
-    """Return a function that calls an operator and copies its results into the arguments that it stands for.
+def _nothing(*arguments: Any) -> None:
+    return None
 
-    PyTorch leaves out these copies where it compiles.
+
+def traced(name: str) -> Callable[..., None]:
+    """Return a function that runs an operator and writes into its arguments.
+
+    In a graph, it copies the results of ``_new`` into them. PyTorch leaves out these copies where it compiles.
     """
     return partial(_run_operator, name)
 
 
 def _run_operator(name: str, *arguments: Any) -> None:
-    results = getattr(torch.ops.fastgan, name)(*arguments)
+    in_graph = torch.compiler.is_compiling() or any(
+        isinstance(tensor, torch_private.FunctionalTensor) for tensor in _tensors(arguments)
+    )
+    if not in_graph:
+        getattr(torch.ops.fastgan, name)(*arguments)
+        return
+    results = getattr(torch.ops.fastgan, name + "_new")(*arguments)
     targets = _tensors([arguments[i] for i in _written[name]])
     for target, result in zip(targets, results, strict=True):
         target.copy_(result)

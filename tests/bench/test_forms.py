@@ -72,7 +72,7 @@ def test_the_table_of_forms_is_made_from_the_record(tmp_path, monkeypatch):
     }
     record = {
         "suite": "forms",
-        "provenance": {"cpu": "a CPU", "device_type": "cpu", "threads": 1, "torch": "2", "commit": "c", "command": "b"},
+        "provenance": {"device": "a CPU", "threads": 1, "torch": "2", "commit": "c", "command": "b"},
         "cases": [
             {
                 "name": f"forms/{name}",

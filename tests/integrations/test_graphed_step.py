@@ -50,7 +50,7 @@ class Training:
 
 def batches(count, device="cuda", size=4):
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(2, size, *SHAPE, generator=generator).to(device) for _ in range(count)]
+    return [torch.randn(2, size, *SHAPE, generator=generator).to(device).unbind() for _ in range(count)]
 
 
 def pair(**options):

@@ -10,12 +10,21 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as of_torch
 
 import fastgan
 from fastgan.launcher import session
 from fastgan.launcher.learning import SCRIPTED
+from fastgan.launcher.roots import GlobalHooks
 from fastgan.torch_private import function_modes
 from tests.launcher.training import MAKERS, STEPS, Discriminator, data, models, penalty
+
+GLOBAL = (  # what PyTorch keeps about hooks of all modules
+    of_torch._global_forward_pre_hooks,
+    of_torch._global_forward_hooks,
+    of_torch._global_forward_hooks_with_kwargs,
+    of_torch._global_forward_hooks_always_called,
+)
 
 
 def pattern(d):
@@ -300,3 +309,12 @@ def test_zeros_and_none_are_restored_for_an_optimizer():
     assert none.grad is None
     assert values.grad is None  # this step does not use the layer
     assert skipped.grad is None
+
+
+def test_hooks_that_are_turned_off_leave_nothing():
+    hooks = GlobalHooks()
+    before = [len(of_all) for of_all in GLOBAL]
+    hooks.turn_on()
+    assert hooks.are_on and [len(of_all) for of_all in GLOBAL] != before
+    hooks.turn_off()
+    assert not hooks.are_on and [len(of_all) for of_all in GLOBAL] == before

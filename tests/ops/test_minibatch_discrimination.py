@@ -14,7 +14,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
 from fastgan import ops
-from fastgan.ops.library import traced
 from fastgan.ops.minibatch_discrimination import native_kernels
 from fastgan.ops.minibatch_discrimination.autograd import packed
 from tests.harness import BACKENDS, DTYPES, HAS_GPU, assert_close, backend_name, device_of
@@ -337,9 +336,9 @@ def test_the_rows_of_a_part_are_those_of_the_whole():
     whole = [torch.empty_like(t) for t in (h, m, h, m)]
     part = [torch.empty_like(t[20:37]) for t in whole]
     for (o, dm, by_h, by_m), first in ((whole, 0), (part, 20)):
-        traced("minibatch_discrimination_fwd")(m, problem.segments, o, first, True, "cpu")
-        traced("minibatch_discrimination_bwd")(h, m, problem.segments, dm, first, "cpu")
-        traced("minibatch_discrimination_bwd_bwd")(w, h, m, problem.segments, by_h, by_m, first, "cpu")
+        torch.ops.fastgan.minibatch_discrimination_fwd(m, problem.segments, o, first, True, "cpu")
+        torch.ops.fastgan.minibatch_discrimination_bwd(h, m, problem.segments, dm, first, "cpu")
+        torch.ops.fastgan.minibatch_discrimination_bwd_bwd(w, h, m, problem.segments, by_h, by_m, first, "cpu")
     for a, b in zip(part, whole, strict=True):
         torch.testing.assert_close(a, b[20:37], rtol=1e-12, atol=1e-12)
 

@@ -21,23 +21,27 @@ from fastgan.ops.upfirdn2d.plan import Plan, Taps, memory_format
 backends.register("filtered_lrelu", dict.fromkeys(("reference", "cpu", "triton"), DTYPES))
 
 
-@operator(
-    "filtered_lrelu(Tensor x, Tensor(a!) y, Tensor(b!rw)? signs, Tensor(c!rw)? inside, bool read, int[] sizes,"
-    " bool separable, float[] taps, int[] second_sizes, bool second_separable, float[] second_taps, float slope,"
-    " float gain, float clamp)"
-)
 def _kernel(x: Tensor, y: Tensor, signs: Tensor | None, inside: Tensor | None, *rest: Any) -> None:
     native_kernels.filtered_lrelu(x, y, signs, inside, *rest)
 
 
-@operator(
-    "filtered_lrelu_activated(Tensor x, Tensor(a!) z, Tensor(b!rw)? bits, bool read, int[] sizes, bool separable,"
-    " float[] taps, float slope, float gain, float clamp)"
-)
 def _activated(x: Tensor, z: Tensor, bits: Tensor | None, read: bool, *rest: Any) -> None:
     from fastgan.ops.filtered_lrelu import triton_kernels  # Triton is optional
 
     triton_kernels.activated(x, z, bits, read, *rest)
+
+
+# A forward writes the bits, a backward reads them.
+for _name, _b, _c in (("", "(b!)", "(c!)"), ("_read", "", "")):
+    operator(
+        f"filtered_lrelu{_name}(Tensor x, Tensor(a!) y, Tensor{_b}? signs, Tensor{_c}? inside, bool read, int[] sizes,"
+        " bool separable, float[] taps, int[] second_sizes, bool second_separable, float[] second_taps, float slope,"
+        " float gain, float clamp)"
+    )(_kernel)
+    operator(
+        f"filtered_lrelu_activated{_name}(Tensor x, Tensor(a!) z, Tensor{_b}? bits, bool read, int[] sizes,"
+        " bool separable, float[] taps, float slope, float gain, float clamp)"
+    )(_activated)
 
 
 class Steps(NamedTuple):
@@ -77,7 +81,7 @@ def _run_native(x: Tensor, signs: Tensor | None, inside: Tensor | None, read: bo
         assert isinstance(taps, Taps)
         pairs: Sequence[int] = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
         parts += [(planes, 1, *pairs), taps.separable, taps.values]
-    kernel: Any = _kernel if is_eager(x) else traced("filtered_lrelu")
+    kernel: Any = _kernel if is_eager(x) else traced("filtered_lrelu_read" if read else "filtered_lrelu")
     kernel(x, y, signs, inside, read, *parts, steps.slope, steps.gain, steps.clamp)
     return y
 
@@ -88,7 +92,9 @@ def _run_triton(x: Tensor, bits: Tensor | None, read: bool, steps: Steps) -> Ten
     assert isinstance(taps, Taps)
     z = torch.empty((*x.shape[:2], *plan.out_size), dtype=x.dtype, device=x.device)
     pairs = (*plan.in_size, *plan.out_size, *plan.up, *plan.down, *plan.start, *taps.shape)
-    kernel: Any = _activated if is_eager(x) else traced("filtered_lrelu_activated")
+    kernel: Any = (
+        _activated if is_eager(x) else traced("filtered_lrelu_activated_read" if read else "filtered_lrelu_activated")
+    )
     sizes = (x.shape[0] * x.shape[1], 1, *pairs)
     kernel(x, z, bits, read, sizes, taps.separable, taps.values, steps.slope, steps.gain, steps.clamp)
     return run(z, steps.down)
