@@ -189,7 +189,7 @@ def count_hooks() -> int:
 
 
 def remove_hook(handle: RemovableHandle) -> None:
-    """Remove a hook of all modules, and the mark for keyword arguments, which PyTorch keeps and torch.compile notices."""
+    """Remove a hook of all modules, and its mark for keyword arguments, which PyTorch keeps."""
     handle.remove()
     module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 

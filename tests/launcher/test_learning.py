@@ -315,6 +315,8 @@ def test_hooks_that_are_turned_off_leave_nothing():
     hooks = GlobalHooks()
     before = [len(of_all) for of_all in GLOBAL]
     hooks.turn_on()
-    assert hooks.are_on and [len(of_all) for of_all in GLOBAL] != before
+    assert hooks.are_on
+    assert [len(of_all) for of_all in GLOBAL] != before
     hooks.turn_off()
-    assert not hooks.are_on and [len(of_all) for of_all in GLOBAL] == before
+    assert not hooks.are_on
+    assert [len(of_all) for of_all in GLOBAL] == before
