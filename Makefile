@@ -69,8 +69,10 @@ pictures: build
 	OMP_WAIT_POLICY=passive $(PY) -m tools.pictures
 
 # One file per worker, in the order of tests/conftest.py. Idle threads sleep, because the workers share the cores.
+# A test that waits forever ends with its process, and is named.
 test: build
-	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 12 tests
+	. tools/toolchain.sh && OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true --durations 12 tests
 
 # The CPU simulates the CUDA devices: see tests/simulated_gpu/README.md.
 test-gpu-simulated: build simulated-gpu
@@ -83,7 +85,7 @@ simulated-gpu: $(VENV)/.deps-$(MODE)
 examples: build
 	$(PIP) -c constraints.txt accelerate lightning
 	sh tools/browser.sh
-	. tools/toolchain.sh && FASTGAN_BROWSER=require $(PY) -m pytest tests/test_examples.py tests/trainer/report/test_browser.py
+	. tools/toolchain.sh && FASTGAN_TESTS=all FASTGAN_BROWSER=require $(PY) -m pytest tests/test_examples.py tests/trainer/report/test_browser.py
 
 versions: build
 	$(PY) -m tools.versions $(VERSIONS)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -23,6 +29,22 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Tolerances relative to the norm of the float64 result, by order of derivative (0: values).
 _FLOAT32 = {0: 1e-5, 1: 1e-4, 2: 1e-3}
 _FLOAT64 = 1e-11  # rounding of float64 sums in a different order
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone. Delete every DistributedDataParallel before leaving.
+
+    A group's end joins its threads while it holds the interpreter's lock. If a thread waits for that lock, in order to
+    free what a collective saved, both wait forever.
+    """
+    with TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            time.sleep(0.1)  # without the lock, so that the threads become idle
+            dist.destroy_process_group()
 
 
 def backend_name(backend: object) -> str:

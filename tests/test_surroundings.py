@@ -52,7 +52,7 @@ def test_a_user_without_a_home_keeps_the_cache_in_a_folder_for_temporary_files(t
     )
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.long)])
 def test_a_stdout_that_is_not_utf8_gets_question_marks(encoding):
     out = run(
         """
@@ -107,8 +107,14 @@ REPEATED = """
 """
 
 
-@pytest.mark.parametrize("forgotten", ["no module", "fastgan"])
-@pytest.mark.parametrize("failing", ["fastgan.ops.pool", "fastgan.convert"])
+@pytest.mark.parametrize(
+    ("failing", "forgotten"),
+    [
+        ("fastgan.ops.pool", "fastgan"),
+        *(pytest.param("fastgan.convert", name, marks=pytest.mark.long) for name in ("no module", "fastgan")),
+        pytest.param("fastgan.ops.pool", "no module", marks=pytest.mark.long),
+    ],
+)
 def test_a_second_import_after_one_that_failed(failing, forgotten):
     run(REPEATED.format(failing=failing, forgotten=forgotten))
 

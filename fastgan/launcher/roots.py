@@ -126,7 +126,8 @@ class GlobalHooks:
             takes_gradient = not is_inside and requires_gradient(args)
             stack.append(_Running(module, takes_gradient, is_inside, next(self._numbers)))
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        # After an exception, PyTorch 2.13 leaves out kwargs, so the third argument is the result (None).
         if torch.compiler.is_compiling():
             return
         stack = self._stack()

@@ -343,9 +343,11 @@ def twice_differentiable() -> Iterator[None]:
         with compiled_region():
             yield
         return
-    if is_rerouting() and not is_traced():
+    if is_traced():
+        yield
+    elif is_rerouting():
         with uncompiled:
             yield
-        return
-    with Rerouting():
-        yield
+    else:
+        with Rerouting():
+            yield

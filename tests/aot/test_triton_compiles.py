@@ -56,7 +56,6 @@ def compilations(tmp_path_factory):
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
 def test_every_kernel_compiles_ahead_of_time(compilations, source, target):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 
 import pytest
@@ -19,7 +18,6 @@ from fastgan.bench.steps import batches
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="PyTorch's forms need 2.13"
 )
-LONG = pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes half a minute: FASTGAN_TESTS=all")
 CPU = torch.device("cpu")
 
 
@@ -33,7 +31,7 @@ def without_kernels(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("objective", ["d-step/r1", pytest.param("d-step/wgan-gp", marks=LONG)])
+@pytest.mark.parametrize("objective", ["d-step/r1", pytest.param("d-step/wgan-gp", marks=pytest.mark.long)])
 def test_each_form_computes_the_same_and_fastgans_graphs_hold_the_fewest_convolutions(objective):
     make = partial(discriminators.critic, (3, 6), 16)
     case = dataclasses.replace(

@@ -24,7 +24,7 @@ from tests.convert.stand_ins import (
     Discrimination,
     MinibatchStdLayer,
 )
-from tests.harness import assert_close
+from tests.harness import assert_close, one_rank
 
 
 def checkpoint_of(make):
@@ -166,21 +166,16 @@ def test_hooks_stay_and_fire():
     assert seen == [(8, 5, 6, 6)]
 
 
-def test_distributed_data_parallel_wraps_a_converted_model(tmp_path):
-    import torch.distributed as dist
-
+def test_distributed_data_parallel_wraps_a_converted_model():
     model = nn.Sequential(*STYLES["u0, sv0"]()[:2], MinibatchStdLayer(4), nn.Flatten(), nn.LazyLinear(1))
     model(IMAGES)
     alone = copy.deepcopy(model)
     fastgan.convert(model)
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with one_rank():
         wrapped = nn.parallel.DistributedDataParallel(model)
         for net in (wrapped, alone):
             net(IMAGES).square().sum().backward()
-        del wrapped, net  # joining the group's threads while holding the interpreter lock could wait forever
-    finally:
-        dist.destroy_process_group()
+        del wrapped, net
     for a, e in zip(model.parameters(), alone.parameters(), strict=True):
         assert_close(a.grad, e.grad.double(), order=1)
 

@@ -86,7 +86,6 @@ def run(command, **kwargs):
 
 if MODULE not in os.environ:
 
-    @pytest.mark.slow
     @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
     def test_kernels_match_the_reference_under_sanitizers(tmp_path):
         module = build(tmp_path)

@@ -41,7 +41,6 @@ def of_those_built(recorded, built):
     return {name: used for name, used in recorded["kernels"].items() if name.split()[1] in architectures}
 
 
-@pytest.mark.slow
 def test_every_kernel_built_here_keeps_to_the_budget(built):
     over = {
         name: (key, used[key], limit)
@@ -53,12 +52,10 @@ def test_every_kernel_built_here_keeps_to_the_budget(built):
     assert not over
 
 
-@pytest.mark.slow
 def test_the_record_names_the_kernels_that_are_built(built, recorded):
     assert of_those_built(recorded, built).keys() == built["kernels"].keys()
 
 
-@pytest.mark.slow
 def test_the_record_is_what_this_compiler_says(built, recorded):
     if recorded["nvcc"] != built["nvcc"]:
         pytest.skip(f"recorded with nvcc {recorded['nvcc']}, this is {built['nvcc']}")

@@ -106,8 +106,10 @@ def native_python(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def pure_wheel(unpacked: Path, native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in the same folder as native_wheel, whose modules are still there."""
+def pure_wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Built in the same folder as native_wheel, whose modules are still there if that was made."""
+    if os.environ.get("FASTGAN_TESTS") == "all":
+        request.getfixturevalue("native_wheel")
     destination = tmp_path_factory.mktemp("pure")
     return only_wheel(build_wheel(unpacked, destination, FASTGAN_BUILD="off"), destination)
 
@@ -125,18 +127,21 @@ def test_the_sdist_holds_the_sources_and_nothing_else(sdist: Path) -> None:
     assert names == native | modules() | project | metadata | {"fastgan/py.typed"}
 
 
+@pytest.mark.long
 def test_the_native_wheel_holds_the_package_and_nothing_else(native_wheel: Path) -> None:
     names = {name for name in contents(native_wheel) if ".dist-info/" not in name}
     native = f"fastgan/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert names == modules() | {native, "fastgan/_build_info.json", "fastgan/py.typed"}
 
 
+@pytest.mark.long
 def test_the_native_wheel_is_tagged_with_its_platform(native_wheel: Path) -> None:
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert native_wheel.name.endswith(f"{platform}.whl")
     assert "-none-any" not in native_wheel.name
 
 
+@pytest.mark.long
 def test_the_build_record_says_what_was_built_and_why_not_the_rest(native_wheel: Path) -> None:
     info = build_info(native_wheel)
     assert info["native"]["built"] is True
@@ -144,6 +149,7 @@ def test_the_build_record_says_what_was_built_and_why_not_the_rest(native_wheel:
     assert info["cuda"] == {"built": False, "reason": "built with FASTGAN_CUDA=off"}
 
 
+@pytest.mark.long
 def test_the_native_module_imports_where_there_is_no_torch(native_python: Path) -> None:
     # The module itself, for the package around it imports torch.
     script = """
@@ -173,10 +179,12 @@ print(fastgan.info())
 """
 
 
+@pytest.mark.long
 def test_an_installed_native_wheel_computes_what_torch_does(native_python: Path) -> None:
     assert "baseline" in with_torch(native_python, "-c", SMOKE, "cpu")
 
 
+@pytest.mark.long
 def test_the_installed_command_runs(native_python: Path) -> None:
     assert "_native_cuda: no: built with FASTGAN_CUDA=off" in with_torch(
         native_python, native_python.with_name("fastgan"), "info"

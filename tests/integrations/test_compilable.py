@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import shutil
 
 import pytest
@@ -153,7 +152,7 @@ def test_the_eager_backend_runs_the_function_at_each_step(function):
     assert_equals_pytorch(function, Critic(), backend="eager")
 
 
-@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes a minute: FASTGAN_TESTS=all")
+@pytest.mark.long
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_a_penalty_by_hand():
     assert_equals_pytorch(r1, make("minibatch stddev"), backend="inductor", tolerance=1e-3)

@@ -88,7 +88,7 @@ def test_inductor_compiles_a_step(name, step):
     assert_trains_alike(step, torch.compile(step, fullgraph=True), make(name), tolerance=1e-3)
 
 
-@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes a minute: FASTGAN_TESTS=all")
+@pytest.mark.long
 @pytest.mark.skipif(COMPILER is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_inductors_modes_compile_a_step(mode):

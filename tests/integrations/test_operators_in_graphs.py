@@ -22,7 +22,6 @@ def test_no_operator_of_a_graph_writes_into_its_arguments():
         assert [str(result.type) for result in schema.returns] == ["List[Tensor]"]
 
 
-@pytest.mark.slow
 @needs_dynamo
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_result_is_there_before_a_fused_sum_reads_it(monkeypatch):

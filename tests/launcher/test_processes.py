@@ -74,6 +74,7 @@ def run(folder, text, *command):
     return result.stdout, result.stderr
 
 
+@pytest.mark.long
 def test_a_script_and_its_children_print_the_same_and_each_has_its_table(tmp_path):
     output, errors = run(tmp_path, FAMILY, "-m", "fastgan", "run", "--always", "script.py")
     parent, nothing, fork, forkserver, _, off = output.splitlines()
@@ -93,6 +94,7 @@ def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
     assert errors.count("  script.py:") == 2
 
 
+@pytest.mark.long
 def test_compare_prints_times_memory_and_differences(tmp_path, monkeypatch, capsys):
     (tmp_path / "script.py").write_text(PLAIN)
     monkeypatch.chdir(tmp_path)

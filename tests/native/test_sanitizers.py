@@ -32,7 +32,7 @@ OPS = (
     *("conv_weight_gradient", "conv_with_steps", "minibatch_discrimination", "minibatch_stddev", "norm", "norm_input"),
     *("spectral_norm", "spectral_norm_tables", "stylegan_ops", "upfirdn2d"),
 )
-pytestmark = pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes minutes: FASTGAN_TESTS=all")
+pytestmark = pytest.mark.long
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
@@ -59,7 +59,6 @@ def instrumented(tmp_path_factory) -> Path:
     return next(build.glob("_native.*.so"))
 
 
-@pytest.mark.slow
 def test_the_cpu_kernels_run_clean_under_asan_and_ubsan(instrumented):
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()

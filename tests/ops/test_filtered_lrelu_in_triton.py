@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -11,11 +9,9 @@ from fastgan import ops
 from tests.harness import assert_close
 from tests.ops.test_stylegan_ops import FD, FU
 
-LONG = pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="FASTGAN_TESTS=all runs it")
-
 
 @pytest.mark.parametrize(
-    ("dtype", "clamp"), [(torch.bfloat16, 0.3), pytest.param(torch.float32, None, marks=LONG)], ids=str
+    ("dtype", "clamp"), [(torch.bfloat16, 0.3), pytest.param(torch.float32, None, marks=pytest.mark.long)], ids=str
 )
 def test_filtered_lrelu_in_triton_keeps_two_bits_of_the_upsampled_image(dtype, clamp):
     pytest.importorskip("triton", reason="Triton is not installed")

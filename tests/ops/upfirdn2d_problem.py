@@ -40,7 +40,7 @@ def defined(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1.0):
     columns = (x.shape[3] * ux + left + right - f.shape[1]) // dx + 1
     vertical = _places(x.shape[2], uy, dy, top, f.shape[0], rows).to(x.device)
     horizontal = _places(x.shape[3], ux, dx, left, f.shape[1], columns).to(x.device)
-    return gain * torch.einsum("yah,xbw,ab,nchw->ncyx", vertical, horizontal, f, x)
+    return gain * torch.einsum("nchw,xbw,ab,yah->ncyx", x, horizontal, f, vertical)  # in this order
 
 
 def orders(function, x, by):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def test_the_commands_are_those_of_the_readme():
     assert [line for line in wanted if line not in found] == []
 
 
-@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes a minute: FASTGAN_TESTS=all runs it")
+@pytest.mark.long
 def test_they_run_on_emoji_that_are_transparent_not_square_and_in_class_folders(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")  # the font is in the user's cache
     try:

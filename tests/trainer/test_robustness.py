@@ -24,7 +24,7 @@ from fastgan.trainer.loop import Trainer
 from fastgan.trainer.run import replace_text
 from tests.trainer.use.conftest import write_pictures
 
-KILLS, SEEDS = (20, (0, 1)) if os.environ.get("FASTGAN_TESTS") == "all" else (3, (0,))  # kills of each run
+KILLS, SEEDS = (20, (0, 1)) if os.environ.get("FASTGAN_TESTS") == "all" else (2, (0,))  # kills of each run
 
 
 @pytest.fixture(autouse=True)
@@ -321,6 +321,7 @@ def test_a_checkpoint_that_does_not_know_its_data_is_refused_with_the_remedy(toy
     export(ExportConfig(toy.folder))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_on_pictures_that_is_killed_again_and_again_reaches_the_same_bits(tmp_path, child, seed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from fastgan.trainer.verify import verify
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="before 2.11 a penalty breaks the graph"
 )
-LONG = pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes a minute: FASTGAN_TESTS=all")
 CPU = torch.device("cpu")
 MODEL = ModelConfig(width=4, latent_dim=4, spectral_norm="none")  # compiles in less time
 OPTIM = OptimConfig(batch_size=8, penalty="r1", penalty_every=2)
@@ -46,7 +44,7 @@ def game(model=MODEL, **optim):
     return GAN(model, dataclasses.replace(OPTIM, **optim), load_source("ring8", 2, CPU), 0, CPU)
 
 
-@pytest.mark.parametrize("penalty", ["r1", pytest.param("wgan-gp", marks=LONG)])
+@pytest.mark.parametrize("penalty", ["r1", pytest.param("wgan-gp", marks=pytest.mark.long)])
 def test_a_compiled_game_trains_as_an_uncompiled_one_and_goes_on_with_the_same_bits(penalty, graphs):
     ours, theirs = game(compile=True, penalty=penalty), game(penalty=penalty)
     for _ in range(2):  # the second step has no penalty
@@ -70,7 +68,7 @@ def test_a_game_that_cannot_be_compiled_says_why_and_runs_uncompiled(monkeypatch
     assert "no compiler here" in line
 
 
-@LONG
+@pytest.mark.long
 def test_verify_compares_the_compiled_game_with_pytorch(graphs):
     config = verify.VerifyConfig(dataset="ring8", compile=True)
     assert not verify.build(config, "torch", CPU).optim.compile

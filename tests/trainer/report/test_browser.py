@@ -62,6 +62,7 @@ def page(request, tmp_path, config, monkeypatch) -> Path:
     return trainer.run.html.resolve()
 
 
+@pytest.mark.long
 def test_a_page_shows_without_the_network_at_both_widths(page, tmp_path):
     for width in (1280, 390):
         shot = tmp_path / f"{width}.png"

@@ -304,7 +304,7 @@ def test_a_trial_left_running_by_a_dead_process_is_taken_up(toy, no_plot):
     assert open_study(toy).best_params == values_of(toy.start)
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+@pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.long), "tpe"])
 def test_the_samplers_close_in_on_the_best_learning_rate(toy, no_plot, monkeypatch, sampler):
     def distance(config: TuneConfig, trial: optuna.Trial) -> float:
         return abs(math.log10(tuning.suggest(trial, config.start)["d_lr"] / 8e-3))
