@@ -137,6 +137,14 @@ class MinibatchStdOfLargeBatches(MinibatchStdLayer):
         return MinibatchStdLayer(None)(x) if len(x) > 48 else super().forward(x)
 
 
+class MinibatchStdOfLargeImages(MinibatchStdLayer):
+    def forward(self, x):
+        if x.shape[-1] <= 16:
+            return super().forward(x)
+        statistic = super().forward(F.avg_pool2d(x, 2))[:, x.shape[1] :, :1, :1]
+        return torch.cat([x, statistic.expand(-1, -1, *x.shape[2:])], 1)
+
+
 class BoundedDiscrimination(MinibatchDiscrimination1d):
     def forward(self, x):
         m = (x @ self.T.flatten(1)).view(1, -1, *self.T.shape[1:])
@@ -162,6 +170,7 @@ LEFT = {
     "a bounded variance": lambda: MinibatchStdOfBoundedVariance(4),
     "a stddev with a counter": lambda: CountingMinibatchStd(4),
     "other groups in large batches": lambda: MinibatchStdOfLargeBatches(4),
+    "pooled large images": lambda: MinibatchStdOfLargeImages(4),
     "bounded distances": lambda: BoundedDiscrimination(6, 4, 3),
     "a discrimination with a counter": lambda: CountingDiscrimination(6, 4, 3),
 }

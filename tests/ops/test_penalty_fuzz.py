@@ -16,7 +16,7 @@ import fastgan
 from tests.hypothesis_if_there import given, settings, st
 from tests.ops.one_pass_problem import work
 
-EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "200"))
 ALL = os.environ.get("FASTGAN_TESTS") == "all"
 Y = torch.tensor([2, 0, 1, 2, 1, 0, 2, 2])
 
