@@ -163,12 +163,12 @@ def _stddev_difference(module: nn.Module, settings: dict[str, Any]) -> float:
                 errors.append(difference(results(fused), expected))
             elif samples == 2 * size and positions == (4, 4):
                 raise RuntimeError(failure)
-    # The treatment of a remainder shows only for some batch sizes, so try them all, with usual and large values. A layer
-    # may also compute another statistic for large images.
+    # The treatment of a remainder shows only for some batch sizes, so try them all, with usual and large values.
+    # A layer may also compute another statistic for large images.
     shapes = [(samples, 4, 4) for samples in range(1, max(4 * size, 64) + 1)]
-    shapes += [(2 * size, *positions) for positions in ((1, 1), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (5, 200))]
-    for samples, *positions in shapes:
-        x = randn(samples, channels, *positions) * (1.0 if samples % 3 else 1e3)
+    shapes += [(2 * size, side, side) for side in (1, 8, 16, 32, 64, 128)] + [(2 * size, 5, 200)]
+    for samples, height, width in shapes:
+        x = randn(samples, channels, height, width) * (1.0 if samples % 3 else 1e3)
         expected, failure = outcome(partial(reference.forward, x))
         if failure is None:
             errors.append(difference([fused.forward(x)], [expected]))

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -132,20 +133,22 @@ def recorder_of_this_process() -> Recorder | None:
 
 
 def compare(command: Command) -> int:
-    """Run the comparison, print it, and return the exit status."""
+    """Run the comparison, print it, and return the exit status. Of several ranks, the first one prints it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the processes of _run, too
     now = torch.get_num_threads()
     other = 2 if now == 1 else max(1, now // 2)
     found: dict[str, Any] = {}
     start_of_input = _position()
     with TemporaryDirectory() as folder:
-        for role in ROLES:
+        for number, role in enumerate(ROLES):
             if start_of_input is not None:
                 os.lseek(0, start_of_input, os.SEEK_SET)
             file = Path(folder) / f"{role}.pt"
             given = {"role": role, "steps": command.settings.compare, "file": str(file), "threads": other}
             start = [*_interpreter(), "-m", "fastgan", "run", *(["-m"] if command.module else [])]
             errors = Path(folder) / "errors"
-            status = _run([*start, command.name, *command.arguments], json.dumps(given), errors)
+            variables = {VARIABLE: json.dumps(given), **_rendezvous(number)}
+            status = _run([*start, command.name, *command.arguments], variables, errors)
             if status or not file.exists():  # a script that fails writes the file, too
                 print(errors.read_text(errors="replace"), end="", file=sys.stderr)
                 without = "" if status else " and without exit handlers (os._exit), so its steps were not recorded"
@@ -154,7 +157,8 @@ def compare(command: Command) -> int:
             found[role] = torch.load(file)
             if not found[role]["steps"]:
                 break
-    print("\n".join(report(found, command.settings.compare, now, other)))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(report(found, command.settings.compare, now, other)))
     return 0
 
 
@@ -170,12 +174,12 @@ def _interpreter() -> list[str]:
     return [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
 
 
-def _run(arguments: list[str], given: str, errors: Path) -> int:
+def _run(arguments: list[str], variables: dict[str, str], errors: Path) -> int:
     """Run a process of the comparison. Workers that its script leaves behind end with it."""
     with errors.open("wb") as file:
         process = subprocess.Popen(
             arguments,
-            env={**os.environ, VARIABLE: given},
+            env={**os.environ, **variables},
             stdout=subprocess.DEVNULL,
             stderr=file,  # not a pipe, which workers would hold open
             start_new_session=True,
@@ -186,6 +190,24 @@ def _run(arguments: list[str], given: str, errors: Path) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait()
+
+
+def _rendezvous(number: int) -> dict[str, str]:
+    """Return the variables by which ranks of torchrun find each other.
+
+    Each process of the comparison needs its own store, because torchrun's keeps the addresses of the last one.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # some builds of torch lack it
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, key = TCPStore(address, port, is_master=False), f"fastgan/{number}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(key, str(free.getsockname()[1]))
+    return {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": store.get(key).decode()}
 
 
 def report(found: dict[str, Any], wanted: int, now: int, other: int) -> list[str]:

@@ -176,9 +176,9 @@ def test_the_report_names_what_is_missing():
 def test_each_process_reads_a_redirected_input_from_where_it_began(tmp_path, monkeypatch, capsys):
     read = []
 
-    def run(arguments, given, errors):
+    def run(arguments, variables, errors):
         read.append(os.read(0, 100))
-        torch.save(FOUND, json.loads(given)["file"])
+        torch.save(FOUND, json.loads(variables[compare.VARIABLE])["file"])
         return 0
 
     monkeypatch.setattr(compare, "_run", run)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgan.launcher.command import main
 
@@ -88,7 +91,18 @@ def test_a_script_and_its_children_print_the_same_and_each_has_its_table(tmp_pat
 
 
 def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastgan", "run", "--always", "script.py"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fastgan",
+        "run",
+        "--always",
+        "script.py",
+    ]
     output, errors = run(tmp_path, PLAIN, *command, "6")
     assert len(output.split()) == 2
     assert errors.count("  script.py:") == 2
@@ -109,3 +123,45 @@ def test_compare_prints_times_memory_and_differences(tmp_path, monkeypatch, caps
     assert "MiB" in memory
     for line in (losses, parameters):
         assert float(line.split("fastgan ")[1].split(";")[0]) < 1e-4
+
+
+OF_A_RANK = """
+import torch
+from torch import distributed, nn
+distributed.init_process_group("gloo")
+d = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 1))
+d = nn.parallel.DistributedDataParallel(d)
+optimizer = torch.optim.SGD(d.parameters(), 1e-3)
+while True:
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
+    optimizer.zero_grad()
+    (grad.square().sum() + d(x.detach()).mean()).backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_ranks_are_compared_and_the_first_one_prints(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output, _ = run(tmp_path, OF_A_RANK, *torchrun, "-m", "fastgan", "run", "--compare", "3", "script.py")
+    assert output.count("fastgan: 3 steps") == 1
+    assert "largest difference of parameters" in output
+
+
+@pytest.mark.long
+def test_a_comparison_that_is_terminated_leaves_no_process(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, time\nprint(os.getpid(), file=open('pid', 'w'), flush=True)\ntime.sleep(99)"
+    )
+    command = [sys.executable, "-m", "fastgan", "run", "--compare", "3", "script.py"]
+    comparison = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert comparison.poll() is None
+        time.sleep(0.1)
+    comparison.terminate()
+    assert comparison.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
