@@ -45,8 +45,9 @@ def test_the_variants_of_every_case_agree(name):
     assert set(variants) in ({BASELINE, "reference", "fastgan"}, {BASELINE, "cdist", "fastgan"}, {BASELINE, "fastgan"})
     assert not left_out
     assert errors["fastgan"] <= case.tolerance
-    # Variants are not one function twice, except that grid_sample has PyTorch's kernels.
-    assert errors["fastgan"] > 0 or "grid_sample" in name
+    # Variants are not one function twice, except where fastgan's operation is PyTorch's kernel.
+    by_pytorch = "grid_sample" in name or (name.startswith("attention/") and name.endswith("/forward_backward"))
+    assert errors["fastgan"] > 0 or by_pytorch
     for run in variants.values():
         assert all(tensor.isfinite().all() for tensor in run())
 
