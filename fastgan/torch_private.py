@@ -44,6 +44,7 @@ __all__ = [
     "count_function_modes",
     "count_hooks",
     "count_references",
+    "current_backward",
     "current_node",
     "differentiable_gradients",
     "dispatch_mode",
@@ -79,6 +80,8 @@ DisableTorchFunction = torch._C.DisableTorchFunction
 # these, a backward computes only requested gradients, and the one pass frees its graph if the caller's backward does.
 current_node = torch._C._current_autograd_node
 will_execute = torch._C._will_engine_execute_node
+# A number for each run of a backward. A penalty that FSDP shards looks once in each for gradients that FSDP keeps.
+current_backward = torch._C._current_graph_task_id
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 # The kernels behind F.scaled_dot_product_attention on a CPU. The first also returns the log-sum-exp, which the public

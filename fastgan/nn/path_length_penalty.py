@@ -47,6 +47,7 @@ class PathLengthPenalty(nn.Module):
     Buffer: ``average`` (), the moving average ``a``. It starts at 0 and is in the state_dict.
 
     Raises:
+        TypeError: the images or the latents are not one tensor.
         ValueError: the latents have another shape or require no gradient, or the images do not depend on them.
         RuntimeError: gradients are disabled.
 
@@ -87,6 +88,11 @@ class PathLengthPenalty(nn.Module):
 def _check(images: Tensor, latents: Tensor) -> None:
     if not torch.is_grad_enabled():
         raise RuntimeError("a path length needs gradients: call it outside torch.no_grad() and inference_mode()")
+    if not isinstance(images, Tensor) or not isinstance(latents, Tensor):
+        raise TypeError(
+            "images must be one tensor (N, C, ...) and latents one tensor (N, D) or (N, L, D), got "
+            f"{type(images).__name__} and {type(latents).__name__}: stack the latents of L layers along dimension 1"
+        )
     if images.ndim < 2 or latents.ndim not in (2, 3) or len(latents) != len(images):
         raise ValueError(
             "images must be (N, C, ...) and latents (N, D) or (N, L, D), got shapes "

@@ -179,6 +179,10 @@ def test_what_is_wrong_is_said():
         module(make(w).detach(), w)
     with pytest.raises(ValueError, match=r"latents \(N, D\) or \(N, L, D\)"):
         module(make(w), w[:3])
+    for images, latents in (([make(w)], w), (make(w), {"w": w}), ({"images": make(w)}, [w, w])):
+        given = f"got {type(images).__name__} and {type(latents).__name__}: stack"
+        with pytest.raises(TypeError, match=given):
+            module(images, latents)
     with pytest.raises(ValueError, match="decay must be between"):
         PathLengthPenalty(decay=1.5)
     with torch.no_grad(), pytest.raises(RuntimeError, match="needs gradients"):

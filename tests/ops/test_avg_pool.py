@@ -151,6 +151,13 @@ def test_sizes_that_pytorch_refuses_are_refused_so(kernel):
 
 
 @pytest.mark.parametrize("pool", ["avg_pool1d", "avg_pool2d", "avg_pool3d"])
+@pytest.mark.parametrize("input", [[1.0], {"x": 1.0}, None], ids=repr)
+def test_an_input_that_is_no_tensor_raises_pytorchs_error(pool, input):
+    with pytest.raises(TypeError, match=rf"input.* must be Tensor, not {type(input).__name__}"):
+        getattr(ops, pool)(input, 2)
+
+
+@pytest.mark.parametrize("pool", ["avg_pool1d", "avg_pool2d", "avg_pool3d"])
 def test_under_autocast_the_result_is_of_pytorchs_dtype(pool):
     x = torch.randn(2, 4, *[8] * int(pool[-2])).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

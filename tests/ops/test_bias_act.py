@@ -371,6 +371,13 @@ def test_a_leaf_is_not_written_over():
             ops.bias_act(x, activation=activation, inplace=True)
 
 
+@pytest.mark.parametrize("function", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("input", [[1.0], {"x": 1.0}, None], ids=repr)
+def test_an_input_that_is_no_tensor_raises_pytorchs_error(function, input):
+    with pytest.raises(TypeError, match=rf"input.* must be Tensor, not {type(input).__name__}"):
+        getattr(ops, function)(input)
+
+
 @pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_the_same_inputs_give_the_same_bits(backend, activation):

@@ -41,7 +41,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Raises:
         RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
-    if input.dtype not in DTYPES:
+    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
         return F.leaky_relu(input, negative_slope, inplace)
     if is_for_pytorch(input) and (negative_slope >= 0 or not inplace):
         return rectify(input, negative_slope, inplace)
@@ -73,7 +73,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     Raises:
         RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
-    if input.dtype not in DTYPES:
+    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
         return F.relu(input, inplace)
     if is_for_pytorch(input):
         return rectify(input, None, inplace)

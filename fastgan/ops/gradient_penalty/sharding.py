@@ -21,6 +21,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from fastgan import torch_private
+from fastgan.ops.gradient_penalty.kept import Accumulation, groups_of
 from fastgan.ops.gradient_penalty.shards import Sharded, Weights
 from fastgan.ops.library import checkpointed_region
 
@@ -246,12 +247,7 @@ def _state(module: nn.Module) -> Any:
 
 def _groups(module: nn.Module) -> list[Any]:
     """Return the groups of parameters that FSDP2 gathers when this module is called. Other modules have none."""
-    if not hasattr(module, "_get_fsdp_state"):
-        return []
-    state = _state(module)
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.6 to 2.10
+    return groups_of(_state(module)) if hasattr(module, "_get_fsdp_state") else []
 
 
 def dtypes_by_policy(modules: Iterable[nn.Module]) -> set[torch.dtype]:
@@ -283,7 +279,8 @@ def _sharded(group: Any, fsdp_param: Any) -> Sharded:
     module, name = _owners(fsdp_param)[0]
     current = module._parameters[name]
     # Until FSDP's first forward, the user may replace the sharded parameters of a module.
-    started = _state(group.modules[0])._is_root is not None
+    state = _state(group.modules[0])
+    started = state._is_root is not None
     parameter = fsdp_param.sharded_param if started or not isinstance(current, DTensor) else current
     if type(parameter.to_local()) is not Tensor:
         kind = type(parameter.to_local()).__name__
@@ -301,4 +298,5 @@ def _sharded(group: Any, fsdp_param: Any) -> Sharded:
         group.gradient_divide_factor or parameter.device_mesh.size(),
         tuple(stream for stream in streams if isinstance(stream, torch.cuda.Stream)),
         keeps=group.post_forward_mesh_info is None,
+        accumulation=Accumulation(state, group, fsdp_param),
     )

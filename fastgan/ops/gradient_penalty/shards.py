@@ -1,6 +1,8 @@
 """Gather sharded weights by a differentiable function. A backward that reads such a weight gathers it again.
 
 The backward of a gather sums the gradient over the ranks, divides it as FSDP does, and returns the shard of each rank.
+If FSDP keeps gradients for a later reduction, the gradient is added to them instead (kept.py).
+
 A graph saves no gathered weight. It saves the shard and gathers the weight when a backward needs it.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgan import torch_private
+from fastgan.ops.gradient_penalty.kept import Accumulation
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # the import is slow, and some builds of torch lack it
@@ -32,6 +35,7 @@ class Sharded:
     divisor: float  # of that sum
     streams: tuple[Any, ...]  # on which FSDP reduces the gradients of other forwards
     keeps: bool  # whether the gathered weight stays in memory for the backward
+    accumulation: Accumulation
 
     def gathered(self, local: Tensor) -> Tensor:
         """Gather the whole weight from the shards of all ranks."""
@@ -66,7 +70,9 @@ class _Gather(torch.autograd.Function):
             return sharded.gathered(local)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if ctx.sharded.accumulation.take(grad):
+            return None, None
         return _Reduce.apply(grad, ctx.sharded), None  # type: ignore[no-untyped-call]
 
 

@@ -61,7 +61,7 @@ def avg_pool1d(
     Raises:
         RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
-    if input.ndim != 3:
+    if not isinstance(input, Tensor) or input.ndim != 3:
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
     kernel, step, pad = (_sizes(1, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
     flat = avg_pool2d(input[:, :, None], (1, *kernel), (1, *step), (0, *pad), ceil_mode, count_include_pad)
@@ -159,7 +159,7 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    is_eligible = input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
+    is_eligible = isinstance(input, Tensor) and input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
     if not (is_eligible and backends.is_plain() and backends.is_known(input.device)):
         reference: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return reference(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
