@@ -22,7 +22,8 @@ BACKENDS = [
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 # Dynamo of older versions cannot trace fused spectral norm and the Functions of the ops: docs/versions.md.
-COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+COMPILES = VERSION >= (2, 11)
 needs_dynamo = pytest.mark.skipif(not COMPILES, reason="torch.compile before 2.11 cannot trace fastgan's operations")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

@@ -206,7 +206,8 @@ def _run_operator(name: str, *arguments: Any) -> None:
     results = getattr(torch.ops.fastgan, name + "_new")(*arguments)
     targets = _tensors([arguments[i] for i in _written[name]])
     for target, result in zip(targets, results, strict=True):
-        target.copy_(result)
+        # copy_ returns the target, which torch 2.11 makes a second output of a Function, so that its gradient is lost.
+        target[...] = result
 
 
 def _map(function: Callable[[Tensor], Tensor], argument: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 import fastgan
 from fastgan import backends
 from fastgan import nn as fnn
+from tests.harness import VERSION
 from tests.integrations.compiled_problem import (
     DISCRIMINATORS,
     STEPS,
@@ -265,7 +266,7 @@ def test_a_dynamic_graph_draws_random_numbers_for_other_batch_sizes(kind, genera
             (generator or torch.default_generator).manual_seed(n)
             results.append(gradients(model, function(images(n))))
         assert_same(*results, 1e-5)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= (1 if VERSION >= (2, 13) else 2)  # 2.11 compiles the second size, too
 
 
 @pytest.mark.parametrize("step", STEPS)
