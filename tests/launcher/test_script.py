@@ -82,7 +82,15 @@ def folder(tmp_path):
 def outcome(folder, *command, script=None):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *command]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, input=script)
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        input=script,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if a shell started pytest with &
+    )
     return result.returncode, re.sub("0x[0-9a-f]+", "0x", result.stdout), result.stderr
 
 
