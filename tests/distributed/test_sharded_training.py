@@ -20,6 +20,7 @@ from tests.distributed.sharded_problem import (
     gradients,
     mean_of_ranks,
     of_layers,
+    penalty_alone,
     plain,
     r1,
     whole_step,
@@ -133,6 +134,22 @@ def several_steps(meshes):
     return found, means, True
 
 
+def evaluated_between_steps(meshes):
+    """Outputs without gradients, which leave the root's weights whole, before and after a step of a penalty alone."""
+    whole, model, found, expected = built("affine"), SHARDED["whole"](built("affine"), meshes["flat"]), {}, {}
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in ("before", "after"):
+        with torch.no_grad():
+            found[step], expected[step] = model(data()[0]), whole(data()[0])
+        means = mean_of_ranks(whole, penalty_alone)
+        penalty_alone(model, *data()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in whole.named_parameters():
+                p -= 0.01 * means[name]
+    return found, expected, True
+
+
 def divided_otherwise(meshes):
     model = of_layers(built("affine"), meshes["flat"])
     for module in model.modules():
@@ -153,7 +170,7 @@ def work(rank):
     }
     found = {(mesh, name, way): case(meshes[mesh], name, way, "whole_step") for mesh, name, way in ONE_STEP}
     found |= {each: accumulated(meshes, *each) for each in ACCUMULATED}
-    steps = several_steps, divided_otherwise, kept_before_the_first_forward, in_two_dtypes
+    steps = several_steps, evaluated_between_steps, divided_otherwise, kept_before_the_first_forward, in_two_dtypes
     return found | {f.__name__: f(meshes) for f in steps}
 
 
@@ -187,7 +204,9 @@ def test_kept_gradients_have_one_dtype(of_ranks):
 
 
 @needs_gloo
-@pytest.mark.parametrize("name", ["several_steps", "divided_otherwise", "kept_before_the_first_forward"])
+@pytest.mark.parametrize(
+    "name", ["several_steps", "evaluated_between_steps", "divided_otherwise", "kept_before_the_first_forward"]
+)
 def test_training_as_fsdp_averages(of_ranks, name):
     for found in of_ranks:
         check(found[name])

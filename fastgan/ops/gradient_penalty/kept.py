@@ -79,5 +79,7 @@ def _reduce_at_end(state: Any) -> None:
     for group in groups:
         if group.all_reduce_grads and getattr(group, "_partial_reduce_output", None) is not None:
             _keep_all(group)  # FSDP adds the partial sums when it reduces gradients
-    if any(map(_keeps, groups)):
+    # A forward without gradients leaves the root's weights whole, and only a backward frees them. They must not outlive
+    # the optimizer's step.
+    if any(_keeps(group) or group.is_unsharded for group in groups):
         state._register_root_post_backward_final_callback()
