@@ -37,7 +37,7 @@ def _table(record: str, prefix: str | None) -> str:
     origin = measured["provenance"]
     return "\n".join(
         [
-            *_TABLES.get(measured["suite"], _speed)(cases),
+            *(_compiled if measured.get("compile") else _TABLES.get(measured["suite"], _speed))(cases),
             "",
             f"{origin['device']}, {_threads(origin)},"
             f" torch {origin['torch']}, commit {origin['commit']}: `{origin['command']}`",
@@ -88,6 +88,29 @@ def _memory(cases: list[dict[str, Any]]) -> list[str]:
 
 def _speed(cases: list[dict[str, Any]]) -> list[str]:
     return ["| case | PyTorch, ms | fastgan, ms | speed-up |", "|---|---:|---:|---:|", *map(_row, cases)]
+
+
+def _compiled(cases: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| case | PyTorch: eager, ms | best compiled, ms | fastgan: eager, ms | compiled, ms | speed-up over the best"
+        " compiled | convolutions in the graphs |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases:
+        variants = case["variants"]
+        best, ours = variants[best_compiled(case)], variants["fastgan, compiled"]
+        times = (variants["torch"], best, variants["fastgan"], ours)
+        cells = [_digits(1e3 * variant["seconds"]["median"]) for variant in times]
+        cells.append(_digits(best["seconds"]["median"] / ours["seconds"]["median"]))
+        cells.append(" -> ".join(str(variant.get("convolutions", "?")) for variant in (best, ours)))
+        lines.append(f"| {case['name']} | {' | '.join(cells)} |")
+    return lines
+
+
+def best_compiled(case: dict[str, Any]) -> str:
+    """Return PyTorch's fastest compiled variant."""
+    names = [name for name in case["variants"] if name.startswith("torch.compile")]
+    return min(names, key=lambda name: float(case["variants"][name]["seconds"]["median"]))
 
 
 def _forms(cases: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,13 @@ Make = Callable[[], Run]
 
 BASELINE = "torch"
 # Timed only on request: these take minutes to compile, and may fail.
-OPTIONAL = ("torch.compile", "torch.compile, eager penalty", "torch.compile, backward inside", "fastgan, compiled")
+OPTIONAL = (
+    "torch.compile",
+    "torch.compile, eager penalty",
+    "torch.compile, backward inside",
+    "fastgan, compiled",
+    "fastgan, compiled, backward inside",
+)
 COUNTS = ("flops", "peak", "saved")
 BY_NAME = ("triton", "cuda")  # backends that compete on a GPU; each is a variant there
 

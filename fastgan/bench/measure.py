@@ -27,8 +27,9 @@ from fastgan.ops.gradient_penalty.small import at_any_size
 
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 # Suites that compare close times. Times depend on the addresses of a model's tensors, by up to 2 % (two Xeon threads).
-# So their variants are built several times, until the median ratios are known to this standard error.
-CLOSE = {"sizes": 0.005}
+# So their variants are built several times, until the standard errors of the median ratios are this small, or a tenth
+# of the gain.
+CLOSE = {"sizes": 0.005, "forms": 0.005}
 FEWEST_BUILDS, MOST_BUILDS = 4, 16
 UNTIMED = "memory"  # suite that measures memory; it times only one call per variant
 LONGEST = 60.0  # time limit of a case in seconds with --keep-going; ten times that with --compile
@@ -185,6 +186,8 @@ def _capturable(device: torch.device) -> torch.cuda.Stream:
 def _measure(case: Case, device: torch.device, results: Results, keep_going: bool) -> dict[str, Any]:
     timer, rounds, seconds = _timer(device), results["rounds"], SAMPLE_SECONDS[device.type]
     failed: dict[str, str] | None = {} if keep_going else None
+    if results["compile"]:
+        torch._dynamo.reset()  # otherwise the same function of the next batch size is compiled for dynamic sizes
     variants, errors, left_out = prepare(case, device, optional=results["compile"], failed=failed)
     untimed = results["suite"] == UNTIMED
     samples = timing.once(variants, timer) if untimed else timing.in_turns(variants, timer, rounds, seconds)
@@ -194,7 +197,7 @@ def _measure(case: Case, device: torch.device, results: Results, keep_going: boo
             for name, more in timing.in_turns(again, timer, rounds, seconds).items():
                 samples[name] += more
             variants = again  # until now both existed, so the new tensors have new addresses
-            if build >= FEWEST_BUILDS and timing.largest_error(samples, BASELINE) <= CLOSE[results["suite"]]:
+            if build >= FEWEST_BUILDS and timing.is_certain(samples, BASELINE, CLOSE[results["suite"]]):
                 break
     measured = timing.compare(samples, BASELINE)
     floor = case.bytes / results["copy_bandwidth"] if case.bytes is not None else None

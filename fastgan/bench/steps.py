@@ -258,9 +258,7 @@ def d_step(
 
     def backward_inside() -> Run:
         """All in one graph, with a setting that PyTorch has since 2.13 and does not document."""
-        net, graphs, options = model(), Graphs(), torch._dynamo.config
-        if not hasattr(options, "trace_autograd_ops"):
-            raise RuntimeError("this PyTorch has no torch._dynamo.config.trace_autograd_ops")
+        net, graphs, options = model(), Graphs(), _options()
 
         def loss_and_backward(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
             loss = objective.plain(net, real, fake, alpha, _by_autograd)
@@ -291,6 +289,29 @@ def d_step(
 
         return counted(training(net, total, context, objective.whole), graphs)
 
+    def fused_inside() -> Run:
+        """Loss, penalty and backward in one graph."""
+        net, graphs, options = model(), Graphs(), _options()
+        fastgan.convert(net)
+        called: Any = (lambda x: net(x)) if function else net
+
+        def loss_and_backward(*inputs: Any) -> Tensor:
+            loss = objective.fast(called, *inputs)
+            loss.backward()
+            return loss.detach()
+
+        call = graphs.compile(loss_and_backward, fullgraph=True)
+        generator = [torch.Generator(device)] if objective.draws else []
+
+        def total() -> Tensor:
+            for drawn in generator:
+                drawn.manual_seed(SEED)
+            with options.patch(trace_autograd_ops=True):
+                loss: Tensor = call(real, fake, *generator)
+            return loss
+
+        return counted(training(net, total, context, objective.whole, backward=False), graphs)
+
     variants = {BASELINE: eager, "torch.compile": compiled}
     if objective.whole:
         variants["torch.compile, eager penalty"] = eager_penalty
@@ -298,8 +319,16 @@ def d_step(
         "torch.compile, backward inside": backward_inside,
         "fastgan": fused,
         "fastgan, compiled": fused_compiled,
+        "fastgan, compiled, backward inside": fused_inside,
     }
     return {name: partial(_rounding, make, precision) for name, make in variants.items()}
+
+
+def _options() -> Any:
+    options = torch._dynamo.config
+    if not hasattr(options, "trace_autograd_ops"):
+        raise RuntimeError("this PyTorch has no torch._dynamo.config.trace_autograd_ops")
+    return options
 
 
 def g_step(

@@ -73,17 +73,20 @@ def compare(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict
     return result
 
 
-def largest_error(samples: Mapping[str, list[float]], baseline: str) -> float:
-    """Return the largest relative standard error of a median ratio.
-
-    It is that of the median of a normal distribution with the same 20 and 80 % quantiles.
-    """
-    errors = [0.0]
+def is_certain(samples: Mapping[str, list[float]], baseline: str, error: float) -> bool:
+    """Whether each median ratio has at most this standard error, or one of a tenth of the gain that it shows."""
     for own in (own for name, own in samples.items() if name != baseline):
-        ratio = quantiles([b / o for b, o in zip(samples[baseline], own, strict=True)])
-        deviation = (ratio["high"] - ratio["low"]) / (2 * NormalDist().inv_cdf(0.8))
-        errors.append(deviation * math.sqrt(math.pi / 2 / len(own)) / ratio["median"])
-    return max(errors)
+        ratios = [b / o for b, o in zip(samples[baseline], own, strict=True)]
+        if error_of_median(ratios) > max(error, (statistics.median(ratios) - 1) / 10):
+            return False
+    return True
+
+
+def error_of_median(samples: list[float]) -> float:
+    """Return the standard error of the median of a normal distribution with the same 20 and 80 % quantiles."""
+    of = quantiles(samples)
+    deviation = (of["high"] - of["low"]) / (2 * NormalDist().inv_cdf(0.8))
+    return deviation * math.sqrt(math.pi / 2 / len(samples))
 
 
 def wall_clock(run: Call, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:

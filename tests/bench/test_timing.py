@@ -91,14 +91,21 @@ def test_without_a_baseline_there_are_times_and_no_ratios():
     assert timing.compare({"ours": [1.0]}, "base")["ours"].keys() == {"seconds"}
 
 
-def test_the_error_of_a_median_ratio_is_that_of_a_normal_distribution():
+def test_the_error_of_a_median_is_that_of_a_normal_distribution():
     generator = random.Random(0)
-    base = [generator.gauss(100, 5) for _ in range(1000)]
-    samples = {"base": base, "ours": [100.0] * 1000, "same": base}
-    assert timing.largest_error(samples, "base") == pytest.approx(0.05 * 1.2533 / 1000**0.5, rel=0.1)
-    assert timing.largest_error({"base": base, "same": base}, "base") == 0
-    quarter = {name: own[:250] for name, own in samples.items()}
-    assert timing.largest_error(quarter, "base") == pytest.approx(2 * timing.largest_error(samples, "base"), rel=0.15)
+    samples = [generator.gauss(1.0, 0.05) for _ in range(1000)]
+    assert timing.error_of_median(samples) == pytest.approx(0.05 * 1.2533 / 1000**0.5, rel=0.1)
+    assert timing.error_of_median(samples[:250]) == pytest.approx(2 * timing.error_of_median(samples), rel=0.15)
+
+
+def test_a_clear_gain_is_certain_sooner_than_a_close_ratio():
+    generator = random.Random(0)
+    base = [generator.gauss(100, 5) for _ in range(16)]  # a standard error of 1.6 %
+    assert timing.is_certain({"base": base, "ours": [50.0] * 16}, "base", 0.005)
+    assert not timing.is_certain({"base": base, "ours": [100.0] * 16}, "base", 0.005)
+    assert not timing.is_certain({"base": base, "ours": [200.0] * 16}, "base", 0.005)
+    assert not timing.is_certain({"base": base, "ours": [50.0] * 16, "other": [100.0] * 16}, "base", 0.005)
+    assert timing.is_certain({"base": base, "same": base}, "base", 0.005)
 
 
 def test_garbage_is_collected_again_after_a_failure():
