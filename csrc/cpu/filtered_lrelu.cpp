@@ -1,4 +1,4 @@
-// Upsampling, leaky ReLU with gain and clamp, downsampling: y = D act(U x), plane by plane.
+// Upsampling, leaky ReLU with gain and clamp, downsampling: y = D act(U (x + bias)), plane by plane.
 //
 // A thread keeps one upsampled plane, so the upsampled image never goes to memory: bytes are one read of x, one write
 // of y and a bit or two for each upsampled element.  With S the slopes, the backward is U^T S D^T, the same steps with
@@ -84,9 +84,11 @@ std::vector<A> weights_of(const UpfirdnShape& s, const double* taps) {
 }
 
 template <class T>
-void run(const T* x, T* y, const LreluMasks& masks, const LreluOptions& options, const UpfirdnShape& first,
-         const double* first_taps, const UpfirdnShape& second, const double* second_taps, int threads) {
+void run(const T* x, const LreluBias& bias, T* y, const LreluMasks& masks, const LreluOptions& options,
+         const UpfirdnShape& first, const double* first_taps, const UpfirdnShape& second, const double* second_taps,
+         int threads) {
   using A = typename Accumulate<T>::type;
+  const A* const biases = static_cast<const A*>(bias.values);
   const std::vector<A> up_weights = weights_of<A>(first, first_taps), down_weights = weights_of<A>(second, second_taps);
   const Columns up_columns(first), down_columns(second);
   const Index height = first.out_height, width = first.out_width;
@@ -97,12 +99,13 @@ void run(const T* x, T* y, const LreluMasks& masks, const LreluOptions& options,
     Rows<T, A> up(x, first, up_columns, up_weights);
     Rows<A, T> down(plane.data(), second, down_columns, down_weights);
     for (Index p = first.planes * task / tasks; p < first.planes * (task + 1) / tasks; ++p) {
+      const A shift = biases ? biases[p % bias.channels] : A{0};
       for (Index o = 0; o < height; ++o) {
         A* u = plane.data() + o * width;
         const Index bits = (p * height + o) * row.bytes();
         std::uint8_t* signs = masks.signs ? masks.signs + bits : nullptr;
         std::uint8_t* inside = masks.inside ? masks.inside + bits : nullptr;
-        up.run(p, o, u);
+        up.run(p, o, u, shift);
         masks.read ? row.multiply(u, signs, inside) : row.apply(u, signs, inside);
       }
       for (Index o = 0; o < second.out_height; ++o) down.run(0, o, y + (p * second.out_height + o) * second.out_width);
@@ -112,12 +115,13 @@ void run(const T* x, T* y, const LreluMasks& masks, const LreluOptions& options,
 
 }  // namespace
 
-void filtered_lrelu(Dtype dtype, const void* x, void* y, const LreluMasks& masks, const LreluOptions& options,
-                    const UpfirdnShape& first, const double* first_taps, const UpfirdnShape& second,
-                    const double* second_taps, int threads) {
+void filtered_lrelu(Dtype dtype, const void* x, const LreluBias& bias, void* y, const LreluMasks& masks,
+                    const LreluOptions& options, const UpfirdnShape& first, const double* first_taps,
+                    const UpfirdnShape& second, const double* second_taps, int threads) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    run(static_cast<const T*>(x), static_cast<T*>(y), masks, options, first, first_taps, second, second_taps, threads);
+    run(static_cast<const T*>(x), bias, static_cast<T*>(y), masks, options, first, first_taps, second, second_taps,
+        threads);
   });
 }
 

@@ -17,12 +17,18 @@ struct LreluOptions {
   double slope, gain, clamp;
 };
 
-// y = second(act(first(x))), act(u) = clamp(gain * (u > 0 ? u : slope * u)).  Both shapes have inner 1.
+// A bias for each channel, in the type in which sums of the input's type are accumulated.  values may be null.
+struct LreluBias {
+  const void* values;
+  std::int64_t channels;
+};
+
+// y = second(act(first(x + bias))), act(u) = clamp(gain * (u > 0 ? u : slope * u)).  Both shapes have inner 1.
 #define FASTGAN_DECLARE(isa)                                                                           \
   namespace isa {                                                                                      \
-  void filtered_lrelu(Dtype, const void* x, void* y, const LreluMasks&, const LreluOptions&,           \
-                      const UpfirdnShape& first, const double* first_taps, const UpfirdnShape& second, \
-                      const double* second_taps, int threads);                                         \
+  void filtered_lrelu(Dtype, const void* x, const LreluBias&, void* y, const LreluMasks&,              \
+                      const LreluOptions&, const UpfirdnShape& first, const double* first_taps,        \
+                      const UpfirdnShape& second, const double* second_taps, int threads);             \
   }
 FASTGAN_DECLARE(baseline)
 FASTGAN_DECLARE(avx2)

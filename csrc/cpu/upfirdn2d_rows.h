@@ -101,8 +101,9 @@ class Rows {
     std::fill(parts_.data(), parts_.data() + c_.down * c_.length * s.inner, A{0});
   }
 
-  // Row o of the result's plane.
-  void run(Index plane, Index o, T* to) {
+  // Row o of the result's plane.  The bias is added to each element of the input, not to the zeros around and between.
+  void run(Index plane, Index o, T* to, A bias = A{0}) {
+    bias_ = bias;
     sources_.clear(), weights_.clear(), lines_.clear();
     for (Index k = 0; k < s_.taps[0]; ++k) {
       const Index position = o * s_.down[0] + k - s_.start[0];
@@ -138,10 +139,10 @@ class Rows {
       moved_.assign(from, from + count);
       for (const S*& pointer : moved_) pointer += begin * inner;
       A* to = parts_.data() + (begin - c_.first) * inner;
-      weighted_sum(moved_.data(), weights_.data() + source, count, to, (end - begin) * inner, false);
+      row_of(moved_.data(), source, count, to, (end - begin) * inner);
       return;
     }
-    weighted_sum(from, weights_.data() + source, count, row_.data(), s_.width * inner, false);
+    row_of(from, source, count, row_.data(), s_.width * inner);
     const Index d = c_.down;
     for (Index q = 0; q < d; ++q) {
       const Index begin = std::max<Index>(0, c_.first), end = std::min((s_.width - q + d - 1) / d, last);
@@ -156,6 +157,16 @@ class Rows {
         for (Index j = 0; j < end - begin; ++j) std::copy_n(row + j * d * inner, inner, to + j * inner);
       }
     }
+  }
+
+  // to = the weighted sum of these sources
+  void row_of(const S* const* from, Index source, Index count, A* __restrict to, Index size) {
+    const A* weights = weights_.data() + source;
+    weighted_sum(from, weights, count, to, size, false);
+    if (bias_ == A{0}) return;
+    const A bias = bias_ * std::accumulate(weights, weights + count, A{0});
+#pragma omp simd
+    for (Index i = 0; i < size; ++i) to[i] += bias;
   }
 
   // sums[r][j] = (add ? sums[r][j] : 0) + sum of taps[k] * parts[q][j + a].
@@ -196,6 +207,7 @@ class Rows {
   const UpfirdnShape& s_;
   const Columns& c_;
   const std::vector<A>& taps_;
+  A bias_ = A{0};
   Buffer<A> row_, parts_, sums_;
   std::vector<const S*> sources_, moved_;
   std::vector<A> weights_, factors_;

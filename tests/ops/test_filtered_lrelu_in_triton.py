@@ -41,6 +41,6 @@ def test_filtered_lrelus_operator_in_triton_tells_its_schema():
     x, z = torch.randn(1, 1, 4, 5), torch.empty(1, 1, 8, 10)
     bits = torch.empty(2 * 10, dtype=torch.uint8)
     sizes = [1, 1, 4, 5, 8, 10, 2, 2, 1, 1, 1, 1, 3, 3]
-    arguments = (x, z, bits, False, sizes, True, [1.0, 2.0, 1.0] * 2, 0.2, 1.5, float("inf"))
+    arguments = (x, torch.randn(1), z, bits, False, sizes, True, [1.0, 2.0, 1.0] * 2, 0.2, 1.5, float("inf"))
     operator = torch.ops.fastgan.filtered_lrelu_activated.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -11,6 +11,7 @@ from fastgan.ops.attention.layout import Options as AttentionOptions
 from fastgan.ops.bias_act import layout as bias_act_layout
 from fastgan.ops.bias_act import triton_kernels as bias_act
 from fastgan.ops.filtered_lrelu import triton_kernels as filtered_lrelu
+from fastgan.ops.library import accumulation_dtype
 from fastgan.ops.minibatch_discrimination import triton_kernels as discrimination
 from fastgan.ops.minibatch_stddev import layout as stddev_layout
 from fastgan.ops.minibatch_stddev import triton_kernels as stddev
@@ -127,13 +128,15 @@ def _filtered(dtype: torch.dtype) -> Cases:
     """A layer of StyleGAN3, whose filters have 12 taps, and one with 4."""
     for count in (12, 4):
         taps = tuple(float(i + 1) for i in range(count)) * 2
-        x, z = _empty(32 * 64 * 64**2, dtype=dtype), _empty(32 * 64 * 128**2, dtype=dtype)
+        x, z = _empty(32 * 64 * 64**2, dtype=dtype).view(32, 64, 64, 64), _empty(32 * 64 * 128**2, dtype=dtype)
+        bias = _empty(64, dtype=accumulation_dtype(dtype))
         bits = _empty(filtered_lrelu.size_of_bits(32 * 64, 128, 128), dtype=torch.uint8)
         sizes = 32 * 64, 1, 64, 64, 128, 128, 2, 2, 1, 1, count // 2, count // 2, count, count
 
-        def launch(x=x, z=z, bits=bits, sizes=sizes, taps=taps) -> None:  # type: ignore[no-untyped-def]
+        def launch(x=x, bias=bias, z=z, bits=bits, sizes=sizes, taps=taps) -> None:  # type: ignore[no-untyped-def]
             for read in (False, True):
-                filtered_lrelu.activated(x, z, bits, read, sizes, True, taps, 0.2, 2**0.5, 256.0)
+                of_read = None if read else bias, z, bits, read
+                filtered_lrelu.activated(x, *of_read, sizes, True, taps, 0.2, 2**0.5, 256.0)
 
         yield f"filtered {count} taps", launch
 

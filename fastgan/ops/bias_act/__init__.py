@@ -89,7 +89,7 @@ def bias_act(
         if clamp <= 0:
             raise ValueError(f"clamp must be above 0 or None, got {clamp}")
     if bias is not None:
-        dim = _check_bias(bias, input, dim)
+        dim = check_bias(bias, input, dim)
     options = Options(activation, float(negative_slope), float(gain), inf if clamp is None else float(clamp))
     return activate(input, bias, dim, options, inplace, backend)
 
@@ -102,7 +102,7 @@ def _check_number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _check_bias(bias: Tensor, input: Tensor, dim: int) -> int:
+def check_bias(bias: Tensor, input: Tensor, dim: int) -> int:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     if not -input.ndim <= dim < input.ndim:

@@ -2,7 +2,7 @@
 
 The vendor's library computes the convolutions, except for its slowest cases on a CPU. fastgan's kernels compute the
 gradient of an input with few channels, strided convolutions, 1x1 convolutions, and the weight gradient of outputs with
-few pixels.
+few pixels. A graph of torch.compile has PyTorch's operations instead (compiled.py).
 
 Let y = W * x, with gradients dx = W^T * dy, dW = x (*) dy and db = sum dy. Let H, K and k be the gradients of dx, dW
 and db. Then the double backward is
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.conv import native_kernels, pointwise, strided, weight_gradient
+from fastgan.ops.conv import compiled, native_kernels, pointwise, strided, weight_gradient
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.library import stored
 from fastgan.ops.needed import needed
-from fastgan.torch_private import apply
+from fastgan.torch_private import FunctionalTensor, apply
 
 Mask = tuple[bool, bool, bool]
 
@@ -48,17 +48,21 @@ def _backward(
     grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: Mask
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     by_input = by_weight = by_bias = None
-    if not grad.is_cpu:
+    if isinstance(grad, FunctionalTensor):
+        by_input = compiled.input_gradient(grad, input.shape, weight, geometry) if mask[0] else None
+        by_weight = compiled.weight_gradient(grad, input, weight.shape, geometry) if mask[1] else None
+    elif grad.is_cpu:
+        for way in (native_kernels, strided, pointwise) if mask[0] else ():
+            if way.is_fastest(grad, input, weight, geometry):
+                by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
+                break
+        if mask[1] and weight_gradient.is_fastest(grad, input, weight, geometry):
+            by_weight = weight_gradient.weight_gradient(stored(grad), stored(input), weight, geometry)
+    else:
         vendors = torch.ops.aten.convolution_backward(grad, input, weight, [grad.shape[1]], *geometry.arguments, mask)
         return vendors[0], vendors[1], vendors[2]
-    for way in (native_kernels, strided, pointwise) if mask[0] else ():
-        if way.is_fastest(grad, input, weight, geometry):
-            by_input = way.input_gradient(stored(grad), input.shape, stored(weight), geometry)
-            break
-    if mask[1] and weight_gradient.is_fastest(grad, input, weight, geometry):
-        by_weight = weight_gradient.weight_gradient(stored(grad), stored(input), weight, geometry)
     left = mask[0] and by_input is None, mask[1] and by_weight is None
-    if mask[2] and not left[1]:  # oneDNN computes it with the weight gradient in any case
+    if mask[2] and not left[1]:  # the vendor computes it with the weight gradient in any case
         by_bias = grad.sum([0, *range(2, grad.ndim)])
     if not any(left):
         return by_input, by_weight, by_bias

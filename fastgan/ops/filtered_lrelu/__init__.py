@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends, torch_private
-from fastgan.ops.bias_act import bias_act
+from fastgan.ops.bias_act import bias_act, check_bias
 from fastgan.ops.filtered_lrelu.autograd import Steps, apply
 from fastgan.ops.library import accumulation_dtype, visible
 from fastgan.ops.upfirdn2d import Factor, check_image, geometry_of, is_constant, number_of, plan_of, upfirdn2d
@@ -42,9 +42,8 @@ def filtered_lrelu(
     image. For the derivatives it saves one bit per upsampled element (two with ``clamp``). On a
     GPU, the kernel of the first filter also applies the activation and saves two bits, and the second filter follows.
 
-    The sum of the input and the bias is rounded to the dtype of the input. The rest is computed in float32 (float64 for
-    float64 input), up to the result on a CPU and up to the activation on a GPU. The result has the memory format of the
-    input.
+    All steps are computed in float32 (float64 for float64 input), up to the result on a CPU and up to the activation on
+    a GPU. The result has the memory format of the input.
 
     Order of derivative: any. If the filters are constant, the function is piecewise affine and allows one pass.
 
@@ -65,7 +64,7 @@ def filtered_lrelu(
         input: (N, C, H, W); float16, bfloat16, float32 or float64.
         up_filter: filter of the upsampling: (h, w), (k,) for a separable filter, or None.
         down_filter: filter of the downsampling, in the same forms.
-        bias: (C,), in the dtype of the input, or None.
+        bias: (C,), in the dtype of the input or in float32, or None.
         up: factor of the upsampling, one number or (x, y).
         down: factor of the downsampling, one number or (x, y).
         padding: padding of the upsampled image: one number, (x, y), or (left, right, top, bottom).
@@ -89,7 +88,7 @@ def filtered_lrelu(
     second = geometry_of(first.out_size, down_filter, 1, down, 0, "down_filter")
     slope = number_of("slope", slope)
     if bias is not None:
-        input = bias_act(input, bias, activation="linear", backend=backend)
+        check_bias(bias, input, 1)
     factor = first.up[0] * first.up[1]
     numbers = (gain, slope, 1.0 if clamp is None else clamp)
     chosen = _fused_by(input, up_filter, down_filter, numbers, clamp is not None, backend)
@@ -100,18 +99,28 @@ def filtered_lrelu(
             plan_of(size, first, up_filter, input, flip_filter, factor, chosen),
             plan_of(first.out_size, second, down_filter, input, flip_filter, 1.0, chosen),
         )
-        return in_one(input, Steps(*plans, slope, float(gain), inf if clamp is None else float(clamp)))
-    # Elements near 0 or the clamp would get other slopes if the upsampled image were rounded to half precision.
-    y = input.to(accumulation_dtype(input.dtype))
+        steps = Steps(*plans, slope, float(gain), inf if clamp is None else float(clamp))
+        if bias is None or not torch_private.count_function_modes():
+            return in_one(input, bias, steps)
+        return in_one(_plus(input, bias, backend), None, steps).to(input.dtype)  # one pass has a rule for bias_act
+    # Elements near 0 or the clamp would get other slopes if the sum or the upsampled image were rounded.
+    y = _plus(input, bias, backend)
     y = upfirdn2d(y, up_filter, up, 1, padding, flip_filter, factor, backend=backend)
     y = bias_act(y, activation="leaky_relu", negative_slope=slope, gain=gain, clamp=clamp, backend=backend)
     return upfirdn2d(y, down_filter, 1, down, 0, flip_filter, backend=backend).to(input.dtype)
 
 
+def _plus(input: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    """Return the sum, not rounded to half precision."""
+    dtype = accumulation_dtype(input.dtype)
+    input = input.to(dtype)
+    return input if bias is None else bias_act(input, bias.to(dtype), activation="linear", backend=backend)
+
+
 @visible
-def in_one(input: Tensor, steps: Steps) -> Tensor:
-    """Return the layout. The function is piecewise affine; without a clamp, its pieces pass through zero."""
-    return apply(input, steps)
+def in_one(input: Tensor, bias: Tensor | None, steps: Steps) -> Tensor:
+    """The function is piecewise affine. Without a bias and a clamp, its pieces pass through zero."""
+    return apply(input, bias, steps)
 
 
 def _fused_by(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops.library import dtype_name
+from fastgan.ops.library import data_pointers, dtype_name
 
 
 def filtered_lrelu(
     x: Tensor,
+    bias: Tensor | None,
     y: Tensor,
     signs: Tensor | None,
     inside: Tensor | None,
@@ -27,10 +28,13 @@ def filtered_lrelu(
     gain: float,
     clamp: float,
 ) -> None:
-    """x and y are contiguous. The sizes are those of upfirdn2d's kernel, before and after the activation."""
-    bits = (0 if mask is None else mask.data_ptr() for mask in (signs, inside))
+    """x and y are contiguous. The sizes are those of upfirdn2d's kernel, before and after the activation.
+
+    The bias has the dtype in which sums are accumulated.
+    """
+    x_at, bias_at, *rest = data_pointers(x, bias, y, signs, inside)
     steps = sizes, separable, taps, second_sizes, second_separable, second_taps
     threads = torch.get_num_threads()
     backends.native().filtered_lrelu(
-        dtype_name(x), x.data_ptr(), y.data_ptr(), *bits, read, *steps, slope, gain, clamp, threads
+        dtype_name(x), x_at, bias_at, x.shape[1], *rest, read, *steps, slope, gain, clamp, threads
     )

@@ -1,6 +1,6 @@
 """The first filter of filtered_lrelu in Triton, with the activation, or its slopes, at the end.
 
-    _activated      z = act(U x), and two bits per element if a derivative follows: above 0, and not clamped
+    _activated      z = act(U (x + bias)), and two bits per element if a derivative follows: above 0, and not clamped
     with READ       z = S (U x), with the slopes S from these bits
 
 upfirdn2d does the second filter. One kernel for both would have to compute an upsampled element for each of the taps
@@ -68,9 +68,11 @@ def _byte(bits_plane, line, column, out_height, out_width, INDEX: tl.constexpr):
 @triton.jit
 def _activated(
     x_ptr,
+    bias_ptr,
     z_ptr,
     taps_ptr,
     bits_ptr,
+    channels,
     height,
     width,
     out_height,
@@ -106,6 +108,9 @@ def _activated(
     plane = (tl.program_id(0) // (along * down)).to(tl.int64)
     x_plane = typed(x_ptr, DTYPE) + plane * height * width
     z_plane = typed(z_ptr, DTYPE) + plane * out_height * out_width
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + plane % channels)
     column = tile % along * TILE_X + tl.arange(0, TILE_X)[None, :]
     group = tile // along * TILE_Y + tl.arange(0, TILE_Y)[:, None]  # of rows
     BYTES: tl.constexpr = ROWS * UP_Y // 4  # of bits in a column
@@ -123,6 +128,7 @@ def _activated(
             1,
             height,
             width,
+            bias,
             UP_Y,
             UP_X,
             DOWN_Y,
@@ -172,6 +178,7 @@ def _activated(
                     1,
                     height,
                     width,
+                    bias,
                     (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,
                     (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
                     UP_Y,
@@ -215,6 +222,7 @@ def size_of_bits(planes: int, height: int, width: int) -> int:
 
 def activated(
     x: Tensor,
+    bias: Tensor | None,
     z: Tensor,
     bits: Tensor | None,
     read: bool,
@@ -225,7 +233,7 @@ def activated(
     gain: float,
     clamp: float,
 ) -> None:
-    """x and z are contiguous. The sizes are those of upfirdn2d's kernel, with inner 1."""
+    """x and z are contiguous. The sizes are those of upfirdn2d's kernel, with inner 1. The bias has the taps' dtype."""
     _, _, height, width, out_height, out_width, *_, start_y, start_x, _, _ = sizes
     options, programs = tiles_of(sizes, separable)
     options |= {
@@ -238,13 +246,13 @@ def activated(
     of_device = taps_on_device(tuple(taps), accumulation_dtype(x.dtype), x.device)
     shape = height, width, out_height, out_width, start_y, start_x
     with device_of(x):
-        _activated[(programs,)](x, z, of_device, bits, *shape, **options)
+        _activated[(programs,)](x, bias, z, of_device, bits, x.shape[1], *shape, **options)
 
 
 _POINTERS = {
-    **addresses("x", "z", "taps"),
+    **addresses("x", "bias", "z", "taps"),
     "bits_ptr": "*u8",
-    **dict.fromkeys(("height", "width", "out_height", "out_width", "start_y", "start_x"), "i32"),
+    **dict.fromkeys(("channels", "height", "width", "out_height", "out_width", "start_y", "start_x"), "i32"),
 }
 AOT = [
     (

@@ -87,6 +87,7 @@ def _upfirdn2d(
             inner,
             height,
             width,
+            None,
             UP_Y,
             UP_X,
             DOWN_Y,
@@ -129,6 +130,7 @@ def _upfirdn2d(
                     inner,
                     height,
                     width,
+                    None,
                     (PHASE_Y + q * (UP_Y - 1) * DOWN_Y) % UP_Y,  # the phase's first taps
                     (PHASE_X + p * (UP_X - 1) * DOWN_X) % UP_X,
                     UP_Y,

@@ -46,6 +46,7 @@ def _plus_line(
     inner,
     height,
     width,
+    bias,
     KY: tl.constexpr,
     KX: tl.constexpr,
     UP_Y: tl.constexpr,
@@ -68,6 +69,8 @@ def _plus_line(
         at = (y.to(INDEX) * width + x) * inner + c
         read = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         value = tl.load(x_plane + at, mask=read, other=0.0).to(line.dtype)
+        if bias is not None:
+            value += tl.where(read, bias, 0.0)
         if SEPARABLE:
             line += value * tl.load(taps_ptr + (TAPS_Y + KX + h * UP_X))
         else:
@@ -94,6 +97,7 @@ def rows_of_phase(
     inner,
     height,
     width,
+    bias,
     KY: tl.constexpr,
     KX: tl.constexpr,
     UP_Y: tl.constexpr,
@@ -104,20 +108,23 @@ def rows_of_phase(
     SEPARABLE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Return four rows of a phase, whose first taps are KY and KX. Their first inputs are at y0 and x0."""
+    """Return four rows of a phase, whose first taps are KY and KX. Their first inputs are at y0 and x0.
+
+    The bias, unless it is None, is added to each input.
+    """
     zero = tl.zeros([y0.shape[0], x0.shape[1]], taps_ptr.dtype.element_ty)
     rows = zero, zero, zero, zero
     LINES: tl.constexpr = (ROWS_OF_PHASE - 1) * DOWN_Y + (TAPS_Y - KY + UP_Y - 1) // UP_Y
     if LINES * TAPS_X * UP_Y <= MOST_UNROLLED:
         for v in tl.static_range(LINES):
             rows = _plus_line(
-                rows, v, x_plane, taps_ptr, y0 + v, x0, exists, c, inner, height, width,
+                rows, v, x_plane, taps_ptr, y0 + v, x0, exists, c, inner, height, width, bias,
                 KY, KX, UP_Y, UP_X, DOWN_Y, TAPS_Y, TAPS_X, SEPARABLE, INDEX,
             )  # fmt: skip
     else:
         for v in range(LINES):
             rows = _plus_line(
-                rows, v, x_plane, taps_ptr, y0 + v, x0, exists, c, inner, height, width,
+                rows, v, x_plane, taps_ptr, y0 + v, x0, exists, c, inner, height, width, bias,
                 KY, KX, UP_Y, UP_X, DOWN_Y, TAPS_Y, TAPS_X, SEPARABLE, INDEX,
             )  # fmt: skip
     return rows
@@ -193,6 +200,7 @@ def lines_of_tile(
     inner,
     height,
     width,
+    bias,
     UP_Y: tl.constexpr,
     UP_X: tl.constexpr,
     DOWN_Y: tl.constexpr,
@@ -208,12 +216,20 @@ def lines_of_tile(
     """Return the input's lines for a thread's rows, each as a tuple: its sums with the taps of result p of ``ACROSS``.
 
     y0 and x0 are the first inputs of result 0. An input j further on meets tap UP j + PHASE - DOWN p of result p.
+    The bias, unless it is None, is added to each input.
     """
     LINES: tl.constexpr = (TAPS_Y - 1 - PHASE_Y + DOWN_Y * (UP_Y - 1)) // UP_Y + 1 + (ROWS - 1) * DOWN_Y
     WIDTH: tl.constexpr = (TAPS_X - 1 - PHASE_X + DOWN_X * (ACROSS - 1)) // UP_X + 1
     columns = ()
     for j in tl.static_range(WIDTH):
         columns += (exists & (x0 + j >= 0) & (x0 + j < width),)
+    biases = ()  # of the sums: it is cheaper to add them once than to each input
+    for p in tl.static_range(ACROSS if bias is not None else 0):
+        total = tl.zeros(x0.shape, taps[0].dtype)
+        for j in tl.static_range(WIDTH):
+            if (UP_X * j + PHASE_X - DOWN_X * p >= 0) & (UP_X * j + PHASE_X - DOWN_X * p < TAPS_X):
+                total += tl.where(columns[j], taps[UP_X * j + PHASE_X - DOWN_X * p], 0.0)
+        biases += (bias * total,)
     lines = ()
     for v in tl.static_range(LINES):
         y = y0 + v
@@ -228,6 +244,8 @@ def lines_of_tile(
             for j in tl.static_range(WIDTH):
                 if (UP_X * j + PHASE_X - DOWN_X * p >= 0) & (UP_X * j + PHASE_X - DOWN_X * p < TAPS_X):
                     total += values[j] * taps[UP_X * j + PHASE_X - DOWN_X * p]
+            if bias is not None:
+                total += tl.where(inside, biases[p], 0.0)
             sums += (total,)
         lines += (sums,)
     return lines
