@@ -22,15 +22,16 @@ void upfirdn2d(const std::string& dtype, std::int64_t x, std::int64_t y, const U
 }
 
 void filtered_lrelu(const std::string& dtype, std::int64_t x, std::int64_t bias, std::int64_t channels, std::int64_t y,
-                    std::int64_t signs, std::int64_t inside, bool read, const UpfirdnSizes& sizes, bool separable, const std::vector<double>& taps,
-                    const UpfirdnSizes& second_sizes, bool second_separable, const std::vector<double>& second_taps,
-                    double slope, double gain, double clamp, int threads, const std::string& isa) {
+                    std::int64_t signs, std::int64_t inside, bool read, const UpfirdnSizes& sizes, bool separable,
+                    const std::vector<double>& taps, const UpfirdnSizes& second_sizes, bool second_separable,
+                    const std::vector<double>& second_taps, double slope, double gain, double clamp, int threads,
+                    const std::string& isa) {
   const UpfirdnShape first = upfirdn_shape(sizes, separable, taps);
   const UpfirdnShape second = upfirdn_shape(second_sizes, second_separable, second_taps);
   const LreluMasks masks{static_cast<std::uint8_t*>(pointer(signs)), static_cast<std::uint8_t*>(pointer(inside)), read};
   const LreluOptions options{slope, gain, clamp};
-  FASTGAN_DISPATCH(isa_of(isa), filtered_lrelu(dtype_of(dtype), pointer(x), {pointer(bias), channels}, pointer(y), masks, options, first,
-                                               taps.data(), second, second_taps.data(), threads))
+  FASTGAN_DISPATCH(isa_of(isa), filtered_lrelu(dtype_of(dtype), pointer(x), {pointer(bias), channels}, pointer(y),
+                                               masks, options, first, taps.data(), second, second_taps.data(), threads))
 }
 
 }  // namespace
@@ -40,9 +41,10 @@ void bind_upfirdn2d(py::module_& m) {
         py::arg("to"), py::arg("sizes"), py::arg("separable"), py::arg("taps"), py::arg("threads"),
         py::arg("isa") = "best");
   m.def("filtered_lrelu", &filtered_lrelu, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("from"),
-        py::arg("bias"), py::arg("channels"), py::arg("to"), py::arg("signs"), py::arg("inside"), py::arg("read"), py::arg("sizes"), py::arg("separable"),
-        py::arg("taps"), py::arg("second_sizes"), py::arg("second_separable"), py::arg("second_taps"), py::arg("slope"),
-        py::arg("gain"), py::arg("clamp"), py::arg("threads"), py::arg("isa") = "best");
+        py::arg("bias"), py::arg("channels"), py::arg("to"), py::arg("signs"), py::arg("inside"), py::arg("read"),
+        py::arg("sizes"), py::arg("separable"), py::arg("taps"), py::arg("second_sizes"), py::arg("second_separable"),
+        py::arg("second_taps"), py::arg("slope"), py::arg("gain"), py::arg("clamp"), py::arg("threads"),
+        py::arg("isa") = "best");
 }
 
 }  // namespace fastgan

@@ -24,11 +24,11 @@ struct LreluBias {
 };
 
 // y = second(act(first(x + bias))), act(u) = clamp(gain * (u > 0 ? u : slope * u)).  Both shapes have inner 1.
-#define FASTGAN_DECLARE(isa)                                                                           \
-  namespace isa {                                                                                      \
-  void filtered_lrelu(Dtype, const void* x, const LreluBias&, void* y, const LreluMasks&,              \
-                      const LreluOptions&, const UpfirdnShape& first, const double* first_taps,        \
-                      const UpfirdnShape& second, const double* second_taps, int threads);             \
+#define FASTGAN_DECLARE(isa)                                                                                   \
+  namespace isa {                                                                                              \
+  void filtered_lrelu(Dtype, const void* x, const LreluBias&, void* y, const LreluMasks&, const LreluOptions&, \
+                      const UpfirdnShape& first, const double* first_taps, const UpfirdnShape& second,         \
+                      const double* second_taps, int threads);                                                 \
   }
 FASTGAN_DECLARE(baseline)
 FASTGAN_DECLARE(avx2)

@@ -180,10 +180,11 @@ def test_filtered_lrelu_takes_a_bias_in_float32_and_a_bias_alone_that_is_trained
     exact = bias.detach().double().requires_grad_()
     z = ops.filtered_lrelu(x.double(), FU, FD, exact, up=2, down=2, padding=5, backend="reference")
     z.square().sum().backward()
-    assert y.dtype == torch.float16 and bias.grad.dtype == torch.float32
+    assert y.dtype == torch.float16
+    assert bias.grad.dtype == torch.float32
     torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=1e-3, atol=1e-2)
     for wrong in (torch.zeros(2), torch.zeros(3, 1), torch.zeros(3).double(), [0.0] * 3):
-        with pytest.raises((TypeError, ValueError), match="^bias must"):
+        with pytest.raises((TypeError, ValueError), match=r"^bias must"):
             ops.filtered_lrelu(x, FU, FD, wrong, padding=9, backend=backend)
 
 
