@@ -1,4 +1,4 @@
-"""Draws the chart of measured speed-ups from the committed records: python benchmarks/chart.py
+"""Draws the chart of measured speed-ups from the committed records: python -m benchmarks.chart
 
 Writes docs/speedups.svg and docs/speedups-dark.svg. A bar is PyTorch's median time divided by fastgan's. Both were
 measured alternately in one process.
@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
+
+from benchmarks.tables import fastest, threads
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +28,12 @@ ROWS = (
     ("spectral norm of SNGAN-128", "ops", "spectral_norm/sngan128/forward_backward"),
 )
 MACHINE = "amd-epyc-2-threads"
+# A step that both compile with Inductor.
+COMPILED = (
+    "DCGAN step, both compiled",
+    "amd-epyc-avx2-1-threads/steps-compiled.json",
+    "d-step/wgan-gp/dcgan64-batch16",
+)
 WIDTH = 450  # narrow enough that the text is readable on a phone
 
 
@@ -46,12 +54,18 @@ def rows() -> list[tuple[str, float]]:
         measured = json.loads((RESULTS / MACHINE / f"{record}.json").read_text())
         (case,) = [case for case in measured["cases"] if case["name"] == name]
         found.append((label, case["variants"]["fastgan"]["ratio"]["median"]))
-    return found
+    label, record, name = COMPILED
+    (case,) = [case for case in json.loads((RESULTS / record).read_text())["cases"] if case["name"] == name]
+    best, ours = (fastest(case, variant)["seconds"]["median"] for variant in ("torch.compile", "fastgan, compiled"))
+    return [*found, (label, best / ours)]
 
 
 def machine() -> str:
-    origin = json.loads((RESULTS / MACHINE / "steps.json").read_text())["provenance"]
-    return f"{origin['device']}, {origin['threads']} threads, torch {origin['torch']}"
+    origins = (
+        json.loads((RESULTS / path).read_text())["provenance"] for path in (f"{MACHINE}/steps.json", COMPILED[1])
+    )
+    first, compiled = (f"{origin['device']}, {threads(origin)}" for origin in origins)
+    return f"{first} (compiled: {compiled})"
 
 
 def chart(bars: list[tuple[str, float]], measured_on: str, colors: Colors) -> str:

@@ -107,7 +107,7 @@ def test_the_error_messages_of_the_troubleshooting_page_are_ones_that_are_raised
 @pytest.mark.parametrize("name", ["speedups.svg", "speedups-dark.svg"])
 def test_the_chart_is_that_of_the_records(name):
     path = ROOT / "docs" / name
-    assert charts()[path] == path.read_text(), "python benchmarks/chart.py"
+    assert charts()[path] == path.read_text(), "python -m benchmarks.chart"
 
 
 MEASURED = [page for page in PAGES if re.search("<!-- (measured|case)", page.read_text())]
