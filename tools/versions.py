@@ -31,6 +31,7 @@ TESTS = (
             "batch_norm_in_a_step",
             "bias_act",
             "conv",
+            "conv_in_graphs",
             "finite_difference_penalty",
             "gradient_penalty",
             "lacking",

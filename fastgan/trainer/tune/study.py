@@ -99,10 +99,9 @@ def share(config: TuneConfig) -> None:
     workers: list[multiprocessing.process.BaseProcess] = []
 
     def start() -> None:
-        worker = context.Process(target=work, args=(config, next(indices)))
+        workers.append(context.Process(target=work, args=(config, next(indices))))  # before an interruption can come
         with interrupts_ignored():
-            worker.start()
-        workers.append(worker)
+            workers[-1].start()
 
     try:
         for _ in range(config.workers):
@@ -120,9 +119,10 @@ def share(config: TuneConfig) -> None:
                     with contextlib.suppress(StopIteration):
                         start()
     finally:  # if this process is interrupted, stop the workers; otherwise it would wait for them
-        for worker in workers:
+        started = [worker for worker in workers if worker.pid is not None]
+        for worker in started:
             worker.terminate()
-        for worker in workers:
+        for worker in started:
             worker.join()
     requeue_orphans(open_study(config))  # a worker may have been killed before it registered its trial
     work(config, config.workers + config.trials)  # run the remaining trials; raises an error that ended every worker

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,26 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     assert output.err == ""
     tune(dataclasses.replace(toy, trials=1))
     assert open_study(toy).best_params == values_of(toy.start)
+
+
+def test_an_interruption_right_after_a_worker_started_leaves_none_behind(toy, forked, no_plot, monkeypatch, tmp_path):
+    def sleeping(game: Game, step: int) -> float:
+        (tmp_path / "reached").touch()
+        time.sleep(600)
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        while not (tmp_path / "reached").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt  # the first moment in which it can come
+
+    monkeypatch.setattr(tuning, "interrupts_ignored", interrupted)
+    monkeypatch.setattr(Game, "train_to", sleeping)
+    with pytest.raises(KeyboardInterrupt):
+        tune(dataclasses.replace(toy, trials=1, workers=2))
+    assert multiprocessing.active_children() == []
 
 
 def test_the_lock_of_a_worker_that_was_killed_holds_nobody_up(tmp_path, forked):
