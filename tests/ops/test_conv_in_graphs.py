@@ -68,7 +68,7 @@ def test_gradients_are_those_of_pytorch(dims, transposed, channels, size, kernel
 
 
 def operations(layer: nn.Module, x: torch.Tensor) -> list[str]:
-    """The convolutions in the graphs of R1 through a layer and its loss."""
+    """The convolutions in the graphs of R1 through a layer, whose gradients are compared with PyTorch's."""
     found = []
 
     def record(graph, inputs):
@@ -79,13 +79,18 @@ def operations(layer: nn.Module, x: torch.Tensor) -> list[str]:
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
 
     def loss(x):
-        return fastgan.gradient_penalty(lambda x: layer(x).square().flatten(1).sum(1), x, kind="r1")
+        return fastgan.gradient_penalty(lambda x: layer(x).square().flatten(1).sum(1), x, kind="r1", weight=1.0)
 
     torch.compile(loss, backend=backend, fullgraph=True)(x).backward()
+    v = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(layer(v).square().sum(), v, create_graph=True)
+    expected = torch.autograd.grad(g.square().flatten(1).sum(1).mean() / 2, list(layer.parameters()))
+    torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected))
+    layer.zero_grad()
     return found
 
 
 def test_a_layer_with_more_weights_than_positions_has_no_convolution_backward_in_the_graph():
-    layer, x = nn.Conv2d(32, 64, 4, 2, 1), torch.randn(2, 32, 4, 4)
+    layer, x = nn.Conv2d(32, 64, 4, 2, 1).double(), torch.randn(2, 32, 4, 4).double()
     assert "aten.convolution_backward.default" not in operations(layer, x)
-    assert "aten.convolution_backward.default" in operations(layer, torch.randn(2, 32, 16, 16))
+    assert "aten.convolution_backward.default" in operations(layer, torch.randn(2, 32, 16, 16).double())

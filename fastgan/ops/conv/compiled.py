@@ -1,8 +1,8 @@
 """The gradients of a convolution as further convolutions, for the graphs of torch.compile.
 
 Inductor chooses the memory format of aten::convolution. It copies the operands of aten::convolution_backward into the
-format of the trace, in which a strided convolution takes up to twice as long on a CPU. And oneDNN reorders all weights
-to compute the gradient of a layer with more weights than positions (docs/decisions.md).
+format of the trace, in which strided convolutions are slower on a CPU. And oneDNN reorders all weights to compute the
+gradient of a layer with many weights and few positions (docs/decisions.md).
 """
 
 from __future__ import annotations
