@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=_positive,
-        help=f"samples per variant; for sizes, samples of each of 4 to 16 builds (default: {rounds})",
+        help=f"samples per variant; for sizes and forms, samples of each of 4 to 16 builds (default: {rounds})",
     )
     add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
     add(

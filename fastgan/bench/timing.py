@@ -28,21 +28,30 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {"low": fifths[0], "median": statistics.median(samples), "high": fifths[3]}
 
 
-def in_turns(variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Return seconds per call of each variant in each round. A sample averages as many calls as fit in ``seconds``."""
+def in_turns(
+    variants: Mapping[str, Call], timer: Timer, rounds: int, seconds: float, parts: int = 1
+) -> dict[str, list[float]]:
+    """Return seconds per call of each variant in each round. A sample averages as many calls as fit in ``seconds``.
+
+    Args:
+        parts: into how many rounds each round is divided, if so many calls fit. In the same time, short samples in
+            turns give more certain ratios than long ones, because fewer disturbances last as long as both variants.
+    """
     repeats = {}
     for name, run in variants.items():
         undisturbed = timer(run, 1)
         if undisturbed < 4 * seconds:  # otherwise one call fills a sample, even if something disturbed it
             undisturbed = min(timer(run, 2) for _ in range(3))
         repeats[name] = max(1, min(MOST_REPEATS, round(seconds / max(undisturbed, 1e-9))))
+    parts = min(parts, *repeats.values())
+    repeats = {name: count // parts for name, count in repeats.items()}
     names = list(variants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for turn in range(-1, rounds):  # the first round is a warm-up
+        for turn in range(-1, parts * rounds):  # the first round is a warm-up
             first = turn % len(names)  # rotate, so that no variant always runs after the same one
             for name in names[first:] + names[:first]:
                 sample = timer(variants[name], repeats[name])

@@ -57,6 +57,16 @@ def test_a_sample_has_as_many_calls_as_fill_its_time():
     assert machine.called.count("slow") == 1 + turns  # one call is enough to see that it is long
 
 
+def test_parts_divide_a_round_into_shorter_ones():
+    machine = Machine()
+    variants = {"a": machine.variant("a", 0.01), "b": machine.variant("b", 0.02)}
+    samples = timing.in_turns(variants, machine.timer, rounds=2, seconds=0.1, parts=10)
+    assert {name: len(own) for name, own in samples.items()} == {"a": 10, "b": 10}  # five calls of b fit
+    assert "".join(machine.called[-30:]) == ("aab" + "baa") * 5
+    longer = timing.in_turns({"slow": machine.variant("slow", 1.0)}, machine.timer, rounds=2, seconds=0.1, parts=10)
+    assert len(longer["slow"]) == 2
+
+
 def test_once_calls_each_variant_once():
     machine = Machine()
     samples = timing.once({"a": machine.variant("a", 2.0), "b": machine.variant("b", 3.0)}, machine.timer)
