@@ -192,7 +192,8 @@ def _measure(case: Case, device: torch.device, results: Results, keep_going: boo
     variants, errors, left_out = prepare(case, device, optional=results["compile"], failed=failed)
     untimed = results["suite"] == UNTIMED
     close = CLOSE.get(results["suite"])
-    in_turns = partial(timing.in_turns, timer=timer, rounds=rounds, seconds=seconds, parts=PARTS[device.type] if close else 1)
+    parts = PARTS[device.type] if close else 1
+    in_turns = partial(timing.in_turns, timer=timer, rounds=rounds, seconds=seconds, parts=parts)
     samples = timing.once(variants, timer) if untimed else in_turns(variants)
     if close:
         for build in range(2, MOST_BUILDS + 1):
