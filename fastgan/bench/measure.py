@@ -28,7 +28,8 @@ from fastgan.ops.gradient_penalty.small import at_any_size
 SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 # Suites that compare close times. Times depend on the addresses of a model's tensors, by up to 2 % (two Xeon threads).
 # So their variants are built several times, until the standard errors of the median ratios are this small, or a tenth
-# of the gain. Their samples are divided: for 1.7 ms steps, the standard error of the same time fell from 2 % to 0.4 %.
+# of the gain. On a CPU their samples are shorter. For the cases sizes/*/conv4-batch4 (one thread of an AMD EPYC with
+# AVX2), the standard error after the same time fell from 2 to 3 % to 0.5 %.
 CLOSE = {"sizes": 0.005, "forms": 0.005}
 PARTS = {"cpu": 10, "cuda": 1}
 FEWEST_BUILDS, MOST_BUILDS = 4, 16

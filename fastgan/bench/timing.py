@@ -34,8 +34,8 @@ def in_turns(
     """Return seconds per call of each variant in each round. A sample averages as many calls as fit in ``seconds``.
 
     Args:
-        parts: into how many rounds each round is divided, if so many calls fit. In the same time, short samples in
-            turns give more certain ratios than long ones, because fewer disturbances last as long as both variants.
+        parts: divide each round into this many, if each variant has so many calls. For the same time, the ratios of
+            short samples are more certain: a disturbance that outlasts a round slows all variants down.
     """
     repeats = {}
     for name, run in variants.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastgan.bench import measure, timing
 from fastgan.bench.case import BASELINE, prepare
 from fastgan.bench.cases import CASES, SUITES
 
@@ -24,3 +25,18 @@ def test_each_discriminator_has_penalties_and_a_whole_step_and_some_are_function
         names = [name for name in SUITES["sizes"] if name.startswith(f"sizes/{objective}/")]
         assert len(names) >= 30
         assert sum(name.endswith("/function") for name in names) >= 6
+
+
+@pytest.mark.parametrize(("suite", "builds", "parts"), [("sizes", 4, 10), ("ops", 1, 1)])
+def test_close_times_are_measured_in_several_builds_and_short_samples(suite, builds, parts, monkeypatch):
+    asked = []
+
+    def in_turns(variants, timer, rounds, seconds, parts):
+        asked.append(parts)
+        return {name: [1.0] * rounds for name in variants}
+
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    results = {"suite": suite, "rounds": 2, "compile": False, "copy_bandwidth": 1e9}
+    found = measure.measure(CASES["sizes/r1/conv4-batch4"], torch.device("cpu"), results)
+    assert asked == [parts] * builds
+    assert found["variants"]["fastgan"]["ratio_of_medians"] == 1.0
