@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty import small
-from fastgan.ops.gradient_penalty.size import modules_in
+from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.small import Size, size_of
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition, gradients, images
 
@@ -323,15 +323,24 @@ def test_a_changed_call_is_intercepted_again():
     assert modes(x) == 0
 
 
-def test_the_modules_inside_a_module_are_found():
+def test_a_call_depends_on_all_modules_inside():
     net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU(), nn.ReLU()))
-    assert len(modules_in(net)) == 5
+    inputs = ("r1", torch.ones(2, 1), None)
+    before = call_of(net, inputs)
+    assert call_of(net, inputs) == before
     net.register_module("empty", None)
-    assert len(modules_in(net)) == 5
+    assert call_of(net, inputs) == before
     net.empty = nn.ReLU()
-    assert len(modules_in(net)) == 6
+    assert call_of(net, inputs) != before
+    del net.empty
+    assert call_of(net, inputs) == before
+    net[1][0] = nn.Tanh()
+    replaced = call_of(net, inputs)
+    assert replaced != before
+    net[1][0].forward = torch.sin
+    assert call_of(net, inputs) != replaced
     net[1].register_module("parent", net)  # a cycle
-    assert len(modules_in(net)) == 6
+    assert call_of(net, inputs) is None
 
 
 def test_calls_that_need_fastgans_second_derivatives_are_always_intercepted():

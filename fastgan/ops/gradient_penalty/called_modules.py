@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.ops.gradient_penalty.mentioned import names_in_code, names_in_modules
-from fastgan.ops.gradient_penalty.size import all_modules, modules_in
+from fastgan.ops.gradient_penalty.size import all_modules
 from fastgan.torch_private import count_hooks
 
 _DEPTH = 4  # of functions within functions
 _MOST = 64  # elements of a list that are searched
+_MOST_MODULES = 1024  # of a model that is remembered; a larger one may contain itself
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype)
 
 _FUNCTIONS = frozenset((FunctionType, MethodType, partial))
@@ -134,30 +135,37 @@ def call_of(
     if args or kwargs:
         values = (*values, args, kwargs)
     details: list[Any] = [code, module.training]
-    _add_structure(details, module)
-    for value in values:  # the common cases are inline
-        if type(value) is Tensor:
-            details += value.shape, value.dtype, value.device
-        elif value is None or type(value) is str:
-            details.append(value)
-        else:
-            try:
+    try:
+        _add_structure(details, module)
+        for value in values:  # the common cases are inline
+            if type(value) is Tensor:
+                details += value.shape, value.dtype, value.device
+            elif value is None or type(value) is str:
+                details.append(value)
+            else:
                 details.append(_described(value))
-            except Unknown:
-                return None
+    except Unknown:
+        return None
     return Call(module, tuple(details))
 
 
 def _add_structure(details: list[Any], module: nn.Module) -> None:
     """Add what changes if modules inside this one, their functions or their hooks are replaced."""
-    modules = modules_in(module)
-    classes = [*map(type, modules)]
-    details += classes
-    for each, cls in zip(modules, classes, strict=True):
-        if cls not in _OF_TORCH or "forward" in each.__dict__:
-            details += [(name, id(value)) for name, value in each.__dict__.items() if type(value) in _FUNCTIONS]
+    modules: list[Any] = [module]
+    for each in modules:  # grows meanwhile; shared modules occur repeatedly
+        if each is None:
+            continue
+        cls, own = type(each), each.__dict__
+        details.append(cls)
+        if cls not in _OF_TORCH or "forward" in own:
+            details += [(name, id(v)) for name, v in own.items() if type(v) in _FUNCTIONS or name == "forward"]
+        children = own["_modules"]
+        if children:
+            modules += children.values()
+            if len(modules) > _MOST_MODULES:
+                raise Unknown
     if count_hooks():
-        for each in modules:
+        for each in [each for each in modules if each is not None]:
             for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
                 details += hooks  # the ids of the hooks
 

@@ -16,7 +16,6 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _POOLED = 16  # the usual number of positions before global pooling
-_MOST_MODULES = 4096  # in a model without cycles
 _BY_CHANNELS = nn.modules.batchnorm._NormBase
 _NORMS = (_BY_CHANNELS, nn.GroupNorm, nn.LayerNorm)
 
@@ -34,17 +33,6 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
             if children:
                 waiting += [child for child in reversed(children.values()) if child is not None]
     return list(found)
-
-
-def modules_in(module: nn.Module) -> list[nn.Module]:
-    """Return the module and its descendants in a fixed order, at the lowest cost. Shared modules occur repeatedly."""
-    found: list[Any] = [module]
-    for each in found:
-        if each is not None and each._modules:
-            found += each._modules.values()
-        if len(found) > _MOST_MODULES:
-            return all_modules([module])  # it may contain itself
-    return [each for each in found if each is not None] if None in found else found
 
 
 class Cost(NamedTuple):
