@@ -36,6 +36,7 @@ PYBIND11_MODULE(_native, m) {
   fastgan::bind_avg_pool(m);
   fastgan::bind_conv(m);
   fastgan::bind_bias_act(m);
+  fastgan::bind_modules(m);
   fastgan::bind_norm(m);
   fastgan::bind_spectral_norm(m);
   fastgan::bind_upfirdn2d(m);

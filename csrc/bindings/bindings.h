@@ -1,4 +1,5 @@
-// Declarations for the files of this folder.  Each file adds the functions of one op to fastgan._native.
+// Declarations for the files of this folder.  Each file adds the functions of one op to fastgan._native; modules.cpp
+// adds a walk through torch.nn.Modules.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,6 +23,7 @@ void bind_conv(py::module_& m);
 void bind_minibatch_discrimination(py::module_& m);
 void bind_minibatch_stddev(py::module_& m);
 void bind_bias_act(py::module_& m);
+void bind_modules(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_spectral_norm(py::module_& m);
 void bind_upfirdn2d(py::module_& m);

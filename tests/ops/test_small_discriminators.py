@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import torch_private
+from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty import small
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.small import Size, size_of
@@ -323,8 +323,13 @@ def test_a_changed_call_is_intercepted_again():
     assert modes(x) == 0
 
 
-def test_a_call_depends_on_all_modules_inside():
-    net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU(), nn.ReLU()))
+@pytest.mark.parametrize("walk", ["native", "python"])
+def test_a_call_depends_on_all_modules_inside(walk, monkeypatch):
+    if walk == "python":
+        monkeypatch.setattr(backends, "native", lambda: None)
+    elif backends.native() is None:
+        pytest.skip("needs fastgan._native")
+    net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU(), nn.ReLU()), Watched())
     inputs = ("r1", torch.ones(2, 1), None)
     before = call_of(net, inputs)
     assert call_of(net, inputs) == before
@@ -337,8 +342,20 @@ def test_a_call_depends_on_all_modules_inside():
     net[1][0] = nn.Tanh()
     replaced = call_of(net, inputs)
     assert replaced != before
-    net[1][0].forward = torch.sin
+    for forward in (torch.sin, torch.cos, lambda x: x):
+        net[1][0].forward = forward
+        assert call_of(net, inputs) != replaced
+    del net[1][0].forward
+    net[2].activation = torch.tanh  # a value that is no function of Python does not count
+    assert call_of(net, inputs) == replaced
+    net[2].activation = lambda x: x
     assert call_of(net, inputs) != replaced
+    del net[2].activation
+    handles = [net[1][1].register_forward_hook(print), net[0].register_full_backward_hook(print)]
+    assert call_of(net, inputs) != replaced
+    for handle in handles:
+        handle.remove()
+    assert call_of(net, inputs) == replaced
     net[1].register_module("parent", net)  # a cycle
     assert call_of(net, inputs) is None
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastgan import backends
 from fastgan.ops.gradient_penalty.mentioned import names_in_code, names_in_modules
 from fastgan.ops.gradient_penalty.size import all_modules
 from fastgan.torch_private import count_hooks
@@ -134,9 +135,12 @@ def call_of(
         values = (*inputs, *more)
     if args or kwargs:
         values = (*values, args, kwargs)
-    details: list[Any] = [code, module.training]
+    walk = getattr(backends.native(), "structure", _structure)
+    structure = walk(module, _OF_TORCH, _FUNCTIONS, count_hooks() > 0, _MOST_MODULES)
+    if structure is None:
+        return None
+    details: list[Any] = [code, module.training, structure]
     try:
-        _add_structure(details, module)
         for value in values:  # the common cases are inline
             if type(value) is Tensor:
                 details += value.shape, value.dtype, value.device
@@ -149,25 +153,27 @@ def call_of(
     return Call(module, tuple(details))
 
 
-def _add_structure(details: list[Any], module: nn.Module) -> None:
-    """Add what changes if modules inside this one, their functions or their hooks are replaced."""
-    modules: list[Any] = [module]
-    for each in modules:  # grows meanwhile; shared modules occur repeatedly
-        if each is None:
-            continue
+def _structure(
+    module: nn.Module, of_torch: frozenset[type], functions: frozenset[type], with_hooks: bool, most: int
+) -> int | None:
+    """Return a number that changes if modules inside this one, their functions or their hooks are replaced.
+
+    Return None if there are more than ``most`` modules. Shared modules count repeatedly.
+    """
+    found: list[Any] = []
+    modules = [module]
+    for each in modules:  # it grows meanwhile
         cls, own = type(each), each.__dict__
-        details.append(cls)
-        if cls not in _OF_TORCH or "forward" in own:
-            details += [(name, id(v)) for name, v in own.items() if type(v) in _FUNCTIONS or name == "forward"]
-        children = own["_modules"]
-        if children:
-            modules += children.values()
-            if len(modules) > _MOST_MODULES:
-                raise Unknown
-    if count_hooks():
-        for each in [each for each in modules if each is not None]:
+        found.append(cls)
+        if cls not in of_torch or "forward" in own:
+            found += [(name, id(v)) for name, v in own.items() if type(v) in functions or name == "forward"]
+        modules += [child for child in each._modules.values() if child is not None]
+        if len(modules) > most:
+            return None
+        if with_hooks:
             for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
-                details += hooks  # the ids of the hooks
+                found += hooks  # the ids of the hooks
+    return hash(tuple(found))
 
 
 def _described(value: Any) -> Hashable:
