@@ -12,12 +12,12 @@ PyObject* interned(const char* name) {
   return string;
 }
 
-// Returns a dict that each torch.nn.Module has among its attributes.
-py::dict dict_in(py::handle attributes, PyObject* name) {
+// Returns a collection that each torch.nn.Module has. Scripted and traced modules compute theirs.
+py::dict collection(py::handle module, py::handle attributes, PyObject* name) {
   PyObject* const found = PyDict_GetItemWithError(attributes.ptr(), name);
   if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  if (found == nullptr || !PyDict_Check(found)) throw py::type_error("expected a torch.nn.Module");
-  return py::reinterpret_borrow<py::dict>(found);
+  if (found != nullptr && PyDict_Check(found)) return py::reinterpret_borrow<py::dict>(found);
+  return py::dict(module.attr(name).attr("items")());
 }
 
 bool contains(py::handle set, py::handle value) {
@@ -52,9 +52,10 @@ std::optional<std::uint64_t> structure(const py::object& module, const py::froze
   Hash hash;
   std::vector<py::object> modules{module};
   for (std::size_t i = 0; i < modules.size(); ++i) {
-    const auto own = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(modules[i].ptr(), nullptr));
+    const py::object each = modules[i];
+    const auto own = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(each.ptr(), nullptr));
     if (!own) throw py::error_already_set();
-    const py::handle cls = py::type::handle_of(modules[i]);
+    const py::handle cls = py::type::handle_of(each);
     hash.add(cls);
     if (!contains(of_torch, cls) || own.contains(forward)) {
       for (const auto& [name, value] : own) {
@@ -63,12 +64,12 @@ std::optional<std::uint64_t> structure(const py::object& module, const py::froze
         hash.add(value);
       }
     }
-    for (const auto& [name, child] : dict_in(own, children))
+    for (const auto& [name, child] : collection(each, own, children))
       if (!child.is_none()) modules.push_back(py::reinterpret_borrow<py::object>(child));
     if (modules.size() > most) return std::nullopt;
     if (!with_hooks) continue;
     for (PyObject* const kind : hooks)
-      for (const auto& [id, hook] : dict_in(own, kind)) hash.add(id.cast<std::uint64_t>());
+      for (const auto& [id, hook] : collection(each, own, kind)) hash.add(id.cast<std::uint64_t>());
   }
   hash.add(modules.size());
   return hash.value();

@@ -360,6 +360,24 @@ def test_a_call_depends_on_all_modules_inside(walk, monkeypatch):
     assert call_of(net, inputs) is None
 
 
+@pytest.mark.parametrize("walk", ["native", "python"])
+@pytest.mark.parametrize("make", ["script", "trace", "inside"])
+def test_scripted_and_traced_modules(make, walk, monkeypatch):
+    if walk == "python":
+        monkeypatch.setattr(backends, "native", lambda: None)
+    net, x = mlp(16), torch.randn(8, 2)
+    want = fastgan.gradient_penalty(net, x, kind="r1")
+    script = torch.jit.trace(net, x) if make == "trace" else torch.jit.script(net)
+    model = nn.Sequential(script) if make == "inside" else script
+    for _ in range(3):
+        torch.testing.assert_close(fastgan.gradient_penalty(model, x, kind="r1"), want)
+    inputs = ("r1", x, None)
+    before = call_of(model, inputs)
+    assert before is not None
+    assert call_of(model, inputs) == before
+    assert call_of(model.eval(), inputs) != before
+
+
 def test_calls_that_need_fastgans_second_derivatives_are_always_intercepted():
     class Hard(Watched):
         def forward(self, x):
