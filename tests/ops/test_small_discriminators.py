@@ -360,17 +360,26 @@ def test_a_call_depends_on_all_modules_inside(walk, monkeypatch):
     assert call_of(net, inputs) is None
 
 
+def by_definition_r1(net, x):
+    """R1 with weight 10, and its gradients."""
+    points = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(net(points).sum(), points, create_graph=True)
+    penalty = 5 * grad.square().sum(1).mean()
+    return penalty, *torch.autograd.grad(penalty, [net[0].weight, net[2].weight])
+
+
 @pytest.mark.parametrize("walk", ["native", "python"])
 @pytest.mark.parametrize("make", ["script", "trace", "inside"])
 def test_scripted_and_traced_modules(make, walk, monkeypatch):
     if walk == "python":
         monkeypatch.setattr(backends, "native", lambda: None)
     net, x = mlp(16), torch.randn(8, 2)
-    want = fastgan.gradient_penalty(net, x, kind="r1")
+    want, weights = by_definition_r1(net, x), [net[0].weight, net[2].weight]
     script = torch.jit.trace(net, x) if make == "trace" else torch.jit.script(net)
     model = nn.Sequential(script) if make == "inside" else script
     for _ in range(3):
-        torch.testing.assert_close(fastgan.gradient_penalty(model, x, kind="r1"), want)
+        penalty = fastgan.gradient_penalty(model, x, kind="r1")
+        torch.testing.assert_close((penalty, *torch.autograd.grad(penalty, weights)), want)
     inputs = ("r1", x, None)
     before = call_of(model, inputs)
     assert before is not None
