@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch._C import _len_torch_function_stack as count_function_modes
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compiler.disable imports the compiler at once
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -124,32 +125,34 @@ def dynamo() -> tuple[Any, Any, Any]:
     return allow_in_graph, config, InstructionTranslator
 
 
+_COMPILER = "torch._dynamo.eval_frame"
+
+
 def force_eager() -> Any:
     """Run compiled functions uncompiled from now on. Return the stance of the compiler before, for `set_stance`.
 
-    The compiler must be imported. torch.compiler.set_stance makes more calls, which a small penalty notices.
+    Return None if the compiler was never imported: then nothing is compiled, and importing it would take a second.
+    torch.compiler.set_stance makes more calls, which a small penalty notices.
     """
-    compiler, callback = _compiler()
-    if callback():  # None or False outside of compiled functions
+    compiler: Any = sys.modules.get(_COMPILER)
+    if compiler is None:
+        return None
+    if get_eval_frame_callback():  # None or False outside of compiled functions
         raise RuntimeError("a penalty that is not compiled cannot run inside a compiled function")
     before, compiler._stance = compiler._stance, _eager_stance()
     return before
 
 
 def set_stance(stance: Any) -> None:
-    _compiler()[0]._stance = stance
-
-
-@cache
-def _compiler() -> tuple[Any, Any]:
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    return sys.modules["torch._dynamo.eval_frame"], get_eval_frame_callback
+    compiler: Any = sys.modules[_COMPILER]
+    compiler._stance = stance
 
 
 @cache
 def _eager_stance() -> Any:
-    return _compiler()[0].DynamoStance("force_eager")
+    from torch._dynamo.eval_frame import DynamoStance
+
+    return DynamoStance("force_eager")
 
 
 def differentiable_gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -235,8 +234,7 @@ class _Uncompiled:
 
     def __enter__(self) -> None:
         with self._lock:
-            # If the compiler was never imported, nothing is compiled. Importing it would take a second.
-            if self._stance is None and "torch._dynamo.eval_frame" in sys.modules:
+            if self._stance is None:
                 self._stance = torch_private.force_eager()
             self._inside += 1
 

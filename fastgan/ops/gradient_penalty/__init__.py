@@ -30,11 +30,18 @@ from fastgan.ops.gradient_penalty import compiled
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.explain import explain_penalty
-from fastgan.ops.gradient_penalty.forward import check_call, naming_layers, require_grad_mode, run_forward
+from fastgan.ops.gradient_penalty.forward import (
+    check_call,
+    naming_layers,
+    recall,
+    require_grad_mode,
+    run_known,
+    run_unknown,
+)
 from fastgan.ops.gradient_penalty.from_logits import penalty_from_logits
 from fastgan.ops.gradient_penalty.general import general_penalty, plain_gradients, small_gradients
 from fastgan.ops.gradient_penalty.graph_pass import gradient_and_logits_of, gradient_of, read_graph
-from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
+from fastgan.ops.gradient_penalty.inputs import Inputs, differentiable
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
 from fastgan.ops.gradient_penalty.one_pass import one_pass
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
@@ -289,19 +296,23 @@ def logits_and_penalty(
         check_call(inputs, select)
         returned, grads = compiled.outputs_and_gradients(discriminator, inputs, select, args, kwargs)
         return returned, penalty(grads)
-    with gathering(discriminator):
-        if penalty.is_approximate:
-            check_inputs("inputs", inputs)
-            check_select(select)
-            require_grad_mode()
+    if penalty.is_approximate:
+        check_call(inputs, select)
+        with gathering(discriminator):
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
-        forward = run_forward(discriminator, inputs, select, args, kwargs)
-        returned, logits, x, tracer, obstacle, plain, graph = forward
+    known, read = recall(discriminator, inputs, args, kwargs)
+    if read is not None:
+        returned, logits, x, graph = run_known(discriminator, inputs, select, args, kwargs, read)
+        if graph is None:
+            return returned, penalty(plain_gradients(logits, x))
+        grad, returned = gradient_and_logits_of(graph)
+        return returned, penalty([grad])
+    with gathering(discriminator):
+        forward = run_unknown(discriminator, inputs, select, args, kwargs, known)
+        returned, logits, x, tracer, obstacle, graph = forward
         if graph is not None:
             grad, returned = gradient_and_logits_of(graph)
             return returned, penalty([grad])
-        if plain:
-            return returned, penalty(plain_gradients(logits, x))
         if tracer is not None and obstacle is None:
             return one_pass(returned, logits, x, tracer, penalty)
         with naming_layers(discriminator, inputs, select, args, kwargs):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -135,8 +135,7 @@ def call_of(
         values = (*inputs, *more)
     if args or kwargs:
         values = (*values, args, kwargs)
-    walk = getattr(backends.native(), "structure", _structure)
-    structure = walk(module, _OF_TORCH, _FUNCTIONS, count_hooks() > 0, _MOST_MODULES)
+    structure = _walk()(module, _OF_TORCH, _FUNCTIONS, count_hooks() > 0, _MOST_MODULES)
     if structure is None:
         return None
     details: list[Any] = [code, module.training, structure]
@@ -151,6 +150,13 @@ def call_of(
     except Unknown:
         return None
     return Call(module, tuple(details))
+
+
+@cache
+def _walk() -> Callable[..., int | None]:
+    """Return the function ``structure`` of the compiled module, or Python's."""
+    walk: Callable[..., int | None] = getattr(backends.native(), "structure", _structure)
+    return walk
 
 
 def _structure(

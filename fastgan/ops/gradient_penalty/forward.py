@@ -36,21 +36,18 @@ class Forward(NamedTuple):
     inputs: tuple[Tensor, ...]
     tracer: Tracer | None  # None: PyTorch's own functions ran
     obstacle: str | None  # why one pass is not possible
-    plain: bool = False  # PyTorch's own functions ran, and they have all derivatives
     graph: Graph | None = None  # PyTorch's own functions ran, and their graph allows one pass
 
 
-def _after_pytorch(
-    returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, plain: bool, tracer: Tracer | None = None
-) -> Forward:
-    """Return the forward that ran PyTorch's own functions only."""
+def _readable(
+    returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, tracer: Tracer | None = None
+) -> Graph | None:
+    """Return the graph of a forward that only ran PyTorch's functions, if it allows one pass."""
     views = None
     if tracer is not None:
         views = {node: leaf for node, leaf in tracer.nodes_of_views().items() if leaf.is_leaf}
     graph = read_graph(logits, x, hooks, views) if returned is logits[0] else None
-    if graph is not None and not graph.single:
-        graph = None
-    return Forward(returned, logits, x, None, reason(x), plain, graph)
+    return graph if graph is not None and graph.single else None
 
 
 def run_forward(
@@ -61,19 +58,52 @@ def run_forward(
     kwargs: Mapping[str, Any] | None,
 ) -> Forward:
     """Call the discriminator and look for an obstacle to one pass."""
+    known, read = recall(discriminator, inputs, args, kwargs)
+    if read is not None:
+        returned, logits, x, graph = run_known(discriminator, inputs, select, args, kwargs, read)
+        return Forward(returned, logits, x, None, reason(x), graph)
+    return run_unknown(discriminator, inputs, select, args, kwargs, known)
+
+
+def recall(
+    discriminator: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[Call | None, bool | None]:
+    """Identify a call, and return whether to read its graph if an equal one was left to PyTorch, otherwise None."""
     if not torch.is_grad_enabled():
         require_grad_mode()
     known = call_of(discriminator, (inputs,), args, kwargs)
-    read = left_to_pytorch(known)
-    if read is not None:
-        given, x = differentiable(inputs)
-        hooks = count_hooks()
-        with uncompiled:
-            returned = discriminator(given, *args, **(kwargs or {}))
-        logits = logits_of(returned, select, x[0].shape[0])
-        if read:
-            return _after_pytorch(returned, logits, x, hooks, plain=True)
-        return Forward(returned, logits, x, None, reason(x), plain=True)
+    return known, left_to_pytorch(known)
+
+
+def run_known(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    read: bool,
+) -> tuple[Any, list[Tensor], tuple[Tensor, ...], Graph | None]:
+    """Make a call that equals an earlier one that was left to PyTorch.
+
+    Returns:
+        The output of the discriminator, the logits, the inputs, and the graph if it allows one pass.
+    """
+    given, x = differentiable(inputs)
+    hooks = count_hooks()
+    with uncompiled:
+        returned = discriminator(given, *args, **(kwargs or {}))
+    logits = logits_of(returned, select, x[0].shape[0])
+    return returned, logits, x, _readable(returned, logits, x, hooks) if read else None
+
+
+def run_unknown(
+    discriminator: Callable[..., Any],
+    inputs: Inputs,
+    select: Select | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    known: Call | None,
+) -> Forward:
     check_call(inputs, select)
     given, x = differentiable(inputs)
 
@@ -114,10 +144,10 @@ def _run_maybe_small(
     if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
     if ran_pytorch:
-        forward = _after_pytorch(returned, logits, x, hooks, plain=False, tracer=tracer)
+        graph = _readable(returned, logits, x, hooks, tracer)
         if known is not None:
-            leave_to_pytorch(known, x[0].shape[0], readable=forward.graph is not None)
-        return forward
+            leave_to_pytorch(known, x[0].shape[0], readable=graph is not None)
+        return Forward(returned, logits, x, None, reason(x), graph)
     if small:
         return Forward(returned, logits, x, None, reason(x))
     if tracer is None:

@@ -109,9 +109,9 @@ class Penalty:
         return self._of(grads)
 
     def _of(self, grads: Sequence[Tensor]) -> Tensor:
-        formula = self._formula
         if self._sums_all and (total := sum_of_squares(grads)) is not None:
             return self._weighted(total, grads[0].shape[0] if self.reduction == "mean" else 1)
+        formula = self._formula
         target = formula.target if self.target is None else self.target
         size = norms(grads, self._over, squared=formula.squared)  # (N, *R)
         each = formula.of(size, _broadcasting(target, size) if isinstance(target, Tensor) else target)

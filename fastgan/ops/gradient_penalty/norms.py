@@ -95,11 +95,10 @@ def _squared_norm(grad: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Te
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
     """Return the sum of all squared norms in one step, or None if separate norms are not slower."""
-    if len(grads) > 1 or not _is_small(grads[0], _LEAST_SQUARED):
+    grad = grads[0]
+    if len(grads) > 1 or not _is_small(grad, _LEAST_SQUARED):
         return None
-    (grad,) = grads
-    dtype = _wide(grad.dtype)
-    return total_of_squares(grad if grad.dtype is dtype else grad.to(dtype))
+    return total_of_squares(grad if grad.dtype.itemsize >= 4 else grad.float())
 
 
 def total_of_squares(x: Tensor) -> Tensor:
