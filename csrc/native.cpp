@@ -30,6 +30,7 @@ const char* name_of(fastgan::Isa isa) {
 
 PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name_of(fastgan::best_isa()); });
+  m.def("is_intel", &fastgan::is_intel);
   fastgan::bind_minibatch_discrimination(m);
   fastgan::bind_minibatch_stddev(m);
   fastgan::bind_attention(m);

@@ -8,6 +8,15 @@ namespace fastgan {
 
 enum class Isa { baseline, avx2, avx512 };
 
+inline bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 inline Isa best_isa() {
 #if defined(__x86_64__)
   static const Isa best = [] {

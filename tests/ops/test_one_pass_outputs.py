@@ -101,6 +101,17 @@ def test_loss_and_penalty_of_patches_may_be_differentiated_apart():
             torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("change", ["input", "bias", "weight"])
+def test_patches_notice_what_is_modified_before_the_backward(change):
+    """PyTorch raises too if a backward needs a tensor that was modified in place since the forward."""
+    model, x = nn.Conv2d(3, 1, 3).double(), images()
+    logits, penalty = fastgan.logits_and_penalty(model, x, kind="r1")
+    with torch.no_grad():
+        {"input": x, "bias": model.bias, "weight": model.weight}[change].mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        (logits.mean() + penalty).backward()
+
+
 @pytest.mark.parametrize("container", [dict, Output, list])
 def test_what_else_is_returned_keeps_its_graph(container):
     """A class head beside the logit, chosen by the caller."""

@@ -139,7 +139,7 @@ def by_pytorch(critic, function, x, loss=True):
 def size(request, monkeypatch):
     """All of fastgan's functions, those after the first layer, and PyTorch's."""
     for module in (forward, gradient_penalty):
-        monkeypatch.setattr(module, "size_of", lambda discriminator, inputs: request.param)
+        monkeypatch.setattr(module, "size_of", lambda discriminator, inputs, call: request.param)
     monkeypatch.setattr(small, "threshold", lambda x: Threshold(per_layer=0, least=6000))
 
 

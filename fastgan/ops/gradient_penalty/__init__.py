@@ -190,7 +190,7 @@ def gradient_penalty(
             part = penalty(small_gradients(logits, x, hooks) if read else plain_gradients(logits, x))
         else:
             with gathering(discriminator):
-                with size_of(discriminator, x).rerouting(x) as rerouting:
+                with size_of(discriminator, x, call).rerouting(x) as rerouting:
                     box = [discriminator(given, *args, **(kwargs or {}))]
                 small = rerouting.never_started
                 private = not small and not is_any_stored(rerouting.results, box, x)

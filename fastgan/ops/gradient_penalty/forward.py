@@ -110,7 +110,7 @@ def run_unknown(
     def call() -> Any:
         return discriminator(given, *args, **(kwargs or {}))
 
-    size = size_of(discriminator, x)
+    size = size_of(discriminator, x, known)
     if size is not Size.LARGE:
         return _run_maybe_small(discriminator, call, known, size, select, x)
     with Rerouting(), Tracer(*x) as tracer:

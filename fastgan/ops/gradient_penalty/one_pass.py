@@ -68,11 +68,15 @@ def one_pass(
 
 def _differentiate(
     outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer
-) -> tuple[list[Tensor], Tensor]:
-    """Return the gradients of the sum of the logits, and D(x) computed from them, (N,). D(x) sums over all logits."""
-    samples = tracer.samples
-    fused = [entry for entry in tracer.constants if _sums_itself(*entry)]
-    others = [entry for entry in tracer.constants if not _sums_itself(*entry)]
+) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Return the gradients of the sum of the logits, and a function that returns D(x) computed from them, (N,).
+
+    D(x) sums over all logits. If there are several per sample, most losses do not use it, so it is computed when the
+    function is called.
+    """
+    late = not tracer.single and not backends.is_lowered()
+    fused = [entry for entry in tracer.constants if not late and _sums_itself(*entry)]
+    others = [entry for entry in tracer.constants if late or not _sums_itself(*entry)]
     for edge, bias, _ in fused:
         edge.node.bias_for_term = bias.reshape(-1)  # type: ignore[attr-defined, union-attr]
     found = torch.autograd.grad(
@@ -87,21 +91,37 @@ def _differentiate(
     grads = [grad for grad in found[: len(inputs)] if grad is not None]
     if not grads:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
-    with without_autocast(grads[0].device.type):
-        terms = [
-            sums(grad * x.detach(), Layout(0), samples)
-            for grad, x in zip(found, inputs, strict=False)
-            if grad is not None
-        ]
-        for edge, _, layout in fused:
-            node: Any = edge.node
-            if node.bias_term is not None:
-                terms.append(sums(node.bias_term, layout, samples))
-            node.bias_for_term = node.bias_term = None
-        for delta, (_, constant, layout) in zip(found[len(inputs) :], others, strict=True):
-            if delta is not None:
-                terms.append(_term(delta, constant, layout, samples))
-        return grads, torch.stack(terms).sum(0)
+    sums_of_fused = []
+    for edge, _, layout in fused:
+        node: Any = edge.node
+        if node.bias_term is not None:
+            sums_of_fused.append((node.bias_term, layout))
+        node.bias_for_term = node.bias_term = None
+    points = [(grad, x.detach()) for grad, x in zip(found, inputs, strict=False) if grad is not None]
+    added = [
+        (delta, constant, layout)
+        for delta, (_, constant, layout) in zip(found[len(inputs) :], others, strict=True)
+        if delta is not None
+    ]
+    samples = tracer.samples
+    versions = [(tensor, tensor._version) for _, tensor, *_ in (*points, *added) if isinstance(tensor, Tensor)]
+
+    def affine() -> Tensor:
+        if any(tensor._version != version for tensor, version in versions):
+            raise RuntimeError(
+                "an input of the discriminator or a tensor that it adds, such as a bias, was modified in place between "
+                "logits_and_penalty and the backward"
+            )
+        with torch.enable_grad(), without_autocast(grads[0].device.type):
+            terms = [sums(grad * x, Layout(0), samples) for grad, x in points]
+            terms += [sums(term, layout, samples) for term, layout in sums_of_fused]
+            terms += [_term(delta, constant, layout, samples) for delta, constant, layout in added]
+            return torch.stack(terms).sum(0)
+
+    if late:
+        return grads, affine
+    value = affine()
+    return grads, lambda: value
 
 
 def _sums_itself(edge: GradientEdge, constant: Tensor | float, layout: Layout) -> bool:
@@ -125,7 +145,9 @@ def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int)
 class _Graph:
     """The tensors that the backward differentiates. They are not inputs or outputs of the autograd.Function."""
 
-    def __init__(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], affine: Tensor, tracer: Tracer) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], grads: Sequence[Tensor], affine: Callable[[], Tensor], tracer: Tracer
+    ) -> None:
         self.grads, self.affine = grads, affine
         self.views = [view for _, view in tracer.parameters]
         self.samples = tracer.samples
@@ -195,7 +217,8 @@ class _OnePass(torch.autograd.Function):
             if shared is None:
                 pairs += zip(graph.outputs, by_logits, strict=True)
             else:
-                pairs.append((graph.affine, shared.to(graph.affine.dtype)))
+                affine = graph.affine()
+                pairs.append((affine, shared.to(affine.dtype)))
         pairs = [(tensor, factor) for tensor, factor in pairs if factor is not None and tensor.requires_grad]
         # The retain_graph of the running backward, which may still have to pass the graph of other outputs.
         keep = torch_private.keeps_graph() or graph.attached

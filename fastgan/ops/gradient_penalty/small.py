@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastgan import backends
 from fastgan.ops.gradient_penalty.called_modules import Call, called_modules, code_of
 from fastgan.ops.gradient_penalty.graph_pass import pays_in_one_pass
-from fastgan.ops.gradient_penalty.overhead import threshold
+from fastgan.ops.gradient_penalty.overhead import Threshold, threshold
 from fastgan.ops.gradient_penalty.sharding import may_be_sharded
 from fastgan.ops.gradient_penalty.size import bound, estimate
 from fastgan.ops.twice_differentiable import NAMES_OF_LACKING, Rerouting
@@ -73,10 +73,29 @@ def reason(inputs: Sequence[Tensor]) -> str:
     return REASON + _ON_GPU if inputs[0].is_cuda else REASON
 
 
-def size_of(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
-    """Classify the size of a discriminator without running it."""
+_large: WeakKeyDictionary[nn.Module, dict[Hashable, Threshold]] = WeakKeyDictionary()  # calls, and what they reach
+
+
+def size_of(discriminator: Any, inputs: Sequence[Tensor], call: Call | None = None) -> Size:
+    """Classify the size of a discriminator without running it.
+
+    Args:
+        call: identifies a call of one known module. A large one is remembered, because the estimate takes 0.1 ms.
+    """
     if not _depends_on_size(inputs):
         return Size.LARGE
+    if call is None:
+        return _classify(discriminator, inputs)
+    known, limit = _large.setdefault(call.module, {}), threshold(inputs[0])
+    if known.get(call.details) == limit:
+        return Size.LARGE
+    size = _classify(discriminator, inputs)
+    if size is Size.LARGE:
+        _put(known, call.details, limit)
+    return size
+
+
+def _classify(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
     modules = called_modules(discriminator)
     if modules is None:
         return Size.UNKNOWN
@@ -120,11 +139,14 @@ def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
     """
     if not NAMES_OF_LACKING.isdisjoint(call.names()):
         return  # a later call may run them
-    known = _left_to_pytorch.setdefault(call.module, {})
+    weights = [parameter for parameter in call.module.parameters() if parameter.ndim > 1]
+    _put(_left_to_pytorch.setdefault(call.module, {}), call.details, readable and pays_in_one_pass(weights, samples))
+
+
+def _put(known: dict[Hashable, Any], key: Hashable, value: Any) -> None:
     if len(known) == MOST_SHAPES:
         known.clear()
-    weights = [parameter for parameter in call.module.parameters() if parameter.ndim > 1]
-    known[call.details] = readable and pays_in_one_pass(weights, samples)
+    known[key] = value
 
 
 def forget(call: Call | None) -> None:
