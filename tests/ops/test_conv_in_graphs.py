@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -94,3 +95,26 @@ def test_a_layer_with_more_weights_than_positions_has_no_convolution_backward_in
     layer, x = nn.Conv2d(32, 64, 4, 2, 1).double(), torch.randn(2, 32, 4, 4).double()
     assert "aten.convolution_backward.default" not in operations(layer, x)
     assert "aten.convolution_backward.default" in operations(layer, torch.randn(2, 32, 16, 16).double())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_without_a_stride_one_operation_computes_both_gradients(stride):
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3, stride), nn.Tanh()).double()
+    x = torch.randn(2, 2, 9, 9).double()
+    masks = []
+
+    def record(graph, inputs):
+        nodes = [node for node in graph.graph.nodes if "convolution_backward" in str(node.target)]
+        masks.extend(tuple(node.args[-1][:2]) for node in nodes)
+        return make_boxed_func(graph.forward)
+
+    def penalty(x):
+        return fastgan.gradient_penalty(lambda x: net(x).flatten(1).sum(1), x, kind="r1", weight=1.0)
+
+    compiled = torch.compile(penalty, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    compiled(x).backward()
+    v = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(v).sum(), v, create_graph=True)
+    expected = torch.autograd.grad(g.square().flatten(1).sum(1).mean() / 2, list(net.parameters()))
+    torch.testing.assert_close([p.grad for p in net.parameters()], list(expected))
+    assert ((True, True) in masks) == (stride == 1)

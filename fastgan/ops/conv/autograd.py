@@ -49,8 +49,10 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     by_input = by_weight = by_bias = None
     if isinstance(grad, FunctionalTensor):
-        by_input = compiled.input_gradient(grad, input.shape, weight, geometry) if mask[0] else None
         by_weight = compiled.weight_gradient(grad, input, weight.shape, geometry) if mask[1] else None
+        both = mask[1] and by_weight is None
+        if mask[0] and not (both and max(geometry.stride) == 1):
+            by_input = compiled.input_gradient(grad, input.shape, weight, geometry)
     elif grad.is_cpu:
         for way in (native_kernels, strided, pointwise) if mask[0] else ():
             if way.is_fastest(grad, input, weight, geometry):

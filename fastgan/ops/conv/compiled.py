@@ -3,6 +3,9 @@
 Inductor chooses the memory format of aten::convolution. It copies the operands of aten::convolution_backward into the
 format of the trace, in which strided convolutions are slower on a CPU. And oneDNN reorders all weights to compute the
 gradient of a layer with many weights and few positions (docs/decisions.md).
+
+Without a stride, one aten::convolution_backward computes both gradients if both are needed. Inductor would copy the
+output's gradient into another format once for each of two operations.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """avg_pool1d, avg_pool2d and avg_pool3d. They are linear, so the double backward sends no gradient to the input.
 
-PyTorch's pooling runs unless the windows tile the input, such as those that halve an image. On a CPU, a fastgan kernel
-then pools a contiguous input, because PyTorch's processes one element after another. ``use_backend("reference")`` turns
-the kernel off. In a penalty that torch.compile traces, the transpose of such a pooling consists of views, because the
-compiler's own form computes the position of each element in a loop that is not vectorized.
+PyTorch's pooling runs except in one case: on a CPU, a fastgan kernel pools a contiguous input with windows that tile
+it, such as those that halve an image. PyTorch's kernel processes one element after another there.
+``use_backend("reference")`` turns the kernel off.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from enum import Enum, auto
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +167,7 @@ def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding
         input = input.to(torch.promote_types(input.dtype, torch.float32))
     kernel, step, pad = (_sizes(n, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
     window = _Window(kernel, step, pad, *rest)
-    pooled: Tensor = _Pool.apply(input, window, _form(input, window))  # type: ignore[no-untyped-call]
+    pooled: Tensor = _Pool.apply(input, window, _is_tiled(input, window))  # type: ignore[no-untyped-call]
     return pooled
 
 
@@ -179,38 +176,22 @@ def _sizes(n: int, given: Size) -> tuple[int, ...]:
     return sizes * n if len(sizes) == 1 else sizes
 
 
-class _Form(Enum):
-    ATEN = auto()
-    KERNEL = auto()  # fastgan's, also of the derivatives
-    VIEWS = auto()  # of the transpose
-
-
-def _form(input: Tensor, window: _Window) -> _Form:
-    if not _tiles(input, window):
-        return _Form.ATEN
-    if backends.is_lowered():
-        return _Form.VIEWS
-    has_kernel = (
+def _is_tiled(input: Tensor, window: _Window) -> bool:
+    """Return whether the kernel pools this input. If so, kernels compute its derivatives too."""
+    kernel, sizes = window.kernel_size, input.shape[2:]
+    return (
         input.device.type == "cpu"
         and is_eager(input)
         and input.numel() >= _LEAST
         and input.is_contiguous()
         and input.dtype in _DTYPES
-        and backends.forced() in ("auto", "cpu")
-        and backends.native() is not None
-    )
-    return _Form.KERNEL if has_kernel else _Form.ATEN
-
-
-def _tiles(input: Tensor, window: _Window) -> bool:
-    """Return whether each element of the input is in one window."""
-    kernel, sizes = window.kernel_size, input.shape[2:]
-    return (
-        kernel == window.stride
+        and kernel == window.stride
         and not any(window.padding)
         and window.divisor_override != 0  # PyTorch raises its own error for 0
         and len(kernel) == len(sizes)
         and all(width > 0 and size % width == 0 for size, width in zip(sizes, kernel, strict=True))
+        and backends.forced() in ("auto", "cpu")
+        and backends.native() is not None
     )
 
 
@@ -221,31 +202,18 @@ _TRANSPOSE: dict[int, Any] = {
 }
 
 
-def _forward(input: Tensor, window: _Window, form: _Form) -> Tensor:
-    if form is _Form.KERNEL and is_eager(input):
+def _forward(input: Tensor, window: _Window, tiled: bool) -> Tensor:
+    if tiled and is_eager(input):
         return native_kernels.pool(stored(input).contiguous(), window.kernel_size, window.divisor_override)
     return _POOL[input.ndim](input, *window)  # type: ignore[no-any-return]
 
 
-def _transpose(grad: Tensor, window: _Window, form: _Form, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    if form is _Form.KERNEL and is_eager(grad):
+def _transpose(grad: Tensor, window: _Window, tiled: bool, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    if tiled and is_eager(grad):
         grad = stored(grad).contiguous()
         return native_kernels.transpose(grad, shape, window.kernel_size, window.divisor_override)
-    if form is _Form.VIEWS:
-        return _repeated(grad, window)
     placeholder = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)  # only its shape is read
     return _TRANSPOSE[grad.ndim](grad, placeholder, *window)  # type: ignore[no-any-return]
-
-
-def _repeated(grad: Tensor, window: _Window) -> Tensor:
-    """Return the transpose of a pooling whose windows tile its input."""
-    kernel, sizes = window.kernel_size, grad.shape[2:]
-    each = grad / (window.divisor_override or prod(kernel))
-    apart = [part for size in sizes for part in (size, 1)]
-    repeated = [part for size, width in zip(sizes, kernel, strict=True) for part in (size, width)]
-    whole = [size * width for size, width in zip(sizes, kernel, strict=True)]
-    rows = grad.shape[:2]
-    return each.reshape(*rows, *apart).expand(*rows, *repeated).reshape(*rows, *whole)
 
 
 class _Pool(torch.autograd.Function):
@@ -255,10 +223,10 @@ class _Pool(torch.autograd.Function):
     fills_zeros = (0,)
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, window: _Window, form: _Form) -> Tensor:
+    def forward(ctx: Any, input: Tensor, window: _Window, tiled: bool) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.arguments = window, form, input.shape, input.stride()
-        return _forward(input, window, form)
+        ctx.arguments = window, tiled, input.shape, input.stride()
+        return _forward(input, window, tiled)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -271,10 +239,10 @@ class _Pool(torch.autograd.Function):
 
 class _Transpose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, window: _Window, form: _Form, *of_input: Any) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, window: _Window, tiled: bool, *of_input: Any) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.arguments = window, form
-        return _transpose(grad, window, form, *of_input)
+        ctx.arguments = window, tiled
+        return _transpose(grad, window, tiled, *of_input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
