@@ -12,6 +12,7 @@ from torch import Tensor
 
 # From this number of elements, saving memory traffic pays for a Python Function (measured on a Xeon).
 _LEAST = 2**16
+_FULL = frozenset((torch.float32, torch.float64))
 _LEAST_SQUARED = 2**17
 
 
@@ -104,6 +105,19 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor | None:
 def total_of_squares(x: Tensor) -> Tensor:
     """Return the sum of the squares of all elements, with as few operations in its gradient as possible."""
     return torch.dot(x, x) if x.ndim == 1 and x.is_cpu else (x * x).sum()
+
+
+def is_plain_and_small(grad: Tensor) -> bool:
+    """Return whether the fewest calls give the penalty of a gradient (N, *S) on a CPU."""
+    return (
+        grad.is_cpu
+        and grad.dtype in _FULL
+        and grad.numel() < _LEAST
+        and grad.ndim > 1
+        and grad.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_dynamo_compiling()
+    )
 
 
 def _is_small(grad: Tensor, least: int) -> bool:
