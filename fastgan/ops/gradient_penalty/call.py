@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last one while torch.compile records a graph
 
 
-_NESTED = (list, tuple, dict)
+NESTED = (list, tuple, dict)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -30,10 +30,10 @@ def tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
     found: list[Tensor] = []
-    for value in values.values() if isinstance(values, dict) else values if isinstance(values, _NESTED) else ():
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, NESTED) else ():
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, _NESTED) and value:
+        elif isinstance(value, NESTED) and value:
             found += tensors(value)
     return found
 
@@ -47,7 +47,7 @@ def bind(change: Callable[[Any], Any], values: Any) -> Any:
     if type(values) is not tuple and type(values) is not list:
         return values
     new = [
-        change(value) if isinstance(value, Tensor) else bind(change, value) if isinstance(value, _NESTED) else value
+        change(value) if isinstance(value, Tensor) else bind(change, value) if isinstance(value, NESTED) else value
         for value in values
     ]
     return tuple(new) if type(values) is tuple else new

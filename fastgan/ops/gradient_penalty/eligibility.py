@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
-from fastgan.ops.gradient_penalty.call import Call, bind, is_plain, tensors
+from fastgan.ops.gradient_penalty.call import NESTED, Call, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
@@ -81,10 +81,9 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LOOKS:
             return func(*args, **kwargs)
-        made = self._traced
-        touched = [
-            known for t in tensors((args, kwargs)) if (known := made.get(id(t))) is not None and known.tensor() is t
-        ]
+        touched = self._touched(args)
+        if kwargs:
+            touched += self._touched(kwargs.values())
         if touched and func in LIKE and self._known(args[0]) is None:
             touched = []
         if not touched or not torch.is_grad_enabled():  # without gradients, the result is a constant
@@ -92,15 +91,19 @@ class Tracer(TorchFunctionMode):
             if func is torch.arange:
                 self._remember_count(args, result)
             return result
-        rule = RULES.get(func)
-        with torch_private.DisableTorchFunction():
-            why = next((known.why for known in touched if known.why is not None), None) or self._unseen(touched)
-            if why is None and rule is not None:
-                call: Call | None = None
-                try:
-                    call = self._begin(rule.before, func, args, kwargs)
-                except Ineligible as ineligible:
-                    why = self._reason(func, str(ineligible))
+        why = None
+        for known in touched:
+            why = why or known.why
+        rule = RULES.get(func) if why is None else None
+        call: Call | None = None
+        if why is None:
+            with torch_private.DisableTorchFunction():
+                why = self._unseen(touched)
+                if why is None and rule is not None:
+                    try:
+                        call = self._begin(rule.before, func, args, kwargs)
+                    except Ineligible as ineligible:
+                        why = self._reason(func, str(ineligible))
         if why is not None or rule is None or call is None:
             result = func(*args, **kwargs)
             with torch_private.DisableTorchFunction():
@@ -114,6 +117,17 @@ class Tracer(TorchFunctionMode):
             layout, why = self._end(call, rule.after)
             self._mark(call.result, layout, why)  # a rule sets the result of __setitem__, which returns None
         return result
+
+    def _touched(self, values: Iterable[Any]) -> list[_Traced]:
+        """Return what is known of the tensors among these arguments."""
+        touched = []
+        for value in values:
+            each = (value,) if isinstance(value, Tensor) else tensors(value) if isinstance(value, NESTED) else ()
+            for tensor in each:
+                known = self._traced.get(id(tensor))
+                if known is not None and known.tensor() is tensor:
+                    touched.append(known)
+        return touched
 
     def _known(self, tensor: Any) -> _Traced | None:
         made = self._traced.get(id(tensor))

@@ -100,9 +100,7 @@ class _Norm(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> Tensor:
-        # Otherwise contiguous, as in PyTorch, because a view may follow.
-        kept = layout.channels_last and channels_last(x)
-        y = torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
+        y = torch.empty_like(x)
         run: Any = _forward if is_eager(x) else traced("norm_fwd")
         run(x, weight, bias, y, statistics, layout, eps, backend)
         ctx.set_materialize_grads(False)
@@ -202,6 +200,8 @@ def normalize(
 
     If ``statistics`` (from `statistics_of`) is given, the forward writes the statistics there.
     """
+    if not (layout.channels_last and channels_last(x)):
+        x = x.contiguous()  # once, and not in each order of derivative
     if statistics is None:
         statistics = statistics_of(x, layout, 2)
     result: Tensor = _Norm.apply(x, weight, bias, statistics, layout, eps, backend)
