@@ -22,6 +22,8 @@ from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compile
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as module_hooks
@@ -53,6 +55,7 @@ __all__ = [
     "dynamo",
     "force_eager",
     "function_modes",
+    "gradient_edge",
     "gradients_without_graph",
     "has_saving_hook",
     "in_transform",
@@ -168,6 +171,20 @@ def differentiable_gradients(
         tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
     )
     return results
+
+
+_HAS_OWNER = "ownership_token" in GradientEdge._fields
+
+
+def gradient_edge(result: Tensor) -> GradientEdge:
+    """Call torch.autograd.graph.get_gradient_edge for the result of a function while gradients are enabled.
+
+    This makes fewer calls. Python's object of a custom Function does not own its node, but that of a view does.
+    """
+    node = result.grad_fn
+    if node is None or not (_HAS_OWNER and isinstance(node, BackwardCFunction)):
+        return get_gradient_edge(result)
+    return GradientEdge(node, result.output_nr, result.view_as(result).grad_fn)
 
 
 def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, aligned, viewed
-from fastgan.torch_private import FunctionalTensor
+from fastgan.torch_private import FunctionalTensor, gradient_edge
 
 if TYPE_CHECKING:
     from fastgan.ops.gradient_penalty.eligibility import Tracer
@@ -80,7 +80,7 @@ class Call:
     def add_constant(self, added: Tensor | float | None) -> None:
         """Declare a constant that the function adds. Its shape broadcasts to that of the result."""
         if added is not None and not (isinstance(added, int | float) and added == 0):
-            self.constants.append((get_gradient_edge(self.result), added))
+            self.constants.append((gradient_edge(self.result), added))
 
     def evaluate_at_zero(self) -> Tensor:
         """Return the result of the call with zeros for all tensors that depend on the input."""

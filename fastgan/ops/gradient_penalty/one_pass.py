@@ -62,7 +62,10 @@ def one_pass(
     if not tracer.single:
         graph.outputs = outputs
     logits = dict(zip(map(id, outputs), results, strict=False))
-    returned = tree_map(lambda part: logits.get(id(part), part), returned)
+    if isinstance(returned, Tensor):
+        returned = logits.get(id(returned), returned)
+    else:
+        returned = tree_map(lambda part: logits.get(id(part), part), returned)
     return returned, penalty(results[len(outputs) :])
 
 
