@@ -31,7 +31,7 @@ MACHINE = "amd-epyc-2-threads"
 # A step that both compile with Inductor.
 COMPILED = (
     "DCGAN step, both compiled",
-    "amd-epyc-avx2-1-threads/steps-compiled.json",
+    "amd-epyc-avx512-1-threads/steps-compiled.json",
     "d-step/wgan-gp/dcgan64-batch16",
 )
 WIDTH = 450  # narrow enough that the text is readable on a phone
