@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -172,3 +174,12 @@ def test_the_steps_of_a_plane_are_refused_for_a_volume_as_pytorch_does():
     with pytest.raises(RuntimeError) as actual:
         ops.conv3d(x, w, None, (2, 2), (0, 0), (1, 1))
     assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("isa", "intel", "fast"), [("avx512", True, True), ("avx512", False, False), ("avx2", True, False)]
+)
+def test_the_forward_uses_the_kernel_where_it_was_faster(isa, intel, fast, monkeypatch):
+    native = SimpleNamespace(isa=lambda: isa, is_intel=lambda: intel)
+    monkeypatch.setattr(backends, "native", lambda: native)
+    assert strided._has_fast_forward.__wrapped__() == fast

@@ -14,6 +14,7 @@ import fastgan
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty import called_modules, small
 from fastgan.ops.gradient_penalty.called_modules import call_of
+from fastgan.ops.gradient_penalty.overhead import Threshold
 from fastgan.ops.gradient_penalty.small import Size, size_of
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition, gradients, images
 
@@ -424,3 +425,15 @@ def test_biases_get_none_or_zeros_as_in_pytorch(between, call):
         assert (parameter.grad is None) == (theirs is None)
         if theirs is not None:
             torch.testing.assert_close(parameter.grad, theirs)
+
+
+def test_the_size_of_a_large_call_is_estimated_once(monkeypatch):
+    net, x, estimates = mlp(2**18), torch.randn(64, 2), []
+    monkeypatch.setattr(small, "estimate", lambda *a, estimate=small.estimate: estimates.append(a) or estimate(*a))
+    call = call_of(net, (x,))
+    assert [size_of(net, (x,), call) for _ in range(3)] == [Size.LARGE] * 3
+    assert len(estimates) == 1
+    few = torch.randn(2, 2)
+    assert size_of(net, (few,), call_of(net, (few,))) is size_of(net, (few,))
+    monkeypatch.setattr(small, "threshold", lambda x: Threshold(2**60, 2**60))  # as of another device or precision
+    assert size_of(net, (x,), call) is Size.SMALL
