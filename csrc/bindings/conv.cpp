@@ -1,5 +1,6 @@
 #include "cpu/conv_input_gradient.h"
 #include "cpu/conv_pointwise.h"
+#include "cpu/conv_row_weight_gradient.h"
 #include "cpu/conv_strided.h"
 #include "cpu/conv_weight_gradient.h"
 
@@ -69,6 +70,15 @@ void conv_weight_gradient(std::int64_t dy, std::int64_t x, std::int64_t dw, std:
                                         static_cast<float*>(pointer(dw)), shape, threads))
 }
 
+void conv_row_weight_gradient(std::int64_t dy, std::int64_t x, std::int64_t dw, std::int64_t batch, std::int64_t groups,
+                              std::int64_t in_channels, std::int64_t out_channels,
+                              const std::array<std::int64_t, 6>& row, int threads, const std::string& isa) {
+  const ConvRowShape shape{batch, groups, in_channels, out_channels, dimension_of(row)};
+  FASTGAN_DISPATCH(isa_of(isa), conv_row_weight_gradient(static_cast<const float*>(pointer(dy)),
+                                                         static_cast<const float*>(pointer(x)),
+                                                         static_cast<float*>(pointer(dw)), shape, threads))
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
@@ -90,6 +100,9 @@ void bind_conv(py::module_& m) {
   m.def("conv_weight_gradient", &conv_weight_gradient, py::call_guard<py::gil_scoped_release>(), py::arg("dy"),
         py::arg("x"), py::arg("dw"), py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"),
         py::arg("dimensions"), py::arg("threads"), py::arg("isa") = "best");
+  m.def("conv_row_weight_gradient", &conv_row_weight_gradient, py::call_guard<py::gil_scoped_release>(), py::arg("dy"),
+        py::arg("x"), py::arg("dw"), py::arg("batch"), py::arg("groups"), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("row"), py::arg("threads"), py::arg("isa") = "best");
 }
 
 }  // namespace fastgan

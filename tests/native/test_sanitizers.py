@@ -29,7 +29,15 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:], "-k", chose
 # The ops with C++ kernels.
 OPS = (
     *("activations", "attention_on_cpu", "avg_pool", "batch_norm", "bias_act", "conv", "conv_ways"),
-    *("conv_weight_gradient", "conv_with_steps", "minibatch_discrimination", "minibatch_stddev", "norm", "norm_input"),
+    *(
+        "conv_rows",
+        "conv_weight_gradient",
+        "conv_with_steps",
+        "minibatch_discrimination",
+        "minibatch_stddev",
+        "norm",
+        "norm_input",
+    ),
     *("spectral_norm", "spectral_norm_tables", "stylegan_ops", "upfirdn2d"),
 )
 pytestmark = pytest.mark.long

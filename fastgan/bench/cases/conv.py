@@ -15,7 +15,7 @@ from fastgan.bench.case import BASELINE, Case, Make, Run
 
 Shape = tuple[int, ...]
 
-# name -> input, weight, stride, padding
+# name -> input, weight, stride, padding; the groups follow from the channels
 CONVOLUTIONS: dict[str, tuple[Shape, Shape, int, int]] = {
     "rgb-64-4x4": ((32, 3, 64, 64), (32, 3, 4, 4), 2, 1),  # first layer of a critic: few input channels
     "rgb-128-3x3": ((8, 3, 128, 128), (64, 3, 3, 3), 1, 1),
@@ -25,6 +25,12 @@ CONVOLUTIONS: dict[str, tuple[Shape, Shape, int, int]] = {
     "expand-32-1x1": ((8, 32, 32, 32), (64, 32, 1, 1), 1, 0),  # outer layers of a bottleneck: 1x1
     "project-32-1x1": ((8, 64, 32, 32), (32, 64, 1, 1), 1, 0),
     "skip-8-1x1": ((16, 256, 8, 8), (512, 256, 1, 1), 1, 0),
+    "wave-4096-41": ((4, 128, 4096), (256, 8, 41), 2, 20),  # HiFi-GAN's scales: wide kernels, 16 groups
+    "wave-8192-15": ((8, 1, 8192), (64, 1, 15), 1, 7),  # their first layer
+}
+CONV_OF: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    name: (F.conv1d, ops.conv1d) if len(shape) == 3 else (F.conv2d, ops.conv2d)
+    for name, (shape, *_) in CONVOLUTIONS.items()
 }
 
 
@@ -32,26 +38,27 @@ def r1(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Make]:
     shape, kernel, stride, padding = CONVOLUTIONS[name]
     x, weight = torch.randn(shape, dtype=dtype, device=device), torch.randn(kernel, dtype=dtype, device=device)
     weight /= prod(kernel[1:]) ** 0.5
-    by_logits = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
+    groups = shape[1] // kernel[1]
+    pytorchs, fastgans = CONV_OF[name]
+    by_logits = torch.randn_like(pytorchs(x, weight, None, stride, padding, 1, groups))
 
     def variant(conv: Callable[..., Tensor]) -> Run:
         inputs = [t.clone().requires_grad_() for t in (x, weight, by_logits)]
 
         def run() -> Sequence[Tensor]:
-            y = conv(inputs[0], inputs[1], None, stride, padding)
+            y = conv(inputs[0], inputs[1], None, stride, padding, 1, groups)
             (grad,) = torch.autograd.grad(y, inputs[0], inputs[2], create_graph=True)
             return torch.autograd.grad(grad.square().sum(), inputs[1:])
 
         return run
 
-    return {BASELINE: partial(variant, F.conv2d), "fastgan": partial(variant, ops.conv2d)}
+    return {BASELINE: partial(variant, pytorchs), "fastgan": partial(variant, fastgans)}
 
 
 def _case(name: str) -> Case:
-    (n, _, height, width), kernel, stride, padding = CONVOLUTIONS[name]
-    inputs = prod(CONVOLUTIONS[name][0])
-    side = (height + 2 * padding - kernel[2]) // stride + 1
-    outputs = n * kernel[0] * side * ((width + 2 * padding - kernel[3]) // stride + 1)
+    shape, kernel, stride, padding = CONVOLUTIONS[name]
+    sides = ((size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], kernel[2:], strict=True))
+    inputs, outputs = prod(shape), shape[0] * kernel[0] * prod(sides)
     dtype = torch.float32
     return Case(
         name=f"conv/{name}/r1",

@@ -2,7 +2,7 @@
 
 The vendor's library computes the convolutions, except for its slowest cases on a CPU. fastgan's kernels compute the
 gradient of an input with few channels, strided convolutions, 1x1 convolutions, and the weight gradient of outputs with
-few pixels. A graph of torch.compile has PyTorch's operations instead (compiled.py).
+few pixels and of wide kernels. A graph of torch.compile has PyTorch's operations instead (compiled.py).
 
 Let y = W * x, with gradients dx = W^T * dy, dW = x (*) dy and db = sum dy. Let H, K and k be the gradients of dx, dW
 and db. Then the double backward is

@@ -29,13 +29,17 @@ def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) 
 
 
 def are_plain(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether a kernel for contiguous float32 CPU tensors, without groups, can read these operands."""
+    return geometry.groups == 1 and are_readable(grad, weight, geometry)
+
+
+def are_readable(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether a kernel for contiguous float32 CPU tensors can read these operands."""
     return (
         geometry.kernels_allowed
         and grad.is_cpu
         and grad.dtype == weight.dtype == torch.float32
         and not geometry.transposed
-        and geometry.groups == 1
         and is_eager(grad)
         and is_eager(weight)
         and not is_batched(grad)

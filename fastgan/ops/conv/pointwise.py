@@ -14,7 +14,7 @@ from fastgan import backends
 from fastgan.ops.conv.geometry import Geometry
 from fastgan.ops.conv.native_kernels import are_plain, in_order
 
-_TAKEN = ("avx2", "avx512")  # instruction sets; with fewer lanes the vendor's kernel is as fast
+TAKEN = ("avx2", "avx512")  # instruction sets; with fewer lanes the vendor's kernel is as fast
 
 
 def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
@@ -33,7 +33,7 @@ def is_fastest_forward(images: Tensor, weight: Tensor, geometry: Geometry) -> bo
         and are_plain(images, weight, geometry)
         and in_order(images)
         and weight.stride(-1) == 1
-        and backends.native().isa() in _TAKEN
+        and backends.native().isa() in TAKEN
     )
 
 
