@@ -111,7 +111,7 @@ def pointwise_calls(monkeypatch):
     """Record the 1x1 functions that run, on any processor as on one with long vectors."""
     if backends.native() is None:
         pytest.skip("there is no native module")
-    monkeypatch.setattr(pointwise, "_TAKEN", (backends.native().isa(),))
+    monkeypatch.setattr(pointwise, "TAKEN", (backends.native().isa(),))
     calls = set_of_calls(monkeypatch, pointwise, "forward", "input_gradient")
     return calls, set_of_calls(monkeypatch, weight_gradient, "weight_gradient")
 
