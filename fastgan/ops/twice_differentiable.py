@@ -19,6 +19,7 @@ from fastgan import backends, torch_private
 from fastgan.ops import conv, lacking, norm, piecewise, pool, regions
 from fastgan.ops.attention.multi_head import attention_of_a_model, multi_head_attention_forward
 from fastgan.ops.bias_act import functions as activations
+from fastgan.ops.grid_sample import grid_sample
 from fastgan.ops.library import checkpointed_region, is_autocast, is_plain_class, is_traced
 from fastgan.ops.work import CALL, work
 
@@ -101,6 +102,7 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _if_floating(_contiguous(norm.instance_norm), F.instance_norm),
     F.batch_norm: _if_floating(norm.batch_norm, F.batch_norm),
     torch.batch_norm: _batch_norm,
+    F.grid_sample: grid_sample,
     F.leaky_relu: activations.leaky_relu,
     F.leaky_relu_: partial(activations.leaky_relu, inplace=True),
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), activations.relu),

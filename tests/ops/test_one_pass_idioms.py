@@ -275,6 +275,11 @@ IDIOMS = {
     "F.unfold and F.fold": (lambda net, h: F.fold(F.unfold(h, 2, stride=2), (S, S), 2, stride=2), {}),
     "pixel shuffle": (lambda net, h: F.pixel_shuffle(F.pixel_unshuffle(h, 2), 2), {}),
     "channel shuffle": (lambda net, h: F.channel_shuffle(h, 3), {}),
+    "instance norm in evaluation": (
+        lambda net, h: net.m(h),
+        {"m": lambda: evaluated(nn.InstanceNorm2d(C, affine=True, track_running_stats=True))},
+    ),
+    "samples padded by none": (lambda net, h: F.pad(h, (1, 1, 1, 1, 0, 0, 0, 0))[:, :, 2:, :-2], {}),
     "padded": (lambda net, h: F.pad(F.pad(h, (1, 2, 0, 1)), (1, 0), value=0.5), {}),
     "cast": (lambda net, h: h.to(torch.float64).double().type_as(net.p).to(net.p) * 2, {"p": V}),
     "casts of a parameter": (lambda net, h: h + net.p.to(h).expand_as(h[0]), {"p": lambda: parameter(C, 1, 1)}),
@@ -297,6 +302,12 @@ IDIOMS = {
 def build(name):
     between, parameters = IDIOMS[name]
     return Between(between, **{key: make() for key, make in parameters.items()})
+
+if torch.__version__ >= (2, 13):  # before, PyTorch has no second derivative of this function
+    IDIOMS["sampled at constant places"] = (
+        lambda net, h: F.grid_sample(h, net.p, padding_mode="reflection", align_corners=False),
+        {"p": lambda: constant(N, S, S, 2).tanh()},
+    )
 
 
 @pytest.mark.parametrize("name", IDIOMS)

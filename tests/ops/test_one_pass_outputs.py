@@ -13,7 +13,22 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.one_pass import one_pass
-from tests.ops.one_pass_problem import C, N, Y, assert_exact, by_pytorch, gradients, images, softplus, uneven, work
+from tests.ops.one_pass_problem import (
+    Between,
+    C,
+    N,
+    S,
+    Y,
+    assert_exact,
+    by_pytorch,
+    constant,
+    gradients,
+    images,
+    parameter,
+    softplus,
+    uneven,
+    work,
+)
 from tests.ops.test_one_pass_idioms import build
 
 
@@ -110,6 +125,54 @@ def test_patches_notice_what_is_modified_before_the_backward(change):
         {"input": x, "bias": model.bias, "weight": model.weight}[change].mul_(2)
     with pytest.raises(RuntimeError, match="modified"):
         (logits.mean() + penalty).backward()
+
+
+def written(net, h):
+    h = h * 1.0
+    h[:, 0] = net.p[0, 0]
+    return h
+
+
+ADDED = {
+    "added": lambda net, h: h + net.p,
+    "added in place": lambda net, h: (h * 1.0).add_(net.p),
+    "subtracted": lambda net, h: net.p - h,
+    "a bias of a convolution": lambda net, h: F.conv2d(h, net.second.weight, net.p[0, :, 0, 0], padding=1),
+    "a bias of a linear layer": lambda net, h: F.linear(h, net.w, net.p[0, 0, 0]),
+    "written": written,
+}
+
+
+@pytest.mark.parametrize("patch", [False, True], ids=["one logit", "patches"])
+@pytest.mark.parametrize("name", ADDED)
+def test_a_constant_may_change_between_two_forwards_of_one_backward(name, patch):
+    """A buffer of noise, a counter, or a running mean: PyTorch's sums save none of them."""
+
+    def between(net, h):
+        with torch.no_grad():
+            net.p.mul_(-0.5).add_(1)
+        h = ADDED[name](net, h)
+        return F.leaky_relu(h, 0.2)
+
+    def step(model, first):
+        logits, penalty = first(model, images())
+        (softplus(logits) + 2 * softplus(-model(images().flip(0))) + penalty).backward()
+        return [p.grad for p in model.parameters()]
+
+    def plain(model, x):
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return logits, 1.5 * g.square().flatten(1).sum(1).mean()
+
+    model = Between(between, p=constant(1, C, S, S)[:, : 4 if "convolution" in name else C].clone(), w=parameter(S, S))
+    if patch:
+        model.head = nn.Flatten()
+    twin = copy.deepcopy(model)
+    want = step(twin, plain)
+    got = step(model, lambda model, x: fastgan.logits_and_penalty(model, x, kind="r1", weight=3.0))
+    for actual, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("container", [dict, Output, list])

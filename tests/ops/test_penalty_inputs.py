@@ -167,6 +167,15 @@ def test_an_input_that_the_discriminator_does_not_use_adds_nothing():
         assert_close(call(lambda pair: discriminator(pair[0]), (x, images()), kind="r1"), alone, order=0)
 
 
+@pytest.mark.parametrize("call", [c for name, c in CALLS.items() if name != "penalty_from_logits"])
+def test_inputs_made_in_inference_mode_are_copied(call):
+    x = images()
+    with torch.inference_mode():
+        made = x.clone()
+    discriminator = affine()
+    assert_close(call(discriminator, made, kind="r1"), call(discriminator, x, kind="r1"), order=0)
+
+
 def test_the_discriminator_gets_the_form_that_was_given():
     held = pairs("ordered dict")[0]
     seen = []

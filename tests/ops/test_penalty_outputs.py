@@ -243,6 +243,11 @@ SELECTED = {
         lambda judgment: judgment.logits,
         lambda judgment: [judgment.logits],
     ),
+    "the name of a field": (
+        Heads(row(1), row(10), form=Judgment._make),
+        "logits",
+        lambda judgment: [judgment.logits],
+    ),
     "a list of scales": (
         Heads(patches(8), patches(4), row(10), form=lambda outputs: (list(outputs[:2]), outputs[2])),
         0,
@@ -320,6 +325,14 @@ def test_a_list_that_an_index_selects_is_judged_as_if_it_were_returned(call):
     discriminator = Heads(nn.Identity(), patches(4), row(1), form=lambda outputs: (list(outputs[:2]), outputs[2]))
     with pytest.raises(ValueError, match=r"\[\(6, 8, 8, 8\), \(6, 1, 4, 4\)\], that may not be logits"):
         call(discriminator.double(), images(), select=0)
+
+
+@pytest.mark.parametrize("select", [None, lambda logits: logits], ids=["all", "a function"])
+@pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
+def test_complex_logits_are_refused(call, select):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 1)).double()
+    with pytest.raises(TypeError, match="logits must be real, got torch.complex128"):
+        call(lambda x: torch.fft.fft(net(x), dim=0), images(), select=select)
 
 
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)

@@ -115,6 +115,15 @@ DISCRIMINATORS = {
     "layer norm above": lambda: sequence(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.LayerNorm([4, 4, 4])),
     "batch norm": lambda: sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()),
     "batch norm in evaluation": lambda: sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).eval(),
+    "batch norm in evaluation above": lambda: sequence(
+        nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4).eval()
+    ),
+    "a frozen batch norm": lambda: sequence(
+        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4).eval().requires_grad_(False), nn.Conv2d(4, 4, 3, padding=1)
+    ),
+    "instance norm in evaluation above": lambda: sequence(
+        nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval()
+    ),
     "instance norm": lambda: sequence(nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU(0.2)),
     "spectral norm": lambda: sequence(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.LeakyReLU(0.2)

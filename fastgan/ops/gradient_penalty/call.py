@@ -82,6 +82,13 @@ class Call:
         if added is not None and not (isinstance(added, int | float) and added == 0):
             self.constants.append((gradient_edge(self.result), added))
 
+    def add_argument(self, added: Any) -> None:
+        """Declare an argument of the call as a constant that the function adds.
+
+        Without a gradient it may be a buffer that the next forward modifies. PyTorch does not save it, so it is copied.
+        """
+        self.add_constant(added.clone() if isinstance(added, Tensor) and not added.requires_grad else added)
+
     def evaluate_at_zero(self) -> Tensor:
         """Return the result of the call with zeros for all tensors that depend on the input."""
 

@@ -286,7 +286,8 @@ class Tracer(TorchFunctionMode):
         for output in outputs:
             known = self._known(output)
             if known is None:
-                return f"the logits were not computed from the input by torch functions alone{self._custom([output])}"
+                custom = self._custom([output]) or "; torch.jit.script and torch.vmap also hide calls from the trace"
+                return f"the logits were not computed from the input by torch functions alone{custom}"
             why = known.why or self._unseen([known])
             if why is not None:
                 return why

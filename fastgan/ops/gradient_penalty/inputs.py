@@ -47,10 +47,15 @@ def replaced(inputs: Inputs, by: Callable[[Tensor], Tensor]) -> Inputs:
 def differentiable(inputs: Inputs) -> tuple[Inputs, tuple[Tensor, ...]]:
     """Detach the inputs. Return them, and the floating-point tensors among them, which then require a gradient."""
     if isinstance(inputs, Tensor):
-        x = inputs.detach().requires_grad_()
+        x = _leaf(inputs)
         return x, (x,)
-    given = replaced(inputs, lambda tensor: tensor.detach().requires_grad_())
+    given = replaced(inputs, _leaf)
     return given, floating(given)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    x = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return x.requires_grad_()
 
 
 def check_inputs(name: str, inputs: Any) -> None:

@@ -23,8 +23,9 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     Without ``select``, the output must be one tensor, or several that can only be logits of several scales or periods.
     The same applies to a list that an index or a key selects. The result of a function is used without this check.
     """
-    if select is None and isinstance(returned, Tensor) and returned.ndim and returned.shape[0] == samples:
-        return [returned]  # the common case
+    if isinstance(returned, Tensor) and select is None and returned.ndim and returned.shape[0] == samples:
+        if not returned.is_complex():
+            return [returned]  # the common case
     if select is None:
         logits = _only_logits(returned, samples)
     elif callable(select):
@@ -40,6 +41,11 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
                 f"the logits must have one row for each of the {samples} inputs, got {_shapes(returned)}: "
                 f"{_HOW_TO_SELECT}. A function may also reshape them: select=lambda logits: logits.view(N, -1). If the "
                 "discriminator packs several samples into one, pass packed inputs with one pack per row"
+            )
+        if tensor.is_complex():
+            raise TypeError(
+                f"the logits must be real, got {tensor.dtype}: select a real tensor, for example with "
+                "select=lambda logits: logits.real"
             )
     return logits
 
@@ -115,6 +121,8 @@ def _part(returned: Any, key: Any) -> Any:
             f"select={key!r} selects among several outputs, but the discriminator returned one, "
             f"{_shapes(returned)}: leave select out"
         )
+    if isinstance(key, str) and key in getattr(returned, "_fields", ()):  # a named tuple
+        return getattr(returned, key)
     try:
         return returned[key]
     except (LookupError, TypeError):

@@ -17,7 +17,7 @@ from fastgan.ops.gradient_penalty.table import functions
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Layout:
     call.require_input(input)
     call.require_constants(weight, bias)
-    call.add_constant(bias)
+    call.add_argument(bias)
     return call.layout_before(input, 1)
 
 
@@ -37,7 +37,7 @@ def _conv(n: int) -> Callable[..., Layout]:
         call.require_input(input)
         call.require_constants(weight, bias)
         if bias is not None:
-            call.add_constant(bias.view(-1, *[1] * n))
+            call.add_argument(bias.view(-1, *[1] * n))
         layout = call.layout_before(input, n)
         if input.ndim == n + 2 and layout.dim == 0:
             return layout
@@ -227,7 +227,7 @@ def _bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: 
     call.require_constants(weight, bias)
     if call.layout(input1) is not None:
         call.require_constants(input2)
-    call.add_constant(bias)
+    call.add_argument(bias)
     return call.layout_before(input1 if call.layout(input1) is not None else input2, 1)
 
 

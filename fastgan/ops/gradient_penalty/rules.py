@@ -42,9 +42,12 @@ def _elementwise(call: Call, input: Tensor, *rest: Any, **named: Any) -> Layout:
 
 def _sum(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layout:
     if call.layout(other) is None:
-        call.add_constant(other if alpha == 1 else other * alpha)
+        if alpha == 1:
+            call.add_argument(other)
+        else:
+            call.add_constant(other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input if call.source is None else call.source)
+        call.add_argument(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -52,7 +55,7 @@ def _difference(call: Call, input: Any, other: Any, *, alpha: float = 1) -> Layo
     if call.layout(other) is None:
         call.add_constant(-other * alpha)
     elif call.layout(input) is None:
-        call.add_constant(input if call.source is None else call.source)
+        call.add_argument(input if call.source is None else call.source)
     return call.broadcast_layout(input, other)
 
 
@@ -199,6 +202,22 @@ def _batch_norm(
     return call.layout_of(input)
 
 
+def _instance_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Layout:
+    if use_input_stats:
+        raise Ineligible("divides by a deviation that depends on the input")
+    return _batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
 def _batch_norm_of_torch(call: Call, input: Tensor, weight: Any, bias: Any, *rest: Any) -> Layout:
     mean, variance, training, momentum, eps, _ = rest
     return _batch_norm(call, input, mean, variance, weight, bias, training, momentum, eps)
@@ -238,6 +257,7 @@ RULES: dict[Any, Rule] = {
     bias_act: Rule(fused.bias_act, fused.split_bias),
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
+    F.instance_norm: Rule(_instance_norm),
     **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
     **{function: Rule(rule, keep_shape) for function, rule in VIEWS_IN_PLACE.items()},
     **{function: Rule(rule, keep_target) for function, rule in WRITES.items()},

@@ -224,7 +224,10 @@ def _pad(call: Call, input: Tensor, pad: Any, mode: str = "constant", value: flo
     call.require_input(input)
     if mode == "constant" and value:
         call.add_constant(call.evaluate_at_zero())
-    return call.layout_before(input, len(pad) // 2)
+    sides = list(pad)
+    while sides and sides[-1] == 0:
+        sides.pop()
+    return call.layout_before(input, (len(sides) + 1) // 2)
 
 
 def _repeat(call: Call, input: Tensor, *sizes: Any, **named: Any) -> Layout:

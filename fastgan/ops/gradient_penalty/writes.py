@@ -89,7 +89,7 @@ def _fill(call: Call, input: Tensor, value: Any = 0) -> Layout:
     call.require_constants(value)
     if not input._is_view():
         raise Ineligible("overwrites a tensor that depends on the input with a constant")
-    call.add_constant(value)
+    call.add_argument(value)
     return call.layout_of(input)
 
 
@@ -116,7 +116,7 @@ def _copy(call: Call, input: Tensor, value: Tensor, non_blocking: bool = False) 
     if call.layout(value) is None:
         if not input._is_view():
             raise Ineligible("overwrites a tensor that depends on the input with a constant")
-        call.add_constant(value)
+        call.add_argument(value)
         return call.layout_of(input)
     layout = call.layout_of(value)
     if value.shape != input.shape:

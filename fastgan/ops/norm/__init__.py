@@ -157,8 +157,8 @@ def instance_norm(
 ) -> Tensor:
     """Normalize each channel of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
 
-    The definition is that of ``torch.nn.functional.instance_norm``. PyTorch's function itself runs with running
-    statistics or ``use_input_stats=False``. Precision, reproducibility and strides are those of `layer_norm`.
+    The definition is that of ``torch.nn.functional.instance_norm``. With ``use_input_stats=False`` it equals
+    `batch_norm` in evaluation. PyTorch's function itself runs if running statistics are renewed. Precision, reproducibility and strides are those of `layer_norm`.
 
     Order of derivative: any. Where PyTorch's own instance norm runs, also for small inputs on a CPU, derivatives are
     correct up to the second order; PyTorch's higher derivatives are wrong.
@@ -194,6 +194,8 @@ def instance_norm(
     check_channels(input, weight, bias)
     if use_input_stats and prod(input.shape[2:]) == 1:
         raise ValueError(f"input must have more than one value per channel, got {tuple(input.shape)}")
+    if running_mean is not None and running_var is not None and not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, backend=backend)
     running = running_mean is not None or running_var is not None or not use_input_stats
     chosen = "reference" if running else _select("instance_norm", input, backend)
     if chosen == "reference":

@@ -28,7 +28,6 @@ def normalized(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 class _Normalized(torch.autograd.Function):
     piecewise_affine = True
-    fills_zeros = (0,)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
