@@ -364,11 +364,18 @@ class Custom(Critic):
         return self.function.apply(self.first(x))
 
 
-def test_a_custom_function_raises_or_is_exact():
+@pytest.mark.parametrize("function", [CubeRoots, Square])
+def test_a_custom_function_raises_and_names_the_remedy(function):
     model, x = Custom(), images()
-    with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
-        run(gradient_penalty, model, x)
-    torch.compiler.reset()
+    model.function = function
+    for step in (gradient_penalty, logits_and_penalty):
+        with pytest.raises(RuntimeError, match=r"custom autograd\.Function.*torch\._dynamo\.allow_in_graph"):
+            run(step, model, x)
+        torch.compiler.reset()
+
+
+def test_a_custom_function_that_dynamo_does_not_trace_is_exact():
+    model, x = Custom(), images()
     model.function = torch._dynamo.allow_in_graph(CubeRoots)
     expected = gradients(model, gradient_penalty(model, x))
     assert_same(gradients(model, run(gradient_penalty, model, x)), expected, 1e-5)

@@ -186,8 +186,8 @@ def leave(
 
 
 def _gradients(logits: list[Tensor], inputs: tuple[Tensor, ...], leaves: Mapping[Node, Tensor]) -> tuple[Tensor, ...]:
+    refuse_opaque(paths((output for output in logits if output.requires_grad), *inputs))
     found, path = gradients(logits, inputs)
-    refuse_opaque(path)
     first = next(i for i, grad in enumerate(found) if grad is not None)
     made = [grad for grad in found if grad is not None]
     found[first] = fill_zeros(made[0], path, inputs, made, leaves)
