@@ -303,6 +303,8 @@ def test_a_family_is_traced_as_it_was(family, rerouted):
     ):
         _, refusal = outcome(lambda record=record: record(plain))
         recorded, failure = outcome(lambda record=record: record(model))
+        # torch 2.11 leaves a hook behind when an export fails, which breaks later compilations.
+        torch.nn.modules.module._global_buffer_registration_hooks.clear()
         assert refusal or failure is None, failure
         if failure is None:
             torch.manual_seed(1)

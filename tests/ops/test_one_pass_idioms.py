@@ -303,6 +303,7 @@ def build(name):
     between, parameters = IDIOMS[name]
     return Between(between, **{key: make() for key, make in parameters.items()})
 
+
 if torch.__version__ >= (2, 13):  # before, PyTorch has no second derivative of this function
     IDIOMS["sampled at constant places"] = (
         lambda net, h: F.grid_sample(h, net.p, padding_mode="reflection", align_corners=False),

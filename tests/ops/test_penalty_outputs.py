@@ -331,7 +331,7 @@ def test_a_list_that_an_index_selects_is_judged_as_if_it_were_returned(call):
 @pytest.mark.parametrize("call", ASKING.values(), ids=ASKING)
 def test_complex_logits_are_refused(call, select):
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 1)).double()
-    with pytest.raises(TypeError, match="logits must be real, got torch.complex128"):
+    with pytest.raises(TypeError, match=r"logits must be real, got torch\.complex128"):
         call(lambda x: torch.fft.fft(net(x), dim=0), images(), select=select)
 
 

@@ -23,9 +23,9 @@ def logits_of(returned: Any, select: Select | None, samples: int) -> list[Tensor
     Without ``select``, the output must be one tensor, or several that can only be logits of several scales or periods.
     The same applies to a list that an index or a key selects. The result of a function is used without this check.
     """
-    if isinstance(returned, Tensor) and select is None and returned.ndim and returned.shape[0] == samples:
-        if not returned.is_complex():
-            return [returned]  # the common case
+    plain = isinstance(returned, Tensor) and select is None
+    if plain and returned.ndim and returned.shape[0] == samples and not returned.is_complex():
+        return [returned]  # the common case
     if select is None:
         logits = _only_logits(returned, samples)
     elif callable(select):

@@ -24,8 +24,8 @@ def grid_sample(
 ) -> Tensor:
     """Drop-in for ``torch.nn.functional.grid_sample`` with the same arguments, results and errors.
 
-    Order of derivative: any, if the grid is constant. The backward is the transpose, and its backward samples again. The
-    function allows one pass. PyTorch's function runs for volumes, mode "bicubic", and a grid that requires a gradient.
+    Order of derivative: any, if the grid is constant. The backward is the transpose, and its backward samples again. It
+    allows one pass. PyTorch's function runs for volumes, mode "bicubic", and a grid that requires a gradient.
 
     ```python
     import torch

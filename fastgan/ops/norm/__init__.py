@@ -158,7 +158,8 @@ def instance_norm(
     """Normalize each channel of each sample: (x - mean) / sqrt(var + eps) * weight + bias.
 
     The definition is that of ``torch.nn.functional.instance_norm``. With ``use_input_stats=False`` it equals
-    `batch_norm` in evaluation. PyTorch's function itself runs if running statistics are renewed. Precision, reproducibility and strides are those of `layer_norm`.
+    `batch_norm` in evaluation. PyTorch's function itself runs if running statistics are renewed. Precision,
+    reproducibility and strides are those of `layer_norm`.
 
     Order of derivative: any. Where PyTorch's own instance norm runs, also for small inputs on a CPU, derivatives are
     correct up to the second order; PyTorch's higher derivatives are wrong.
