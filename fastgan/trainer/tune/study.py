@@ -60,7 +60,7 @@ def tune(config: TuneConfig) -> TrainConfig:
     if config.workers == 1:
         work(config, 0)
     else:
-        with exit_on_sigterm():
+        with stopped_once():
             share(config)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
@@ -107,7 +107,7 @@ def share(config: TuneConfig) -> None:
         for _ in range(config.workers):
             start()
         while workers:
-            connection.wait([worker.sentinel for worker in workers])
+            connection.wait([worker.sentinel for worker in workers], timeout=1)  # a signal just before is seen after it
             for worker in [worker for worker in workers if not worker.is_alive()]:
                 workers.remove(worker)
                 if not worker.exitcode:
@@ -142,21 +142,30 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, whose default would end this process and leave its workers running."""
+def stopped_once() -> Iterator[None]:
+    """Leave with an exception on SIGTERM and Ctrl-C, and ignore further ones, which would leave workers running.
+
+    SIGTERM's default would end this process alone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not keep this process from stopping its workers
-        raise SystemExit(128 + number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+        before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_study(config: TuneConfig) -> optuna.Study:

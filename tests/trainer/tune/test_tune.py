@@ -207,6 +207,32 @@ def test_an_interrupted_command_leaves_no_worker_behind(toy, forked, no_plot, mo
     assert open_study(toy).best_params == values_of(toy.start)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_second_interruption_does_not_keep_the_workers_from_being_stopped(number, toy, forked, monkeypatch):
+    terminate = multiprocessing.process.BaseProcess.terminate
+
+    def interrupted(process: multiprocessing.process.BaseProcess) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        terminate(process)
+
+    def stopping(game: Game, step: int) -> float:
+        os.kill(os.getppid(), number)
+        time.sleep(600)
+        raise AssertionError
+
+    monkeypatch.setattr(Game, "train_to", stopping)
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.terminate", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            tune(dataclasses.replace(toy, trials=1, workers=2))
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert multiprocessing.active_children() == []
+
+
 def test_an_interruption_right_after_a_worker_started_leaves_none_behind(toy, forked, no_plot, monkeypatch, tmp_path):
     def sleeping(game: Game, step: int) -> float:
         (tmp_path / "reached").touch()
