@@ -44,9 +44,9 @@ def settings(
         kind,
         prog=f"fastgan {command}",
         description=f"{about}\n\nexample: {example}",
-        default=tyro.MISSING if default is None else default,
+        default=tyro.MISSING_NONPROP if default is None else default,  # MISSING would hide the fields' own defaults
         args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
 
 

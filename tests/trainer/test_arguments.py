@@ -129,6 +129,29 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     assert ("--data PATH --steps 500" in words) == (preset == "folder")
 
 
+@pytest.mark.parametrize(
+    ("command", "places", "shown"),
+    [
+        ("verify", "", "--steps INT (default: 32)"),
+        ("tune", "[PRESET]", "[PRESET] preset to tune (default: ring8)"),
+        ("export", "RUN", "--out {None}|PATH default: generator.safetensors in the run's folder (default: None)"),
+        ("generate", "RUN", "--samples INT number of samples, each a PNG file (default: 16)"),
+        ("evaluate", "[RUN]", "--seed INT (default: 0)"),
+        ("project", "RUN PICTURE", "--best the best generator"),
+    ],
+)
+def test_help_of_a_command_shows_defaults_and_names_what_is_required(command, places, shown, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    words = " ".join(text.replace("│", " ").split())
+    assert re.findall(r"\[?\b(?:RUN|PICTURE|PRESET)\b\]?", text.partition("\n")[0]) == places.split()
+    assert shown in words
+    assert words.count("(required)") == len([name for name in places.split() if name[0] != "["])
+    assert "{True,False}" not in words
+
+
 @pytest.mark.parametrize("flag", OTHER_FLAGS)
 def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
     assert cli.main(["train", "folder", flag, "1"]) == 2
