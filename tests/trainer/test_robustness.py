@@ -154,13 +154,16 @@ def recorded(config: TrainConfig) -> list[tuple[int, float, float]]:
     return [(record["step"], record["d_loss"], record["diversity"]) for record in records if "d_loss" in record]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "emptied", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "overwritten", "one byte"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(toy, capsys, damage):
     whole = train(toy, name="whole")
     train(toy, steps=6)
     path = toy.folder / "checkpoints" / "step-00000006.pt"
     content = path.read_bytes()
-    path.write_bytes({"cut short": content[: len(content) // 2], "emptied": b"", "overwritten": b"x" * 999}[damage])
+    half = len(content) // 2
+    changed = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    damaged = {"cut short": content[:half], "emptied": b"", "overwritten": b"x" * 999, "one byte": changed}
+    path.write_bytes(damaged[damage])
     resumed = train(toy, resume=True)
     assert "step-00000006.pt is damaged" in capsys.readouterr().out
     assert all(map(torch.equal, flat(resumed.gan.state_dict()), flat(whole.gan.state_dict())))
