@@ -22,6 +22,7 @@ import torch
 
 from fastgan import torch_private
 from fastgan._version import __version__
+from fastgan.words import number_of
 
 # The backends of each device type, best first. On NVIDIA GPUs, Triton comes first until a CUDA kernel is measured to be
 # faster (docs/decisions.md). An op whose CUDA kernel is faster registers with cuda_first.
@@ -337,7 +338,7 @@ def info() -> str:
     ```
     """
     lines = [f"fastgan {__version__}   torch {torch.__version__}   triton {_version('triton')}"]
-    lines.append(f"CPU      {torch.get_num_threads()} threads, {_native_summary()}")
+    lines.append(f"CPU      {number_of(torch.get_num_threads(), 'thread')}, {_native_summary()}")
     lines.append(f"GPU      {_gpu_summary()}")
     lines += [f"built    {name}: {_built(part)}" for name, part in (("_native", "native"), ("_native_cuda", "cuda"))]
     ops = sorted(op for op, declared in _ops.items() if len(declared.implementations) > 1)

@@ -146,6 +146,8 @@ def project(arguments: Sequence[str]) -> int:
     from fastgan.trainer.use.project import project as run
 
     for key, value in run(config).items():
+        if value is None:  # the class, without classes
+            continue
         print(f"{key:32}{value:.4g}" if isinstance(value, float) else f"{key:32}{value}")
     return 0
 

@@ -108,6 +108,12 @@ def test_without_kernels_relu_and_leaky_relu_allow_one_pass(without_native):
     assert fastgan.explain_penalty(net, x) == "one pass"
 
 
+@pytest.mark.parametrize(("count", "says"), [(1, "1 thread,"), (2, "2 threads,")])
+def test_info_counts_threads(monkeypatch, count, says):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert f"CPU      {says}" in fastgan.info()
+
+
 def test_info_says_what_runs_and_why_the_rest_does_not(without_native, caplog):
     with caplog.at_level(logging.WARNING, "fastgan"):
         text = fastgan.info()

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR|FILE.json",
-        help="where to write the measurements (default: benchmarks/results in a checkout, otherwise ./fastgan-bench)",
+        help="where to write the measurements (default: benchmarks/results in a checkout, elsewhere ./fastgan-bench)",
     )
     add(
         "--rounds",

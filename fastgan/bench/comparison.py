@@ -14,6 +14,7 @@ from typing import Any
 from fastgan.bench.case import BASELINE, OPTIONAL
 from fastgan.bench.heap import GIVEN_BACK
 from fastgan.bench.record import Results, listed, names
+from fastgan.words import number_of
 
 REGRESSION, IMPROVEMENT = "REGRESSION", "improvement"
 SPEED_UP, GRAPH = "speed-up", "speed-up, CUDA graph"
@@ -128,9 +129,9 @@ def table(found: Sequence[Change]) -> str:
         verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
         cells = [change.case, change.variant, change.what, f"{old:.3g}", now, share, seconds, verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    counts = [sum(change.verdict == verdict for change in found) for verdict in (REGRESSION, IMPROVEMENT)]
-    told = f"{counts[0]} regressions and {counts[1]} improvements beyond the noise of both runs"
-    return "\n".join([*lines, "", told])
+    verdicts = (REGRESSION, "regression"), (IMPROVEMENT, "improvement")
+    counts = [number_of(sum(change.verdict == verdict for change in found), noun) for verdict, noun in verdicts]
+    return "\n".join([*lines, "", f"{' and '.join(counts)} beyond the noise of both runs"])
 
 
 def regressed(found: Sequence[Change]) -> bool:

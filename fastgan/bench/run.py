@@ -162,7 +162,8 @@ def output_path(output: Path | None, device: torch.device, suite: str) -> Path:
         return output
     commit = commit_of(ROOT)[0]
     if output is None:
-        output = ROOT / "benchmarks" / "results" if commit else Path("fastgan-bench")
+        inside = commit and Path.cwd().is_relative_to(ROOT)
+        output = ROOT / "benchmarks" / "results" if inside else Path("fastgan-bench")
     return output / slug(device) / f"{suite}-{commit or 'unknown'}.json"
 
 

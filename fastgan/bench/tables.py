@@ -7,6 +7,7 @@ from typing import Any
 from fastgan.bench import growth
 from fastgan.bench.case import BASELINE
 from fastgan.bench.record import Results
+from fastgan.words import number_of
 
 Cells = list[str]
 COUNTS = {"flops": ("GFLOP", 1e9), "peak_bytes": ("peak MB", 1e6), "saved_bytes": ("saved MB", 1e6)}
@@ -63,9 +64,8 @@ def left_out(results: Results) -> list[str]:
 
 def source(results: Results) -> str:
     about = results["provenance"]
-    threads = (
-        f", {about['threads']} threads" if about["device_type"] == "cpu" else f", driver {about['driver'] or 'unknown'}"
-    )
+    threads = number_of(about["threads"], "thread")
+    how = threads if about["device_type"] == "cpu" else f"driver {about['driver'] or 'unknown'}"
     commit = f"commit {about['commit'] or 'unknown'}{' with changes' if about['dirty'] else ''}"
     versions = f"torch {about['torch']}, fastgan {about['fastgan']}, {commit}, {date(about)}"
     floor = (
@@ -73,7 +73,7 @@ def source(results: Results) -> str:
         "Data that stays in a cache can beat it. "
     )
     floors = any(case["floor_seconds"] is not None for case in results["cases"])
-    return f"{about['device']}{threads}; {versions}. {floor if floors else ''}`{about['command']}`"
+    return f"{about['device']}, {how}; {versions}. {floor if floors else ''}`{about['command']}`"
 
 
 def provenance_rows(results: Results) -> list[Cells]:

@@ -27,6 +27,7 @@ from fastgan.convert.distance import largest_difference
 from fastgan.launcher.command import Command
 from fastgan.launcher.gradients import parameters_of
 from fastgan.launcher.timing import Way
+from fastgan.words import number_of
 
 VARIABLE = "FASTGAN_COMPARISON"
 ROLES = {"PyTorch": Way.PYTORCH, "fastgan": Way.FASTGAN, "threads": Way.PYTORCH, "turns": Way.TURNS}
@@ -240,7 +241,7 @@ def _why_nothing(plain: dict[str, Any]) -> str:
 def _differences(name: str, plain: Any, fused: Any, threads: Any, now: int, other: int) -> list[str]:
     if not plain:
         return []
-    noise = f"PyTorch with {other} threads instead of {now}"
+    noise = f"PyTorch with {number_of(other, 'thread')} instead of {now}"
     fastgans, noises = _difference(plain, fused), _difference(plain, threads)
     lines = [f"  largest difference of {name}: fastgan {fastgans:.2g}; {noise} {noises:.2g}"]
     if len(plain) != len(fused):

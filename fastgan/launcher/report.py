@@ -13,6 +13,8 @@ from fastgan.launcher.timing import Unit, Way
 
 HEAD = ("penalized call", "module", "steps", "work, PyTorch", "work, fastgan", "PyTorch", "fastgan", "kept")
 
+NOTHING = ("fastgan: no gradient penalty was found in this run",)
+
 
 class _Anchor:
     """multiprocessing calls a function that is registered for an object in each worker, while the object exists."""
@@ -46,8 +48,11 @@ def at_end(report: Callable[[], None], of_fork: Callable[[], Callable[[], None]]
     util.register_after_fork(_anchor, in_worker)
 
 
-def print_table(units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = ()) -> None:
-    lines = table(units, refused, notes)
+def print_table(
+    units: Sequence[Unit], refused: Mapping[str, str], notes: Sequence[str] = (), otherwise: Sequence[str] = ()
+) -> None:
+    """Print the table, or ``otherwise`` if it has no lines."""
+    lines = table(units, refused, notes) or otherwise
     if lines and sys.stderr is not None:
         with suppress(OSError, ValueError):  # the script closed it, or its reader ended
             print("\n".join(lines), file=sys.stderr, flush=True)

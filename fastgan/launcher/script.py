@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 _LAUNCHER = str(Path(__file__).parent) + os.sep
 _kept: list[ModuleType] = []  # the original __main__, whose functions are still on the stack
@@ -27,7 +27,10 @@ def run_file(path: str, arguments: Sequence[str]) -> None:
     if os.path.isdir(path) or _is_archive(path):
         sys.argv[:] = [path, *arguments]
         _set_first_path(os.path.abspath(path))
-        _, spec, code = cast(Any, runpy)._get_main_module_details()
+        try:
+            _, spec, code = cast(Any, runpy)._get_main_module_details(_NotFound)
+        except _NotFound as error:
+            _exit(error)
         _run(code, _main_module(spec.origin or path, spec.loader, spec))
         return
     try:
@@ -50,14 +53,18 @@ def run_module(name: str, arguments: Sequence[str]) -> None:
     try:
         _, spec, code = cast(Any, runpy)._get_module_details(name, _NotFound)
     except _NotFound as error:
-        print(f"{sys.executable}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _exit(error)
     sys.argv[0] = spec.origin
     _run(code, _main_module(spec.origin, spec.loader, spec))
 
 
 class _NotFound(Exception):
     pass
+
+
+def _exit(error: _NotFound) -> NoReturn:
+    print(f"{sys.executable}: {error}", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def _reason(error: OSError) -> str:

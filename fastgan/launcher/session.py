@@ -7,6 +7,7 @@ input that requires a gradient, are rerouted. ``enabled`` and ``fastgan run`` be
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from fastgan.launcher import learning
 from fastgan.launcher.command import Settings
 from fastgan.launcher.conversion import Conversion
 from fastgan.launcher.penalized import Root
-from fastgan.launcher.report import at_end, print_table
+from fastgan.launcher.report import NOTHING, at_end, print_table
 from fastgan.launcher.roots import Call, GlobalHooks, mark
 from fastgan.launcher.sites import Site, is_called_by_fastgan, place, site
 from fastgan.launcher.timing import Step, Unit, Way
@@ -68,6 +69,7 @@ class Session:
         self.units: list[Unit] = []
         self.refused: dict[str, str] = {}  # place -> why nothing is rerouted there
         self.recorder: Any = None  # records a comparison
+        self.differentiated = self.penalized = False  # whether there were gradients, and some of a penalty
         self.way = Way.FASTGAN if settings.always else Way.FASTER
         self._roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
         self.notes: list[str] = []  # what was converted and what was not
@@ -207,16 +209,19 @@ def grad(
     session = _session
     if session is None or torch.compiler.is_compiling():
         return _grad(*given, **named)
+    own = is_called_by_fastgan()
+    if create_graph or own:
+        session.penalized = True
     if not create_graph:  # perhaps the gradient of a loss, which some scripts compute without backward()
         step = session.here.step
-        if session.recorder is not None and not is_called_by_fastgan():
+        if session.recorder is not None and not own:
             session.recorder.loss(outputs)
         with _counting(session):
             result = _grad(*given, **named)
         if step is not None:
             step.lap()
         return result
-    if is_called_by_fastgan():
+    if own:
         return _grad(*given, **named)
     key = site()
     session.before(outputs, inputs, key, place(), bool(named.get("is_grads_batched", rest[2:3] == (True,))))
@@ -239,6 +244,7 @@ def backward(
         return _backward(*given)
     session = _session
     if create_graph:
+        session.penalized = True
         session.before(tensors, inputs, site(), place(), False)
     if session.recorder is not None:
         session.recorder.loss(tensors)
@@ -257,6 +263,7 @@ def backward(
 
 
 def _counting(session: Session) -> Any:
+    session.differentiated = True
     step = session.here.step
     return ExitStack() if step is None else step.counting()
 
@@ -319,6 +326,16 @@ def enabled(*, always: bool = False, convert: bool = False) -> Iterator[None]:
         print_table(session.units, session.refused, session.notes)
 
 
+def _report(session: Session, *, is_child: bool) -> Callable[[], None]:
+    """Return a function that prints the table of this process, or a line if a script trained without a penalty."""
+
+    def report() -> None:
+        nothing = session.differentiated and not session.penalized and not is_child
+        print_table(session.units, session.refused, session.notes, NOTHING if nothing else ())
+
+    return report
+
+
 def _report_of_fork(session: Session) -> Callable[[], None]:
     """Return a function that prints the table of a forked worker. Its parent's table has the inherited entries."""
     units, refused, notes = list(session.units), set(session.refused), len(session.notes)
@@ -358,8 +375,9 @@ def begin_process(settings: Settings) -> None:
         session.recorder, session.way = recorder, recorder.way
         at_end(lambda: recorder.end(session))
     else:
+        is_child = children.VARIABLE in os.environ
         children.include(settings)
-        at_end(lambda: print_table(session.units, session.refused, session.notes), lambda: _report_of_fork(session))
+        at_end(_report(session, is_child=is_child), lambda: _report_of_fork(session))
         patch = getattr(sys.modules["fastgan"], "patch_torch_utils", None)
         if patch is not None:
             patch()

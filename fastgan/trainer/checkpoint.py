@@ -58,12 +58,17 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged or cannot be read.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch.load does not compare checksums
+                raise CheckpointError(f"{path} is damaged (checksum)")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         rng = state["rng"]
         state["step"] = int(state["step"])
+    except CheckpointError:
+        raise
     except (PermissionError, FileNotFoundError) as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__})") from error
     _set_rng_state(rng)
     return state

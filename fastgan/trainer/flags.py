@@ -6,6 +6,7 @@ Every error is a ValueError of one line, in the words of `settings.py`. This mod
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -44,9 +45,9 @@ def settings(
         kind,
         prog=f"fastgan {command}",
         description=f"{about}\n\nexample: {example}",
-        default=tyro.MISSING if default is None else default,
+        default=tyro.MISSING_NONPROP if default is None else default,  # MISSING would hide the fields' own defaults
         args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
 
 
@@ -81,7 +82,10 @@ def parse(command: str, kind: type[Settings], arguments: Sequence[str], default:
         while len(texts) < count(found.kind) and rest and not rest[0].startswith("--"):
             texts.append(rest.pop(0))
         values[found] = converted(name, texts, found.kind)
-    return built(command, kind, values, default)
+    try:
+        return built(command, kind, values, default)
+    except ValueError as error:
+        raise ValueError(as_flags(str(error), flags)) from None
 
 
 def flags_of(kind: type[Any], group: str | None = None) -> dict[str, Flag]:
@@ -167,6 +171,14 @@ def built(command: str, kind: type[Settings], values: Mapping[Flag, Any], defaul
         start = base(kinds[group])() if default is None else getattr(default, group)
         own[group] = dataclasses.replace(start, **changed)
     return kind(**own) if default is None else dataclasses.replace(default, **own)  # type: ignore[type-var]
+
+
+def as_flags(message: str, flags: Mapping[str, Flag]) -> str:
+    """Return an error's message with the fields that it is about, alone or in lists, spelled as flags."""
+    names = {about.field: name for name, about in reversed([*flags.items()]) if about.value and not about.positional}
+    field = rf"(?:{'|'.join(names)})"
+    lists = rf"(?:^|(?<=: )|(?<=leave out )|(?<=needs )|(?<=set )|(?<=choose )){field}\b(?:(?:, | and | or ){field}\b)*"
+    return re.sub(lists, lambda found: re.sub(rf"\b{field}\b", lambda one: names[one[0]], found[0]), message)
 
 
 def required(kind: type[Any]) -> Iterator[str]:

@@ -136,11 +136,24 @@ class RunFolder:
             raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the records of complete lines. A line that a crash cut short is skipped."""
+        """Return the records. A last line that a crash cut short is left out.
+
+        Raises:
+            RunFolderError: another line is damaged.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [strict_json.loads(line) for line in lines if line.endswith("\n")]
+        *lines, _ = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [self._record(number, line) for number, line in enumerate(lines, 1)]
+
+    def _record(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            record = strict_json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise RunFolderError(f"{self.metrics}, line {number} is no record in JSON: remove this line")
+        return record
 
     def forget_after(self, step: int) -> None:
         """Remove the metrics of steps that a resumed run repeats."""

@@ -82,7 +82,7 @@ def test_a_variant_that_can_no_longer_be_measured_is_a_regression(pair, left_out
     assert comparison.regressed(comparison.changes(old, new))
     told = comparison.table(comparison.changes(old, new))
     assert f"| {CASE} | fastgan | speed-up | 4 | none |  |  | REGRESSION: {reason}" in told
-    assert "1 regressions and 0 improvements" in told
+    assert "1 regression and 0 improvements" in told
 
 
 def test_a_baseline_that_can_no_longer_be_measured_is_a_regression(pair):

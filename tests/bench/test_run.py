@@ -248,13 +248,17 @@ def test_compiled_steps_on_a_cpu_are_a_few_unless_a_pattern_selects_others():
         assert names == [name for name in SUITES[suite] if device.type in CASES[name].device_types]
 
 
-def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypatch):
+def test_results_go_to_a_folder_of_the_device_and_a_file_of_the_commit(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     monkeypatch.setattr(provenance, "cpu_name", lambda: "Some(R) CPU @ 2.0GHz")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     name = f"some-r-cpu-2-0ghz-avx2-{torch.get_num_threads()}-threads"
     monkeypatch.setattr(run, "commit_of", lambda folder: ("0123456789ab", False))
-    assert run.output_path(None, cpu, "ops") == run.ROOT / "benchmarks" / "results" / name / "ops-0123456789ab.json"
+    for inside in (run.ROOT, run.ROOT / "fastgan"):
+        monkeypatch.chdir(inside)
+        assert run.output_path(None, cpu, "ops") == run.ROOT / "benchmarks" / "results" / name / "ops-0123456789ab.json"
+    monkeypatch.chdir(tmp_path)
+    assert run.output_path(None, cpu, "ops") == Path("fastgan-bench") / name / "ops-0123456789ab.json"
     assert run.output_path(Path("here"), cpu, "ops") == Path("here") / name / "ops-0123456789ab.json"
     assert run.output_path(Path("here/x.json"), cpu, "ops") == Path("here/x.json")
     monkeypatch.setattr(run, "commit_of", lambda folder: (None, None))

@@ -90,6 +90,27 @@ def test_a_script_and_its_children_print_the_same_and_each_has_its_table(tmp_pat
         assert float(row[5]) < float(row[3])  # forwards' work with fastgan and with PyTorch
 
 
+WITHOUT = "for x in [torch.ones(1, requires_grad=True)]:\n    (3 * x).backward()\n"
+OWN = "fastgan.gradient_penalty(nn.Sequential(nn.Linear(3, 1)), torch.randn(2, 3), kind='r1').backward()\n"
+CHILD = "sys.argv[1:] or subprocess.run([sys.executable, __file__, '1'], check=True)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (WITHOUT, ["fastgan: no gradient penalty was found in this run"]),
+        (WITHOUT + CHILD, ["fastgan: no gradient penalty was found in this run"]),
+        (WITHOUT + "train(1)\n", []),
+        (WITHOUT + OWN, []),
+        ("", []),  # perhaps the help text of the script
+    ],
+    ids=["none", "none in a child either", "too short to be rerouted", "fastgan's own", "no training"],
+)
+def test_a_script_that_trains_without_a_penalty_says_so_once(tmp_path, text, lines):
+    _, errors = run(tmp_path, TRAIN + text, "-m", "fastgan", "run", "script.py")
+    assert errors.splitlines() == lines
+
+
 def test_two_ranks_of_torchrun_are_under_the_launcher(tmp_path):
     command = [
         "-m",

@@ -122,6 +122,9 @@ def test_a_script_elsewhere_and_one_that_is_missing(folder):
     assert_same(folder, "below/script.py", "-m", "--always")
     (below / "__main__.py").write_text("import sys, script; print(sys.argv, sys.path[0], __name__)")
     assert assert_same(folder, "below", "x")[0] == 0
+    (below / "__main__.py").unlink()
+    assert assert_same(folder, "below")[0] == 1
+    assert assert_same(folder, "-m", "below")[0] == 1
     assert assert_same(folder, "nothing.py")[0] == 2
     assert assert_same(folder, "-m", "nothing.at.all")[0] == 1
 

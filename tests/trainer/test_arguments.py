@@ -47,12 +47,19 @@ WRONG = [
     (["--minutes", "soon"], "--minutes must be a number, got 'soon'"),
     (["--betas", "0.5"], "--betas must be a list of 2 values, each a number, got '0.5'"),
     (["--lr-decay", "5", "2.5"], "--lr-decay must be a list of 2 values, each a whole number, got '5 2.5'"),
-    (["--lr-decay", "5", "2"], "lr_decay must be two steps, the first before the second, got (5, 2)"),
+    (["--lr-decay", "5", "2"], "--lr-decay must be two steps, the first before the second, got (5, 2)"),
     (["--optimizer", "sgd"], "--optimizer must be one of adam, optimistic-adam, extra-adam, got 'sgd'"),
     (["--channels", "2"], "--channels must be one of 1, 3, 4, got '2'"),
     (["--data", ""], "--data must be a path, got ''"),
     (["--mirror=yes"], "--mirror takes no value, got 'yes'"),
-    (["--batch-size", "-1"], "batch_size must be positive, got -1"),
+    (["--batch-size", "-1"], "--batch-size must be positive, got -1"),
+    (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 must be a multiple of pack * accumulate, 2"),
+    (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    (
+        ["--crop", "none", "--mirror"],
+        "discs has samples of a fixed form: leave out --crop, --mirror (for folder and emoji only)",
+    ),
+    (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
     (["photos"], "train discs has no argument 'photos': flags start with --"),
     (["."], "train discs has no argument '.': did you mean --data .?"),
 ]
@@ -74,6 +81,7 @@ def test_a_wrong_flag_is_one_line(flags, says, capsys):
         (["evaluate", "--run", "x"], "evaluate has no --run: --help lists the flags"),
         (["tune", "ring8", "--image_sise", "3"], "tune has no --image_sise: did you mean --image-size?"),
         (["verify", "--quik"], "verify has no --quik: did you mean --quick?"),
+        (["verify", "--quick"], "--quick needs --matrix: it selects a third of the matrix"),
         (["bench", "--suit", "x", "y"], "unrecognized arguments: y; fastgan bench --help lists the flags"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -129,6 +137,29 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     assert ("--data PATH --steps 500" in words) == (preset == "folder")
 
 
+@pytest.mark.parametrize(
+    ("command", "places", "shown"),
+    [
+        ("verify", "", "--steps INT (default: 32)"),
+        ("tune", "[PRESET]", "[PRESET] preset to tune (default: ring8)"),
+        ("export", "RUN", "--out {None}|PATH default: generator.safetensors in the run's folder (default: None)"),
+        ("generate", "RUN", "--samples INT number of samples, each a PNG file (default: 16)"),
+        ("evaluate", "[RUN]", "--seed INT (default: 0)"),
+        ("project", "RUN PICTURE", "--best the best generator"),
+    ],
+)
+def test_help_of_a_command_shows_defaults_and_names_what_is_required(command, places, shown, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    words = " ".join(text.replace("│", " ").split())
+    assert re.findall(r"\[?\b(?:RUN|PICTURE|PRESET)\b\]?", text.partition("\n")[0]) == places.split()
+    assert shown in words
+    assert words.count("(required)") == len([name for name in places.split() if name[0] != "["])
+    assert "{True,False}" not in words
+
+
 @pytest.mark.parametrize("flag", OTHER_FLAGS)
 def test_flags_of_other_trainers_get_the_right_one_named(flag, capsys):
     assert cli.main(["train", "folder", flag, "1"]) == 2
@@ -165,7 +196,7 @@ def test_a_configuration_survives_its_file(tmp_path):
 def test_a_value_that_makes_no_sense_is_refused(flags, capsys, in_tmp_path):
     assert cli.main(["train", "ring8", *flags]) == 2
     error = capsys.readouterr().err
-    assert flags[0].removeprefix("--").replace("-", "_") in error
+    assert flags[0] in error
     assert error.count("\n") == 1
     assert not any(in_tmp_path.iterdir())
 

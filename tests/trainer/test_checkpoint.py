@@ -70,6 +70,15 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         checkpoint.load(path)
 
 
+def test_a_changed_byte_is_found_by_its_checksum(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"value": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt is damaged \(checksum\)"):
+        checkpoint.load(path)
+
+
 def test_an_empty_checkpoint_is_named(tmp_path):
     path = tmp_path / "step-00000001.pt"
     path.touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastgan import strict_json
 from fastgan.trainer import checkpoint
 from fastgan.trainer.config import PRESETS, TrainConfig
 from fastgan.trainer.data.options import PictureConfig
@@ -154,16 +156,35 @@ def recorded(config: TrainConfig) -> list[tuple[int, float, float]]:
     return [(record["step"], record["d_loss"], record["diversity"]) for record in records if "d_loss" in record]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "emptied", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "overwritten", "one byte"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(toy, capsys, damage):
     whole = train(toy, name="whole")
     train(toy, steps=6)
     path = toy.folder / "checkpoints" / "step-00000006.pt"
     content = path.read_bytes()
-    path.write_bytes({"cut short": content[: len(content) // 2], "emptied": b"", "overwritten": b"x" * 999}[damage])
+    half = len(content) // 2
+    changed = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    damaged = {"cut short": content[:half], "emptied": b"", "overwritten": b"x" * 999, "one byte": changed}
+    path.write_bytes(damaged[damage])
     resumed = train(toy, resume=True)
     assert "step-00000006.pt is damaged" in capsys.readouterr().out
     assert all(map(torch.equal, flat(resumed.gan.state_dict()), flat(whole.gan.state_dict())))
+
+
+def test_a_damaged_line_of_the_metrics_is_named_and_a_last_one_that_was_cut_short_is_dropped(toy):
+    whole = train(toy, steps=6).run
+    text = whole.metrics.read_text()
+    whole.metrics.write_text(text + '{"step": 6, "d_lo')
+    assert whole.read_metrics() == [strict_json.loads(line) for line in text.splitlines()]
+    train(toy, steps=8, resume=True)
+    lines = whole.metrics.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["step"] == 8
+    for damaged in ("garbage\n", "\0\n", "3\n", "\n", "\udcff\n"):
+        content = "".join([*lines[:2], damaged, *lines[2:]])
+        whole.metrics.write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 3 is no record in JSON"):
+            Trainer(dataclasses.replace(toy, resume=True))
+        assert whole.metrics.read_bytes() == content.encode(errors="surrogateescape")
 
 
 def test_all_checkpoints_damaged_is_an_error_that_names_them(toy):

@@ -18,6 +18,7 @@ from fastgan.trainer.progress import plain
 from fastgan.trainer.report import html as html_report
 from fastgan.trainer.report.charts import counted
 from fastgan.trainer.run import RunFolder, replace_text
+from fastgan.words import number_of
 
 SHORT = 1000  # below this number of steps no preset's samples have settled, and few alarms can fire
 
@@ -62,7 +63,7 @@ def write(config: TrainConfig, run: RunFolder, gan: GAN, quality: dict[str, Any]
             f"{plain(images / last['seconds'])} images/s for the whole loop, including pictures and checkpoints",
         ),
         ("final losses", f"discriminator {last['d_loss']:.3f}, generator {last['g_loss']:.3f}"),
-        ("device", f"{where['device']}, {where['threads']} threads"),
+        ("device", f"{where['device']}, {number_of(where['threads'], 'thread')}"),
         ("versions", f"fastgan {where['fastgan']}, torch {where['torch']}, Python {where['python']}"),
     ]
     if where["commit"]:

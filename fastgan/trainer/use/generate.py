@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +49,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     labels = trained.labels(config.samples, config.class_name)
     samples = trained.samples(z, labels) if config.samples else torch.empty(0, *trained.data["shape"], device="cpu")
     if is_picture:
+        if config.samples:
+            remove_samples(out)
         digits = max(4, len(str(config.samples - 1)))
         for number, sample in enumerate(samples):
             written.append(out / f"sample-{number:0{digits}}.png")
@@ -67,6 +70,13 @@ def generate(config: GenerateConfig) -> list[Path]:
         with removed_if_cut_short(written[-1]):
             write_animation(written[-1], frames)
     return written
+
+
+def remove_samples(folder: Path) -> None:
+    """Remove the pictures that an earlier call wrote."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"sample-\d{4,}\.png", path.name):
+            path.unlink()
 
 
 def write_arrays(path: Path, samples: Tensor, z: Tensor, labels: Tensor | None, is_picture: bool) -> None:

@@ -67,7 +67,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
         pixels = pixels_of(open_image(config.picture.read_bytes()), layout_of(shape, trained.config.pictures))
     except UNREADABLE as error:
         raise DataError(f"{config.picture} cannot be read: {reason(error)}") from error
-    target = torch.from_numpy(pixels).float().div(127.5).sub(1)[None].to(trained.device)
+    target = torch.tensor(pixels).float().div(127.5).sub(1)[None].to(trained.device)
     require_writable(out)
     name = config.extractor or trained.config.extractor
     check_extractor(name, shape, trained.device)

@@ -284,7 +284,7 @@ def test_sizes_that_no_network_makes_are_refused(text):
 @pytest.mark.parametrize("flags", [["--image-size", "64"], ["--crop", "none"], ["--mirror"], ["--channels", "1"]])
 def test_flags_of_pictures_are_refused_for_other_data(flags, capsys):
     assert cli.main(["train", "discs", *flags]) == 2
-    assert flags[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err
+    assert flags[0] in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -276,7 +276,7 @@ def test_pictures_of_any_size_are_compared_and_networks_need_multiples():
 def test_a_flag_that_would_have_no_effect_is_refused(flags, capsys):
     assert cli.main(["evaluate", *flags]) == 2
     name = next(flag for flag in reversed(flags) if flag.startswith("--") and flag != "--against")
-    assert name[2:].replace("-", "_") in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--images", "a"], ["run", "--images", "a", "--against", "b"]])

@@ -55,6 +55,19 @@ def test_pictures_a_grid_and_an_array_are_written(run, config, capsys):
     assert (pixels.permute(0, 2, 3, 1).numpy() == saved["samples"]).all()
 
 
+def test_samples_of_an_earlier_call_are_removed_and_nothing_else(run, config):
+    out = config.folder / "generated"
+    command = ["generate", str(config.folder), "--device", "cpu", "--samples"]
+    assert cli.main([*command, "4"]) == 0
+    (out / "sample-0003-large.png").touch()
+    (out / "sample-mine.png").touch()
+    others = ["sample-0003-large.png", "sample-mine.png"]
+    assert cli.main([*command, "2"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["sample-0000.png", "sample-0001.png", *others]
+    assert cli.main([*command, "0", "--grid", "1x1"]) == 0
+    assert {"grid.png", "sample-0000.png"} < {path.name for path in out.iterdir()}
+
+
 def test_the_first_latents_are_the_same_for_every_number_of_samples(run, config):
     trained = load_trained(config.folder, CPU)
     for count in (1, 2, 3, 5):

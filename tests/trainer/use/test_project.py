@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from fastgan import cli
+from fastgan.trainer.data.options import PictureConfig
+from fastgan.trainer.loop import Trainer
 from fastgan.trainer.report.pictures import as_picture
 from fastgan.trainer.use.trained import load_trained
 
@@ -40,6 +43,21 @@ def test_the_result_is_never_farther_than_the_start(run, config, tmp_path):
     assert cli.main(["project", str(config.folder), str(tmp_path / "red.png"), *flags]) == 0
     numbers = json.loads((config.folder / "projected" / "red" / "projection.json").read_text())
     assert numbers["rms_pixel_error"] == pytest.approx(numbers["rms_pixel_error_at_start"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gray_pictures_without_classes_give_no_warning_and_no_class(config, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
+    model = dataclasses.replace(config.model, conditional=False)
+    gray = dataclasses.replace(config, model=model, pictures=PictureConfig(channels=1), steps=1)
+    Trainer(gray).train()
+    picture = next(config.data.rglob("*.png"))
+    capsys.readouterr()
+    flags = ["--steps", "0", "--starts", "2", "--device", "cpu"]
+    assert cli.main(["project", str(gray.folder), str(picture), *flags]) == 0
+    assert "class" not in capsys.readouterr().out
+    numbers = json.loads((gray.folder / "projected" / picture.stem / "projection.json").read_text())
+    assert numbers["class"] is None
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,9 @@ def test_the_penalty_that_is_verified_is_fastgans_however_small_the_discriminato
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--matrix", "--steps", "3", "--out", "here"], "leave out steps, out"),
-        (["--matrix", "--dataset", "ring8"], "leave out dataset"),
-        (["--quick"], "quick needs matrix"),
+        (["--matrix", "--steps", "3", "--out", "here"], "leave out --steps, --out"),
+        (["--matrix", "--dataset", "ring8"], "leave out --dataset"),
+        (["--quick"], "--quick needs --matrix"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(arguments, message, capsys):
