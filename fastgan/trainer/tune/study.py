@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from multiprocessing import connection
 from types import FrameType
@@ -60,8 +60,8 @@ def tune(config: TuneConfig) -> TrainConfig:
     if config.workers == 1:
         work(config, 0)
     else:
-        with stopped_once():
-            share(config)
+        with stopped_once() as check_stopped:
+            share(config, check_stopped)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = config.best(settings(config.start, study.best_params))
@@ -91,8 +91,11 @@ def check(config: TuneConfig) -> None:
         )
 
 
-def share(config: TuneConfig) -> None:
-    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker."""
+def share(config: TuneConfig, check_stopped: Callable[[], None]) -> None:
+    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker.
+
+    ``check_stopped`` raises an exception if this process was told to stop.
+    """
     context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process, and OpenMP may not
     indices = iter(range(config.workers + config.trials))  # finite, in case every setting kills its worker
 
@@ -107,7 +110,8 @@ def share(config: TuneConfig) -> None:
         for _ in range(config.workers):
             start()
         while workers:
-            connection.wait([worker.sentinel for worker in workers], timeout=1)  # a signal just before is seen after it
+            connection.wait([worker.sentinel for worker in workers], timeout=1)  # it does not see a signal just before
+            check_stopped()
             for worker in [worker for worker in workers if not worker.is_alive()]:
                 workers.remove(worker)
                 if not worker.exitcode:
@@ -123,6 +127,8 @@ def share(config: TuneConfig) -> None:
         for worker in started:
             worker.terminate()
         for worker in started:
+            worker.join(10)
+            worker.kill()  # if it still runs
             worker.join()
     requeue_orphans(open_study(config))  # a worker may have been killed before it registered its trial
     work(config, config.workers + config.trials)  # run the remaining trials; raises an error that ended every worker
@@ -142,19 +148,27 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_once() -> Iterator[None]:
+def stopped_once() -> Iterator[Callable[[], None]]:
     """Leave with an exception on SIGTERM and Ctrl-C, and ignore further ones, which would leave workers running.
 
-    SIGTERM's default would end this process alone.
+    SIGTERM's default would end this process alone. The yielded function raises the exception again, in case that the
+    signal came in a callback of the interpreter, whose exceptions are lost.
     """
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
+        yield check  # Python delivers signals to the main thread only
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        received.append(number)
+        check()
 
     before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
@@ -162,7 +176,7 @@ def stopped_once() -> Iterator[None]:
     for number in before:
         signal.signal(number, leave)
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
