@@ -275,6 +275,14 @@ def keep_graph_whole() -> None:
         optimizer.first_bucket_cap = optimizer.bucket_bytes_cap = float("inf")
 
 
+def finish_graph(function: Callable[[Any], None]) -> None:
+    """Call a function with the graph that torch.compile traces, before it is compiled."""
+    _, _, translator = dynamo()
+    output: Any = translator.current_tx().output.root_tx.output
+    if function not in output.register_finalizer_fns:
+        output.add_graph_finalizer(function)
+
+
 def apply(function: Any, *args: Any) -> Any:
     """Call ``function.apply(*args)`` of an autograd.Function, in eager mode without the steps that transforms need."""
     if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():

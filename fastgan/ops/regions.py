@@ -22,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastgan import backends, torch_private
+from fastgan.ops.changed_inputs import change_copies
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +67,7 @@ def _may_enter(whole: bool) -> bool:
         may = not (in_fastgan or getattr(config, "nested_graph_breaks", False))
     if may:
         torch_private.keep_graph_whole()
+        torch_private.finish_graph(change_copies)
     return may
 
 

@@ -101,6 +101,7 @@ weights; it has no tolerance."""
 
 def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, length: int) -> list[Step]:
     """Run both copies and return their steps. Print every eighth step, and each that exceeds a tolerance."""
+    forget_compiled(config)
     reference, fused, free = (build(config, kernels, device) for kernels in ("torch", "fastgan", "fastgan"))
     tolerances = TOLERANCES[dtype]
     print(f"\n{NAMES[dtype]}")
@@ -116,6 +117,12 @@ def compare(config: VerifyConfig, dtype: torch.dtype, device: torch.device, leng
         columns = "".join(f"{worst[kind][0]:10.1e}" if kind in worst else f"{'-':>10}" for kind in tolerances)
         print(f"{step.number:4} {step.losses[0]:8.4f} {step.losses[1]:8.4f}{columns}{step.drift:10.1e}", flush=True)
     return steps
+
+
+def forget_compiled(config: VerifyConfig) -> None:
+    """Drop the graphs of the copies before: PyTorch runs a function uncompiled if it has too many."""
+    if config.optim.compile:
+        torch.compiler.reset()
 
 
 def build(config: VerifyConfig, kernels: Kernels, device: torch.device) -> GAN:
@@ -137,6 +144,7 @@ def build_plain(config: VerifyConfig, device: torch.device) -> GAN:
 
 def compare_speed(config: VerifyConfig, device: torch.device) -> dict[str, float]:
     """Return median times of a whole step with fastgan, with PyTorch and without penalties. They take turns."""
+    forget_compiled(config)
     copies = {
         "fused": build(config, "fastgan", device),
         "torch": build(config, "torch", device),
