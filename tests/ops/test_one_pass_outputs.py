@@ -103,6 +103,89 @@ def test_patches_with_one_gradient_a_sample_take_four_forwards_and_others_six():
     assert work(lambda: step(softplus)) <= 6.05 * forward
 
 
+class TwoHeads(nn.Module):
+    """Return two maps and the features."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 1, 3, 1, 1)
+        self.double()
+
+    def forward(self, x):
+        h = F.leaky_relu(self.body(x), 0.2)
+        return self.first(h), self.second(h), h
+
+
+SELECTED = {
+    "rows of patches": lambda output: output[1].flatten(1),
+    "joined maps": lambda output: torch.cat([output[0].flatten(1), output[1].flatten(1)], 1),
+    "a mean": lambda output: output[1].mean((2, 3)),
+    "two means": lambda output: [output[0].mean((1, 2, 3)), output[1].mean((1, 2, 3))],
+    "a map and a mean": lambda output: [output[1], output[0].mean((1, 2, 3))],
+    "one channel": lambda output: output[0][:, 0].sum((1, 2)),
+    "a difference": lambda output: output[0][:, 0] - output[0][:, 1],
+    "a factor": lambda output: 2 * output[1] + 3,
+    "weights": lambda output: output[1].flatten(1) @ torch.arange(1.0, 1 + output[1][0].numel()).double(),
+}
+# As means of a sample: one gradient, in proportion to the weights. As patches: other gradients.
+OF_SELECTED = {
+    "means": lambda parts: sum(F.softplus(-part.reshape(len(part), -1).mean(1)).mean() for part in parts),
+    "patches": lambda parts: sum(F.softplus(-part).mean() for part in parts),
+}
+
+
+def assert_selection_is_exact(model, loss, select):
+    twin, x = copy.deepcopy(model), images().requires_grad_()
+    output = twin(x)
+    (g,) = torch.autograd.grad(sum(part.sum() for part in parts_of(select(output))), x, create_graph=True)
+    want = gradients(twin, loss(output) + 1.5 * g.square().sum((1, 2, 3)).mean())
+    output, penalty = fastgan.logits_and_penalty(model, images(), kind="r1", weight=3.0, select=select)
+    for name, grad in gradients(model, loss(output) + penalty).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", OF_SELECTED)
+@pytest.mark.parametrize("name", SELECTED)
+def test_logits_that_select_computes_are_exact_in_one_pass(name, loss):
+    model, select = TwoHeads(), SELECTED[name]
+    assert fastgan.explain_penalty(model, images(), select=select).startswith(SEVERAL)
+
+    def total(output):
+        return OF_SELECTED[loss](parts_of(select(output))) + output[2].square().mean()
+
+    assert_selection_is_exact(model, total, select)
+
+
+def test_logits_that_select_computes_take_four_forwards_if_the_loss_is_in_proportion():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 3, 1, 1)).double()
+    forward = work(lambda: model(images()))
+
+    def step(select, loss):
+        logits, penalty = fastgan.logits_and_penalty(model, images(), select=select)
+        (loss(select(logits)) + penalty).backward()
+
+    for select in (lambda logits: logits.flatten(1), lambda logits: logits.mean((1, 2, 3))):
+        assert work(lambda select=select: step(select, torch.mean)) <= 4.05 * forward
+    assert work(lambda: step(lambda logits: logits.mean((1, 2, 3)), softplus)) <= 4.05 * forward
+    assert work(lambda: step(lambda logits: logits.flatten(1), softplus)) <= 6.05 * forward
+
+
+def test_selected_logits_that_are_not_affine_or_learned_name_the_call():
+    model, gate = TwoHeads(), nn.Parameter(torch.ones(()).double())
+    refused = {
+        "tanh": lambda output: output[1].tanh(),
+        "mixes the samples": lambda output: output[1] - output[1].mean(0),
+        "select= uses a parameter": lambda output: output[1] * gate,
+    }
+    for reason, select in refused.items():
+        assert reason in fastgan.explain_penalty(model, images(), select=select)
+        assert_selection_is_exact(model, lambda output, select=select: softplus(select(output)), select)
+    batch_norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).double()
+    why = fastgan.explain_penalty(batch_norm, images(), select=lambda logits: logits.flatten(1))
+    assert "batch_norm" in why
+
+
 def test_loss_and_penalty_of_patches_may_be_differentiated_apart():
     model = Heads([patches()], lambda parts: parts[0])
     for loss in (torch.mean, softplus):

@@ -309,12 +309,12 @@ def logits_and_penalty(
         return returned, penalty([grad])
     with gathering(discriminator):
         forward = run_unknown(discriminator, inputs, select, args, kwargs, known)
-        returned, logits, x, tracer, obstacle, graph = forward
+        returned, logits, x, tracer, obstacle, graph, selection = forward
         if graph is not None:
             grad, returned = gradient_and_logits_of(graph)
             return returned, penalty([grad])
-        if tracer is not None and obstacle is None:
-            return one_pass(returned, logits, x, tracer, penalty)
+        if selection is not None and tracer is not None and obstacle is None:
+            return one_pass(returned, selection.outputs, x, tracer, penalty, selection.weights)
         with naming_layers(discriminator, inputs, select, args, kwargs):
             value = general_penalty(logits, x, penalty)
     if tracer is not None:

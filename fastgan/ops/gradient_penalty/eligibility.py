@@ -71,7 +71,7 @@ class Tracer(TorchFunctionMode):
         self._inputs = inputs
         self._traced = {id(x): _Traced(ref(x), x._version, Layout(0), None) for x in inputs}
         self._views: dict[int, Tensor] = {}
-        self._counts: dict[int, _Traced] = {}  # results of torch.arange
+        self._counts: dict[int, _Traced] = {}  # results of torch.arange and torch.meshgrid, and where they count
         self._data: list[tuple[Tensor, int]] = []
         self._writes_slices = False
 
@@ -90,6 +90,8 @@ class Tracer(TorchFunctionMode):
             result = func(*args, **kwargs)
             if func is torch.arange:
                 self._remember_count(args, result)
+            elif func is torch.meshgrid and kwargs.get("indexing", "ij") == "ij":
+                self._remember_grid(args, result)
             return result
         why = None
         for known in touched:
@@ -139,16 +141,19 @@ class Tracer(TorchFunctionMode):
         known = made.tensor() if made is not None else None
         return made.layout if made is not None and known is tensor and known.requires_grad else None
 
-    def counts(self, index: Tensor, size: int) -> bool:
-        """Return whether the index equals ``torch.arange(size)``."""
-        if index.numel() != size:
-            return False
+    def counted_dim(self, index: Tensor, size: int) -> int | None:
+        """Return the dimension along which the index is ``torch.arange(size)`` everywhere, or None."""
+        dims = [dim for dim in range(index.ndim) if index.shape[dim] == size]
         known = self._counts.get(id(index))
-        if known is not None and known.tensor() is index and known.version == index._version:
-            return True
+        if known is not None and known.layout and known.tensor() is index and known.version == index._version:
+            return known.layout.dim if known.layout.dim in dims else None
         if backends.is_lowered() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False
-        return torch.equal(index.reshape(-1), torch.arange(size, dtype=index.dtype, device=index.device))
+            return None
+        count = torch.arange(size, dtype=index.dtype, device=index.device)
+        for dim in dims:
+            if torch.equal(index.movedim(dim, -1), count.expand_as(index.movedim(dim, -1))):
+                return dim
+        return None
 
     def _unseen(self, touched: Sequence[_Traced]) -> str | None:
         for known in touched:
@@ -265,7 +270,14 @@ class Tracer(TorchFunctionMode):
     def _remember_count(self, args: tuple[Any, ...], result: Any) -> None:
         with torch_private.DisableTorchFunction():
             if all(type(x) is int for x in args) and args in ((result.numel(),), (0, result.numel())):
-                self._counts[id(result)] = _Traced(ref(result), result._version, None, None)
+                self._counts[id(result)] = _Traced(ref(result), result._version, Layout(0), None)
+
+    def _remember_grid(self, args: tuple[Any, ...], result: Any) -> None:
+        given = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+        for dim, (count, grid) in enumerate(zip(given, result, strict=True)):
+            known = self._counts.get(id(count))
+            if known is not None and known.tensor() is count and count is not None and known.version == count._version:
+                self._counts[id(grid)] = _Traced(ref(grid), grid._version, Layout(dim), None)
 
     def _reason(self, func: Any, why: str) -> str:
         return f"{resolve_name(func) or getattr(func, '__name__', func)}{_place()} {why}"
@@ -283,14 +295,9 @@ class Tracer(TorchFunctionMode):
             late: whether PyTorch's own functions may have run the first layers.
         """
         outputs = [output for output in outputs if output.requires_grad]
-        for output in outputs:
-            known = self._known(output)
-            if known is None:
-                custom = self._custom([output]) or "; torch.jit.script and torch.vmap also hide calls from the trace"
-                return f"the logits were not computed from the input by torch functions alone{custom}"
-            why = known.why or self._unseen([known])
-            if why is not None:
-                return why
+        why = self.obstacle_before(outputs)
+        if why is not None:
+            return why
         if not self.parameters:
             return "no weight or bias requires a gradient"
         if any(data._version != version for data, version in self._data):
@@ -302,6 +309,25 @@ class Tracer(TorchFunctionMode):
         self.has_other_outputs = any(self._is_attached(part, outputs) for part in parts)
         self.attached |= self.has_other_outputs
         return self._check_graph(outputs, late)
+
+    def obstacle_before(self, outputs: Sequence[Tensor]) -> str | None:
+        """Return the obstacle that a call has met from which one of these tensors was computed, or None."""
+        for output in outputs:
+            known = self._known(output)
+            if known is None:
+                custom = self._custom([output]) or "; torch.jit.script and torch.vmap also hide calls from the trace"
+                return f"the logits were not computed from the input by torch functions alone{custom}"
+            why = known.why or self._unseen([known])
+            if why is not None:
+                return why
+        return None
+
+    def uses_parameters(self, ends: Sequence[Tensor], starts: Sequence[Tensor]) -> bool:
+        """Return whether a parameter entered a call between ``starts`` and ``ends``."""
+        targets = {node_of(start) for start in starts}
+        between = follow((end.grad_fn for end in ends), targets)[0] - targets
+        views = self.nodes_of_views()
+        return any(before in views for node in between for before, _ in node.next_functions)
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
         if isinstance(part, Tensor):

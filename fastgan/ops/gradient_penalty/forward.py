@@ -15,6 +15,7 @@ from fastgan.ops.gradient_penalty.graph_pass import Graph, read_graph
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, differentiable
 from fastgan.ops.gradient_penalty.missing_derivatives import Layers, NoSecondDerivative
 from fastgan.ops.gradient_penalty.outputs import Select, check_select, logits_of
+from fastgan.ops.gradient_penalty.selection import Selection, selected
 from fastgan.ops.gradient_penalty.sharding import ShardingNotSupported
 from fastgan.ops.gradient_penalty.small import (
     Size,
@@ -37,6 +38,7 @@ class Forward(NamedTuple):
     tracer: Tracer | None  # None: PyTorch's own functions ran
     obstacle: str | None  # why one pass is not possible
     graph: Graph | None = None  # PyTorch's own functions ran, and their graph allows one pass
+    selection: Selection | None = None  # if one pass is possible
 
 
 def _readable(
@@ -117,8 +119,14 @@ def run_unknown(
         box = [call()]
     tracer.note_stored(box)
     returned = box.pop()
-    logits = logits_of(returned, select, x[0].shape[0])
-    return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned))
+    return _traced(returned, selected(returned, select, x[0].shape[0], tracer), x, tracer)
+
+
+def _traced(
+    returned: Any, selection: Selection, x: tuple[Tensor, ...], tracer: Tracer, *, late: bool = False
+) -> Forward:
+    obstacle = selection.obstacle or tracer.find_obstacle(selection.outputs, returned, late=late)
+    return Forward(returned, selection.logits, x, tracer, obstacle, selection=selection)
 
 
 def _run_maybe_small(
@@ -138,7 +146,8 @@ def _run_maybe_small(
     if tracer is not None:
         tracer.note_stored(box)
     returned = box.pop()
-    logits = logits_of(returned, select, x[0].shape[0])
+    selection = selected(returned, select, x[0].shape[0], tracer) if tracer is not None else None
+    logits = logits_of(returned, select, x[0].shape[0]) if selection is None else selection.logits
     small = rerouting.never_started
     ran_pytorch = small and rerouting.only_pytorch_ran
     if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
@@ -150,9 +159,9 @@ def _run_maybe_small(
         return Forward(returned, logits, x, None, reason(x), graph)
     if small:
         return Forward(returned, logits, x, None, reason(x))
-    if tracer is None:
+    if tracer is None or selection is None:
         return Forward(returned, logits, x, None, "an earlier forward with these shapes was small")
-    return Forward(returned, logits, x, tracer, tracer.find_obstacle(logits, returned, late=True))
+    return _traced(returned, selection, x, tracer, late=True)
 
 
 def check_call(inputs: Inputs, select: Select | None) -> None:

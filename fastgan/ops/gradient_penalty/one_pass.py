@@ -43,6 +43,7 @@ def one_pass(
     inputs: tuple[Tensor, ...],
     tracer: Tracer,
     penalty: Callable[[tuple[Tensor, ...]], Tensor],
+    weights: Sequence[Tensor] | None = None,
 ) -> tuple[Any, Tensor]:
     """Return the output of the discriminator, with logits that the pass differentiates, and the penalty.
 
@@ -52,11 +53,15 @@ def one_pass(
         inputs: the inputs of the forward, each (N, *S).
         tracer: the trace of this forward. It found no obstacle.
         penalty: a function of the gradients (N, *S).
+        weights: factors of the elements of each output, if the sum of the logits is their weighted sum.
     """
-    outputs = [output for output in outputs if output.requires_grad]
+    if weights is None:
+        outputs = [output for output in outputs if output.requires_grad]
+    else:
+        tracer.single = False
     refuse_sharded_graph(tracer.path)
-    grads, affine = _differentiate(outputs, inputs, tracer)
-    graph = _Graph(outputs, grads, affine, tracer)
+    grads, affine = _differentiate(outputs, inputs, tracer, weights)
+    graph = _Graph(outputs, grads, affine, tracer, weights)
     parameters = [parameter for parameter, _ in tracer.parameters]
     results: tuple[Tensor, ...] = _OnePass.apply(graph, *parameters)  # type: ignore[no-untyped-call]
     if not tracer.single:
@@ -70,7 +75,7 @@ def one_pass(
 
 
 def _differentiate(
-    outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer
+    outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], tracer: Tracer, weights: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """Return the gradients of the sum of the logits, and a function that returns D(x) computed from them, (N,).
 
@@ -85,7 +90,7 @@ def _differentiate(
     found = torch.autograd.grad(
         outputs,
         [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
-        [torch.ones_like(output) for output in outputs],
+        [torch.ones_like(output) for output in outputs] if weights is None else weights,
         # Otherwise this call frees the activations of the forward.
         retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single or backends.is_lowered(),
         create_graph=True,
@@ -149,7 +154,12 @@ class _Graph:
     """The tensors that the backward differentiates. They are not inputs or outputs of the autograd.Function."""
 
     def __init__(
-        self, outputs: Sequence[Tensor], grads: Sequence[Tensor], affine: Callable[[], Tensor], tracer: Tracer
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        affine: Callable[[], Tensor],
+        tracer: Tracer,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
         self.grads, self.affine = grads, affine
         self.views = [view for _, view in tracer.parameters]
@@ -157,6 +167,7 @@ class _Graph:
         self.layouts = [layout for output in outputs if (layout := tracer.layout(output)) is not None]
         self.values = [output.detach() for output in outputs]
         self.path, self.attached = tracer.path, tracer.attached
+        self.weights = weights
         # The logits with the graph of their forward, if a loss may need it.
         self.outputs: Sequence[Tensor] | None = None
 
@@ -172,6 +183,8 @@ class _Graph:
             return sums(factors[0], self.layouts[0], self.samples)
         if any(factor is None for factor in factors):
             return None
+        if self.weights is not None:
+            return self._shared_of_weighted([factor for factor in factors if factor is not None], self.weights)
         parts = [
             _one_row(factor, layout, self.samples)
             for factor, layout in zip(factors, self.layouts, strict=True)
@@ -180,11 +193,33 @@ class _Graph:
         first = parts[0][:, :1]
         certain = len(parts) == 1 and first.shape == parts[0].shape
         if not certain:
-            if isinstance(first, FunctionalTensor) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
-                return None  # values cannot be read while a graph is recorded
+            if not _is_readable(first):
+                return None
             if not all(torch.equal(part, first.expand_as(part)) for part in parts):
                 return None
         return first[:, 0]
+
+    def _shared_of_weighted(self, factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor | None:
+        """Return c, (N,), if each factor is c times the weights, and these are alike in all samples."""
+        if not _is_readable(factors[0]):
+            return None
+        quotients = []
+        for factor, weight, layout in zip(factors, weights, self.layouts, strict=True):
+            of_samples, parts = rows(weight, layout, self.samples), rows(factor, layout, self.samples)
+            used = of_samples[0] != 0
+            if not torch.equal(of_samples, of_samples[:1].expand_as(of_samples)) or parts[:, ~used].any():
+                return None
+            quotients.append(parts[:, used] / of_samples[:, used])
+        quotient = torch.cat(quotients, 1)
+        c = quotient[:, :1]
+        rounding = 4 * torch.finfo(c.dtype).eps
+        return c[:, 0] if quotient.numel() and torch.allclose(quotient, c, rounding, 0) else None
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Return whether values may be read. They may not be while a graph is recorded."""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not capturing and not isinstance(tensor, FunctionalTensor)
 
 
 def _one_row(factor: Tensor, layout: Layout, samples: int) -> Tensor:

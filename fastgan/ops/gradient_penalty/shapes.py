@@ -88,11 +88,10 @@ def _pick(call: Call, layout: Layout, items: list[Any], ndim: int) -> Layout:
         after = layout.dim >= start if together else True
         return layout._replace(dim=layout.dim - below + (width if after else 0))
     index = picking[places.index(layout.dim)]
-    wide = [dim for dim, size in enumerate(index.shape) if size != 1]
-    size = layout.outer * call.samples * layout.inner
-    if len(wide) != 1 or not call.tracer.counts(index, size):
+    counted = call.tracer.counted_dim(index, layout.outer * call.samples * layout.inner)
+    if counted is None:
         raise MixesSamples("selects samples; one pass needs all samples in order")
-    return layout._replace(dim=start + width - index.ndim + wide[0])
+    return layout._replace(dim=start + width - index.ndim + counted)
 
 
 def _along(call: Call, input: Tensor, dim: Any, index: Tensor, **named: Any) -> Layout:

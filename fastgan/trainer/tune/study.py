@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from multiprocessing import connection
 from types import FrameType
@@ -60,8 +60,8 @@ def tune(config: TuneConfig) -> TrainConfig:
     if config.workers == 1:
         work(config, 0)
     else:
-        with stopped_once() as check_stopped:
-            share(config, check_stopped)
+        with stopped_once() as stop:
+            share(config, stop)
     if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         raise TrainerError(f"no trial of {config.out} finished")
     best = config.best(settings(config.start, study.best_params))
@@ -91,27 +91,47 @@ def check(config: TuneConfig) -> None:
         )
 
 
-def share(config: TuneConfig, check_stopped: Callable[[], None]) -> None:
-    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker.
+class Stop:
+    """The first SIGTERM or Ctrl-C. It raises an exception, but later if it comes while a process starts.
 
-    ``check_stopped`` raises an exception if this process was told to stop.
+    There, the exception could be lost in a callback of the interpreter, or leave a process that nobody knows.
     """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.later = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:  # a further one would keep this process from stopping its workers
+            self.signal = number
+            self.check()
+
+    def check(self) -> None:
+        if self.signal is not None and not self.later:
+            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+
+def share(config: TuneConfig, stop: Stop) -> None:
+    """Run the workers until the study is done. If one is killed, queue its trial again and start another worker."""
     context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process, and OpenMP may not
     indices = iter(range(config.workers + config.trials))  # finite, in case every setting kills its worker
 
     workers: list[multiprocessing.process.BaseProcess] = []
 
     def start() -> None:
-        workers.append(context.Process(target=work, args=(config, next(indices))))  # before an interruption can come
+        workers.append(context.Process(target=work_apart, args=(config, next(indices))))
+        stop.later = True
         with interrupts_ignored():
             workers[-1].start()
+        stop.later = False
+        stop.check()
 
     try:
         for _ in range(config.workers):
             start()
         while workers:
             connection.wait([worker.sentinel for worker in workers], timeout=1)  # it does not see a signal just before
-            check_stopped()
+            stop.check()
             for worker in [worker for worker in workers if not worker.is_alive()]:
                 workers.remove(worker)
                 if not worker.exitcode:
@@ -148,35 +168,19 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_once() -> Iterator[Callable[[], None]]:
-    """Leave with an exception on SIGTERM and Ctrl-C, and ignore further ones, which would leave workers running.
-
-    SIGTERM's default would end this process alone. The yielded function raises the exception again, in case that the
-    signal came in a callback of the interpreter, whose exceptions are lost.
-    """
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
-
-    received: list[int] = []
+def stopped_once() -> Iterator[Stop]:
+    """Leave with an exception on SIGTERM and Ctrl-C. SIGTERM's default would end this process alone."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield check  # Python delivers signals to the main thread only
+        yield stop  # Python delivers signals to the main thread only
         return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        received.append(number)
-        check()
-
     before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
         before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     for number in before:
-        signal.signal(number, leave)
+        signal.signal(number, stop.receive)
     try:
-        yield check
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -241,6 +245,12 @@ def done(config: TuneConfig, study: optuna.Study) -> bool:
     """Whether there are enough finished trials, and no trial of a dead process is waiting."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     return len(finished) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def work_apart(config: TuneConfig, index: int) -> None:
+    """Run trials in a process of their own, which SIGTERM ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    work(config, index)
 
 
 def work(config: TuneConfig, index: int) -> None:
