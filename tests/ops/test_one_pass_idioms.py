@@ -26,6 +26,7 @@ from tests.ops.one_pass_problem import (
 )
 
 POINTS = torch.tensor([5, 3, 3, 0])
+ROWS = torch.arange(S).repeat(S, 1)
 MASK = torch.arange(N * C * S * S).reshape(N, C, S, S) % 3 > 0
 KERNEL = torch.tensor([1.0, 3.0, 3.0, 1.0])
 FILTER = ((KERNEL[:, None] * KERNEL) / 64)[None, None].double()
@@ -67,6 +68,13 @@ def twice_the_batch(net, h):
     both = net.second(torch.cat([h, h.flip(3)]))
     a, b = both.chunk(2)
     return a + 0.5 * b
+
+
+def pixels_of_a_grid(net, h):
+    """The random translation of DiffAugment."""
+    n, y, x = torch.meshgrid(torch.arange(N), torch.arange(S), torch.arange(S), indexing="ij")
+    y = torch.clamp(y + torch.tensor([0, 1, -1, 2]).view(N, 1, 1), 0, S - 1)
+    return h.permute(0, 2, 3, 1).contiguous()[n, y, torch.clamp(x - 1, 0, S - 1)].permute(0, 3, 1, 2)
 
 
 def equalized(net, h):
@@ -241,6 +249,8 @@ IDIOMS = {
     "class row, features behind": (lambda net, h: h[torch.arange(N), Y], {}),
     "class row, apart": (lambda net, h: h[torch.arange(N), :, POINTS], {}),
     "class rows of two": (lambda net, h: h[torch.arange(N)[:, None], torch.stack([Y, POINTS], 1)], {}),
+    "pixels of a grid": (pixels_of_a_grid, {}),
+    "pixels of all samples": (lambda net, h: h[torch.arange(N).view(N, 1, 1).repeat(1, S, S), 0, ROWS, ROWS.mT], {}),
     "indices of channels": (lambda net, h: h[:, POINTS, :, [0, 1, 2, 3]].transpose(0, 1), {}),
     "index_select": (lambda net, h: h.index_select(1, POINTS), {}),
     "gather": (lambda net, h: h.flatten(1).gather(1, Y[:, None]), {}),

@@ -67,6 +67,20 @@ REFUSED = {
     "rot90 of samples": (lambda net, h: torch.rot90(h, 2, (0, 1)) + h, "rot90"),
     "flipud": (lambda net, h: torch.flipud(h) + h, "flipud"),
     "permuted samples": (permuted_samples(torch.tensor([1, 0, 2, 3])), "getitem"),
+    "permuted samples in a grid": (
+        lambda net, h: h[
+            torch.tensor([1, 0, 2, 3]).view(N, 1, 1).expand(N, C, S), torch.arange(C).view(C, 1), range(S)
+        ],
+        "getitem",
+    ),
+    "samples counted along the channels": (
+        lambda net, h: h[torch.arange(N).repeat(N, 1), torch.arange(N)[:, None]].flatten(1),
+        "linear",
+    ),
+    "checkpointed": (
+        lambda net, h: torch.utils.checkpoint.checkpoint(net.second, h, use_reentrant=False),
+        "torch.utils.checkpoint (test_one_pass_refused.py",
+    ),
     "permuted samples by a list": (permuted_samples([3, 2, 1, 0]), "getitem"),
     "one sample for all": (lambda net, h: h + h[0], "getitem"),
     "every other sample": (lambda net, h: h + h[::2].repeat(2, 1, 1, 1), "getitem"),

@@ -15,7 +15,9 @@ from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty import called_modules, small
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.overhead import Threshold
+from fastgan.ops.gradient_penalty.size import estimate
 from fastgan.ops.gradient_penalty.small import Size, size_of
+from fastgan.ops.work import NORMALIZED
 from tests.ops.test_gradient_penalty import DISCRIMINATORS, KINDS, by_definition, gradients, images
 
 pytestmark = pytest.mark.small
@@ -425,6 +427,33 @@ def test_biases_get_none_or_zeros_as_in_pytorch(between, call):
         assert (parameter.grad is None) == (theirs is None)
         if theirs is not None:
             torch.testing.assert_close(parameter.grad, theirs)
+
+
+class PoolsInForward(nn.Module):
+    """Its modules do not show that the maps shrink from 32 x 32 to 4 x 4; only the last kernel does."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 16, 16, 3, 1, 1) for i in range(4)])
+        self.norms = nn.ModuleList([nn.InstanceNorm2d(16, affine=True) for _ in range(4)])
+        self.whole, self.logit = nn.Conv2d(16, 16, 4), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x):
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+            x = F.avg_pool2d(x, 2) if i < 3 else x
+        return self.logit(F.leaky_relu(self.whole(x), 0.2)).flatten(1)
+
+
+def test_a_kernel_as_large_as_the_map_shows_that_functions_have_pooled():
+    net, x = PoolsInForward(), torch.randn(8, 3, 32, 32)
+    assert net(x).shape == (8, 1)
+    positions, estimated = (1024 + 256 + 64 + 16) * 8, estimate([net], [x])
+    counted = positions * 16 * NORMALIZED
+    assert estimated.layers == 10
+    assert counted / 2 < estimated.multiplications < 2 * counted
+    padded = nn.Sequential(net.convs[0], nn.Conv2d(16, 1, 4, 1, 1))
+    assert estimate([padded], [x]).multiplications > 8 * 1000 * (16 * 27 + 16 * 16)
 
 
 def test_the_size_of_a_large_call_is_estimated_once(monkeypatch):

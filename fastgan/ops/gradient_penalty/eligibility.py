@@ -33,6 +33,7 @@ from fastgan.ops.gradient_penalty.shards import source
 from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.gradient_penalty.table import IN_PLACE, LIKE, LOOKS, SAFE_IN_PLACE
 from fastgan.ops.gradient_penalty.writes import INTO_CONSTANTS, WRITES, into_base
+from fastgan.ops.library import checkpointed_region
 from fastgan.ops.needed import node_of
 
 _UNSEEN = "was modified outside torch functions, or through a view; one pass needs to see every change"
@@ -74,6 +75,7 @@ class Tracer(TorchFunctionMode):
         self._counts: dict[int, _Traced] = {}  # results of torch.arange and torch.meshgrid, and where they count
         self._data: list[tuple[Tensor, int]] = []
         self._writes_slices = False
+        self._checkpoint: str | None = None  # the place of the first call inside torch.utils.checkpoint
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,6 +95,8 @@ class Tracer(TorchFunctionMode):
             elif func is torch.meshgrid and kwargs.get("indexing", "ij") == "ij":
                 self._remember_grid(args, result)
             return result
+        if self._checkpoint is None and checkpointed_region() is not None:
+            self._checkpoint = _place()
         why = None
         for known in touched:
             why = why or known.why
@@ -351,6 +355,11 @@ class Tracer(TorchFunctionMode):
             for node in self.path
             if node not in targets and not is_independent_of_forward(node, self.path, also)
         }
+        if curved and self._checkpoint is not None:
+            return (
+                f"torch.utils.checkpoint{self._checkpoint} runs PyTorch's functions again in each backward; one pass "
+                "needs fastgan's, and the activations"
+            )
         return f"{', '.join(sorted(curved))} in its graph, whose gradient depends on the forward" if curved else None
 
     def _custom(self, tensors: Iterable[Tensor]) -> str:

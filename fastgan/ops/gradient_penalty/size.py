@@ -94,8 +94,8 @@ def estimate(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost:
     """Estimate the cost of a forward.
 
     The estimate assumes that layers run in the order of registration. Strides and pooling modules shrink the image. The
-    first linear layer after the convolutions shows the final size. If that is smaller than the modules explain, the
-    estimate assumes that functions have shrunk the image gradually.
+    first linear layer after the convolutions, or a large kernel without padding, shows the final size. If that is
+    smaller than the modules explain, the estimate assumes that functions have shrunk the image gradually.
     """
     x = max(inputs, key=Tensor.numel)
     walk = _Walk(x)
@@ -134,7 +134,10 @@ class _Walk:
                 self._use(module, parameter)
 
     def _use(self, module: nn.Module, weight: Tensor) -> None:
-        if weight.ndim > 2:
+        if weight.ndim > 2 and self.channels and (self.left is not None or _covers_its_input(module)):
+            self.left = self.left or weight[0].numel()
+            self.per_sample += weight.numel()
+        elif weight.ndim > 2:
             if isinstance(module, _CONVS):
                 self._begin(module.in_channels)
                 self.positions /= prod(module.stride)
@@ -174,6 +177,14 @@ class _Walk:
             max(1.0, positions * shrunk ** (i / last)) * cost for i, (positions, cost) in enumerate(self.convolved)
         )
         return steps + self.per_sample
+
+
+def _covers_its_input(module: nn.Module) -> bool:
+    """Return whether a convolution has the form of those that take a whole map to one position."""
+    if not isinstance(module, _CONVS):
+        return False
+    shifts = prod(module.stride) > 1 or (module.padding != "valid" and any(module.padding))
+    return not shifts and min(module.kernel_size) > 3
 
 
 def _product(size: Any, dims: int) -> int:

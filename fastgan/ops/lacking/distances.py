@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastgan.ops.higher_orders import Operands, double_backward
 from fastgan.ops.lacking.empty import constant_in
 
+_FEW = 25  # points, up to which PyTorch computes no distances by products
 _TILE = 2**21  # differences per tile
 _DEFAULT_MODE = "use_mm_for_euclid_dist_if_necessary"
 aten: Any = torch.ops.aten
@@ -71,7 +72,7 @@ class _Cdist(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, p: float, value: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, value)
-        ctx.p = p
+        ctx.p, ctx.exact = p, None
         return value.clone()
 
     @staticmethod
@@ -79,6 +80,10 @@ class _Cdist(torch.autograd.Function):
         if g is None:
             return None, None, None, None
         x, y, value = ctx.saved_tensors
+        if ctx.p == 2 and max(x.shape[-2], y.shape[-2]) > _FEW:
+            if ctx.exact is None:  # the value from products is not zero for equal points
+                ctx.exact = torch.cdist(x.detach(), y.detach(), 2.0, "donot_use_mm_for_euclid_dist")
+            value = ctx.exact
         by_x, by_y = _CdistBackward.apply(g, x, y, ctx.p, value, *ctx.needs_input_grad[:2])  # type: ignore[no-untyped-call]
         return by_x, by_y, None, None
 
@@ -89,8 +94,11 @@ class _CdistBackward(torch.autograd.Function):
         ctx: Any, g: Tensor, x: Tensor, y: Tensor, p: float, value: Tensor, of_x: bool, of_y: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, x, y)
+        ctx.save_for_backward(g, x, y, value)
         ctx.p = p
+        if p == 2 and max(x.shape[-2], y.shape[-2]) > _FEW:
+            products = _first_by_products(g, x, y, value)
+            return products[0] if of_x else None, products[1] if of_y else None
         g, x, y = (t.contiguous() for t in (g, x, y))
         by_x = aten._cdist_backward(g, x, y, p, value) if of_x else None
         if not of_y:
@@ -100,27 +108,64 @@ class _CdistBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, hx: Tensor | None, hy: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, y = ctx.saved_tensors
+        g, x, y, d = ctx.saved_tensors
         if (hx is None and hy is None) or ctx.p == 0:  # p = 0 counts differences, and its derivative is zero
             return (None,) * 7
+        if ctx.p == 2 and not torch.is_grad_enabled():
+            return *_second_by_products(g, x, y, d, hx, hy), None, None, None, None
         second = _by_products if ctx.p == 2 else _by_tiles
         return *second(g, x, y, ctx.p, hx, hy), None, None, None, None
+
+
+def _first_by_products(g: Tensor, x: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """p = 2: with W = g / d, gx = rowsum(W) x - W y and gy = colsum(W) y - W^T x."""
+    weights = (g / d.masked_fill(d == 0, inf)).to(g.dtype)
+    x, y = _centered(x, y)
+    by_x = weights.sum(-1).unsqueeze(-1) * x - weights @ y
+    return by_x, weights.sum(-2).unsqueeze(-1) * y - weights.mT @ x
+
+
+def _second_by_products(
+    g: Tensor, x: Tensor, y: Tensor, d: Tensor, hx: Tensor | None, hy: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p = 2: the derivatives of <hx, gx> + <hy, gy> = sum_ij g_ij s_ij / d_ij, s_ij = <hx_i - hy_j, x_i - y_j>.
+
+    With V = g s / d^3, that with respect to x is rowsum(W) hx - W hy - rowsum(V) x + V y, and likewise for y.
+    """
+    x, y = _centered(x, y)
+    inverse = 1 / d.masked_fill(d == 0, inf)
+    weights = g * inverse
+    s: Any = 0
+    if hx is not None:
+        s = (hx * x).sum(-1, keepdim=True) - hx @ y.mT
+    if hy is not None:
+        s = s + (hy * y).sum(-1).unsqueeze(-2) - x @ hy.mT
+    by_g = s * inverse
+    curved = by_g * weights * inverse
+    by_x = curved @ y - curved.sum(-1).unsqueeze(-1) * x
+    by_y = curved.mT @ x - curved.sum(-2).unsqueeze(-1) * y
+    if hx is not None:
+        by_x += weights.sum(-1).unsqueeze(-1) * hx
+        by_y -= weights.mT @ hx
+    if hy is not None:
+        by_x -= weights @ hy
+        by_y += weights.sum(-2).unsqueeze(-1) * hy
+    return by_g, by_x, by_y
+
+
+def _centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the points to the origin. Far from it, differences of products lose precision."""
+    center = x.detach().mean(-2, keepdim=True)
+    return x - center, y - center
 
 
 def _by_products(
     g: Tensor, x: Tensor, y: Tensor, p: float, hx: Tensor | None, hy: Tensor | None
 ) -> list[Tensor | None]:
-    """p = 2: with W = g / d, gx = rowsum(W) x - W y and gy = colsum(W) y - W^T x."""
+    """p = 2, with derivatives of every order."""
 
     def backward(g: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
-        d = cdist(x, y, 2.0, "donot_use_mm_for_euclid_dist")
-        weights = (g / d.masked_fill(d == 0, inf)).to(g.dtype)
-        center = x.detach().mean(
-            -2, keepdim=True
-        )  # without this, the differences below lose precision far from the origin
-        x, y = x - center, y - center
-        by_x = weights.sum(-1).unsqueeze(-1) * x - weights @ y
-        return [by_x, weights.sum(-2).unsqueeze(-1) * y - weights.transpose(-1, -2) @ x]
+        return [*_first_by_products(g, x, y, cdist(x, y, 2.0, "donot_use_mm_for_euclid_dist"))]
 
     return _differentiated(backward, [g, x, y], [hx, hy])
 
