@@ -173,6 +173,7 @@ def test_logits_that_select_computes_take_four_forwards_if_the_loss_is_in_propor
 
 def test_selected_logits_that_are_not_affine_or_learned_name_the_call():
     model, gate = TwoHeads(), nn.Parameter(torch.ones(()).double())
+
     refused = {
         "tanh": lambda output: output[1].tanh(),
         "mixes the samples": lambda output: output[1] - output[1].mean(0),
@@ -184,6 +185,23 @@ def test_selected_logits_that_are_not_affine_or_learned_name_the_call():
     batch_norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).double()
     why = fastgan.explain_penalty(batch_norm, images(), select=lambda logits: logits.flatten(1))
     assert "batch_norm" in why
+
+
+def test_selected_logits_that_also_depend_on_stored_features_take_the_general_path():
+    model, stored = TwoHeads(), []
+    model.body.register_forward_hook(lambda body, inputs, output: stored.append(output))
+
+    def select(output):
+        return [output[1].mean((1, 2, 3)), stored[-1][:, 0]]
+
+    x = images().requires_grad_()
+    parts = select(model(x))
+    (g,) = torch.autograd.grad(sum(part.sum() for part in parts), x, create_graph=True)
+    want = gradients(model, softplus(parts[0]) + 1.5 * g.square().sum((1, 2, 3)).mean())
+    want = {name: grad.clone() for name, grad in want.items()}
+    assert "not among the tensors" in fastgan.explain_penalty(model, images(), select=select)
+    output, penalty = fastgan.logits_and_penalty(model, images(), kind="r1", weight=3.0, select=select)
+    torch.testing.assert_close(gradients(model, softplus(select(output)[0]) + penalty), want)
 
 
 def test_loss_and_penalty_of_patches_may_be_differentiated_apart():

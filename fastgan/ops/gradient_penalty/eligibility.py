@@ -326,12 +326,19 @@ class Tracer(TorchFunctionMode):
                 return why
         return None
 
-    def uses_parameters(self, ends: Sequence[Tensor], starts: Sequence[Tensor]) -> bool:
-        """Return whether a parameter entered a call between ``starts`` and ``ends``."""
-        targets = {node_of(start) for start in starts}
-        between = follow((end.grad_fn for end in ends), targets)[0] - targets
-        views = self.nodes_of_views()
-        return any(before in views for node in between for before, _ in node.next_functions)
+    def obstacle_between(self, starts: Sequence[Tensor], ends: Sequence[Tensor]) -> str | None:
+        """Return the obstacle to a linear map from ``starts`` to ``ends``, which a function has computed from them."""
+        why = self.obstacle_before(ends)
+        if why is not None:
+            return why
+        made = [end.grad_fn for end in ends]
+        begin, inputs = {node_of(start) for start in starts}, {node_of(x) for x in self._inputs}
+        if len(follow(made, inputs, begin)[0]) > len(inputs):
+            return "the logits are not among the tensors that the discriminator returned"
+        between, views = follow(made, begin)[0] - begin, self.nodes_of_views()
+        if any(before in views for node in between for before, _ in node.next_functions):
+            return "select= uses a parameter; do this in the discriminator"
+        return None
 
     def _is_attached(self, part: Any, outputs: Sequence[Tensor]) -> bool:
         if isinstance(part, Tensor):

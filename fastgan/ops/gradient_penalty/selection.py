@@ -51,9 +51,7 @@ def weighted(logits: list[Tensor], outputs: Sequence[Tensor], aliases: Sequence[
         tracer: the trace of all these calls.
     """
     ends = [logit for logit in logits if logit.requires_grad]
-    obstacle = tracer.obstacle_before(ends)
-    if obstacle is None and tracer.uses_parameters(ends, aliases):
-        obstacle = "select= uses a parameter; do this in the discriminator"
+    obstacle = tracer.obstacle_between(aliases, ends)
     if obstacle is not None:
         return Selection(logits, logits, None, obstacle)
     ones = [torch.ones_like(end) for end in ends]
