@@ -74,11 +74,15 @@ def test_the_size_follows_from_parameters_and_shapes():
     assert size_of(nn.Conv2d(3, 64, 4), (torch.randn(2, 3, 8, 8),)) is Size.SMALL
     assert size_of(nn.Conv2d(3, 64, 4), (torch.randn(64, 3, 64, 64),)) is Size.LARGE, "used at every position"
     points = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 1))
-    assert size_of(points, (torch.randn(512, 2048, 3),)) is Size.LARGE, "positions lie in the second dimension"
+    many = torch.randn(512, 2048, 3)
+    assert estimate([points], [many]).multiplications == 512 * 2048 * 4 * 64, "positions lie in the second dimension"
+    assert size_of(points, (many,)) is Size.UNKNOWN, "each call may be for one point"
     assert size_of(points, (torch.randn(512, 3),)) is Size.SMALL
     tokens = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
     assert size_of(tokens, (torch.randn(4, 8, 32),)) is Size.SMALL
-    assert size_of(tokens, (torch.randn(512, 512, 32),)) is Size.LARGE
+    assert size_of(tokens, (torch.randn(512, 512, 32),)) is Size.UNKNOWN
+    wide = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+    assert size_of(wide, (torch.randn(512, 64, 256),)) is Size.LARGE
     assert size_of(mlp(16), (torch.randn(64, 2, device="meta"),)) is Size.LARGE
 
 
@@ -454,6 +458,45 @@ def test_a_kernel_as_large_as_the_map_shows_that_functions_have_pooled():
     assert counted / 2 < estimated.multiplications < 2 * counted
     padded = nn.Sequential(net.convs[0], nn.Conv2d(16, 1, 4, 1, 1))
     assert estimate([padded], [x]).multiplications > 8 * 1000 * (16 * 27 + 16 * 16)
+
+
+def test_linear_layers_behind_a_flattening_run_once_per_sample():
+    layers = [nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)]
+    once = 8 * (1024 * 64 + 64 * 64 + 64)
+    for shape in ((8, 64, 16), (8, 1024)):
+        assert estimate([nn.Sequential(nn.Flatten(), *layers)], [torch.randn(shape)]).multiplications == once
+    tokens = nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 64), nn.ReLU(), nn.Linear(64, 1)
+    )
+    expected = 8 * (64 * 16 * 32 + 32 * 64 * 64 + 64)
+    assert estimate([tokens], [torch.randn(8, 64, 16)]).multiplications == expected
+
+
+def test_the_input_that_fits_a_layer_says_how_often_it_runs():
+    edges, nodes = torch.randn(16, 9, 9, 7), torch.randn(16, 9, 5)
+    assert estimate([nn.Linear(5, 64)], [edges, nodes]).multiplications == 16 * 9 * 5 * 64
+    first_registered_last = nn.ModuleList([nn.Conv1d(64, 64, 5, padding=2), nn.Conv1d(40, 64, 1)])
+    expected = 16 * 32 * (64 * 64 * 5 + 40 * 64)
+    assert estimate([first_registered_last], [torch.randn(16, 32, 40)]).multiplications == expected
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.input, self.hidden, self.logit = nn.Linear(16, width), nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), self.hidden.in_features)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.input(x[:, t]) + self.hidden(h))
+        return self.logit(h)
+
+
+def test_a_loop_of_small_calls_is_counted_and_left_to_pytorch():
+    x = torch.randn(64, 200, 16)
+    assert size_of(Recurrent(), (x,)) is Size.UNKNOWN
+    assert "so small" in fastgan.explain_penalty(Recurrent(), x)
+    assert size_of(Recurrent(512), (x,)) is Size.LARGE
 
 
 def test_the_size_of_a_large_call_is_estimated_once(monkeypatch):

@@ -38,9 +38,14 @@ def all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
 class Cost(NamedTuple):
     multiplications: int
     layers: int
+    of_token: int = 0  # of the largest layer that runs on each token, for one token
 
     def reaches(self, threshold: Threshold) -> bool:
         return self.multiplications >= threshold.least + threshold.per_layer * self.layers
+
+    def may_loop(self, threshold: Threshold) -> bool:
+        """Return whether calls for one token each, as in a recurrent network, would be too small."""
+        return 0 < self.of_token < threshold.per_layer
 
 
 def bound(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost | None:
@@ -98,18 +103,25 @@ def estimate(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Cost:
     smaller than the modules explain, the estimate assumes that functions have shrunk the image gradually.
     """
     x = max(inputs, key=Tensor.numel)
-    walk = _Walk(x)
-    for module in all_modules(modules):
+    found = all_modules(modules)
+    walk = _Walk([x.shape[1:], *(other.shape[1:] for other in inputs if other is not x)])
+    walk.first = next((m.in_channels for m in found if isinstance(m, _CONVS) and m.in_channels in x.shape[1:]), None)
+    for module in found:
         walk.enter(module)
-    return Cost(int(len(x) * walk.total()), walk.layers)
+    return Cost(int(len(x) * walk.total()), walk.layers, len(x) * walk.of_token)
 
 
 class _Walk:
     """Track the number of positions in a sample from layer to layer."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.sample = x.shape[1:]
-        self.positions = float(prod(x.shape[2:]))
+    def __init__(self, samples: Sequence[Sequence[int]]) -> None:
+        self.samples = samples  # the shape of a sample of each input, the largest first
+        self.sample = samples[0]
+        self.positions = float(prod(self.sample[1:]))
+        self.first: int | None = None  # the channels of the convolution that reads the input
+        self.of_token = 0
+        self.flat = False  # whether a linear layer has read the whole sample
+        self.features: tuple[int, int] | None = None  # of the last linear layer: how often it runs, and its outputs
         self.layers = 0
         self.per_sample = 0.0
         self.convolved: list[tuple[float, int]] = []  # the number of positions, and the cost of each
@@ -153,17 +165,30 @@ class _Walk:
                 self.left = weight.shape[-1]
             self.per_sample += weight.numel()
         else:
-            self.per_sample += self._tokens(weight) * weight.numel()
+            tokens = self._tokens(weight)
+            self.per_sample += tokens * weight.numel()
+            if tokens > 1:
+                self.of_token = max(self.of_token, weight.numel())
 
     def _begin(self, channels: int) -> None:
         """Set the positions at the first convolution. The input may lack a channel dimension or have it elsewhere."""
         elements = prod(self.sample)
+        channels = self.first or channels
         if not self.channels and elements % channels == 0:
             self.positions = elements / channels
 
     def _tokens(self, weight: Tensor) -> int:
         """Return how often a matrix product is applied per sample, if no convolution comes first."""
-        return prod(self.sample[:-1]) if len(self.sample) > 1 and weight.shape[-1] < prod(self.sample) else 1
+        outputs, inputs = weight.shape[0], weight.shape[-1]
+        fitting = [prod(sample[:-1]) for sample in self.samples if len(sample) > 1 and sample[-1] == inputs]
+        tokens = min(fitting, default=prod(self.sample[:-1]) if len(self.sample) > 1 else 1)
+        if self.features is not None and not fitting:
+            tokens = min(tokens, self.features[0])
+            self.flat |= inputs == self.features[0] * self.features[1] and tokens > 1
+        self.flat |= inputs >= prod(self.sample)
+        tokens = 1 if self.flat else tokens
+        self.features = tokens, outputs
+        return tokens
 
     def total(self) -> float:
         shrunk = 1.0

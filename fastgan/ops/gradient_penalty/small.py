@@ -105,7 +105,8 @@ def _classify(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
     limit = threshold(inputs[0])
     if not most.reaches(limit):
         return Size.SMALL
-    return Size.LARGE if estimate(modules, inputs).reaches(limit) else Size.UNKNOWN
+    cost = estimate(modules, inputs)
+    return Size.LARGE if cost.reaches(limit) and not cost.may_loop(limit) else Size.UNKNOWN
 
 
 def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
