@@ -21,6 +21,9 @@ class MixesSamples(Ineligible):
         super().__init__(why)
 
 
+_APART = "takes samples apart or moves them; one pass needs all samples in one tensor, in order"
+
+
 class Layout(NamedTuple):
     """Dimension ``dim`` has size outer * N * inner. Index i along it belongs to sample (i // inner) % N."""
 
@@ -83,11 +86,11 @@ def viewed(layout: Layout, shape: Sequence[int], view: Callable[[Tensor], Any], 
 def _read(stand_in: Tensor, layout: Layout, samples: int) -> Layout:
     stepping = [dim for dim, step in enumerate(stand_in.stride()) if step and stand_in.shape[dim] > 1]
     if len(stepping) != 1 or stand_in.stride(stepping[0]) != 1:
-        raise MixesSamples
+        raise MixesSamples(_APART)
     period = samples * layout.inner
     size = stand_in.shape[stepping[0]]
     if size % period or int(stand_in.storage_offset()) % period:
-        raise MixesSamples
+        raise MixesSamples(_APART)
     return Layout(stepping[0], size // period, layout.inner)
 
 

@@ -90,7 +90,7 @@ def _pick(call: Call, layout: Layout, items: list[Any], ndim: int) -> Layout:
     index = picking[places.index(layout.dim)]
     counted = call.tracer.counted_dim(index, layout.outer * call.samples * layout.inner)
     if counted is None:
-        raise MixesSamples("selects samples; one pass needs all samples in order")
+        raise MixesSamples("selects samples or single elements; one pass needs all samples, in order")
     return layout._replace(dim=start + width - index.ndim + counted)
 
 
