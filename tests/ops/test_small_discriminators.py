@@ -76,11 +76,11 @@ def test_the_size_follows_from_parameters_and_shapes():
     points = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 1))
     many = torch.randn(512, 2048, 3)
     assert estimate([points], [many]).multiplications == 512 * 2048 * 4 * 64, "positions lie in the second dimension"
-    assert size_of(points, (many,)) is Size.UNKNOWN, "each call may be for one point"
+    assert size_of(points, (many,)) is Size.TOKENS, "each call may be for one point"
     assert size_of(points, (torch.randn(512, 3),)) is Size.SMALL
     tokens = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
     assert size_of(tokens, (torch.randn(4, 8, 32),)) is Size.SMALL
-    assert size_of(tokens, (torch.randn(512, 512, 32),)) is Size.UNKNOWN
+    assert size_of(tokens, (torch.randn(512, 512, 32),)) is Size.TOKENS
     wide = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
     assert size_of(wide, (torch.randn(512, 64, 256),)) is Size.LARGE
     assert size_of(mlp(16), (torch.randn(64, 2, device="meta"),)) is Size.LARGE
@@ -494,9 +494,13 @@ class Recurrent(nn.Module):
 
 def test_a_loop_of_small_calls_is_counted_and_left_to_pytorch():
     x = torch.randn(64, 200, 16)
-    assert size_of(Recurrent(), (x,)) is Size.UNKNOWN
+    assert size_of(Recurrent(), (x,)) is Size.TOKENS
     assert "so small" in fastgan.explain_penalty(Recurrent(), x)
     assert size_of(Recurrent(512), (x,)) is Size.LARGE
+    points = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    pooled = lambda x: points(x).mean(1)  # noqa: E731
+    assert size_of(pooled, (x,)) is Size.TOKENS
+    assert fastgan.explain_penalty(pooled, x) == "one pass", "its first call is large"
 
 
 def test_the_size_of_a_large_call_is_estimated_once(monkeypatch):

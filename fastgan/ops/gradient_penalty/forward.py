@@ -150,7 +150,7 @@ def _run_maybe_small(
     logits = logits_of(returned, select, x[0].shape[0]) if selection is None else selection.logits
     small = rerouting.never_started
     ran_pytorch = small and rerouting.only_pytorch_ran
-    if size is Size.UNKNOWN and small != seen and (known is None or not ran_pytorch):
+    if size is not Size.SMALL and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
     if ran_pytorch:
         graph = _readable(returned, logits, x, hooks, tracer)

@@ -58,14 +58,15 @@ def at_any_size() -> Iterator[None]:
 class Size(Enum):
     SMALL = auto()
     UNKNOWN = auto()  # count while the forward runs
+    TOKENS = auto()  # large, unless its calls are for one token each
     LARGE = auto()
 
     def rerouting(self, inputs: Sequence[Tensor]) -> Rerouting:
         """Return the context in which the forward runs."""
-        if self is not Size.UNKNOWN:
+        if self in (Size.SMALL, Size.LARGE):
             return Rerouting(None if self is Size.SMALL else 0)
         limit = threshold(inputs[0])
-        return Rerouting(limit.least, limit.per_layer)
+        return Rerouting(1 if self is Size.TOKENS else limit.least, limit.per_layer)
 
 
 def reason(inputs: Sequence[Tensor]) -> str:
@@ -106,7 +107,9 @@ def _classify(discriminator: Any, inputs: Sequence[Tensor]) -> Size:
     if not most.reaches(limit):
         return Size.SMALL
     cost = estimate(modules, inputs)
-    return Size.LARGE if cost.reaches(limit) and not cost.may_loop(limit) else Size.UNKNOWN
+    if not cost.reaches(limit):
+        return Size.UNKNOWN
+    return Size.TOKENS if cost.may_loop(limit) else Size.LARGE
 
 
 def has_fewer_multiplications(module: nn.Module, inputs: Tensor, multiplications: int) -> bool:
