@@ -114,7 +114,6 @@ def test_a_buffer_that_a_forward_renews():
 
 
 def test_inductor_has_the_gradients_of_eager_mode():
-    pytest.importorskip("torch._inductor")
     assert_steps_agree(penalty_first, torch.compile(penalty_first, fullgraph=True), critic("parametrization"))
 
 

@@ -80,7 +80,7 @@ class _Cdist(torch.autograd.Function):
         if g is None:
             return None, None, None, None
         x, y, value = ctx.saved_tensors
-        if ctx.p == 2 and max(x.shape[-2], y.shape[-2]) > _FEW:
+        if ctx.p == 2:
             if ctx.exact is None:  # the value from products is not zero for equal points
                 ctx.exact = torch.cdist(x.detach(), y.detach(), 2.0, "donot_use_mm_for_euclid_dist")
             value = ctx.exact
