@@ -77,6 +77,21 @@ def pixels_of_a_grid(net, h):
     return h.permute(0, 2, 3, 1).contiguous()[n, y, torch.clamp(x - 1, 0, S - 1)].permute(0, 3, 1, 2)
 
 
+def edges(net, h):
+    """The features of DGCNN: each point beside its neighbours, by indices into the points of all samples."""
+    points = h.flatten(2)
+    found = torch.cdist(points.detach().mT, points.detach().mT).topk(3, largest=False).indices
+    found = (found + torch.arange(N).view(N, 1, 1) * S * S).view(-1)
+    near = points.transpose(2, 1).contiguous().view(N * S * S, C)[found].view(N, S * S, 3, C)
+    center = points.mT.view(N, S * S, 1, C).repeat(1, 1, 3, 1)
+    return net.second(torch.cat([near - center, center], 3).permute(0, 3, 1, 2)[:, 2 : C + 2]).amax(-1)
+
+
+def samples_twice(net, h):
+    a, b = net.second(h[torch.arange(N).repeat(2)]).chunk(2)
+    return a + 0.5 * b.flip(3)
+
+
 def equalized(net, h):
     return F.conv2d(h, net.w.to(h.dtype) * 0.3, padding=1) + (net.p * 2).view(1, -1, 1, 1)
 
@@ -251,6 +266,18 @@ IDIOMS = {
     "class rows of two": (lambda net, h: h[torch.arange(N)[:, None], torch.stack([Y, POINTS], 1)], {}),
     "pixels of a grid": (pixels_of_a_grid, {}),
     "pixels of all samples": (lambda net, h: h[torch.arange(N).view(N, 1, 1).repeat(1, S, S), 0, ROWS, ROWS.mT], {}),
+    "samples counted from the end": (lambda net, h: h[torch.arange(-N, 0)], {}),
+    "samples twice by an index": (samples_twice, {}),
+    "samples in copies by an index": (
+        lambda net, h: net.second(h[torch.arange(N).repeat_interleave(3)]).unflatten(0, (N, 3)).amax(1),
+        {},
+    ),
+    "points of all samples": (edges, {}),
+    "index_select of all samples": (lambda net, h: h.flip(2).index_select(0, torch.arange(N)), {}),
+    "gather of all samples": (
+        lambda net, h: h.transpose(0, 2).gather(2, torch.arange(N).view(1, 1, N, 1).expand(S, 3, N, 2)).transpose(0, 2),
+        {},
+    ),
     "indices of channels": (lambda net, h: h[:, POINTS, :, [0, 1, 2, 3]].transpose(0, 1), {}),
     "index_select": (lambda net, h: h.index_select(1, POINTS), {}),
     "gather": (lambda net, h: h.flatten(1).gather(1, Y[:, None]), {}),

@@ -145,19 +145,37 @@ class Tracer(TorchFunctionMode):
         known = made.tensor() if made is not None else None
         return made.layout if made is not None and known is tensor and known.requires_grad else None
 
-    def counted_dim(self, index: Tensor, size: int) -> int | None:
-        """Return the dimension along which the index is ``torch.arange(size)`` everywhere, or None."""
-        dims = [dim for dim in range(index.ndim) if index.shape[dim] == size]
+    def picked(self, index: Tensor, layout: Layout) -> Layout | None:
+        """Return the layout of ``x[index]`` if the samples of x lie along its only dimension as ``layout`` says.
+
+        Return None if no layout describes it.
+        """
+        size = layout.outer * self.samples * layout.inner
         known = self._counts.get(id(index))
         if known is not None and known.layout and known.tensor() is index and known.version == index._version:
-            return known.layout.dim if known.layout.dim in dims else None
+            dim = known.layout.dim
+            return layout._replace(dim=dim) if index.shape[dim] == size else None
         if backends.is_lowered() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
-        count = torch.arange(size, dtype=index.dtype, device=index.device)
-        for dim in dims:
-            if torch.equal(index.movedim(dim, -1), count.expand_as(index.movedim(dim, -1))):
-                return dim
+        of_sample = (index % size).div(layout.inner, rounding_mode="floor") % self.samples
+        for dim in range(index.ndim):
+            found = self._repeating(of_sample.movedim(dim, -1))
+            if found is not None:
+                return found._replace(dim=dim)
         return None
+
+    def _repeating(self, of_sample: Tensor) -> Layout | None:
+        """Return the layout along the last dimension if it has the same samples, all and in order, at all places."""
+        size = of_sample.shape[-1]
+        if size % self.samples:
+            return None
+        first = of_sample[(0,) * (of_sample.ndim - 1)]
+        inner = int((first == 0).cumprod(0).sum())  # of the first sample
+        if inner == 0 or size % (self.samples * inner):
+            return None
+        layout = Layout(0, size // (self.samples * inner), inner)
+        count = torch.arange(size, device=first.device).div(inner, rounding_mode="floor") % self.samples
+        return layout if torch.equal(of_sample, count.to(first.dtype).expand_as(of_sample)) else None
 
     def _unseen(self, touched: Sequence[_Traced]) -> str | None:
         for known in touched:
@@ -251,8 +269,8 @@ class Tracer(TorchFunctionMode):
     def _mark(self, result: Any, layout: Any, why: str | None) -> None:
         if isinstance(result, Tensor):
             if result.requires_grad:
-                if why is None and result.is_complex():
-                    why = "complex tensors do not allow one pass"
+                if why is None and result.is_complex() and backends.is_lowered():
+                    why = "complex tensors do not allow one pass in a compiled step"
                 self._traced[id(result)] = _Traced(ref(result), result._version, layout, why)
         elif isinstance(result, list | tuple):
             for i, part in enumerate(result):

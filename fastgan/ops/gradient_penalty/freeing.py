@@ -20,7 +20,7 @@ _AVOID_FORWARD = frozenset(
         *("Add", "Sub", "Rsub", "Neg", "Sum", "Nansum", "Mean", "Cumsum", "Cat", "Stack", "Clone", "ToCopy", "Alias"),
         *("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand"),
         *("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Unfold", "Diagonal", "AsStrided", "Values"),
-        *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im"),
+        *("Repeat", "Flip", "Roll", "Rot90", "Tril", "Triu", "Im2Col", "Col2Im", "UnfoldBackward"),
         *("Index", "IndexSelect", "Gather", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy"),
         *("IndexPut", "IndexFill", "SliceScatter", "SelectScatter", "DiagonalScatter"),
         *(
@@ -36,6 +36,8 @@ _AVOID_FORWARD = frozenset(
         ),
         *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
         *("Cummax", "Cummin", "Frac", "NanToNum"),
+        *("FftR2C", "FftC2C", "FftC2R", "Real", "Imag", "Complex", "ViewAsReal", "ViewAsComplex"),
+        *("Conj", "ConjPhysical", "ResolveConj", "ResolveNeg"),
         *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "NativeChannelShuffle"),
         *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
         *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),

@@ -139,6 +139,9 @@ def _sums_itself(edge: GradientEdge, constant: Tensor | float, layout: Layout) -
 
 def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int) -> Tensor:
     """Return <delta_i, constant> for each sample, (N,)."""
+    if delta.is_complex():
+        constant = torch.as_tensor(constant, dtype=delta.dtype, device=delta.device)
+        delta, constant = (torch.view_as_real(z.resolve_conj()) for z in (delta, constant))
     if not isinstance(constant, Tensor):
         return sums(delta, layout, samples) * constant
     if delta.ndim == 2 and layout == (0, 1, 1) and constant.shape == delta.shape[1:] and delta.dtype == constant.dtype:

@@ -20,6 +20,7 @@ from fastgan.ops.gradient_penalty.call import Call, bind, tensors
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
 from fastgan.ops.gradient_penalty.products import PRODUCTS
 from fastgan.ops.gradient_penalty.shapes import SHAPES, VIEWS_IN_PLACE, keep_shape, reduced
+from fastgan.ops.gradient_penalty.spectra import SPECTRA, STFT, pad_first
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
 from fastgan.ops.gradient_penalty.writes import WRITES, keep_target
 from fastgan.ops.norm.evaluation import scale_and_shift
@@ -224,7 +225,7 @@ def _batch_norm_of_torch(call: Call, input: Tensor, weight: Any, bias: Any, *res
 
 
 _SAME = functions(
-    *("relu", "leaky_relu", "prelu", "rrelu", "abs", "absolute", "hardshrink"),
+    *("relu", "leaky_relu", "prelu", "rrelu", "hardshrink"),
     *("neg", "negative", "positive", "__neg__", "__pos__", "contiguous", "clone", "__copy__"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "native_dropout"),
     *("tril", "triu"),
@@ -241,7 +242,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         functions("div", "divide", "true_divide", "__div__", "__truediv__", "__itruediv__", "__idiv__"), Rule(_quotient)
     ),
-    **dict.fromkeys(functions("where"), Rule(_affine)),
+    **dict.fromkeys(functions("where", "complex"), Rule(_affine)),
     **dict.fromkeys(functions("lerp"), Rule(_lerp)),
     **dict.fromkeys(functions("addcmul"), Rule(_addcmul)),
     **dict.fromkeys(functions("addcdiv"), Rule(_addcdiv)),
@@ -258,7 +259,8 @@ RULES: dict[Any, Rule] = {
     F.batch_norm: Rule(_batch_norm),
     torch.batch_norm: Rule(_batch_norm_of_torch),
     F.instance_norm: Rule(_instance_norm),
-    **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES).items()},
+    **{function: Rule(rule) for function, rule in (PRODUCTS | SHAPES | SPECTRA).items()},
+    **{function: Rule(rule, pad_first) for function, rule in STFT.items()},
     **{function: Rule(rule, keep_shape) for function, rule in VIEWS_IN_PLACE.items()},
     **{function: Rule(rule, keep_target) for function, rule in WRITES.items()},
 }

@@ -88,19 +88,32 @@ def _pick(call: Call, layout: Layout, items: list[Any], ndim: int) -> Layout:
         after = layout.dim >= start if together else True
         return layout._replace(dim=layout.dim - below + (width if after else 0))
     index = picking[places.index(layout.dim)]
-    counted = call.tracer.counted_dim(index, layout.outer * call.samples * layout.inner)
-    if counted is None:
+    picked = _picked(call, index, layout)
+    return picked._replace(dim=start + width - index.ndim + picked.dim)
+
+
+def _picked(call: Call, index: Tensor, layout: Layout) -> Layout:
+    """Return the layout after an index along the dimension of the samples. Its dimension is that of the index."""
+    picked: Layout | None = call.tracer.picked(index, layout)
+    if picked is None:
         raise MixesSamples("selects samples or single elements; one pass needs all samples, in order")
-    return layout._replace(dim=start + width - index.ndim + counted)
+    return picked
 
 
 def _along(call: Call, input: Tensor, dim: Any, index: Tensor, **named: Any) -> Layout:
-    """index_select, gather, take_along_dim with constant indices along a dimension that does not hold the samples."""
+    """index_select, gather, take_along_dim with constant indices."""
     call.require_constants(dim, index)
     layout = call.layout_of(input)
-    if dim % input.ndim == layout.dim or call.result.shape[layout.dim] != input.shape[layout.dim]:
+    if dim % input.ndim != layout.dim:
+        if call.result.shape[layout.dim] != input.shape[layout.dim]:
+            raise MixesSamples
+        return layout
+    picked = _picked(call, index, layout)
+    if index.ndim < input.ndim:  # index_select
+        return picked._replace(dim=layout.dim)
+    if picked.dim != layout.dim:
         raise MixesSamples
-    return layout
+    return picked
 
 
 def _take_along(call: Call, input: Tensor, indices: Tensor, dim: int | None = None) -> Layout:
@@ -249,10 +262,10 @@ def _repeat_interleave(call: Call, input: Tensor, repeats: Any, dim: int | None 
 
 
 def _flip(call: Call, input: Tensor, *dims: Any, **named: Any) -> Layout:
-    return _apart_from(call, input, *dims, *named.values())
+    return apart_from(call, input, *dims, *named.values())
 
 
-def _apart_from(call: Call, input: Tensor, *dims: Any) -> Layout:
+def apart_from(call: Call, input: Tensor, *dims: Any) -> Layout:
     """Return the layout of the input. Its samples must not lie along ``dims``."""
     layout = call.layout_of(input)
     flat = [d for dim in dims for d in (dim if isinstance(dim, list | tuple) else (dim,))]
@@ -262,19 +275,19 @@ def _apart_from(call: Call, input: Tensor, *dims: Any) -> Layout:
 
 
 def _fliplr(call: Call, input: Tensor) -> Layout:
-    return _apart_from(call, input, 1)
+    return apart_from(call, input, 1)
 
 
 def _flipud(call: Call, input: Tensor) -> Layout:
-    return _apart_from(call, input, 0)
+    return apart_from(call, input, 0)
 
 
 def _rot90(call: Call, input: Tensor, k: int = 1, dims: Any = (0, 1)) -> Layout:
-    return _apart_from(call, input, dims)
+    return apart_from(call, input, dims)
 
 
 def _roll(call: Call, input: Tensor, shifts: Any, dims: Any = None) -> Layout:
-    return _apart_from(call, input, () if dims is None else dims)
+    return apart_from(call, input, () if dims is None else dims)
 
 
 _VIEWS = (

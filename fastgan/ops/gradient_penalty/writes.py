@@ -170,7 +170,7 @@ def into_base(call: Call) -> bool:
     """
     view = call.result
     base = view._base
-    if not base.is_contiguous():
+    if not base.is_contiguous() or base.dtype != view.dtype:  # the view may be the real part
         return False
     zeros = torch.zeros_like(base)
     place = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
