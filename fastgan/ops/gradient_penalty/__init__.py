@@ -249,14 +249,14 @@ def logits_and_penalty(
 
     If the discriminator is piecewise affine and does not mix samples, the loss and the penalty take one pass, which
     costs as much as four forwards instead of six. Convolutions, products with weights, ReLU, clamp, pooling, dropout,
-    sums, masks, slices and reshapes allow one pass. Batch statistics, layer and group normalization, smooth activations
-    and attention do not. If there are several logits per sample (patches, scales), the loss must also have the same
-    gradient for all logits of a sample. ``explain_penalty`` reports whether one pass is possible. Otherwise, the
-    penalty is computed as in ``penalty_from_logits``. The results are the same up to rounding. One pass frees the
-    activations of the forward early if there is one logit per sample, nothing else is returned or stored, and the
-    model is not small (see ``gradient_penalty``). A loss may use features that the forward stores. But the gradient of
-    the logits does not pass through such features in one pass: call ``retain_grad()`` or ``register_hook`` on them
-    inside the forward, which then takes the general path.
+    sums, masks, slices, reshapes and Fourier transforms allow one pass. Batch statistics, layer and group
+    normalization, smooth activations and attention do not. If there are several logits per sample (patches, scales),
+    the loss must also have the same gradient for all logits of a sample. ``explain_penalty`` reports whether one pass
+    is possible. Otherwise, the penalty is computed as in ``penalty_from_logits``. The results are the same up to
+    rounding. One pass frees the activations of the forward early if there is one logit per sample, nothing else is
+    returned or stored, and the model is not small (see ``gradient_penalty``). A loss may use features that the forward
+    stores. But the gradient of the logits does not pass through such features in one pass: call ``retain_grad()`` or
+    ``register_hook`` on them inside the forward, which then takes the general path.
 
     Args:
         discriminator: called as ``discriminator(inputs, *args, **kwargs)``; see ``gradient_penalty``.
