@@ -23,7 +23,7 @@ from fastgan.trainer.data.held_out import hold_out, require_batch
 from fastgan.trainer.data.record import DataRecord, check_same, record_of
 from fastgan.trainer.data.sources import Images, load_source
 from fastgan.trainer.device import choose_device
-from fastgan.trainer.errors import NonFiniteLossError
+from fastgan.trainer.errors import CheckpointError, NonFiniteLossError
 from fastgan.trainer.export import write_export
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.measure import alarms
@@ -264,11 +264,22 @@ class Trainer:
 
     def _newest_state(self) -> dict[str, Any] | None:
         if not checkpoint.found_in(self.run.checkpoints):
+            self._require_no_checkpoint_yet()
             return None
         state, damaged = checkpoint.load_newest(self.run.checkpoints)
         for message in damaged:
             print(f"{message}; continuing from step {state['step']}")
         return state
+
+    def _require_no_checkpoint_yet(self) -> None:
+        """Raise if the run has had a checkpoint. Starting from the beginning would delete what it has measured."""
+        assert self.run.saved is not None
+        steps = max((record.get("step", 0) for record in self.run.read_metrics()), default=0)
+        if steps > self.run.saved.checkpoint_every or self.run.report.exists():  # writing the first one may have failed
+            raise CheckpointError(
+                f"{self.run.path} has metrics up to step {steps:,}, but its checkpoints are gone: put them back into "
+                f"{self.run.checkpoints}, choose another --name, or start again with --overwrite instead of --resume"
+            )
 
     def _resume(self, state: dict[str, Any] | None) -> dict[str, list[Any]]:
         """Continue from a checkpoint. Return the settings that differ from those before it, with both values."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastgan.trainer.config import TrainConfig
-from fastgan.trainer.errors import NonFiniteLossError, RunFolderError
+from fastgan.trainer.errors import CheckpointError, NonFiniteLossError, RunFolderError
 from fastgan.trainer.gan import GAN
 from fastgan.trainer.loop import Trainer
 
@@ -170,6 +171,20 @@ class TestRunFolder:
     def test_resume_without_a_run_is_an_error(self, config):
         with pytest.raises(RunFolderError, match="does not contain a run"):
             Trainer(dataclasses.replace(config, resume=True))
+
+    def test_resume_without_the_checkpoints_that_there_were_is_an_error_and_keeps_the_metrics(self, config):
+        trainer = train(config)
+        before = trainer.run.metrics.read_text()
+        shutil.rmtree(trainer.run.checkpoints)
+        with pytest.raises(CheckpointError, match="metrics up to step 6, but its checkpoints are gone: put them back"):
+            Trainer(dataclasses.replace(config, resume=True))
+        assert trainer.run.metrics.read_text() == before
+
+    def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(self, config):
+        trainer = train(config)
+        shutil.rmtree(trainer.run.checkpoints)
+        trainer.run.report.unlink()
+        assert train(config, resume=True).step == 6
 
     def test_a_run_that_cannot_start_leaves_no_folder(self, config, tmp_path):
         with pytest.raises(RuntimeError):
