@@ -202,6 +202,7 @@ FORMULAS = {
     "WGAN-LP (Petzka et al. 2018)": at_x_hat(lambda g: 10 * (F.relu(norms(g) - 1) ** 2).mean()),
     "WGAN-div (Wu et al. 2018)": at_x_hat(lambda g: 2 * g.view(N, -1).pow(2).sum(1).pow(3).mean()),
     "DF-GAN, matching-aware": df_gan,
+    "pix2pix and CycleGAN, `cal_gradient_penalty`": at_x_hat(lambda g: 10 * two_sided(g + 1e-16)),
     "1-GP": at_x_hat(two_sided),
     "0-GP (Thanh-Tung et al. 2019)": at_x_hat(lambda g: g.view(N, -1).square().sum(1).mean()),
     "Lipschitz GAN, StudioGAN MaxGP": at_x_hat(lambda g: 10 * torch.max(norms(g) ** 2)),
