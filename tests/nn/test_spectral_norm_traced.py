@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 from fastgan import ops
 from fastgan.nn import utils
+from tests.harness import VERSION
 
 X = torch.linspace(-1, 1, 2 * 2 * 4 * 4).reshape(2, 2, 4, 4)
 FORMS = {
@@ -99,6 +100,8 @@ def outcome(trace, model, grad):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_a_traced_model_is_pytorchs(tracer, form, training, grad):
+    if VERSION < (2, 11) and tracer == "export, strict":
+        pytest.skip("before 2.11 Dynamo cannot trace fused spectral norm")
     model, twin = pair(form)
     model.train(training)
     twin.train(training)
@@ -116,6 +119,8 @@ def test_a_traced_model_is_pytorchs(tracer, form, training, grad):
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("tracer", ["jit", "make_fx", "fake", "pre_dispatch", "export"])
 def test_the_operation_is_recorded_as_pytorchs(tracer, update):
+    if VERSION < (2, 11) and tracer == "export":
+        pytest.skip("before 2.11 it is exported as an operation of fastgan")
     weight, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
 
     class Normalized(nn.Module):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan import ops, torch_private
 from fastgan.ops.attention import autograd, blocks, layout, pytorch_kernel
+from tests.harness import VERSION
 from tests.ops.attention_problem import CASES, FEW, OPTIONS, penalty_gradients, problem_of, values_and_gradients
 
 DERIVE = blocks.native_kernels.derive
@@ -91,7 +92,7 @@ def test_the_first_backward_is_pytorchs_kernel(case, option, monkeypatch):
     their = torch.autograd.grad(problem(None, attend=F.scaled_dot_product_attention), problem.leaves(), problem.weight)
     for create_graph in (False, True):
         ours = torch.autograd.grad(problem("cpu"), problem.leaves(), problem.weight, create_graph=create_graph)
-        if problem.mask is None:
+        if problem.mask is None and (VERSION >= (2, 11) or case != "grouped"):
             assert all(torch.equal(a, b) for a, b in zip(ours, their, strict=True))
         torch.testing.assert_close(ours, their)
 

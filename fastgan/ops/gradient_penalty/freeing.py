@@ -37,7 +37,7 @@ _AVOID_FORWARD = frozenset(
         *("Amax", "Amin", "Max", "Min", "Fmax", "Fmin", "Sort", "Topk", "Median", "Nanmedian", "Kthvalue"),
         *("Cummax", "Cummin", "Frac", "NanToNum"),
         *("FftR2C", "FftC2C", "FftC2R", "Real", "Imag", "Complex", "ViewAsReal", "ViewAsComplex"),
-        *("Conj", "ConjPhysical", "ResolveConj", "ResolveNeg"),
+        *("Conj", "ConjPhysical", "ResolveConj", "ResolveNeg", "NegView"),
         *("ConstantPadNd", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "NativeChannelShuffle"),
         *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D"),
         *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
