@@ -98,6 +98,12 @@ TAKEN = {
     "frequencies in place": (in_place(lambda z: z[..., 1:, :].mul_(2j).add_(1 - 1j)), {}),
     "frequencies written": (in_place(lambda z: z.__setitem__((..., 0), 1j)), {}),
     "real part scaled in place": (in_place(lambda z: z.real.mul_(2.0)), {}),
+    "conjugates scaled in place": (in_place(lambda z: z.conj().mul_(1 + 2j)), {}),
+    "conjugates added in place": (in_place(lambda z: z.add_(z.conj() + complex_constant(S, 1).conj())), {}),
+    "conjugates added at indices": (
+        in_place(lambda z: z.index_add_(1, torch.tensor([2, 0]), z[:, :2].conj() * 1j, alpha=2)),
+        {},
+    ),
     "conjugated": (lambda net, h: parts((fft.fft(h) + 1j).conj() * complex_constant(S)), {}),
     "as complex": (lambda net, h: parts(torch.view_as_complex(h.unflatten(3, (-1, 2))).resolve_conj()), {}),
     "cast": (lambda net, h: parts(h.to(torch.complex128) @ complex_constant(S, S)), {}),
@@ -110,6 +116,17 @@ REFUSED = {
     "power": (lambda net, h: fft.rfft2(h).abs().square(), "abs"),
     "real part moved in place": (in_place(lambda z: z.real.add_(1.0)), "through a view"),
     "parts moved in place": (in_place(lambda z: torch.view_as_real(z).add_(1.0)), "through a view"),
+    "conjugates moved in place": (in_place(lambda z: z.conj().add_(1j)), "through a view"),
+    "conjugates overwritten": (in_place(lambda z: z.conj().__setitem__((..., 0), 1j)), "through a view"),
+    "conjugates masked": (
+        lambda net, h: parts(fft.rfft2(h).conj().masked_fill_(torch.arange(5) == 0, 1j)),
+        "masked_fill_",
+    ),
+    "conjugates raised": (lambda net, h: parts(fft.rfft2(h).conj().add_(1j)), "add_"),
+    "added with a complex alpha": (
+        in_place(lambda z: z.index_add_(1, torch.tensor([2, 0]), z[:, :2] * 1, alpha=2j)),
+        "index_add_",
+    ),
     "phase": (lambda net, h: fft.rfft2(h).angle(), "angle"),
     "product with its conjugate": (lambda net, h: (fft.fft(h) * fft.fft(h).conj()).real, "mul"),
     "a window that depends on the input": (

@@ -40,6 +40,8 @@ def _at_zero(call: Call) -> Tensor:
 def _writes_along(call: Call, input: Tensor, dim: int, index: Tensor, *written: Any, **named: Any) -> Layout:
     """scatter, scatter_add, index_add, index_copy, index_fill: at constant indices along one dimension."""
     call.require_constants(index)
+    if isinstance(named.get("alpha"), complex):
+        raise Ineligible("has a complex alpha, which PyTorch's gradient does not conjugate")
     layout = call.layout(input)
     for source in tensors((written, named)):
         made = call.layout(source)
@@ -170,7 +172,8 @@ def into_base(call: Call) -> bool:
     """
     view = call.result
     base = view._base
-    if not base.is_contiguous() or base.dtype != view.dtype:  # the view may be the real part
+    shows_parts = base.dtype != view.dtype or base.is_conj() != view.is_conj()  # of complex numbers
+    if not base.is_contiguous() or shows_parts:
         return False
     zeros = torch.zeros_like(base)
     place = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
