@@ -123,6 +123,10 @@ REFUSED = {
         "masked_fill_",
     ),
     "conjugates raised": (lambda net, h: parts(fft.rfft2(h).conj().add_(1j)), "add_"),
+    "imaginary parts of conjugates moved": (
+        lambda net, h: torch.view_as_complex(h.unflatten(3, (-1, 2))).conj().imag.add_(1.0),
+        "add_",
+    ),
     "added with a complex alpha": (
         in_place(lambda z: z.index_add_(1, torch.tensor([2, 0]), z[:, :2] * 1, alpha=2j)),
         "index_add_",
@@ -153,3 +157,14 @@ def test_what_is_not_affine_or_mixes_samples_is_refused_by_name_and_exact(name):
     assert said.startswith("general path: ")
     assert REFUSED[name][1] in said
     assert_exact(model, images(), uneven)
+
+
+def test_two_samples_are_not_taken_for_real_and_imaginary_parts():
+    def between(net, h):
+        if len(h) != 2:
+            return h.flatten(1)[:, ::2]
+        return torch.view_as_complex(h.flatten(1).t().contiguous()).reshape(-1, 2).t().imag
+
+    model = Between(between)
+    assert "view_as_complex" in fastgan.explain_penalty(model, images(2))
+    assert_exact(model, images(2), uneven)

@@ -60,8 +60,12 @@ def _shift(call: Call, input: Tensor, dim: Any = None) -> Layout:
 
 
 def _part(call: Call, input: Tensor) -> Layout:
-    """Functions between complex numbers and their parts. The parts lie along a new last dimension, or nowhere."""
+    """Functions from complex numbers to their parts or conjugates. Both parts lie along a new last dimension."""
     return call.layout_of(input)
+
+
+def _of_parts(call: Call, input: Tensor) -> Layout:
+    return call.layout_before(input, 1)
 
 
 def _absolute(call: Call, input: Tensor, **named: Any) -> Layout:
@@ -81,7 +85,8 @@ SPECTRA: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_transforms("2", *_ANY, *_REAL), _transform_2d),
     **dict.fromkeys(_transforms("n", *_ANY, *_REAL), _transform_nd),
     **dict.fromkeys((torch.fft.fftshift, torch.fft.ifftshift), _shift),
-    **dict.fromkeys(functions("view_as_real", "view_as_complex", "real", "imag"), _part),
+    **dict.fromkeys(functions("view_as_real", "real", "imag"), _part),
+    **dict.fromkeys(functions("view_as_complex"), _of_parts),
     **dict.fromkeys(functions("conj", "conj_physical", "resolve_conj", "resolve_neg"), _part),
     **dict.fromkeys(functions("abs", "absolute"), _absolute),
 }

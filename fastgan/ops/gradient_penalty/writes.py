@@ -172,8 +172,8 @@ def into_base(call: Call) -> bool:
     """
     view = call.result
     base = view._base
-    shows_parts = base.dtype != view.dtype or base.is_conj() != view.is_conj()  # of complex numbers
-    if not base.is_contiguous() or shows_parts:
+    kinds = [(tensor.dtype, tensor.is_conj(), tensor.is_neg()) for tensor in (base, view)]
+    if not base.is_contiguous() or kinds[0] != kinds[1]:  # the view may show parts or conjugates of complex numbers
         return False
     zeros = torch.zeros_like(base)
     place = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
