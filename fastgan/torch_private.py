@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from threading import Lock
 from types import FrameType
 from typing import Any
 from weakref import ref
@@ -37,6 +38,7 @@ __all__ = [
     "DisableTorchFunction",
     "FunctionalTensor",
     "TracingContext",
+    "Uncompiled",
     "apart_from_dynamo",
     "apply",
     "attention_on_cpu",
@@ -53,7 +55,6 @@ __all__ = [
     "dispatch_mode",
     "dispatch_modes",
     "dynamo",
-    "force_eager",
     "function_modes",
     "gradient_edge",
     "gradients_without_graph",
@@ -67,7 +68,6 @@ __all__ = [
     "keeps_graph",
     "rebind",
     "safe_softmax",
-    "set_stance",
     "shape_of_result",
     "will_execute",
 ]
@@ -131,24 +131,36 @@ def dynamo() -> tuple[Any, Any, Any]:
 _COMPILER = "torch._dynamo.eval_frame"
 
 
-def force_eager() -> Any:
-    """Run compiled functions uncompiled from now on. Return the stance of the compiler before, for `set_stance`.
+class Uncompiled:
+    """Run compiled functions uncompiled while at least one thread is inside this context.
 
-    Return None if the compiler was never imported: then nothing is compiled, and importing it would take a second.
-    torch.compiler.set_stance makes more calls, which a small penalty notices.
+    The compiler's stance is global to the process, so the last thread to leave restores it. torch.compiler.set_stance
+    makes more calls, which a small penalty notices. If the compiler was never imported, nothing is compiled, and
+    importing it would take a second.
     """
-    compiler: Any = sys.modules.get(_COMPILER)
-    if compiler is None:
-        return None
-    if get_eval_frame_callback():  # None or False outside of compiled functions
-        raise RuntimeError("a penalty that is not compiled cannot run inside a compiled function")
-    before, compiler._stance = compiler._stance, _eager_stance()
-    return before
 
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._compiler: Any = None  # None: never imported when the first thread entered
+        self._stance: Any = None  # before that
 
-def set_stance(stance: Any) -> None:
-    compiler: Any = sys.modules[_COMPILER]
-    compiler._stance = stance
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._compiler is None:
+                compiler: Any = sys.modules.get(_COMPILER)
+                if compiler is not None:
+                    if get_eval_frame_callback():  # None or False outside of compiled functions
+                        raise RuntimeError("a penalty that is not compiled cannot run inside a compiled function")
+                    self._stance, compiler._stance = compiler._stance, _eager_stance()
+                    self._compiler = compiler
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._compiler is not None:
+                self._compiler._stance, self._compiler, self._stance = self._stance, None, None
 
 
 @cache

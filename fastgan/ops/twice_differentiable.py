@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
 from typing import Any
 from weakref import ref
 
@@ -222,33 +221,9 @@ def _end() -> torch.Tensor:
     return torch.empty(0)
 
 
-class _Uncompiled:
-    """Run compiled functions uncompiled while at least one thread is inside this context.
-
-    A compiled graph cannot be differentiated twice. The compiler's stance is global to the process, so the last thread
-    to leave restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._inside = 0
-        self._stance: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._stance is None:
-                self._stance = torch_private.force_eager()
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._stance is not None:
-                torch_private.set_stance(self._stance)
-                self._stance = None
-
-
-uncompiled = _Uncompiled()
+# Functions compiled by torch.compile run uncompiled while a thread is inside: a compiled graph cannot be differentiated
+# twice.
+uncompiled = torch_private.Uncompiled()
 
 
 class Rerouting:
