@@ -205,7 +205,7 @@ def test_a_model_is_recorded_in_pytorchs_operations(model, record):
         and model == "inside twice_differentiable"
         and record in (OF_MODELS["export, strict"], drafted)
     ):
-        pytest.skip("before 2.11 Dynamo cannot trace it")
+        pytest.skip("before 2.11 PyTorch cannot record it")
     assert_recorded_as_pytorch(MODELS[model](), IMAGES, record)
 
 
@@ -235,7 +235,7 @@ def test_a_symbolic_trace_and_a_script_of_a_converted_model_are_those_of_the_ori
 @pytest.mark.parametrize("model", MODELS)
 def test_a_compiled_model_computes_in_pytorchs_form(model):
     if VERSION < (2, 11) and model == "inside twice_differentiable":
-        pytest.skip("before 2.11 Dynamo cannot trace it")
+        pytest.skip("before 2.11 PyTorch cannot record it")
     model, x, names = MODELS[model](), torch.randn(IMAGES), []
 
     def backend(graph, inputs):

@@ -10,8 +10,6 @@ from torch import Tensor
 from fastgan.ops.gradient_penalty.drawn import uniform
 from fastgan.ops.gradient_penalty.inputs import Inputs, check_inputs, check_same_form, floating, replaced
 
-_WITHOUT_FAKE = ("r1", "r1-finite-difference", "dragan")
-
 
 def check_points(kind: Any, real: Inputs, fake: Inputs | None) -> None:
     """Raise if ``points`` cannot make the points of this kind from these arguments."""
@@ -27,7 +25,7 @@ def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Genera
     """Return the points, in the structure of ``real``: two for "r1+r2", otherwise one."""
     if kind == "dragan":
         return [_perturbed(real, generator)]
-    if fake is None or (type(kind) is str and kind in _WITHOUT_FAKE):
+    if fake is None or not _uses_fake(kind, fake):
         return [real]
     if kind == "r1+r2":
         return [real, fake]
@@ -35,7 +33,7 @@ def points(kind: Any, real: Inputs, fake: Inputs | None, generator: torch.Genera
 
 
 def _uses_fake(kind: Any, fake: Inputs | None) -> bool:
-    return kind not in _WITHOUT_FAKE and not (callable(kind) and fake is None)
+    return kind not in ("r1", "r1-finite-difference", "dragan") and not (callable(kind) and fake is None)
 
 
 def _alpha(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -58,6 +56,6 @@ def _between(real: Inputs, fake: Inputs, generator: torch.Generator | None) -> I
     if isinstance(real, Tensor) and isinstance(fake, Tensor) and real.dtype == fake.dtype:
         start = fake.detach() if fake.requires_grad else fake
         end = real.detach() if real.requires_grad else real
-        return torch.lerp(start, end, uniform([real.shape[0], *[1] * (real.ndim - 1)], real, generator))
+        return torch.lerp(start, end, _alpha(real, generator))
     fakes, alpha = iter(floating(fake)), _alpha(floating(real)[0], generator)
     return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _per_sample(alpha, x)))
