@@ -25,7 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.autograd.graph import _engine_run_backward as _run_backward
+from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack as function_modes
@@ -37,6 +37,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "DisableTorchFunction",
     "FunctionalTensor",
+    "RemovableHandle",
     "TracingContext",
     "Uncompiled",
     "apart_from_dynamo",
@@ -59,6 +60,7 @@ __all__ = [
     "gradient_edge",
     "gradients_without_graph",
     "has_saving_hook",
+    "has_torch_function",
     "in_transform",
     "intercept_autograd_grad",
     "is_batched",
@@ -67,6 +69,7 @@ __all__ = [
     "keep_graph_whole",
     "keeps_graph",
     "rebind",
+    "run_backward",
     "safe_softmax",
     "shape_of_result",
     "will_execute",
@@ -179,7 +182,7 @@ def differentiable_gradients(
     """
     if has_torch_function((*outputs, *inputs)):
         return torch.autograd.grad(outputs, inputs, factors, create_graph=True, allow_unused=True)
-    results: Sequence[Tensor | None] = _run_backward(
+    results: Sequence[Tensor | None] = run_backward(
         tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
     )
     return results
@@ -201,7 +204,7 @@ def gradient_edge(result: Tensor) -> GradientEdge:
 
 def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[Any]:
     """Return the gradients of the sum of the output at tensors or gradient edges, and keep the graph of the output."""
-    results: Sequence[Any] = _run_backward(
+    results: Sequence[Any] = run_backward(
         (output,), (torch.ones_like(output),), True, False, tuple(inputs), True, accumulate_grad=False
     )
     return results

@@ -75,8 +75,47 @@ def test_a_known_call_makes_few_python_calls(call, smooth):
         getattr(fastgan, call)(discriminator, x, kind="r1")
     finally:
         sys.setprofile(None)
-    # Reading a graph of four functions takes about ten calls each. With a smooth function, it ends at once.
-    assert inside.total() <= (45 if smooth else 85), inside
+    assert inside.total() <= 18, inside
+
+
+class Changing(nn.Module):
+    """A discriminator whose output changes between equal calls."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.inner, self.of = net(), [of]
+
+    def forward(self, x):
+        return self.of[0](x, self.inner)
+
+
+@pytest.mark.parametrize("call", ["gradient_penalty", "logits_and_penalty"])
+@pytest.mark.parametrize(
+    ("later", "error"),
+    [
+        (lambda x, inner: inner(x).detach(), ValueError),  # needs no gradient
+        (lambda x, inner: inner(x.detach()), ValueError),  # depends on the weights only
+        (lambda x, inner: inner(x)[1:], ValueError),
+        (lambda x, inner: inner(x).sum(), ValueError),
+        (lambda x, inner: inner(x) + 0j, TypeError),
+        (lambda x, inner: {"logits": inner(x)}, ValueError),
+        (lambda x, inner: None, TypeError),
+    ],
+)
+def test_a_known_call_checks_its_output(call, later, error):
+    discriminator, x = Changing(lambda x, inner: inner(x)), images()
+    for _ in range(2):
+        getattr(fastgan, call)(discriminator, x, kind="r1")
+    assert (
+        small.left_to_pytorch(call_of(discriminator, ("r1", x, None) if call == "gradient_penalty" else (x,))) is False
+    )
+    discriminator.of[0] = later
+    with pytest.raises(error):
+        getattr(fastgan, call)(discriminator, x, kind="r1")
+    discriminator.of[0] = lambda x, inner: [inner(x)]  # one tensor in a list is valid
+    returned = getattr(fastgan, call)(discriminator, x, kind="r1")
+    value = returned if call == "gradient_penalty" else returned[1]
+    torch.testing.assert_close(value, by_hand(discriminator.inner, x, None, "r1"))
 
 
 def test_the_checks_of_a_known_call_are_not_those_of_another():

@@ -5,7 +5,8 @@ The path of a call through the files of this folder:
     points, inputs          the points at which the gradient is taken, and the checks of the inputs
     small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules,
                             mentioned)
-    forward                 calls the discriminator, rerouted and traced
+    repeated                calls a small discriminator as before
+    forward                 calls any other discriminator, rerouted and traced
     outputs                 selects the logits in its output
     eligibility             whether the trace allows one pass, by rules (products, shapes, writes, fused, table, layout)
     one_pass                the gradients and the logits of a traced forward in one pass
@@ -26,20 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.gradient_penalty import compiled
+from fastgan.ops.gradient_penalty import compiled, repeated
 from fastgan.ops.gradient_penalty.called_modules import call_of
 from fastgan.ops.gradient_penalty.differences import finite_difference
 from fastgan.ops.gradient_penalty.explain import explain_penalty
 from fastgan.ops.gradient_penalty.forward import (
     check_call,
     naming_layers,
-    recall,
     require_grad_mode,
-    run_known,
     run_unknown,
 )
 from fastgan.ops.gradient_penalty.from_logits import penalty_from_logits
-from fastgan.ops.gradient_penalty.general import general_penalty, plain_gradients, small_gradients
+from fastgan.ops.gradient_penalty.general import general_penalty
 from fastgan.ops.gradient_penalty.graph_pass import gradient_and_logits_of, gradient_of, read_graph
 from fastgan.ops.gradient_penalty.inputs import Inputs, differentiable
 from fastgan.ops.gradient_penalty.kinds import Dims, Kind, Number, Penalty, penalty_of
@@ -51,7 +50,6 @@ from fastgan.ops.gradient_penalty.small import leave_to_pytorch, left_to_pytorch
 from fastgan.ops.gradient_penalty.stored import is_any_stored
 from fastgan.ops.needed import mark_unused
 from fastgan.ops.regions import is_entered, traceable
-from fastgan.ops.twice_differentiable import uncompiled
 from fastgan.torch_private import count_hooks
 
 __all__ = ["explain_penalty", "gradient_penalty", "logits_and_penalty", "penalty_from_logits"]
@@ -181,14 +179,11 @@ def gradient_penalty(
     total: Tensor | None = None
     readable = False
     for point in points(kind, real, fake, generator):
-        given, x = differentiable(point)
-        hooks = count_hooks()
         if read is not None:
-            with uncompiled:
-                returned = discriminator(given, *args, **(kwargs or {}))
-            logits = logits_of(returned, select, x[0].shape[0])
-            part = penalty(small_gradients(logits, x, hooks) if read else plain_gradients(logits, x))
+            part = repeated.outputs_and_penalty(discriminator, point, penalty, select, args, kwargs, read)[1]
         else:
+            given, x = differentiable(point)
+            hooks = count_hooks()
             with gathering(discriminator):
                 with size_of(discriminator, x, call).rerouting(x) as rerouting:
                     box = [discriminator(given, *args, **(kwargs or {}))]
@@ -300,13 +295,12 @@ def logits_and_penalty(
         check_call(inputs, select)
         with gathering(discriminator):
             return finite_difference(discriminator, inputs, penalty, select, args, kwargs or {}, keep=True)
-    known, read = recall(discriminator, inputs, args, kwargs)
+    if not torch.is_grad_enabled():
+        require_grad_mode()
+    known = call_of(discriminator, (inputs,), args, kwargs)
+    read = left_to_pytorch(known)
     if read is not None:
-        returned, logits, x, graph = run_known(discriminator, inputs, select, args, kwargs, read)
-        if graph is None:
-            return returned, penalty(plain_gradients(logits, x))
-        grad, returned = gradient_and_logits_of(graph)
-        return returned, penalty([grad])
+        return repeated.outputs_and_penalty(discriminator, inputs, penalty, select, args, kwargs, read, both=True)
     with gathering(discriminator):
         forward = run_unknown(discriminator, inputs, select, args, kwargs, known)
         returned, logits, x, tracer, obstacle, graph, selection = forward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgan import backends
 from fastgan.ops.gradient_penalty.mentioned import names_in_code, names_in_modules
 from fastgan.ops.gradient_penalty.size import all_modules
-from fastgan.torch_private import count_hooks
+from fastgan.torch_private import RemovableHandle
 
 _DEPTH = 4  # of functions within functions
 _MOST = 64  # elements of a list that are searched
@@ -135,7 +135,7 @@ def call_of(
         values = (*inputs, *more)
     if args or kwargs:
         values = (*values, args, kwargs)
-    structure = _walk()(module, _OF_TORCH, _FUNCTIONS, count_hooks() > 0, _MOST_MODULES)
+    structure = _walk()(module, _OF_TORCH, _FUNCTIONS, RemovableHandle.next_id > 0, _MOST_MODULES)
     if structure is None:
         return None
     details: list[Any] = [code, module.training, structure]
@@ -149,7 +149,7 @@ def call_of(
                 details.append(_described(value))
     except Unknown:
         return None
-    return Call(module, tuple(details))
+    return tuple.__new__(Call, (module, tuple(details)))  # Call(...) is a function of Python
 
 
 @cache

@@ -21,13 +21,12 @@ from fastgan.ops.gradient_penalty.small import (
     Size,
     forget,
     leave_to_pytorch,
-    left_to_pytorch,
     reason,
     remember,
     size_of,
     was_small,
 )
-from fastgan.ops.twice_differentiable import Rerouting, uncompiled
+from fastgan.ops.twice_differentiable import Rerouting
 from fastgan.torch_private import count_hooks
 
 
@@ -41,10 +40,10 @@ class Forward(NamedTuple):
     selection: Selection | None = None  # if one pass is possible
 
 
-def _readable(
+def readable(
     returned: Any, logits: list[Tensor], x: tuple[Tensor, ...], hooks: int, tracer: Tracer | None = None
 ) -> Graph | None:
-    """Return the graph of a forward that only ran PyTorch's functions, if it allows one pass."""
+    """Return the graph of a forward that only ran PyTorch's functions, if loss and penalty can take one pass."""
     views = None
     if tracer is not None:
         views = {node: leaf for node, leaf in tracer.nodes_of_views().items() if leaf.is_leaf}
@@ -60,42 +59,8 @@ def run_forward(
     kwargs: Mapping[str, Any] | None,
 ) -> Forward:
     """Call the discriminator and look for an obstacle to one pass."""
-    known, read = recall(discriminator, inputs, args, kwargs)
-    if read is not None:
-        returned, logits, x, graph = run_known(discriminator, inputs, select, args, kwargs, read)
-        return Forward(returned, logits, x, None, reason(x), graph)
-    return run_unknown(discriminator, inputs, select, args, kwargs, known)
-
-
-def recall(
-    discriminator: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[Call | None, bool | None]:
-    """Identify a call, and return whether to read its graph if an equal one was left to PyTorch, otherwise None."""
-    if not torch.is_grad_enabled():
-        require_grad_mode()
-    known = call_of(discriminator, (inputs,), args, kwargs)
-    return known, left_to_pytorch(known)
-
-
-def run_known(
-    discriminator: Callable[..., Any],
-    inputs: Inputs,
-    select: Select | None,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    read: bool,
-) -> tuple[Any, list[Tensor], tuple[Tensor, ...], Graph | None]:
-    """Make a call that equals an earlier one that was left to PyTorch.
-
-    Returns:
-        The output of the discriminator, the logits, the inputs, and the graph if it allows one pass.
-    """
-    given, x = differentiable(inputs)
-    hooks = count_hooks()
-    with uncompiled:
-        returned = discriminator(given, *args, **(kwargs or {}))
-    logits = logits_of(returned, select, x[0].shape[0])
-    return returned, logits, x, _readable(returned, logits, x, hooks) if read else None
+    require_grad_mode()
+    return run_unknown(discriminator, inputs, select, args, kwargs, call_of(discriminator, (inputs,), args, kwargs))
 
 
 def run_unknown(
@@ -153,7 +118,7 @@ def _run_maybe_small(
     if size is not Size.SMALL and small != seen and (known is None or not ran_pytorch):
         remember(discriminator, x, small)
     if ran_pytorch:
-        graph = _readable(returned, logits, x, hooks, tracer)
+        graph = readable(returned, logits, x, hooks, tracer)
         if known is not None:
             leave_to_pytorch(known, x[0].shape[0], readable=graph is not None)
         return Forward(returned, logits, x, None, reason(x), graph)

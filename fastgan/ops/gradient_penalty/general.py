@@ -10,7 +10,6 @@ from torch.autograd.graph import Node
 
 from fastgan import torch_private
 from fastgan.ops.gradient_penalty.freeing import may_free
-from fastgan.ops.gradient_penalty.graph_pass import gradient_of, read_graph
 from fastgan.ops.gradient_penalty.kinds import Penalty
 from fastgan.ops.gradient_penalty.missing_derivatives import watched
 from fastgan.ops.gradient_penalty.paths import paths
@@ -78,13 +77,3 @@ def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> lis
         if found:
             return found
     raise ValueError(INDEPENDENT)
-
-
-def small_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...], hooks: int) -> list[Tensor]:
-    """Return the gradients after such a forward, without a double backward of autograd if all is piecewise affine.
-
-    Args:
-        hooks: ``torch_private.count_hooks()`` before the forward.
-    """
-    graph = read_graph(logits, inputs, hooks)
-    return plain_gradients(logits, inputs) if graph is None else [gradient_of(graph)]

@@ -127,17 +127,15 @@ class Penalty:
     # The next two equal _of in few calls, which a small model notices.
 
     def _squares(self, grad: Tensor) -> Tensor:
-        penalty: Tensor = (grad * grad).sum() * self._scale(grad)
+        factor = self._formula.factor / (grad.shape[0] if self.reduction == "mean" else 1)
+        penalty: Tensor = (grad * grad).sum() * ((10.0 if self.weight is None else self.weight) * factor)
         return penalty
 
     def _two_sided(self, grad: Tensor) -> Tensor:
-        each = torch.linalg.vector_norm(grad.flatten(1), dim=1) - (1.0 if self.target is None else self.target)
-        penalty: Tensor = torch.dot(each, each) * self._scale(grad)
-        return penalty
-
-    def _scale(self, grad: Tensor) -> Any:
         factor = self._formula.factor / (grad.shape[0] if self.reduction == "mean" else 1)
-        return (10.0 if self.weight is None else self.weight) * factor
+        each = torch.linalg.vector_norm(grad.flatten(1), dim=1) - (1.0 if self.target is None else self.target)
+        penalty: Tensor = torch.dot(each, each) * ((10.0 if self.weight is None else self.weight) * factor)
+        return penalty
 
     def _of(self, grads: Sequence[Tensor]) -> Tensor:
         if self._sums_all and (total := sum_of_squares(grads)) is not None:

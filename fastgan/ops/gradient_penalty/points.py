@@ -56,6 +56,6 @@ def _between(real: Inputs, fake: Inputs, generator: torch.Generator | None) -> I
     if isinstance(real, Tensor) and isinstance(fake, Tensor) and real.dtype == fake.dtype:
         start = fake.detach() if fake.requires_grad else fake
         end = real.detach() if real.requires_grad else real
-        return torch.lerp(start, end, _alpha(real, generator))
+        return torch.lerp(start, end, uniform([real.shape[0], *[1] * (real.ndim - 1)], real, generator))
     fakes, alpha = iter(floating(fake)), _alpha(floating(real)[0], generator)
     return replaced(real, lambda x: torch.lerp(next(fakes).detach().to(x.dtype), x.detach(), _per_sample(alpha, x)))

@@ -10,13 +10,14 @@ change its size: the number of modules, the mode and the shapes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum, auto
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ from fastgan.ops.twice_differentiable import NAMES_OF_LACKING, Rerouting
 from fastgan.torch_private import in_transform
 
 MOST_SHAPES = 256  # the number of calls that are remembered per module
-_NOTHING: dict[Hashable, bool] = {}
 
 _is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
 REASON = "the discriminator and its inputs are so small that PyTorch's own double backward is faster"
@@ -129,10 +129,13 @@ def left_to_pytorch(call: Call | None) -> bool | None:
     """
     if call is None:
         return None
-    read = _left_to_pytorch.get(call.module, _NOTHING).get(call.details)
-    if read is not None and (_any_size.get() or backends.is_forced() or in_transform() or may_be_sharded()):
+    module, details = call
+    remembered: Any = _left_to_pytorch
+    known = remembered.data.get(ref(module))  # its method get costs two functions of Python
+    read = None if known is None else known.get(details)
+    if read is None or _any_size.get() or backends.is_forced() or in_transform():
         return None
-    return read
+    return None if "torch.distributed.tensor" in sys.modules and may_be_sharded() else read
 
 
 def leave_to_pytorch(call: Call, samples: int, *, readable: bool) -> None:
