@@ -140,7 +140,7 @@ def is_recorded() -> bool:
         return False  # a region of a penalty, whose record torch.compile runs in this process
     if _penalty_was_traced and _is_in_penalty():
         return True
-    if torch_private.is_jit_tracing() or _is_exporting() or torch_private.is_fx_symbolic_tracing():
+    if torch_private.jit_trace() is not None or _is_exporting() or torch_private.is_fx_symbolic_tracing():
         return True
     if not (torch_private.count_dispatch_modes() or torch_private.count_function_modes()):  # the usual case
         return False

@@ -30,7 +30,6 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 from torch.utils.hooks import RemovableHandle
 
@@ -53,7 +52,6 @@ __all__ = [
     "current_backward",
     "current_node",
     "differentiable_gradients",
-    "dispatch_mode",
     "dispatch_modes",
     "dynamo",
     "function_modes",
@@ -65,7 +63,7 @@ __all__ = [
     "intercept_autograd_grad",
     "is_batched",
     "is_fx_symbolic_tracing",
-    "is_jit_tracing",
+    "jit_trace",
     "keep_graph_whole",
     "keeps_graph",
     "rebind",
@@ -100,15 +98,14 @@ attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attent
 safe_softmax: Any = torch._safe_softmax
 
 
-def is_jit_tracing() -> bool:
-    """Return whether torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower."""
-    return torch._C._get_tracing_state() is not None
+# None unless torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower.
+jit_trace: Callable[[], object | None] = torch._C._get_tracing_state
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Return whether a tensor is batched by vmap. Kernels cannot read such tensors."""
+def is_batched(*tensors: Tensor) -> bool:
+    """Return whether any of these tensors is batched by vmap. Kernels cannot read such tensors."""
     functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+    return any(map(functorch.is_legacy_batchedtensor, tensors)) or any(map(functorch.is_batchedtensor, tensors))
 
 
 # At a bound, clamp has the gradient 1 before torch 2.14, then 0 for a number and 1/2 for a tensor.

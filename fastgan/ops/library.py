@@ -64,18 +64,21 @@ def visible(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def is_eager(tensor: Tensor) -> bool:
-    """Return whether this is a plain tensor and no tracer or mode intercepts calls, not even one that only observes.
+def is_eager(*tensors: Tensor) -> bool:
+    """Return whether these are plain tensors and no tracer or mode intercepts calls, not even one that only observes.
 
     If so, an implementation may be called directly. On a small model, dispatching a call with lists of tensors costs
     more than the kernel itself (docs/decisions.md).
     """
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_dynamo_compiling()
-        and not torch_private.is_jit_tracing()
-        and torch_private.dispatch_mode() is None
-    )
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch_private.jit_trace() is None and torch_private.count_dispatch_modes() == 0
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache

@@ -7,7 +7,7 @@ parameter. Only the autograd engine knows which gradients are requested.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +59,10 @@ def mark_unused(leaf: Tensor) -> None:
 
 
 def _is_requested(node: Node | None) -> bool:
-    if node is None or _UNUSED in cast(Any, node.metadata):
+    if node is None:
+        return False
+    metadata: Any = node.metadata
+    if _UNUSED in metadata:
         return False
     try:
         return torch_private.will_execute(node)

@@ -151,12 +151,14 @@ class Reroute(TorchFunctionMode):
             self._keep_leaves((args, kwargs))
         result = self._run(func, types, args, kwargs or {})
         if self.is_whole:
-            parts = result if isinstance(result, list | tuple) else (result,)
-            self.results += [ref(part) for part in parts if isinstance(part, torch.Tensor)]
+            if isinstance(result, torch.Tensor):
+                self.results.append(ref(result))
+            elif isinstance(result, list | tuple):
+                self.results += [ref(part) for part in result if isinstance(part, torch.Tensor)]
         return result
 
     def _run(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        route = self._route(func, args, kwargs)
+        route = self._routes.get(func) if self.left <= 0 else self._counted_route(func, args, kwargs)
         if route is None or not torch.is_grad_enabled() or checkpointed_region() is not None or is_traced():
             return func(*args, **kwargs)
         self.taken = True
@@ -170,12 +172,11 @@ class Reroute(TorchFunctionMode):
         args, kwargs = tuple(map(_as_plain, args)), {name: _as_plain(value) for name, value in kwargs.items()}
         return own[0].__torch_function__(route, types, args, kwargs)
 
-    def _route(
+    def _counted_route(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
-        if self.left > 0:
-            cost = work(func, args, kwargs)
-            self.left -= cost - self._call if cost else 0
+        cost = work(func, args, kwargs)
+        self.left -= cost - self._call if cost else 0
         return (self._routes if self.left <= 0 else _LACKING).get(func)
 
     def _keep_leaves(self, given: Any) -> None:

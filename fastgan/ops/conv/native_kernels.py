@@ -40,10 +40,8 @@ def are_readable(grad: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and grad.is_cpu
         and grad.dtype == weight.dtype == torch.float32
         and not geometry.transposed
-        and is_eager(grad)
-        and is_eager(weight)
-        and not is_batched(grad)
-        and not is_batched(weight)
+        and is_eager(grad, weight)
+        and not is_batched(grad, weight)
         and grad.is_contiguous()
         and weight.is_contiguous()
         and backends.native() is not None

@@ -28,10 +28,12 @@ def is_fastest(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) 
     """Return whether `weight_gradient` is the fastest way to compute this gradient."""
     if _is_long_row(grad, input, weight, geometry):
         return True
-    if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
-        return False
     positions = prod(grad.shape[2:])
     few = positions <= _FEW and grad.shape[0] * positions <= max(_FEW_IN_ALL, 2 * weight.shape[0])
+    if not few and weight.shape[-1] > 1:  # the fastest checks come first
+        return False
+    if not (are_plain(grad, weight, geometry) and in_order(input) and in_order(weight)):
+        return False
     if pointwise.is_pointwise(weight, geometry):
         many = pointwise.is_fastest_forward(grad, weight, geometry) and max(weight.shape[:2]) >= _LANES
         return few or many

@@ -74,8 +74,9 @@ class Call:
 
     def require_constants(self, *values: Any) -> None:
         """Raise if any of these arguments depends on the input."""
-        if any(self.layout(tensor) is not None for tensor in tensors(values)):
-            raise Ineligible("multiplies or indexes a tensor that depends on the input by another that does")
+        for tensor in tensors(values):
+            if self.layout(tensor) is not None:
+                raise Ineligible("multiplies or indexes a tensor that depends on the input by another that does")
 
     def add_constant(self, added: Tensor | float | None) -> None:
         """Declare a constant that the function adds. Its shape broadcasts to that of the result."""

@@ -196,7 +196,7 @@ class Tracer(TorchFunctionMode):
                 if func not in SAFE_IN_PLACE or self.layout(args[0]) is None:
                     raise Ineligible("is in place on a view; use the form that is not in place")
                 self._writes_slices = True
-        args, kwargs = bind(self.view, args), bind(self.view, kwargs)
+        args, kwargs = bind(self.view, args), bind(self.view, kwargs) if kwargs else kwargs
         call = Call(self, func, args, kwargs)
         if before is not None:
             before(call, *args, **kwargs)
@@ -204,7 +204,9 @@ class Tracer(TorchFunctionMode):
 
     def _end(self, call: Call, after: Any) -> tuple[Any, str | None]:
         layout: Any
-        named = {_ALIASES.get(name, name): value for name, value in call.kwargs.items()}
+        named = call.kwargs
+        if named:
+            named = {_ALIASES.get(name, name): value for name, value in named.items()}
         try:
             layout = after(call, *call.args, **named)
         except MixesSamples as mixed:
@@ -248,7 +250,8 @@ class Tracer(TorchFunctionMode):
             return value
         if not is_plain(value):
             raise Ineligible(f"was given a {type(value).__name__}; one pass reads tensors and parameters")
-        if not value.requires_grad or self._known(value) is not None:
+        made = self._traced.get(id(value))
+        if not value.requires_grad or (made is not None and made.tensor() is value):
             return value
         shard = source(value)
         if shard is not None:  # a gathered weight was made from a view already

@@ -168,7 +168,8 @@ def _depend_on_each_other(logits: Sequence[Tensor]) -> bool:
         if node in ends:
             return True
         seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:  # a generator would take longer
+            waiting.append(following)
     return False
 
 

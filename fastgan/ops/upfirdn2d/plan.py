@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 def image_size(x: Tensor) -> Pair:
     """Return the last two sizes, (H, W). They are constants in a graph of torch.jit.trace."""
     h, w = x.shape[-2:]
-    if not torch_private.is_jit_tracing():
+    if torch_private.jit_trace() is None:
         return h, w
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # converting a size to a number
