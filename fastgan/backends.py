@@ -140,7 +140,7 @@ def is_recorded() -> bool:
         return False  # a region of a penalty, whose record torch.compile runs in this process
     if _penalty_was_traced and _is_in_penalty():
         return True
-    if torch_private.jit_trace() is not None or _is_exporting() or torch_private.is_fx_symbolic_tracing():
+    if torch_private.jit_trace() is not None or torch_private.is_exported_or_symbolic():
         return True
     if not (torch_private.count_dispatch_modes() or torch_private.count_function_modes()):  # the usual case
         return False
@@ -151,7 +151,6 @@ def is_recorded() -> bool:
 _RECORDERS = frozenset(
     ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode", "PreDispatchTorchFunctionMode")
 )
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 class _Lowered(local):

@@ -51,18 +51,18 @@ __all__ = [
     "count_references",
     "current_backward",
     "current_node",
-    "differentiable_gradients",
     "dispatch_modes",
     "dynamo",
     "function_modes",
     "gradient_edge",
+    "gradients",
     "gradients_without_graph",
     "has_saving_hook",
     "has_torch_function",
     "in_transform",
     "intercept_autograd_grad",
     "is_batched",
-    "is_fx_symbolic_tracing",
+    "is_exported_or_symbolic",
     "jit_trace",
     "keep_graph_whole",
     "keeps_graph",
@@ -96,6 +96,12 @@ attention_on_cpu_backward: Any = torch.ops.aten._scaled_dot_product_flash_attent
 
 # Softmax that is 0 in a row of -inf, as in PyTorch's plain form of attention.
 safe_softmax: Any = torch._safe_softmax
+
+
+def is_exported_or_symbolic() -> bool:
+    """Return whether torch.export or torch.fx records calls. Reading their flags takes less time than calling both."""
+    exports = getattr(torch.compiler, "_is_exporting_flag", False)  # torch 2.7
+    return exports or (_symbolic_trace._is_fx_tracing_flag and is_fx_symbolic_tracing())
 
 
 # None unless torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower.
@@ -170,17 +176,22 @@ def _eager_stance() -> Any:
     return DynamoStance("force_eager")
 
 
-def differentiable_gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Sequence[Tensor]
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Any],
+    factors: Sequence[Tensor],
+    *,
+    create_graph: bool = True,
+    retain_graph: bool = True,
 ) -> Sequence[Tensor | None]:
-    """Call torch.autograd.grad with ``create_graph=True`` and ``allow_unused=True``.
+    """Call torch.autograd.grad with ``allow_unused=True``. The inputs are tensors or gradient edges.
 
     Plain tensors go straight to the engine. The checks of torch.autograd.grad take as long as a small layer.
     """
-    if has_torch_function((*outputs, *inputs)):
-        return torch.autograd.grad(outputs, inputs, factors, create_graph=True, allow_unused=True)
+    if has_torch_function((*outputs, *inputs, *factors)):
+        return torch.autograd.grad(outputs, inputs, factors, retain_graph, create_graph, allow_unused=True)
     results: Sequence[Tensor | None] = run_backward(
-        tuple(outputs), tuple(factors), True, True, tuple(inputs), True, accumulate_grad=False
+        tuple(outputs), tuple(factors), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
     return results
 
@@ -201,10 +212,7 @@ def gradient_edge(result: Tensor) -> GradientEdge:
 
 def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[Any]:
     """Return the gradients of the sum of the output at tensors or gradient edges, and keep the graph of the output."""
-    results: Sequence[Any] = run_backward(
-        (output,), (torch.ones_like(output),), True, False, tuple(inputs), True, accumulate_grad=False
-    )
-    return results
+    return gradients([output], inputs, [torch.ones_like(output)], create_graph=False)
 
 
 def shape_of_result(node: Any, index: int = 0) -> list[int]:

@@ -72,7 +72,7 @@ def plain_gradients(logits: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> lis
     connected = [output for output in logits if output.requires_grad]
     if connected:
         ones = [*map(torch.ones_like, connected)]
-        grads = torch_private.differentiable_gradients(connected, inputs, ones)
+        grads = torch_private.gradients(connected, inputs, ones)
         found = [grad for grad in grads if grad is not None]
         if found:
             return found

@@ -200,13 +200,13 @@ class Graph:
         ends: list[tuple[Tensor, Tensor]] = [] if by_logits is None else [(self.logits, by_logits)]
         if v is not None:
             ones = [torch.ones_like(self.logits)]
-            (g,) = torch_private.differentiable_gradients([self.logits], [self.x], ones)
+            (g,) = torch_private.gradients([self.logits], [self.x], ones)
             if g is not None and g.requires_grad:
                 ends.append((g, v))
         if not ends:
             return [None] * len(wanted)
         made, by = zip(*ends, strict=True)
-        return torch_private.differentiable_gradients(made, wanted, by)
+        return torch_private.gradients(made, wanted, by)
 
 
 class _Factors:

@@ -87,14 +87,12 @@ def _differentiate(
     others = [entry for entry in tracer.constants if late or not _sums_itself(*entry)]
     for edge, bias, _ in fused:
         edge.node.bias_for_term = bias.reshape(-1)  # type: ignore[attr-defined, union-attr]
-    found = torch.autograd.grad(
+    found = torch_private.gradients(
         outputs,
-        [*inputs, *(edge for edge, _, _ in others)],  # type: ignore[arg-type]
+        [*inputs, *[edge for edge, _, _ in others]],
         [torch.ones_like(output) for output in outputs] if weights is None else weights,
         # Otherwise this call frees the activations of the forward.
         retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single or backends.is_lowered(),
-        create_graph=True,
-        allow_unused=True,
     )
     grads = [grad for grad in found[: len(inputs)] if grad is not None]
     if not grads:
@@ -264,9 +262,9 @@ class _OnePass(torch.autograd.Function):
         # The retain_graph of the running backward, which may still have to pass the graph of other outputs.
         keep = torch_private.keeps_graph() or graph.attached
         found: Any = ()
-        if pairs:
+        if pairs and wanted:
             tensors, by = zip(*pairs, strict=True)
-            found = torch.autograd.grad(tensors, wanted, by, retain_graph=keep, allow_unused=True)
+            found = torch_private.gradients(tensors, wanted, by, create_graph=False, retain_graph=keep)
         rest = iter(found)
         grads = [next(rest, None) if needed else None for needed in ctx.needs_input_grad[1:]]
         missing = [grad is None and needed for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)]
