@@ -101,7 +101,8 @@ safe_softmax: Any = torch._safe_softmax
 def is_exported_or_symbolic() -> bool:
     """Return whether torch.export or torch.fx records calls. Reading their flags takes less time than calling both."""
     exports = getattr(torch.compiler, "_is_exporting_flag", False)  # torch 2.7
-    return exports or (_symbolic_trace._is_fx_tracing_flag and is_fx_symbolic_tracing())
+    traces = getattr(_symbolic_trace, "_is_fx_tracing_flag", True)  # torch 2.14 keeps it elsewhere
+    return exports or (traces and is_fx_symbolic_tracing())
 
 
 # None unless torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower.
