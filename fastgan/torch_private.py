@@ -100,9 +100,12 @@ safe_softmax: Any = torch._safe_softmax
 
 def is_exported_or_symbolic() -> bool:
     """Return whether torch.export or torch.fx records calls. Reading their flags takes less time than calling both."""
-    exports = getattr(torch.compiler, "_is_exporting_flag", False)  # torch 2.7
-    traces = getattr(_symbolic_trace, "_is_fx_tracing_flag", True)  # torch 2.14 keeps it elsewhere
-    return exports or (traces and is_fx_symbolic_tracing())
+    if getattr(torch.compiler, "_is_exporting_flag", True) and _is_exporting():
+        return True
+    return getattr(_symbolic_trace, "_is_fx_tracing_flag", True) and is_fx_symbolic_tracing()  # 2.14 has no such flag
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 # None unless torch.jit.trace is active. torch.jit.is_tracing imports more modules and is slower.

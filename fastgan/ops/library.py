@@ -64,6 +64,9 @@ def visible(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_eager(*tensors: Tensor) -> bool:
     """Return whether these are plain tensors and no tracer or mode intercepts calls, not even one that only observes.
 
@@ -76,9 +79,6 @@ def is_eager(*tensors: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     return torch_private.jit_trace() is None and torch_private.count_dispatch_modes() == 0
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache

@@ -5,7 +5,7 @@ The path of a call through the files of this folder:
     points, inputs          the points at which the gradient is taken, and the checks of the inputs
     small                   whether fastgan's functions or PyTorch's run (overhead, size, called_modules,
                             mentioned)
-    repeated                calls a small discriminator as before
+    repeated                repeats a call of a small discriminator
     forward                 calls any other discriminator, rerouted and traced
     outputs                 selects the logits in its output
     eligibility             whether the trace allows one pass, by rules (products, shapes, writes, fused, table, layout)

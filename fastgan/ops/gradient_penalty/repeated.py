@@ -1,7 +1,7 @@
 """Calls that equal an earlier one that was left to PyTorch, in as few Python functions as possible.
 
-A step of a small model takes a millisecond and empties the caches. Each Python function that a penalty calls then costs
-2 us (AMD EPYC), ten times as much as in a loop. So the functions here contain what several do for other calls.
+The kernels of a step leave little of Python's code in the caches, so each function that a small penalty calls is slow.
+The function below does what several do for other calls.
 """
 
 from __future__ import annotations
