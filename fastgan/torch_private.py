@@ -23,7 +23,6 @@ from torch._compile import _disable_dynamo as apart_from_dynamo  # torch.compile
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.fx import _symbolic_trace
@@ -200,18 +199,13 @@ def gradients(
     return results
 
 
-_HAS_OWNER = "ownership_token" in GradientEdge._fields
-
-
 def gradient_edge(result: Tensor) -> GradientEdge:
-    """Call torch.autograd.graph.get_gradient_edge for the result of a function while gradients are enabled.
+    """Call torch.autograd.graph.get_gradient_edge for the result of a function.
 
-    This makes fewer calls. Python's object of a custom Function does not own its node, but that of a view does.
+    This makes fewer calls, because the edge does not own the node of a custom Function. Use it only while a graph does.
     """
     node = result.grad_fn
-    if node is None or not (_HAS_OWNER and isinstance(node, BackwardCFunction)):
-        return get_gradient_edge(result)
-    return GradientEdge(node, result.output_nr, result.view_as(result).grad_fn)
+    return get_gradient_edge(result) if node is None else GradientEdge(node, result.output_nr)
 
 
 def gradients_without_graph(output: Tensor, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from fastgan.ops.gradient_penalty.eligibility import Tracer
 
 _PLAIN = (Tensor, torch.nn.Parameter, FunctionalTensor)  # the last one while torch.compile records a graph
+
+
+class Constant(NamedTuple):
+    """A constant that a function adds."""
+
+    edge: GradientEdge  # of the result; it does not keep the node alive
+    value: Tensor | float
+    trailing: int  # the dimensions of the result that come after those of the value
+    layout: Layout  # of the samples in the result
 
 
 NESTED = (list, tuple, dict)
@@ -63,7 +72,7 @@ class Call:
         self.result: Any = None
         self.version = args[0]._version if args and isinstance(args[0], Tensor) else 0  # before the call
         self.source: Any = None  # stored by the rule that runs before the function, for the one that runs after it
-        self.constants: list[tuple[GradientEdge, Tensor | float]] = []
+        self.constants: list[tuple[GradientEdge, Tensor | float, int]] = []
 
     def require_input(self, tensor: Any) -> Layout:
         """Return the layout of an argument that must depend on the input."""
@@ -78,17 +87,20 @@ class Call:
             if self.layout(tensor) is not None:
                 raise Ineligible("multiplies or indexes a tensor that depends on the input by another that does")
 
-    def add_constant(self, added: Tensor | float | None) -> None:
-        """Declare a constant that the function adds. Its shape broadcasts to that of the result."""
-        if added is not None and not (isinstance(added, int | float) and added == 0):
-            self.constants.append((gradient_edge(self.result), added))
+    def add_constant(self, added: Tensor | float | None, trailing: int = 0) -> None:
+        """Declare a constant that the function adds.
 
-    def add_argument(self, added: Any) -> None:
+        Its shape, followed by ``trailing`` dimensions of size 1, broadcasts to that of the result.
+        """
+        if added is not None and not (isinstance(added, int | float) and added == 0):
+            self.constants.append((gradient_edge(self.result), added, trailing))
+
+    def add_argument(self, added: Any, trailing: int = 0) -> None:
         """Declare an argument of the call as a constant that the function adds.
 
         Without a gradient it may be a buffer that the next forward modifies. PyTorch does not save it, so it is copied.
         """
-        self.add_constant(added.clone() if isinstance(added, Tensor) and not added.requires_grad else added)
+        self.add_constant(added.clone() if isinstance(added, Tensor) and not added.requires_grad else added, trailing)
 
     def evaluate_at_zero(self) -> Tensor:
         """Return the result of the call with zeros for all tensors that depend on the input."""

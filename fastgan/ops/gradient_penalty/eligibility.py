@@ -19,12 +19,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from fastgan import backends, torch_private
-from fastgan.ops.gradient_penalty.call import NESTED, Call, bind, is_plain, tensors
+from fastgan.ops.gradient_penalty.call import NESTED, Call, Constant, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
 from fastgan.ops.gradient_penalty.paths import follow
@@ -62,8 +62,7 @@ class Tracer(TorchFunctionMode):
         self.samples = inputs[0].shape[0]  # not len(): compiled graphs hold for any number
         # Tensors outside the trace that require a gradient, each with the view that the calls used instead.
         self.parameters: list[tuple[Tensor, Tensor]] = []
-        # Each added constant, the gradient edge of the result, and the layout of its samples.
-        self.constants: list[tuple[GradientEdge, Tensor | float, Layout]] = []
+        self.constants: list[Constant] = []
         self.path: set[Node] = set()  # set by find_obstacle: the nodes from the logits to the inputs
         self.single = True  # set by find_obstacle: there is one logit per sample
         self.has_other_outputs = False
@@ -226,7 +225,7 @@ class Tracer(TorchFunctionMode):
                 of_constants = base.layout
             self._renew_views(call)
         if call.constants:  # there is one result
-            self.constants += [(edge, constant, of_constants) for edge, constant in call.constants]
+            self.constants += [Constant(*constant, of_constants) for constant in call.constants]
         return layout, None
 
     def _renew_views(self, call: Call) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from fastgan.ops.bias_act.layout import ALIASES, PIECEWISE
 from fastgan.ops.gradient_penalty.call import Call
 from fastgan.ops.gradient_penalty.layout import Ineligible, Layout
+from fastgan.torch_private import gradient_edge
 
 
 def split_bias(
@@ -35,7 +35,7 @@ def split_bias(
 def bias_act(call: Call, summed: Tensor, **options: Any) -> Layout:
     input, _, bias = call.source
     if bias is not None:
-        call.constants.append((get_gradient_edge(summed), bias))
+        call.constants.append((gradient_edge(summed), bias, 0))
     if options.get("clamp") is not None:
         leaf = summed.detach().requires_grad_()
         (slopes,) = torch.autograd.grad(call.func(leaf, **options).sum(), leaf)

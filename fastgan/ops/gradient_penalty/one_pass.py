@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
 from fastgan import backends, torch_private
+from fastgan.ops.gradient_penalty.call import Constant
 from fastgan.ops.gradient_penalty.eligibility import Tracer
 from fastgan.ops.gradient_penalty.layout import Layout, rows, sums
 from fastgan.ops.gradient_penalty.sharding import refuse_sharded_graph
@@ -83,13 +83,16 @@ def _differentiate(
     function is called.
     """
     late = not tracer.single and not backends.is_lowered()
-    fused = [entry for entry in tracer.constants if not late and _sums_itself(*entry)]
-    others = [entry for entry in tracer.constants if late or not _sums_itself(*entry)]
-    for edge, bias, _ in fused:
-        edge.node.bias_for_term = bias.reshape(-1)  # type: ignore[attr-defined, union-attr]
+    fused: list[Constant] = []
+    others: list[Constant] = []
+    for constant in tracer.constants:
+        if constant.edge.node in tracer.path:  # otherwise no logit depends on it, and its node may be gone
+            (fused if not late and _sums_itself(constant) else others).append(constant)
+    for constant in fused:
+        constant.edge.node.bias_for_term = constant.value  # type: ignore[attr-defined]
     found = torch_private.gradients(
         outputs,
-        [*inputs, *[edge for edge, _, _ in others]],
+        [*inputs, *[constant.edge for constant in others]],
         [torch.ones_like(output) for output in outputs] if weights is None else weights,
         # Otherwise this call frees the activations of the forward.
         retain_graph=tracer.attached or tracer.sends_zeros or not tracer.single or backends.is_lowered(),
@@ -98,19 +101,18 @@ def _differentiate(
     if not grads:
         raise ValueError("the discriminator's output does not depend on its input, or was detached from it")
     sums_of_fused = []
-    for edge, _, layout in fused:
-        node: Any = edge.node
+    for constant in fused:
+        node: Any = constant.edge.node
         if node.bias_term is not None:
-            sums_of_fused.append((node.bias_term, layout))
+            sums_of_fused.append((node.bias_term, constant.layout))
         node.bias_for_term = node.bias_term = None
     points = [(grad, x.detach()) for grad, x in zip(found, inputs, strict=False) if grad is not None]
     added = [
-        (delta, constant, layout)
-        for delta, (_, constant, layout) in zip(found[len(inputs) :], others, strict=True)
-        if delta is not None
+        (delta, constant) for delta, constant in zip(found[len(inputs) :], others, strict=True) if delta is not None
     ]
     samples = tracer.samples
-    versions = [(tensor, tensor._version) for _, tensor, *_ in (*points, *added) if isinstance(tensor, Tensor)]
+    values = [x for _, x in points] + [constant.value for _, constant in added]
+    versions = [(value, value._version) for value in values if isinstance(value, Tensor)]
 
     def affine() -> Tensor:
         if any(tensor._version != version for tensor, version in versions):
@@ -121,7 +123,7 @@ def _differentiate(
         with torch.enable_grad(), without_autocast(grads[0].device.type):
             terms = [sums(grad * x, Layout(0), samples) for grad, x in points]
             terms += [sums(term, layout, samples) for term, layout in sums_of_fused]
-            terms += [_term(delta, constant, layout, samples) for delta, constant, layout in added]
+            terms += [_term(delta, constant, samples) for delta, constant in added]
             return torch.stack(terms).sum(0)
 
     if late:
@@ -130,25 +132,29 @@ def _differentiate(
     return grads, lambda: value
 
 
-def _sums_itself(edge: GradientEdge, constant: Tensor | float, layout: Layout) -> bool:
+def _sums_itself(constant: Constant) -> bool:
     """Return whether this is the bias of a convolution whose backward computes <delta, bias> itself."""
-    return hasattr(edge.node, "bias_for_term") and layout.dim == 0
+    return hasattr(constant.edge.node, "bias_for_term") and constant.layout.dim == 0
 
 
-def _term(delta: Tensor, constant: Tensor | float, layout: Layout, samples: int) -> Tensor:
+def _term(delta: Tensor, constant: Constant, samples: int) -> Tensor:
     """Return <delta_i, constant> for each sample, (N,)."""
-    if delta.is_complex():
-        constant = torch.as_tensor(constant, dtype=delta.dtype, device=delta.device)
-        delta, constant = (torch.view_as_real(z.resolve_conj()) for z in (delta, constant))
-    if not isinstance(constant, Tensor):
-        return sums(delta, layout, samples) * constant
-    if delta.ndim == 2 and layout == (0, 1, 1) and constant.shape == delta.shape[1:] and delta.dtype == constant.dtype:
-        return torch.mv(delta, constant)  # a linear layer: one operator instead of three, also in the derivative
-    constant = constant.reshape((1,) * (delta.ndim - constant.ndim) + constant.shape)
-    once = [d for d in range(delta.ndim) if constant.shape[d] == 1 and delta.shape[d] != 1 and d != layout.dim]
+    _, value, trailing, layout = constant
+    is_complex = delta.is_complex()
+    if is_complex:
+        value = torch.as_tensor(value, dtype=delta.dtype, device=delta.device)
+    if not isinstance(value, Tensor):
+        return sums(delta, layout, samples) * value
+    of_linear = delta.ndim == 2 and layout == (0, 1, 1) and value.shape == delta.shape[1:]
+    if of_linear and delta.dtype == value.dtype and not is_complex:
+        return torch.mv(delta, value)  # one operator instead of three, also in the derivative
+    value = value.reshape((1,) * (delta.ndim - value.ndim - trailing) + value.shape + (1,) * trailing)
+    if is_complex:
+        delta, value = (torch.view_as_real(z.resolve_conj()) for z in (delta, value))
+    once = [d for d in range(delta.ndim) if value.shape[d] == 1 and delta.shape[d] != 1 and d != layout.dim]
     if once:
         delta = delta.sum(once, keepdim=True, dtype=torch.promote_types(delta.dtype, torch.float32))
-    return sums(delta * constant, layout, samples)
+    return sums(delta * value, layout, samples)
 
 
 class _Graph:

@@ -36,8 +36,7 @@ def _conv(n: int) -> Callable[..., Layout]:
     ) -> Layout:
         call.require_input(input)
         call.require_constants(weight, bias)
-        if bias is not None:
-            call.add_argument(bias.view(-1, *[1] * n))
+        call.add_argument(bias, trailing=n)
         layout = call.layout_before(input, n)
         if input.ndim == n + 2 and layout.dim == 0:
             return layout

@@ -179,7 +179,7 @@ def into_base(call: Call) -> bool:
     place = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
     constants, call.constants = call.constants, []
     call.result = base
-    for _, added in constants:
+    for _, added, _ in constants:
         values = torch.as_tensor(added, dtype=base.dtype, device=base.device).expand(view.shape)
         call.add_constant(torch.as_strided_scatter(zeros, values, *place))
     call.result = view
