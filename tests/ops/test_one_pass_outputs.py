@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import NamedTuple
 
 import pytest
@@ -372,3 +373,19 @@ def test_idioms_under_autocast_are_as_near_as_autograds(dtype):
             got = gradients(model, total)
             errors.append(sum((got[n] - w).norm() for n, w in exact.items()))
         assert errors[0] <= 2 * errors[1] + 1e-3 * sum(w.norm() for w in exact.values())
+
+
+@pytest.mark.parametrize("loss", [softplus, uneven])
+def test_what_the_forward_computes_and_throws_away_does_not_matter(loss):
+    """The graph nodes of these results are gone when the pass looks for the constants that were added."""
+
+    def between(net, h):
+        for _ in range(3):
+            net.second(h)
+            F.leaky_relu(h + net.p, 0.2)
+        gc.collect()
+        return h + net.p
+
+    model = Between(between, p=parameter(C, 1, 1))
+    assert fastgan.explain_penalty(model, images()) == "one pass"
+    assert_exact(model, images(), loss)
