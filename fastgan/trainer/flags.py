@@ -41,6 +41,7 @@ def settings(
     """Return a command's settings from its arguments. If they ask for the help text, print it and exit."""
     if not any(argument in HELP or argument.startswith("--tyro-") for argument in arguments):
         return parse(command, kind, arguments, default)
+    hide_none(kind)
     return tyro.cli(
         kind,
         prog=f"fastgan {command}",
@@ -49,6 +50,21 @@ def settings(
         args=list(arguments),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
+
+
+def hide_none(kind: type[Any]) -> None:
+    """Annotate the fields whose default is None, so that the help text has only the comment's words on the default."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(base(hint)):
+            hide_none(base(hint))
+        elif field.default is None:
+            kind.__annotations__[field.name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=hint_of_default)]
+
+
+def hint_of_default(label: str) -> str:
+    return "" if label == "None" else f"(default: {label})"
 
 
 def parse(command: str, kind: type[Settings], arguments: Sequence[str], default: Settings | None = None) -> Settings:

@@ -142,7 +142,7 @@ def test_help_of_a_preset_shows_its_own_defaults_and_an_example(preset, capsys):
     [
         ("verify", "", "--steps INT (default: 32)"),
         ("tune", "[PRESET]", "[PRESET] preset to tune (default: ring8)"),
-        ("export", "RUN", "--out {None}|PATH default: generator.safetensors in the run's folder (default: None)"),
+        ("export", "RUN", "--out {None}|PATH default: generator.safetensors in the run's folder"),
         ("generate", "RUN", "--samples INT number of samples, each a PNG file (default: 16)"),
         ("evaluate", "[RUN]", "--seed INT (default: 0)"),
         ("project", "RUN PICTURE", "--best the best generator"),

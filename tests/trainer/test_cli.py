@@ -69,6 +69,9 @@ def test_help_needs_no_extra(in_tmp_path):
     done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(cli.COMMANDS) + 1
+    assert "default: None" not in " ".join(
+        done.stdout.replace("│", " ").split()
+    )  # the fields' comments say what None stands for
 
 
 def test_train_runs_is_refused_a_second_time_and_resumes_with_the_runs_own_settings(in_tmp_path, capsys):

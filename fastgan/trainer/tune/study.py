@@ -127,7 +127,8 @@ def share(config: TuneConfig, stop: Stop) -> None:
         stop.check()
 
     try:
-        for _ in range(config.workers):
+        left = config.trials - len(open_study(config).get_trials(deepcopy=False, states=FINISHED))
+        for _ in range(min(config.workers, left)):
             start()
         while workers:
             connection.wait([worker.sentinel for worker in workers], timeout=1)  # it does not see a signal just before
@@ -242,9 +243,9 @@ def alive(process: int | None) -> bool:
 
 
 def done(config: TuneConfig, study: optuna.Study) -> bool:
-    """Whether there are enough finished trials, and no trial of a dead process is waiting."""
-    finished = study.get_trials(deepcopy=False, states=FINISHED)
-    return len(finished) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    """Whether the finished and running trials are enough, and no trial of a dead process is waiting."""
+    begun = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
+    return len(begun) >= config.trials and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
 def work_apart(config: TuneConfig, index: int) -> None:

@@ -108,7 +108,7 @@ class ProjectConfig:
     seed: int = 0
     best: bool = False  # the best generator of --score-every instead of the newest
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path | None = None  # folder to write to; default: projected/<picture> in the run's folder
+    out: Path | None = None  # folder to write to; default: projected/<name of the picture> in the run's folder
 
     def __post_init__(self) -> None:
         require_seed(self.seed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +61,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
         TrainerError: there is no trained generator of pictures, or the picture cannot be read.
         ValueError: there is no such class, or no gradient passes through the extractor.
     """
-    out = config.out or home_of(config.run) / "projected" / config.picture.stem
+    out = config.out or folder_for(config.picture, home_of(config.run) / "projected")
     trained = load_trained(config.run, choose_device(config.device), config.best)
     shape = tuple(trained.data["shape"])
     if not measures_images(shape):
@@ -85,7 +88,7 @@ def project(config: ProjectConfig) -> dict[str, Any]:
         distance.parts(found.to(trained.device)) for found in (before, after)
     )
     numbers = {
-        "picture": str(config.picture),
+        "picture": str(config.picture.resolve()),
         "steps": config.steps,
         "class": None if label_of is None else trained.class_names[int(label_of)],
         "rms_pixel_error": math.sqrt(float(pixels_after)) / 2,
@@ -97,6 +100,20 @@ def project(config: ProjectConfig) -> dict[str, Any]:
     }
     write_json(out / "projection.json", numbers)
     return numbers
+
+
+def folder_for(picture: Path, home: Path) -> Path:
+    """Return home/<name of the picture>, with -2, -3 ... added where that holds the result of another picture."""
+    folders = (home / (picture.stem if number == 1 else f"{picture.stem}-{number}") for number in count(1))
+    return next(folder for folder in folders if picture_in(folder) in (None, str(picture.resolve())))
+
+
+def picture_in(folder: Path) -> str | None:
+    """Return the picture whose result the folder holds."""
+    try:
+        return str(json.loads((folder / "projection.json").read_text(encoding="utf-8"))["picture"])
+    except (OSError, ValueError, KeyError, TypeError):  # no result, or one that was cut short
+        return None
 
 
 @torch.no_grad()

@@ -119,6 +119,23 @@ def test_settings_that_kill_their_worker_twice_are_given_up(toy, forked, no_plot
     assert "dropped: its process died twice" in capfd.readouterr().out
 
 
+def test_a_worker_starts_no_trial_when_those_of_the_others_are_enough(toy, forked, no_plot, monkeypatch):
+    train_to = Game.train_to
+    config = dataclasses.replace(toy, workers=2, trials=2)
+
+    def slow(game: Game, step: int) -> float:
+        if values_of(game.config) != values_of(toy.start):
+            end = time.monotonic() + 60
+            while "COMPLETE" not in states(config) and time.monotonic() < end:
+                time.sleep(0.05)
+            time.sleep(0.5)  # the other worker would start its next trial now
+        return train_to(game, step)
+
+    monkeypatch.setattr(Game, "train_to", slow)
+    tune(config)
+    assert states(config) == ["COMPLETE"] * 2
+
+
 def test_stopping_the_command_twice_during_a_trial_does_not_give_up_its_settings(toy, no_plot):
     toy.out.mkdir()
     study = open_study(toy)

@@ -45,6 +45,20 @@ def test_the_result_is_never_farther_than_the_start(run, config, tmp_path):
     assert numbers["rms_pixel_error"] == pytest.approx(numbers["rms_pixel_error_at_start"], rel=1e-5)
 
 
+def test_pictures_of_one_name_keep_their_results_and_the_same_picture_replaces_its_own(run, config, tmp_path, capsys):
+    home = config.folder / "projected"
+    for name in ("a/red.png", "b/red.png", "b/red.bmp", "b/red.png"):
+        picture = tmp_path / name
+        picture.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 16), (250, 20, 20)).save(picture)
+        flags = ["--steps", "0", "--starts", "2", "--device", "cpu"]
+        assert cli.main(["project", str(config.folder), str(picture), *flags]) == 0
+    results = {folder.name: json.loads((folder / "projection.json").read_text()) for folder in home.iterdir()}
+    kept = {name: result["picture"] for name, result in results.items() if result["picture"].startswith(str(tmp_path))}
+    assert list(kept.values()).count(str(tmp_path / "b/red.png")) == 1
+    assert {str(tmp_path / name) for name in ("a/red.png", "b/red.bmp")} < set(kept.values())
+
+
 @pytest.mark.filterwarnings("error")
 def test_gray_pictures_without_classes_give_no_warning_and_no_class(config, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "_summarize", lambda trainer: None)
