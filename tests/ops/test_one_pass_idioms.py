@@ -368,6 +368,13 @@ def test_a_batch_of_one_is_exact(name, monkeypatch):
     assert_exact(model, images(1), uneven)
 
 
+def test_rows_of_a_single_sample_are_exact():
+    model = Between(
+        lambda net, h: F.linear(h[0].flatten(1).t(), net.w, net.b).t()[None], w=parameter(C, C), b=parameter(C)
+    )
+    assert_exact(model, images(1), uneven)
+
+
 def test_a_discriminator_that_reroutes_itself_is_one_pass():
     model = build("gate")
 

@@ -132,8 +132,8 @@ REFUSED = {
         lambda net, h: (lambda y: (y.detach().mul_(2.0), y)[1])(h.mul(1.5)),
         "was modified outside torch functions",
     ),
-    "added in place to a view of an inner result": (
-        lambda net, h: torch.einsum("nchw,cd->ndhw", h, constant(C, C)).add_(1.0),
+    "added in place to a real part": (
+        lambda net, h: torch.complex(h, h).real.add_(1.0),
         "adds in place to a view",
     ),
     "multiplied into a buffer": (lambda net, h: torch.ones(N, C, S, S).double().mul_(h), "mul_"),

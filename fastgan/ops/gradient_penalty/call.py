@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,17 +91,27 @@ class Call:
     def add_constant(self, added: Tensor | float | None, trailing: int = 0) -> None:
         """Declare a constant that the function adds.
 
-        Its shape, followed by ``trailing`` dimensions of size 1, broadcasts to that of the result.
+        Its shape, followed by ``trailing`` dimensions of size 1, broadcasts to that of the result. Infinite values
+        (such as the padding before a maximum) count as zeros: a finite logit does not depend on them.
         """
-        if added is not None and not (isinstance(added, int | float) and added == 0):
-            self.constants.append((gradient_edge(self.result), added, trailing))
+        if isinstance(added, Tensor):
+            self._append(added.nan_to_num(0, 0, 0), trailing)
+        elif added is not None and not (isinstance(added, int | float) and (added == 0 or not isfinite(added))):
+            self._append(added, trailing)
 
     def add_argument(self, added: Any, trailing: int = 0) -> None:
         """Declare an argument of the call as a constant that the function adds.
 
-        Without a gradient it may be a buffer that the next forward modifies. PyTorch does not save it, so it is copied.
+        Without a gradient it may be a buffer that the next forward modifies. PyTorch does not save it; add_constant
+        copies it.
         """
-        self.add_constant(added.clone() if isinstance(added, Tensor) and not added.requires_grad else added, trailing)
+        if isinstance(added, Tensor) and added.requires_grad:
+            self._append(added, trailing)
+        else:
+            self.add_constant(added, trailing)
+
+    def _append(self, added: Tensor | float, trailing: int) -> None:
+        self.constants.append((gradient_edge(self.result), added, trailing))
 
     def evaluate_at_zero(self) -> Tensor:
         """Return the result of the call with zeros for all tensors that depend on the input."""

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import NESTED, Call, Constant, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
-from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples
+from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, layout_of_base
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
@@ -218,15 +218,37 @@ class Tracer(TorchFunctionMode):
             return None, self._reason(call.func, f"was called in a form without a rule for one pass ({error})")
         of_constants = layout
         if call.args and call.result is call.args[0] and call.result._is_view():
-            base = self._known(call.result._base)
             if call.constants:
+                base = self._known(call.result._base)
                 if base is None or base.layout is None or not into_base(call):
                     return None, self._reason(call.func, "adds in place to a view; use the form that is not in place")
                 of_constants = base.layout
             self._renew_views(call)
+        elif isinstance(call.result, Tensor) and call.result._is_view() and not backends.is_lowered():
+            of_constants = self._trace_base(call, layout) or layout
         if call.constants:  # there is one result
             self.constants += [Constant(*constant, of_constants) for constant in call.constants]
         return layout, None
+
+    def _trace_base(self, call: Call, layout: Layout) -> Layout | None:
+        """If a function has returned a view of a new tensor, trace that too, and move the constants there.
+
+        A linear layer does so with tokens. A later write into the view leaves the view's node without a gradient, but
+        not that of the base. Return the layout of the base, or None if nothing was moved.
+        """
+        view = call.result
+        base = view._base
+        if self._known(base) is not None or not base.requires_grad:
+            return None
+        equal = 0  # trailing dimensions
+        while equal < min(view.ndim, base.ndim) and view.shape[-1 - equal] == base.shape[-1 - equal]:
+            equal += 1
+        of_base = layout_of_base(view, layout, self.samples)
+        if of_base is None or any(getattr(value, "ndim", 0) + after > equal for _, value, after in call.constants):
+            return None
+        call.constants = [(torch_private.gradient_edge(base), value, after) for _, value, after in call.constants]
+        self._traced[id(base)] = _Traced(ref(base), base._version, of_base, None)
+        return of_base
 
     def _renew_views(self, call: Call) -> None:
         """After a call has written into a view, continue to trace its base and the other views of this base.

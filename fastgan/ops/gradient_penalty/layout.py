@@ -94,6 +94,25 @@ def _read(stand_in: Tensor, layout: Layout, samples: int) -> Layout:
     return Layout(stepping[0], size // period, layout.inner)
 
 
+def layout_of_base(view: Tensor, layout: Layout, samples: int) -> Layout | None:
+    """Return the layout of the base of a view that has all of its elements, with the dimensions in any order.
+
+    Return None if the view does not have them all, or if no layout describes the base.
+    """
+    base = view._base
+    assert base is not None
+    order = sorted(range(view.ndim), key=view.stride, reverse=True)
+    ordered = view.permute(order)
+    if view.numel() != base.numel() or not base.is_contiguous() or not ordered.is_contiguous():
+        return None
+    if samples == 1:
+        return layout
+    try:
+        return reshaped(layout._replace(dim=order.index(layout.dim)), ordered.shape, base.shape, samples)
+    except MixesSamples:
+        return None
+
+
 def aligned(parts: Sequence[tuple[Layout, Tensor]], shape: Sequence[int]) -> Layout:
     """Return the layout of a result to which tensors with these layouts were broadcast."""
     found = {

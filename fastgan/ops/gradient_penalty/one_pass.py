@@ -145,7 +145,7 @@ def _term(delta: Tensor, constant: Constant, samples: int) -> Tensor:
         value = torch.as_tensor(value, dtype=delta.dtype, device=delta.device)
     if not isinstance(value, Tensor):
         return sums(delta, layout, samples) * value
-    of_linear = delta.ndim == 2 and layout == (0, 1, 1) and value.shape == delta.shape[1:]
+    of_linear = delta.ndim == 2 and layout == (0, 1, 1) and (samples, *value.shape) == delta.shape
     if of_linear and delta.dtype == value.dtype and not is_complex:
         return torch.mv(delta, value)  # one operator instead of three, also in the derivative
     value = value.reshape((1,) * (delta.ndim - value.ndim - trailing) + value.shape + (1,) * trailing)

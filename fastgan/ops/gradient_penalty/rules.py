@@ -133,8 +133,8 @@ def _at_no_slope(call: Call, made: Tensor) -> Tensor:
     leaf = source.detach().clone().requires_grad_()
     (slopes,) = torch.autograd.grad(replaced(leaf * 1).sum(), leaf)
     with torch.no_grad():
-        linear = slopes * source
-    return replaced(source.clone()) - linear  # type: ignore[no-any-return]
+        linear = torch.where(slopes == 0, slopes, slopes * source)  # the source may be infinite
+    return replaced(source.clone()) - linear
 
 
 def _keep_source_of_two(call: Call, input: Tensor, *rest: Any, **named: Any) -> None:
