@@ -121,12 +121,10 @@ REFUSED = {
         lambda net, h: constant(N, C, S, 2 * S).masked_scatter(FIRST, h),
         "masked_scatter",
     ),
-    "index_put of it": (lambda net, h: h.index_put((torch.arange(N),), h.flip(0)), "flip"),
     "samples transposed in place": (
         in_place(lambda net, h: h.transpose_(0, 1).add_(1).transpose_(0, 1).sub_(h.sum(0))),
         "sum",
     ),
-    "samples stacked upon samples": (lambda net, h: torch.vstack([h[2:], h[:2]]), "getitem"),
 }
 
 

@@ -217,6 +217,45 @@ def resampled(net, h, choice):
     )[choice]()
 
 
+def parted(net, h, choice):
+    """Take the samples apart and put them together again."""
+    n, rest = len(h), h.shape[1:]
+    order = net.c(n).argsort()
+    mask = net.c(n) > 0
+
+    def into_a_buffer():
+        made, added = net.c(*h.shape), net.p(*rest)
+        for i, row in enumerate(h):
+            made[i, ..., 1:] = row[..., 1:] * (i + 1) + added[..., 1:]
+        return made
+
+    def each():
+        added = net.p(*rest)
+        return torch.stack([row * (i + 1) + added for i, row in enumerate(h)][::-1])
+
+    def over_some():
+        made = h * 1.5
+        made[mask] = F.leaky_relu(h[mask] + net.p(*rest), 0.3)
+        return made
+
+    def twice_in_any_order():
+        rows = torch.cat([h, h * 2])
+        to = torch.arange(n).repeat(2)
+        mixed = net.c(2 * n).argsort()
+        return net.p(n, *rest).index_add(0, to[mixed], rows[mixed])
+
+    return (
+        lambda: h[order],
+        each,
+        into_a_buffer if h.ndim > 1 else lambda: None,
+        lambda: torch.cat([h[: n // 2] * net.p(*rest), h[n // 2 :] + net.p(*rest)]),
+        over_some,
+        lambda: (torch.cat([net.c(2, *rest), h]) * net.p(*rest) + 1)[2:],
+        twice_in_any_order,
+        lambda: h.flip(0).index_copy(0, order, h * net.p(*rest)),
+    )[choice]()
+
+
 def cast(net, h, choice):
     return h.float().to(torch.float64) if choice < 4 else h.type_as(net.p(1))
 
@@ -243,7 +282,22 @@ def mixed(net, h, choice):
 
 AFFINE = {
     f.__name__: f
-    for f in (conv, strided, linear, product, added, scaled, bent, largest, dropped, moved, picked, summed, resampled)
+    for f in (
+        conv,
+        strided,
+        linear,
+        product,
+        added,
+        scaled,
+        bent,
+        largest,
+        dropped,
+        moved,
+        picked,
+        summed,
+        resampled,
+        parted,
+    )
 } | {"cast": cast, "residual": residual}
 OPERATIONS = AFFINE | {"mixed": mixed}
 

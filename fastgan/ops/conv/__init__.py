@@ -35,6 +35,8 @@ def _conv(n: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         if not _is_eligible(input, weight, n):
             return torch_conv(input, weight, bias, stride, padding, dilation, groups)
+        if input.ndim == n + 1:
+            return conv(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
         sizes = _tuple(stride, n), _tuple(dilation, n)
         if isinstance(padding, str):
             input, padded = _pad(input, weight, padding, *sizes)
@@ -61,6 +63,9 @@ def _conv_transpose(n: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         if not _is_eligible(input, weight, n):
             return torch_conv(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        if input.ndim == n + 1:
+            batch = input.unsqueeze(0)
+            return conv_transpose(batch, weight, bias, stride, padding, output_padding, groups, dilation).squeeze(0)
         steps, padded, dilations, further = (_tuple(size, n) for size in (stride, padding, dilation, output_padding))
         geometry = Geometry(steps, padded, dilations, True, further, groups, _kernels_allowed())
         return convolve(*_autocast(input, weight, bias), geometry)
@@ -99,14 +104,13 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
     ```
 
     Args:
-        input: (N, C_in, *S) of any real floating-point dtype. PyTorch's function runs for an input without N and for a
-            complex one.
+        input: (N, C_in, *S) or (C_in, *S) of any real floating-point dtype. PyTorch's function runs for a complex one.
         weight: {weight_shape}, dtype of the input.
         bias: (C_out,), or None.
         {entries}
 
     Returns:
-        (N, C_out, *S'), dtype of the input.
+        (N, C_out, *S') or (C_out, *S'), dtype of the input.
 
     Raises:
         RuntimeError, TypeError, ValueError: as in PyTorch's function.
@@ -115,7 +119,7 @@ def _named(function: Any, n: int, name: str, weight_shape: str) -> Callable[...,
 
 
 def _is_eligible(input: Tensor, weight: Tensor, n: int) -> bool:
-    """Return whether this is a plain eager call with a batched, real input on a known device.
+    """Return whether this is a plain eager call with a real input on a known device.
 
     PyTorch's function handles all other calls and raises its own errors.
     """
@@ -123,7 +127,8 @@ def _is_eligible(input: Tensor, weight: Tensor, n: int) -> bool:
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
         and backends.is_plain()
-        and input.ndim == weight.ndim == n + 2
+        and weight.ndim == n + 2
+        and input.ndim in (n + 1, n + 2)
         and input.is_floating_point()
         and (input.dtype == weight.dtype or is_autocast(input.device.type))
         and backends.is_known(input.device)

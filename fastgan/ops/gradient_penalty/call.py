@@ -66,8 +66,16 @@ def bind(change: Callable[[Any], Any], values: Any) -> Any:
 class Call:
     """The argument of a rule. ``result`` is None until the function has run."""
 
-    def __init__(self, tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tracer: Tracer,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: Layout | None = None,
+    ) -> None:
         self.tracer, self.func, self.args, self.kwargs = tracer, func, args, kwargs
+        self.whole = whole  # the layout of all arguments if they belong to the same sample, and of the result
         self.samples = tracer.samples
         self.layout = tracer.layout  # the layout of the samples in an argument, or None for a constant
         self.result: Any = None
@@ -127,8 +135,8 @@ class Call:
     def layout_of(self, input: Tensor) -> Layout:
         """Return the layout of an argument that must depend on the input, to derive that of the result."""
         layout = self.require_input(input)
-        if self.samples == 1:
-            raise MixesSamples  # the tracer catches this: one sample cannot mix with others
+        if self.whole is not None or layout.is_whole():
+            raise MixesSamples  # the tracer catches this if it knows the layout: one sample cannot mix with others
         return layout
 
     def layout_before(self, input: Tensor, trailing: int) -> Layout:

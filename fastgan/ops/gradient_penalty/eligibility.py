@@ -26,7 +26,15 @@ from torch.utils._pytree import tree_leaves
 from fastgan import backends, torch_private
 from fastgan.ops.gradient_penalty.call import NESTED, Call, Constant, bind, is_plain, tensors
 from fastgan.ops.gradient_penalty.freeing import SENDS_ZEROS, is_independent_of_forward, is_piecewise_affine
-from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, layout_of_base
+from fastgan.ops.gradient_penalty.layout import (
+    Ineligible,
+    Layout,
+    MixesSamples,
+    is_readable,
+    laid_out,
+    layout_of_base,
+    owners_at,
+)
 from fastgan.ops.gradient_penalty.paths import follow
 from fastgan.ops.gradient_penalty.rules import RULES
 from fastgan.ops.gradient_penalty.shards import source
@@ -106,7 +114,7 @@ class Tracer(TorchFunctionMode):
                 why = self._unseen(touched)
                 if why is None and rule is not None:
                     try:
-                        call = self._begin(rule.before, func, args, kwargs)
+                        call = self._begin(rule.before, func, args, kwargs, self._whole(touched))
                     except Ineligible as ineligible:
                         why = self._reason(func, str(ineligible))
         if why is not None or rule is None or call is None:
@@ -149,32 +157,20 @@ class Tracer(TorchFunctionMode):
 
         Return None if no layout describes it.
         """
-        size = layout.outer * self.samples * layout.inner
+        size = layout.size(self.samples)
         known = self._counts.get(id(index))
         if known is not None and known.layout and known.tensor() is index and known.version == index._version:
             dim = known.layout.dim
             return layout._replace(dim=dim) if index.shape[dim] == size else None
-        if backends.is_lowered() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not is_readable(index):
             return None
-        of_sample = (index % size).div(layout.inner, rounding_mode="floor") % self.samples
+        owners = owners_at(layout, index % size, self.samples)
         for dim in range(index.ndim):
-            found = self._repeating(of_sample.movedim(dim, -1))
-            if found is not None:
-                return found._replace(dim=dim)
+            each = owners.movedim(dim, -1)
+            first = each[(0,) * (index.ndim - 1)]
+            if torch.equal(each, first.expand_as(each)):  # the same samples at all places
+                return laid_out(dim, first, self.samples)
         return None
-
-    def _repeating(self, of_sample: Tensor) -> Layout | None:
-        """Return the layout along the last dimension if it has the same samples, all and in order, at all places."""
-        size = of_sample.shape[-1]
-        if size % self.samples:
-            return None
-        first = of_sample[(0,) * (of_sample.ndim - 1)]
-        inner = int((first == 0).cumprod(0).sum())  # of the first sample
-        if inner == 0 or size % (self.samples * inner):
-            return None
-        layout = Layout(0, size // (self.samples * inner), inner)
-        count = torch.arange(size, device=first.device).div(inner, rounding_mode="floor") % self.samples
-        return layout if torch.equal(of_sample, count.to(first.dtype).expand_as(of_sample)) else None
 
     def _unseen(self, touched: Sequence[_Traced]) -> str | None:
         for known in touched:
@@ -183,7 +179,27 @@ class Tracer(TorchFunctionMode):
                 return f"a tensor of shape {tuple(tensor.shape)} {_UNSEEN}{_place()}"
         return None
 
-    def _begin(self, before: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _whole(self, touched: Sequence[_Traced]) -> Layout | None:
+        """Return the layout of these tensors if all belong to the same sample."""
+        first = touched[0].layout
+        if self.samples == 1:
+            return first
+        return (
+            first
+            if first
+            and first.is_whole()
+            and all(known.layout is not None and known.layout.owners == first.owners for known in touched)
+            else None
+        )
+
+    def _begin(
+        self,
+        before: Any,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: Layout | None,
+    ) -> Call:
         if func in WRITES:
             self._writes_slices = True
         if func in IN_PLACE:
@@ -196,7 +212,7 @@ class Tracer(TorchFunctionMode):
                     raise Ineligible("is in place on a view; use the form that is not in place")
                 self._writes_slices = True
         args, kwargs = bind(self.view, args), bind(self.view, kwargs) if kwargs else kwargs
-        call = Call(self, func, args, kwargs)
+        call = Call(self, func, args, kwargs, whole)
         if before is not None:
             before(call, *args, **kwargs)
         return call
@@ -209,15 +225,18 @@ class Tracer(TorchFunctionMode):
         try:
             layout = after(call, *call.args, **named)
         except MixesSamples as mixed:
-            if self.samples != 1:
+            if call.whole is None:
                 return None, self._reason(call.func, str(mixed))
-            layout = Layout(0)  # one sample cannot mix with others
+            layout = call.whole  # one sample cannot mix with others
         except Ineligible as ineligible:
             return None, self._reason(call.func, str(ineligible))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             return None, self._reason(call.func, f"was called in a form without a rule for one pass ({error})")
         of_constants = layout
         if call.args and call.result is call.args[0] and call.result._is_view():
+            before = self.layout(call.result)
+            if before is not None and before != layout:
+                return None, self._reason(call.func, "moves samples in a view; use the form that is not in place")
             if call.constants:
                 base = self._known(call.result._base)
                 if base is None or base.layout is None or not into_base(call):
@@ -243,7 +262,7 @@ class Tracer(TorchFunctionMode):
         equal = 0  # trailing dimensions
         while equal < min(view.ndim, base.ndim) and view.shape[-1 - equal] == base.shape[-1 - equal]:
             equal += 1
-        of_base = layout_of_base(view, layout, self.samples)
+        of_base = layout if call.whole is not None else layout_of_base(view, layout, self.samples)
         if of_base is None or any(getattr(value, "ndim", 0) + after > equal for _, value, after in call.constants):
             return None
         call.constants = [(torch_private.gradient_edge(base), value, after) for _, value, after in call.constants]
@@ -346,11 +365,14 @@ class Tracer(TorchFunctionMode):
             return why
         if not self.parameters:
             return "no weight or bias requires a gradient"
+        logits = [self._known(output) for output in outputs]
         if any(data._version != version for data, version in self._data):
             return f"a tensor {_UNSEEN}, and .data hides them"
         parts = tree_leaves(returned)
         if not all(any(part is output for part in parts) for output in outputs):
             return "the logits are not among the tensors that the discriminator returned"
+        if not all(known and known.layout and known.layout.has_each_equally(self.samples) for known in logits):
+            return "some samples have more logits than others"
         self.single = len(outputs) == 1 and outputs[0].numel() == self.samples
         self.has_other_outputs = any(self._is_attached(part, outputs) for part in parts)
         self.attached |= self.has_other_outputs

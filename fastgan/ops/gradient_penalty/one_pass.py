@@ -145,7 +145,7 @@ def _term(delta: Tensor, constant: Constant, samples: int) -> Tensor:
         value = torch.as_tensor(value, dtype=delta.dtype, device=delta.device)
     if not isinstance(value, Tensor):
         return sums(delta, layout, samples) * value
-    of_linear = delta.ndim == 2 and layout == (0, 1, 1) and (samples, *value.shape) == delta.shape
+    of_linear = delta.ndim == 2 and layout == Layout(0) and (samples, *value.shape) == delta.shape
     if of_linear and delta.dtype == value.dtype and not is_complex:
         return torch.mv(delta, value)  # one operator instead of three, also in the derivative
     value = value.reshape((1,) * (delta.ndim - value.ndim - trailing) + value.shape + (1,) * trailing)
@@ -232,7 +232,7 @@ def _is_readable(tensor: Tensor) -> bool:
 def _one_row(factor: Tensor, layout: Layout, samples: int) -> Tensor:
     """Return the values of each sample, (N, M). If the strides show that all are equal, return them once, (N, 1)."""
     same = all(step == 0 or d == layout.dim for d, step in enumerate(factor.stride()) if factor.shape[d] > 1)
-    if same and layout.outer == layout.inner == 1:
+    if same and layout == Layout(layout.dim):
         for d in range(factor.ndim):
             if d != layout.dim or samples == 1:
                 factor = factor.narrow(d, 0, 1)

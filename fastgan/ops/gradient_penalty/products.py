@@ -207,8 +207,8 @@ def _kron(call: Call, input: Tensor, other: Tensor) -> Layout:
     dim = layout.dim + call.result.ndim - made.ndim
     times = call.result.shape[dim] // made.shape[layout.dim]
     if made is input:
-        return Layout(dim, layout.outer, layout.inner * times)
-    return Layout(dim, layout.outer * times, layout.inner)
+        return layout._replace(dim=dim, inner=layout.inner * times)
+    return layout._replace(dim=dim, outer=layout.outer * times)
 
 
 def _cross(call: Call, input: Tensor, other: Tensor, dim: int | None = None) -> Layout:

@@ -12,7 +12,17 @@ from torch.nn import functional as F
 from fastgan import backends
 from fastgan.ops.filtered_lrelu import in_one
 from fastgan.ops.gradient_penalty.call import Call, tensors
-from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, reshaped, viewed
+from fastgan.ops.gradient_penalty.layout import (
+    NO_SAMPLE,
+    Ineligible,
+    Layout,
+    MixesSamples,
+    adopted,
+    laid_out,
+    owners_along,
+    reshaped,
+    viewed,
+)
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
 from fastgan.ops.grid_sample import grid_sample
 from fastgan.ops.upfirdn2d import upfirdn2d
@@ -96,7 +106,7 @@ def _picked(call: Call, index: Tensor, layout: Layout) -> Layout:
     """Return the layout after an index along the dimension of the samples. Its dimension is that of the index."""
     picked: Layout | None = call.tracer.picked(index, layout)
     if picked is None:
-        raise MixesSamples("selects samples or single elements; one pass needs all samples, in order")
+        raise MixesSamples("selects samples in a way that one pass cannot follow")
     return picked
 
 
@@ -111,7 +121,7 @@ def _along(call: Call, input: Tensor, dim: Any, index: Tensor, **named: Any) -> 
     picked = _picked(call, index, layout)
     if index.ndim < input.ndim:  # index_select
         return picked._replace(dim=layout.dim)
-    if picked.dim != layout.dim:
+    if picked.dim != layout.dim and not picked.is_whole():
         raise MixesSamples
     return picked
 
@@ -125,23 +135,32 @@ def _take_along(call: Call, input: Tensor, indices: Tensor, dim: int | None = No
 def _cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Layout:
     if any(call.layout(t) is None for t in tensors):
         call.add_constant(call.evaluate_at_zero())
-    made = [(call.layout_of(t), t) for t in tensors if call.layout(t) is not None]
-    layout = made[0][0]
-    if dim % call.result.ndim == layout.dim:
-        if len(made) < len(tensors):
-            raise MixesSamples
-        return _cat_samples([other for other, _ in made])
-    if any(other != layout for other, _ in made):
+    if call.whole is not None:
         raise MixesSamples
-    return layout
+    dim = dim % call.result.ndim
+    layouts = [call.layout(t) for t in tensors]
+    made = [layout for layout in layouts if layout is not None]
+    if not any(layout.dim == dim or layout.is_whole() for layout in made):
+        return _only(set(made))
+    if len(made) == len(tensors) and len({layout._replace(outer=1) for layout in made}) == 1:  # copies of the batch
+        return made[0]._replace(outer=sum(layout.outer for layout in made))
+    return _laid_side_by_side(call, dim, layouts, [t.shape[dim] for t in tensors])
 
 
-def _cat_samples(layouts: list[Layout]) -> Layout:
-    """Return the layout of concatenated copies of the batch."""
-    first = layouts[0]
-    if any((other.dim, other.inner) != (first.dim, first.inner) for other in layouts):
+def _laid_side_by_side(call: Call, dim: int, layouts: Sequence[Layout | None], sizes: Sequence[int]) -> Layout:
+    """Return the layout of tensors joined along a dimension that holds the samples, given their sizes there."""
+    pairs = zip(layouts, sizes, strict=True)
+    owners = torch.cat([owners_along(layout, dim, size, call.samples) for layout, size in pairs])
+    if not any(layout and layout.owners and NO_SAMPLE in layout.owners for layout in layouts):
+        owners = adopted(owners, call.samples)
+    return laid_out(dim, owners, call.samples)
+
+
+def _only(layouts: set[Layout]) -> Layout:
+    """Return the layout that all arguments share."""
+    if len(layouts) != 1:
         raise MixesSamples
-    return first._replace(outer=sum(layout.outer for layout in layouts))
+    return next(iter(layouts))
 
 
 def _hstack(call: Call, tensors: Sequence[Tensor]) -> Layout:
@@ -167,11 +186,14 @@ def _column_stack(call: Call, tensors: Sequence[Tensor]) -> Layout:
 def _stack(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Layout:
     if any(call.layout(t) is None for t in tensors):
         call.add_constant(call.evaluate_at_zero())
-    layouts = {call.layout_of(t) for t in tensors if call.layout(t) is not None}
-    if len(layouts) != 1:
+    if call.whole is not None:
         raise MixesSamples
-    (layout,) = layouts
-    return layout._replace(dim=layout.dim + (dim % call.result.ndim <= layout.dim))
+    dim = dim % call.result.ndim
+    layouts = [call.layout(t) for t in tensors]
+    if all(layout is None or layout.is_whole() for layout in layouts):
+        return _laid_side_by_side(call, dim, layouts, [1] * len(layouts))
+    layout = _only({layout for layout in layouts if layout is not None})
+    return layout._replace(dim=layout.dim + (dim <= layout.dim))
 
 
 def reduced(call: Call, input: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> Layout:
@@ -201,10 +223,10 @@ def _diff(
 ) -> Layout:
     if any(call.layout(t) is None for t in tensors((prepend, append))):
         call.add_constant(call.evaluate_at_zero())
-    layouts = {call.layout_of(t) for t in tensors((input, prepend, append)) if call.layout(t) is not None}
-    if len(layouts) != 1 or dim % input.ndim == next(iter(layouts)).dim:
+    layout = _only({call.layout_of(t) for t in tensors((input, prepend, append)) if call.layout(t) is not None})
+    if dim % input.ndim == layout.dim:
         raise MixesSamples
-    return layouts.pop()
+    return layout
 
 
 def _topk(call: Call, input: Tensor, k: int, dim: int = -1, *rest: Any, **named: Any) -> Layout:
@@ -247,7 +269,7 @@ def _repeat(call: Call, input: Tensor, *sizes: Any, **named: Any) -> Layout:
     moved = call.result.ndim - input.ndim
     dim = layout.dim + moved
     times = call.result.shape[dim] // input.shape[layout.dim]
-    return Layout(dim, layout.outer * times, layout.inner)
+    return layout._replace(dim=dim, outer=layout.outer * times)
 
 
 def _repeat_interleave(call: Call, input: Tensor, repeats: Any, dim: int | None = None, **named: Any) -> Layout:
@@ -262,24 +284,38 @@ def _repeat_interleave(call: Call, input: Tensor, repeats: Any, dim: int | None 
 
 
 def _flip(call: Call, input: Tensor, *dims: Any, **named: Any) -> Layout:
-    return apart_from(call, input, *dims, *named.values())
+    layout = call.layout_of(input)
+    if layout.dim not in _dims(input, *dims, *named.values()):
+        return layout
+    return _moved(call, layout, lambda owners: owners.flip(0))
+
+
+def _moved(call: Call, layout: Layout, move: Callable[[Tensor], Tensor]) -> Layout:
+    """Return the layout after a function has moved the values along the dimension of the samples."""
+    owners = owners_along(layout, layout.dim, layout.size(call.samples), call.samples)
+    return laid_out(layout.dim, move(owners), call.samples)
 
 
 def apart_from(call: Call, input: Tensor, *dims: Any) -> Layout:
     """Return the layout of the input. Its samples must not lie along ``dims``."""
     layout = call.layout_of(input)
-    flat = [d for dim in dims for d in (dim if isinstance(dim, list | tuple) else (dim,))]
-    if not flat or layout.dim in [d % input.ndim for d in flat]:
+    numbers = _dims(input, *dims)
+    if not numbers or layout.dim in numbers:
         raise MixesSamples
     return layout
 
 
+def _dims(input: Tensor, *dims: Any) -> list[int]:
+    """Return the numbers of dimensions given as integers, lists or tuples."""
+    return [d % input.ndim for dim in dims for d in (dim if isinstance(dim, list | tuple) else (dim,))]
+
+
 def _fliplr(call: Call, input: Tensor) -> Layout:
-    return apart_from(call, input, 1)
+    return _flip(call, input, 1)
 
 
 def _flipud(call: Call, input: Tensor) -> Layout:
-    return apart_from(call, input, 0)
+    return _flip(call, input, 0)
 
 
 def _rot90(call: Call, input: Tensor, k: int = 1, dims: Any = (0, 1)) -> Layout:
@@ -287,7 +323,15 @@ def _rot90(call: Call, input: Tensor, k: int = 1, dims: Any = (0, 1)) -> Layout:
 
 
 def _roll(call: Call, input: Tensor, shifts: Any, dims: Any = None) -> Layout:
-    return apart_from(call, input, () if dims is None else dims)
+    layout = call.layout_of(input)
+    numbers = _dims(input, () if dims is None else dims)
+    if not numbers:
+        raise MixesSamples
+    by = [shifts] if isinstance(shifts, int) else shifts
+    shift = sum(shift for shift, dim in zip(by, numbers, strict=True) if dim == layout.dim)
+    if not shift:
+        return layout
+    return _moved(call, layout, lambda owners: owners.roll(shift))
 
 
 _VIEWS = (

@@ -10,8 +10,20 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops.gradient_penalty.call import Call, bind, tensors
-from fastgan.ops.gradient_penalty.layout import Ineligible, Layout, MixesSamples, viewed
+from fastgan.ops.gradient_penalty.layout import (
+    Ineligible,
+    Layout,
+    MixesSamples,
+    adopted,
+    is_readable,
+    laid_out,
+    owners_along,
+    selected,
+    viewed,
+)
 from fastgan.ops.gradient_penalty.table import IN_PLACE, functions
+
+_ADDS = set(functions("scatter_add", "index_add"))
 
 
 def keep_target(call: Call, input: Any, *args: Any, **kwargs: Any) -> None:
@@ -42,23 +54,57 @@ def _writes_along(call: Call, input: Tensor, dim: int, index: Tensor, *written: 
     call.require_constants(index)
     if isinstance(named.get("alpha"), complex):
         raise Ineligible("has a complex alpha, which PyTorch's gradient does not conjugate")
-    layout = call.layout(input)
-    for source in tensors((written, named)):
-        made = call.layout(source)
-        if made is not None and layout is not None and made != layout:
-            raise MixesSamples
-        layout = made or layout
-        if made is not None and source.shape[made.dim] != input.shape[made.dim]:
-            raise MixesSamples  # scatter may write fewer samples than there are
-    return _finish(call, input, layout, dim)
-
-
-def _finish(call: Call, input: Tensor, layout: Layout | None, dim: int) -> Layout:
+    dim = dim % input.ndim
+    target = call.layout(input)
     if _adds(call, input):
         call.add_constant(_at_zero(call))
-    if layout is None or call.samples == 1 or dim % input.ndim == layout.dim:
+    if call.whole is not None:
         raise MixesSamples
-    return layout
+    (source,) = tensors((written, named)) or (None,)
+    made = call.layout(source)
+    if source is None or made is None:
+        return call.layout_of(input)
+    if dim == made.dim or made.is_whole():
+        return _along_samples(call, input, dim, index, owners_along(made, dim, source.shape[dim], call.samples))
+    if target not in (None, made) or source.shape[made.dim] != input.shape[made.dim]:  # scatter may write fewer samples
+        raise MixesSamples
+    return made
+
+
+def _along_samples(call: Call, input: Tensor, dim: int, index: Tensor, owners: Tensor) -> Layout:
+    """Return the layout after a write at indices along the dimension of the samples, given the owners of the source."""
+    if not is_readable(index):
+        raise MixesSamples
+    adds = call.func in _ADDS
+    covers = not adds
+    if index.ndim == input.ndim:  # scatter and scatter_add
+        shape, each = index.shape, index.movedim(dim, 0)
+        covers = covers and shape[:dim] + shape[dim + 1 :] == input.shape[:dim] + input.shape[dim + 1 :]
+        index = each.reshape(len(each), -1)[:, :1]
+        if not torch.equal(each, index.reshape(-1, *[1] * (each.ndim - 1)).expand_as(each)):
+            raise MixesSamples
+    index = index.flatten()
+    return _with_rows(call, input, dim, index, owners[: len(index)], covers=covers, adds=adds)
+
+
+def _with_rows(
+    call: Call, input: Tensor, dim: int, places: Tensor, owners: Tensor, *, covers: bool, adds: bool = False
+) -> Layout:
+    """Return the layout after values of these owners were written to places along a dimension.
+
+    Args:
+        covers: whether the write replaces all that was at these places.
+        adds: whether it adds, so that a place may occur several times.
+    """
+    target, size = call.layout(input), input.shape[dim]
+    places = places.cpu() % size
+    before = owners_along(target, dim, size, call.samples)
+    after = before.index_put((places,), owners)
+    if target is not None and not covers and (before[places] != owners).any():
+        raise MixesSamples
+    if (after[places] != owners).any() or (not adds and len(places.unique()) < len(places)):
+        raise MixesSamples
+    return laid_out(dim, after if target is not None else adopted(after, call.samples), call.samples)
 
 
 def _adds(call: Call, input: Tensor) -> bool:
@@ -71,8 +117,9 @@ def _set_item(call: Call, input: Tensor, index: Any, value: Any) -> Layout:
     call.result = input
     call.require_constants(index)
     if isinstance(value, Tensor) and call.layout(value) is not None:
-        if any(isinstance(item, Tensor | list) for item in (index if isinstance(index, tuple) else (index,))):
-            raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
+        items = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(item, Tensor | list) for item in items):
+            return _at_rows(call, input, items, value)
         return _written(call, input, value, lambda target: target[index])
     if not (isinstance(value, int | float) and value == 0):
         call.add_constant(_at_zero(call))
@@ -82,9 +129,30 @@ def _set_item(call: Call, input: Tensor, index: Any, value: Any) -> Layout:
 def _index_put(call: Call, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Layout:
     call.require_constants(indices)
     if call.layout(values) is not None:
-        raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
+        if accumulate:
+            raise Ineligible("adds at indices given as tensors; use index_add")
+        return _at_rows(call, input, tuple(indices), values)
     call.add_constant(_at_zero(call))
     return call.layout_of(input)
+
+
+def _at_rows(call: Call, input: Tensor, items: tuple[Any, ...], value: Tensor) -> Layout:
+    """Return the layout after ``input[rows] = value``, with a list, an index or a mask of rows."""
+    rows = items[0] if isinstance(items[0], Tensor) else torch.tensor(items[0])
+    if rows.ndim != 1 or not all(item is Ellipsis or item == slice(None) for item in items[1:]):
+        raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
+    if not is_readable(rows):
+        raise MixesSamples
+    if rows.dtype == torch.bool:
+        rows = rows.nonzero().flatten()
+    if _adds(call, input):
+        call.add_constant(_at_zero(call))
+    made = call.layout(value)
+    if made is None or call.tracer.samples == 1 or (call.whole is not None and call.layout(input) is not None):
+        raise MixesSamples
+    if not made.is_whole():
+        made = made._replace(dim=made.dim - value.ndim + input.ndim)
+    return _with_rows(call, input, 0, rows, owners_along(made, 0, len(rows), call.samples), covers=True)
 
 
 def _fill(call: Call, input: Tensor, value: Any = 0) -> Layout:
@@ -101,7 +169,7 @@ def _masked_scatter(call: Call, input: Tensor, mask: Tensor, source: Tensor) -> 
     layout, made = call.layout(input), call.layout(source)
     if _adds(call, input):
         call.add_constant(_at_zero(call))
-    if made is not None and call.samples > 1:
+    if made is not None and call.whole is None:
         if made != Layout(0) or layout not in (None, made) or call.result.shape[0] != call.samples:
             raise MixesSamples
         if backends.is_lowered():
@@ -109,7 +177,7 @@ def _masked_scatter(call: Call, input: Tensor, mask: Tensor, source: Tensor) -> 
         if (mask.expand(call.result.shape).flatten(1).sum(1) != source[0].numel()).any():
             raise MixesSamples
         layout = made
-    if layout is None or call.samples == 1:
+    if layout is None or call.whole is not None:
         raise MixesSamples
     return layout if call.layout(input) is None else call.broadcast_layout(input)
 
@@ -145,24 +213,48 @@ def _written(call: Call, input: Tensor, value: Tensor, view: Callable[[Tensor], 
     """Return the layout of a tensor into whose view a value was written."""
     if _adds(call, input):
         call.add_constant(_at_zero(call))
-    made = call.layout(value)
+    made, target = call.layout(value), call.layout(input)
     if made is None:
         return call.layout_of(input)
-    if call.samples == 1:
+    if call.whole is not None and (target is not None or call.tracer.samples == 1):
         raise MixesSamples
-    target = call.layout(input)
-    size = value.shape[made.dim]
     shape = tuple(input.shape)
-    candidates = [made._replace(dim=d) for d in range(input.ndim) if shape[d] == size]
-    for layout in candidates if target is None else [target]:
+    inside = view(torch.empty(()).expand(shape))
+    if not made.is_whole():
+        made = made._replace(dim=made.dim - value.ndim + inside.ndim)
+    for dim in range(input.ndim) if target is None else [target.dim]:
         try:
-            inside: Layout = viewed(layout, shape, view, call.samples)
+            layout = _written_along(call, input, dim, made, inside.numel(), view)
         except MixesSamples:
             continue
-        ndim = view(torch.empty(()).expand(shape)).ndim
-        if inside == made._replace(dim=made.dim - value.ndim + ndim):
+        if layout is not None:
             return layout
     raise MixesSamples
+
+
+def _written_along(
+    call: Call, input: Tensor, dim: int, made: Layout, count: int, view: Callable[[Tensor], Tensor]
+) -> Layout | None:
+    """Return the layout of a tensor into whose view values were written, if its samples lie along this dimension.
+
+    Args:
+        made: the layout of the values.
+        count: the number of elements of the view.
+    """
+    target, shape = call.layout(input), tuple(input.shape)
+    if target is not None or (not made.is_whole() and made.size(call.samples) == shape[dim]):
+        kept = target or made._replace(dim=dim)
+        inside: Layout = viewed(kept, shape, view, call.samples)
+        if inside == made or (made.is_whole() and inside.owners == made.owners):
+            return kept
+    where, places = selected(shape, dim, view)
+    if made.is_whole():
+        if target is None and (dim != 0 or len(places) == shape[0]):
+            return call.whole  # all of the result
+    elif where != made.dim:
+        raise MixesSamples
+    owners = owners_along(made, made.dim, len(places), call.samples)
+    return _with_rows(call, input, dim, places, owners, covers=count == len(places) * (input.numel() // shape[dim]))
 
 
 def into_base(call: Call) -> bool:
