@@ -14,6 +14,9 @@ POOLS = {
     "2d": ("avg_pool2d", (2, 3, 6, 7), dict(kernel_size=2)),
     "2d all": ("avg_pool2d", (2, 3, 7, 7), dict(kernel_size=(3, 2), stride=2, ceil_mode=True, count_include_pad=False)),
     "2d divisor": ("avg_pool2d", (1, 2, 4, 4), dict(kernel_size=2, divisor_override=3)),
+    "1d of one sample": ("avg_pool1d", (3, 9), dict(kernel_size=3, stride=2)),
+    "2d of one sample": ("avg_pool2d", (3, 6, 7), dict(kernel_size=2)),
+    "3d of one sample": ("avg_pool3d", (2, 4, 5, 4), dict(kernel_size=2, padding=1)),
     "3d": ("avg_pool3d", (1, 2, 4, 5, 4), dict(kernel_size=2, padding=1)),
 }
 

@@ -261,6 +261,45 @@ def test_samples_taken_apart_cost_four_forwards(name):
     assert_at_the_floor(build(name), images())
 
 
+# Functions of single samples, (C, S, S) or (C, S * S), without a dimension for the batch.
+OF_SINGLE = {
+    "conv1d": lambda i: F.conv1d(i.flatten(1), constant(4, C, 3), constant(4), padding="same"),
+    "conv2d": lambda i: F.conv2d(i, constant(4, C, 2, 2), constant(4), padding="same"),
+    "conv3d": lambda i: F.conv3d(i[None], constant(4, 1, 3, 3, 3), constant(4)),
+    "conv_transpose1d": lambda i: F.conv_transpose1d(i.flatten(1), constant(C, 4, 3), constant(4), stride=2),
+    "conv_transpose2d": lambda i: F.conv_transpose2d(i, constant(C, 4, 3, 3), constant(4), stride=2),
+    "linear": lambda i: F.linear(i.flatten(), constant(3, C * S * S), constant(3)),
+    "matrix and vector": lambda i: constant(3, C * S * S) @ i.flatten(),
+    "avg_pool1d": lambda i: F.avg_pool1d(i.flatten(1), 2),
+    "avg_pool2d": lambda i: F.avg_pool2d(i, 2),
+    "avg_pool3d": lambda i: F.avg_pool3d(i[None], 2),
+    "max_pool1d": lambda i: F.max_pool1d(i.flatten(1), 2),
+    "max_pool2d": lambda i: F.max_pool2d(i, 2),
+    "adaptive_max_pool2d": lambda i: F.adaptive_max_pool2d(i, 2),
+    "adaptive_avg_pool2d": lambda i: F.adaptive_avg_pool2d(i, 2),
+    "reflected": lambda i: F.pad(i, (1, 1, 1, 1), "reflect"),
+    "replicated": lambda i: F.pad(i.flatten(1), (1, 1), "replicate"),
+    "padded": lambda i: F.pad(i, (1, 1, 1, 1), value=0.3),
+    "interpolated": lambda i: F.interpolate(i[None], scale_factor=2, mode="bilinear")[0],
+    "prelu": lambda i: F.prelu(i, constant(1).abs()),
+    "batch norm": lambda i: F.batch_norm(i[None], constant(C), constant(C).abs(), constant(C), constant(C))[0],
+    "maxout": lambda i: i.view(2, C // 2, S, S).amax(0),
+    "topk": lambda i: i.flatten().topk(5).values,
+    "spectrum": lambda i: torch.fft.rfft2(i).real,
+    "grid_sample": lambda i: F.grid_sample(i[None], constant(1, S, S, 2).clamp(-1, 1), align_corners=False)[0],
+    "dropout": lambda i: F.dropout(i, 0.5),
+}
+
+
+@pytest.mark.parametrize("batch", [N, 1])
+@pytest.mark.parametrize("name", OF_SINGLE)
+def test_functions_of_single_samples_are_exact_in_one_pass(name, batch):
+    model = Between(lambda net, h: torch.stack([OF_SINGLE[name](image) * 1.1 + i for i, image in enumerate(h)]))
+    torch.manual_seed(3)
+    assert fastgan.explain_penalty(model, images(batch)) == "one pass"
+    assert_exact(model, images(batch), uneven)
+
+
 ONE = ["slices in a loop", "single samples", "into zeros", "scalars of single samples"]
 
 

@@ -48,7 +48,7 @@ def avg_pool1d(
     ```
 
     Args:
-        input: (N, C, L), floating-point. PyTorch's function runs for other shapes and dtypes.
+        input: (N, C, L) or (C, L), floating-point. PyTorch's function runs for other dtypes.
         kernel_size: size of the window.
         stride: stride of the window. None: ``kernel_size``.
         padding: zero padding on both sides.
@@ -61,11 +61,11 @@ def avg_pool1d(
     Raises:
         RuntimeError, TypeError, ValueError: as in PyTorch's function.
     """
-    if not isinstance(input, Tensor) or input.ndim != 3:
+    if not isinstance(input, Tensor) or input.ndim not in (2, 3):
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)  # type: ignore[arg-type]
     kernel, step, pad = (_sizes(1, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
-    flat = avg_pool2d(input[:, :, None], (1, *kernel), (1, *step), (0, *pad), ceil_mode, count_include_pad)
-    return flat.squeeze(2)  # (N, C, L')
+    flat = avg_pool2d(input.unsqueeze(-2), (1, *kernel), (1, *step), (0, *pad), ceil_mode, count_include_pad)
+    return flat.squeeze(-2)  # (N, C, L')
 
 
 @symbolic
@@ -91,7 +91,7 @@ def avg_pool2d(
     ```
 
     Args:
-        input: (N, C, H, W), floating-point. PyTorch's function runs for other shapes and dtypes.
+        input: (N, C, H, W) or (C, H, W), floating-point. PyTorch's function runs for other dtypes.
         kernel_size: size of the window, one number or one per dimension.
         stride: stride of the window. None: ``kernel_size``.
         padding: zero padding on both sides of each dimension.
@@ -130,7 +130,7 @@ def avg_pool3d(
     ```
 
     Args:
-        input: (N, C, D, H, W), floating-point. PyTorch's function runs for other shapes and dtypes.
+        input: (N, C, D, H, W) or (C, D, H, W), floating-point. PyTorch's function runs for other dtypes.
         kernel_size: size of the window, one number or one per dimension.
         stride: stride of the window. None: ``kernel_size``.
         padding: zero padding on both sides of each dimension.
@@ -159,10 +159,12 @@ class _Window(NamedTuple):
 
 
 def _pool(n: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, *rest: Any) -> Tensor:
-    is_eligible = isinstance(input, Tensor) and input.ndim == n + 2 and input.is_floating_point() and input.numel() > 0
-    if not (is_eligible and backends.is_plain() and backends.is_known(input.device)):
+    is_eligible = isinstance(input, Tensor) and input.is_floating_point() and input.numel() > 0
+    if not (is_eligible and input.ndim in (n + 1, n + 2) and backends.is_plain() and backends.is_known(input.device)):
         reference: Any = F.avg_pool2d if n == 2 else F.avg_pool3d
         return reference(input, kernel_size, stride, padding, *rest)  # type: ignore[no-any-return]
+    if input.ndim == n + 1:
+        return _pool(n, input.unsqueeze(0), kernel_size, stride, padding, *rest).squeeze(0)
     if n == 3 and input.is_cpu and torch.is_autocast_enabled("cpu"):  # autocast pools in float32
         input = input.to(torch.promote_types(input.dtype, torch.float32))
     kernel, step, pad = (_sizes(n, size) for size in (kernel_size, kernel_size if stride is None else stride, padding))
