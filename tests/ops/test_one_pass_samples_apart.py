@@ -300,6 +300,30 @@ def test_functions_of_single_samples_are_exact_in_one_pass(name, batch):
     assert_exact(model, images(batch), uneven)
 
 
+# Layers that run on no samples where a class does not occur in the batch.
+ABSENT = {
+    "sum": lambda net, h: h * 2 + net.p,
+    "convolution": layer,
+    "linear": lambda net, h: F.linear(h, net.w[0, 0].repeat(3, 3)[:S, :S], net.p[0, 0, 0]),
+    "average pooling": lambda net, h: F.interpolate(F.avg_pool2d(h, 2), scale_factor=2) + net.p,
+    "max pooling": lambda net, h: F.interpolate(F.max_pool2d(h, 2), scale_factor=2) + net.p,
+    "leaky ReLU": lambda net, h: F.leaky_relu(h + net.p, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_class_may_be_absent(name):
+    def between(net, h):
+        made = torch.empty_like(h)
+        for k in range(3):
+            made[k == ORDER % 2] = ABSENT[name](net, h[k == ORDER % 2]) * (k + 1)
+        return made
+
+    model = Between(between, w=parameter(C, C, 3, 3), b=parameter(C), p=parameter(1, C, S, S))
+    assert fastgan.explain_penalty(model, images()) == "one pass"
+    assert_exact(model, images(), uneven)
+
+
 ONE = ["slices in a loop", "single samples", "into zeros", "scalars of single samples"]
 
 

@@ -164,7 +164,7 @@ class Tracer(TorchFunctionMode):
             return layout._replace(dim=dim) if index.shape[dim] == size else None
         if not is_readable(index):
             return None
-        owners = owners_at(layout, index % size, self.samples)
+        owners = owners_at(layout, index.cpu() % size, self.samples)
         for dim in range(index.ndim):
             each = owners.movedim(dim, -1)
             first = each[(0,) * (index.ndim - 1)]
@@ -421,11 +421,12 @@ class Tracer(TorchFunctionMode):
         if late:
             also |= SENDS_ZEROS
             self.sends_zeros = any(type(node).__name__ in SENDS_ZEROS for node in self.path)
-        curved = {
-            type(node).__name__
-            for node in self.path
-            if node not in targets and not is_independent_of_forward(node, self.path, also)
-        }
+        refused = [
+            node for node in self.path if node not in targets and not is_independent_of_forward(node, self.path, also)
+        ]
+        curved = {type(node).__name__ for node in refused if 0 not in torch_private.shape_of_result(node)}
+        if refused and not curved:
+            self.attached = True  # PyTorch's functions ran on no samples; their double backward reads the forward
         if curved and self._checkpoint is not None:
             return (
                 f"torch.utils.checkpoint{self._checkpoint} runs PyTorch's functions again in each backward; one pass "

@@ -70,7 +70,9 @@ def whole(owner: int) -> Layout:
 def laid_out(dim: int, owners: Tensor, samples: int) -> Layout:
     """Return the layout of a tensor, given the owner of each index along one dimension."""
     if not owners.numel():
-        raise MixesSamples(_APART)
+        return whole(0)  # nothing, which may belong to any sample
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise MixesSamples(_APART)  # sums over owners copy their places from the CPU
     ends = ((owners[1:] != owners[:-1]).nonzero().flatten() + 1).tolist()
     if not ends:
         return whole(int(owners[0]))

@@ -75,6 +75,7 @@ def _along_samples(call: Call, input: Tensor, dim: int, index: Tensor, owners: T
     """Return the layout after a write at indices along the dimension of the samples, given the owners of the source."""
     if not is_readable(index):
         raise MixesSamples
+    index = index.cpu()
     adds = call.func in _ADDS
     covers = not adds
     if index.ndim == input.ndim:  # scatter and scatter_add
@@ -97,7 +98,7 @@ def _with_rows(
         adds: whether it adds, so that a place may occur several times.
     """
     target, size = call.layout(input), input.shape[dim]
-    places = places.cpu() % size
+    places = places % size
     before = owners_along(target, dim, size, call.samples)
     after = before.index_put((places,), owners)
     if target is not None and not covers and (before[places] != owners).any():
@@ -138,13 +139,16 @@ def _index_put(call: Call, input: Tensor, indices: Any, values: Tensor, accumula
 
 def _at_rows(call: Call, input: Tensor, items: tuple[Any, ...], value: Tensor) -> Layout:
     """Return the layout after ``input[rows] = value``, with a list, an index or a mask of rows."""
-    rows = items[0] if isinstance(items[0], Tensor) else torch.tensor(items[0])
-    if rows.ndim != 1 or not all(item is Ellipsis or item == slice(None) for item in items[1:]):
+    first, *others = items
+    rows = torch.tensor(first) if isinstance(first, list) else first
+    simple = isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype != torch.uint8
+    if not simple or not all(item is Ellipsis or item == slice(None) for item in others):
         raise Ineligible("writes at indices given as tensors; use slices, or index_copy")
     if not is_readable(rows):
         raise MixesSamples
     if rows.dtype == torch.bool:
         rows = rows.nonzero().flatten()
+    rows = rows.cpu()
     if _adds(call, input):
         call.add_constant(_at_zero(call))
     made = call.layout(value)
